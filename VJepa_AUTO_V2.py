@@ -1,0 +1,2866 @@
+"""VJepa_AUTO_V2: a folder of driving videos -> a world model at three time scales, and a sampler of possible futures.
+
+One encoder reads a clip as Conv3D tubelet tokens and learns by predicting the latents of its own slow copy:
+
+    clip [B,T,3,H,W] -> tubelet tokens [B,L,D] -> online encoder (visible tokens only) -> context [B,K,D]
+            |                                              |
+            |          NOW         context + mask tokens  -> predictor    -> masked latents       L1
+            |          SOON        NOW context            -> predictor    -> near-future latents  L1
+            |          EVENTUALLY  NOW context            -> outcome head -> one embedding        InfoNCE
+            |          FLOW        NOW context + noise    -> flow net     -> one sampled future   flow matching
+            v                                              |
+       target encoder (EMA of online, whole clip, no grad) -> targets [B,L,D], LayerNorm without affine
+
+Run it (every config field below is a flag of the same name):
+
+    python VJepa_AUTO_V2.py                                  built-in driving scenes, needs no data
+    python VJepa_AUTO_V2.py --preset tiny --device cpu       minutes on a laptop
+    python VJepa_AUTO_V2.py --data_root DIR --steps 10000 --device cuda --amp --compile
+    torchrun --nproc_per_node=8 VJepa_AUTO_V2.py --data_root DIR --steps 100000 --device cuda --amp
+
+Axis letters, the same in the whole file:
+
+    B clips per rank   C channels   T frames   H W pixels                    clip    [B, T, C, H, W]
+    t h w token grid   L = t*h*w tokens   K kept   M masked                  tokens  [B, L, D]
+    D encoder width    P predictor width   nh heads   S sampled futures   F future tokens
+    R draws per clip   N noised flow tokens of k dimensions each
+
+Names: `frames` are the decoder's uint8 pictures, `clip` is normalised video, `context` is the online encoder's output on
+kept tokens, `targets` the target encoder's output, `preds` the predictor's. tau is flow time: 0 is noise, 1 is data.
+
+Sources: V-JEPA (arXiv 2404.08471), V-JEPA 2 (2506.09985), InfoNCE (1807.03748), SupCon (2004.11362), flow matching
+(2210.02747), clean-data prediction under a velocity loss (JiT, 2511.13720), time shift by dimension (RAE, 2510.11690),
+RankMe (2210.02885), incremental PCA (Ross et al. 2008), AdaLN-zero (DiT, 2212.09748).
+"""
+
+import argparse
+import copy
+import csv
+import difflib
+import fnmatch
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+import typing
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as checkpoint_activations
+
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
+
+
+class UserError(Exception):
+    """A cause the user can remove. `main` prints it as one last line and leaves with `exit_code`."""
+
+    exit_code = EXIT_ERROR
+
+
+class UsageError(UserError):
+    """Bad flags, config or paths."""
+
+    exit_code = EXIT_USAGE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1  Config: every number that shapes a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class VJepaAutoV2Config:
+    """Edit a default here to change it for every run; pass `--field value` to change one run. Units stand in the comments."""
+
+    # -- run
+    preset: str = "base"  # tiny | small | base | large: a named set of overrides (base = these defaults)
+    data_root: str = ""  # folder of videos, one video, or a list file (csv, txt, jsonl); empty = built-in driving scenes
+    video_glob: str = "*"  # which files count, matched on the name or on the path below data_root
+    out_dir: str = "runs/vjepa_auto_v2"  # everything the run writes
+    resume: str = "auto"  # auto (newest checkpoint in out_dir) | never | a checkpoint file
+    steps: int = 20000  # optimizer steps of the whole run; all schedules end here
+    device: str = "auto"  # auto | cuda | mps | cpu
+    amp: bool = False  # bf16 autocast (fp16 with a loss scaler on CUDA cards without bf16)
+    compile: bool = False  # torch.compile of the model's forward
+    grad_checkpoint: bool = False  # recompute block activations in backward: less memory, about 26 % more compute
+    seed: int = 1337  # every sample, mask and noise draw is a pure function of (seed, sample number)
+    # -- data
+    clip_fps: float = 4.0  # frames per second taken from a video; 0 spreads the frames over the whole file
+    decoder: str = "auto"  # auto (pyav, then decord) | pyav | decord | torchcodec
+    missing_data: str = "scenes"  # when data_root holds no video: scenes | error | random
+    val_fraction: float = 0.1  # share of the files held out, by hash of the name
+    max_bad_fraction: float = 0.5  # stop when more than this share of the files cannot be decoded
+    crop_scale_min: float = 0.6  # smallest crop, share of the largest box that fits the frame
+    crop_scale_max: float = 1.0  # largest crop, same unit
+    crop_ratio_min: float = 0.85  # stretch of the crop's aspect ratio
+    crop_ratio_max: float = 1.18  # stretch of the crop's aspect ratio
+    hflip: bool = False  # mirror clips at random; steering and left/right labels are mirrored with them
+    num_workers: int = 4  # loader processes per rank
+    scene_clips: int = 512  # built-in scenes written as mp4 when there is no data_root
+    scene_size: int = 0  # side of the written scenes in pixels; 0 = image_size
+    # -- clip and grid
+    image_size: int | tuple = 224  # pixels, one number or H,W
+    num_frames: int = 84  # frames per clip = now + soon + eventually
+    channels: int = 3  # RGB
+    now_frames: int = 4  # what is seen
+    soon_frames: int = 16  # near future
+    eventually_frames: int = 64  # far future
+    tubelet_t: int = 2  # frames per token
+    patch: int = 16  # pixels per token side
+    # -- networks
+    enc_dim: int = 768  # encoder width D
+    enc_depth: int = 12  # encoder blocks
+    pred_dim: int = 384  # predictor width P
+    pred_depth: int = 12  # predictor blocks
+    num_heads: int = 12  # attention heads of encoder, predictor and outcome head
+    mlp_ratio: float = 4.0  # hidden width of an MLP over its width
+    dropout: float = 0.0  # after attention and MLP
+    pos_embed: str = "sincos"  # sincos (added once) | rope (rotary, inside attention, V-JEPA 2 form)
+    # -- objective
+    short_num_blocks: int = 8  # blocks of a short-range mask
+    short_scale: float = 0.15  # area of one block, share of the h x w grid
+    long_num_blocks: int = 2  # blocks of a long-range mask
+    long_scale: float = 0.70  # area of one block, share of the h x w grid
+    aspect_min: float = 0.75  # block height over width, smallest
+    aspect_max: float = 1.50  # block height over width, largest
+    short_visible: float = 0.0  # visible share of sites under a short mask; 0 = mean of the block sampler
+    long_visible: float = 0.0  # visible share of sites under a long mask; 0 = mean of the block sampler
+    mask_draws: int = 1  # mask draws per family and clip for one target pass
+    lambda_vjepa: float = 1.0  # weight of NOW
+    lambda_soon: float = 1.0  # weight of SOON
+    lambda_eventually: float = 0.25  # weight of EVENTUALLY
+    lambda_flow: float = 1.0  # weight of FLOW; its gradient stays in the flow net while flow_context_grad is 0
+    lambda_supcon: float = 0.0  # weight of the supervised contrast on annotated maneuvers; 0 = off
+    supcon_temperature: float = 0.1  # temperature of the supervised contrast
+    outcome_queries: int = 8  # learned queries of the outcome head
+    outcome_temperature: float = 0.2  # temperature of InfoNCE
+    outcome_queue: int = 1024  # past target embeddings kept as negatives; 0 = in-batch negatives only
+    outcome_target: str = "mean"  # mean of the EVENTUALLY targets | delta (minus the mean NOW target)
+    # -- flow
+    flow_dim: int = 512  # width of the flow net
+    flow_depth: int = 4  # blocks of the flow net
+    flow_heads: int = 8  # heads of the flow net
+    flow_rank: int = 64  # principal directions k that are noised, per noised token
+    flow_chunks: int = 4  # EVENTUALLY chunk tokens drawn jointly with SOON
+    flow_joint_max: int = 65536  # SOON + chunk numbers up to which the directions span all tokens jointly
+    flow_pool: int = 4  # side of the pooled SOON grid above flow_joint_max
+    flow_draws: int = 8  # (tau, noise) draws per clip and step
+    flow_shift: float = 0.0  # time shift a; 0 = from the number of noised dimensions
+    flow_steps: int = 20  # Euler steps when sampling
+    flow_rest: str = "mean"  # residual outside the directions: mean (left out) | gaussian
+    flow_context_grad: float = 0.0  # share of the flow gradient that reaches the encoder
+    flow_lr: float = 5e-4  # learning rate of the flow net, same schedule
+    flow_ema: float = 0.999  # highest momentum of the flow net's own EMA
+    # -- optimisation
+    batch_size: int = 8  # clips per process and micro-step
+    grad_accum: int = 1  # micro-steps per optimizer step
+    lr: float = 1e-4  # peak learning rate
+    min_lr: float = 1e-6  # learning rate at the last step
+    weight_decay: float = 0.05  # AdamW, on matrices only
+    warmup_steps: int = 2000  # linear warm-up, capped at a tenth of steps
+    grad_clip: float = 1.0  # largest gradient norm, world model and flow net apart; 0 = off
+    ema_momentum: float = 0.996  # target encoder momentum
+    ema_momentum_end: float = 0.0  # momentum at the last step, linear in between; 0 = constant
+    max_skipped_steps: int = 20  # consecutive non-finite steps before the run stops
+    # -- log, checkpoints, evaluation
+    log_every: int = 50  # steps between log lines
+    ckpt_every: int = 1000  # steps between checkpoints
+    keep_last: int = 3  # checkpoints kept beside the final one
+    val_every: int = 1000  # steps between evaluations; 0 = only at the end
+    val_clips: int = 64  # clips of an evaluation, rounded up to full batches
+    track: str = ""  # tensorboard, wandb or both, separated by a comma
+    picture: bool = True  # write futures.png at the end
+    dist_timeout_s: float = 600.0  # seconds before a stuck collective ends the run
+
+    @property
+    def height(self) -> int:
+        return self.image_size if isinstance(self.image_size, int) else self.image_size[0]
+
+    @property
+    def width(self) -> int:
+        return self.image_size if isinstance(self.image_size, int) else self.image_size[1]
+
+    @property
+    def grid(self) -> tuple:
+        """(t, h, w) of the token grid."""
+        return self.num_frames // self.tubelet_t, self.height // self.patch, self.width // self.patch
+
+    @property
+    def sites(self) -> int:
+        """Tokens of one tubelet, h * w."""
+        return self.grid[1] * self.grid[2]
+
+    @property
+    def num_tokens(self) -> int:
+        """L = t * h * w."""
+        return self.grid[0] * self.sites
+
+    @property
+    def now_tokens(self) -> int:
+        return self.now_frames // self.tubelet_t * self.sites
+
+    @property
+    def soon_tokens(self) -> int:
+        return self.soon_frames // self.tubelet_t * self.sites
+
+    @property
+    def eventually_tubelets(self) -> int:
+        return self.eventually_frames // self.tubelet_t
+
+    @property
+    def flow_joint(self) -> bool:
+        """Whether the noised directions span all future tokens jointly (small grids) or single pooled tokens."""
+        return (self.soon_tokens + self.flow_chunks) * self.enc_dim <= self.flow_joint_max
+
+    @property
+    def flow_tokens(self) -> int:
+        """N, the number of noised flow tokens."""
+        pooled = self.soon_frames // self.tubelet_t * self.flow_pool**2 + self.flow_chunks
+        return 1 if self.flow_joint else pooled
+
+    @property
+    def tau_shift(self) -> float:
+        """Time shift a by the number of noised dimensions (RAE's square-root law, capped at 12)."""
+        dims = self.flow_tokens * self.flow_rank
+        return self.flow_shift or (1.0 if dims <= 1000 else min(12.0, math.sqrt(dims / 1000)))
+
+    @property
+    def warmup(self) -> int:
+        return min(self.warmup_steps, self.steps // 10)
+
+
+PRESETS = {
+    "tiny": dict(
+        image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=128, enc_depth=4,
+        pred_dim=96, pred_depth=3, num_heads=4, batch_size=16, steps=600, lr=1e-3, warmup_steps=60, ema_momentum=0.97,
+        ema_momentum_end=0.998, flow_dim=256, flow_depth=3, flow_heads=4, flow_chunks=2, flow_draws=16, flow_lr=1e-3,
+        num_workers=2, log_every=20, ckpt_every=200, val_every=200, outcome_queue=256, scene_clips=768, scene_size=96,
+        crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
+    ),
+    "small": dict(
+        image_size=128, num_frames=36, now_frames=4, soon_frames=16, eventually_frames=16, enc_dim=384, enc_depth=12,
+        pred_dim=192, pred_depth=6, num_heads=6, batch_size=32, lr=3e-4, ema_momentum=0.998, ema_momentum_end=0.9998,
+        flow_dim=384, flow_heads=6, amp=True,
+    ),
+    "base": {},
+    "large": dict(enc_dim=1024, enc_depth=24, num_heads=16, flow_dim=1024, flow_heads=16, batch_size=4, grad_checkpoint=True, amp=True),
+}
+
+
+
+def preset_config(preset, **overrides):
+    """The config of a named preset with some fields replaced, for use from Python."""
+    return VJepaAutoV2Config(**{**PRESETS[preset], "preset": preset, **overrides})
+
+
+# field -> (smallest, largest) value allowed; None leaves a side open
+RANGES = {
+    "steps": (1, None), "seed": (0, 2**31 - 1), "clip_fps": (0, 1000), "val_fraction": (0, 0.9), "max_bad_fraction": (0, 0.99),
+    "crop_scale_min": (0.01, 1), "crop_scale_max": (0.01, 1), "crop_ratio_min": (0.1, 10), "crop_ratio_max": (0.1, 10),
+    "num_workers": (0, 512), "scene_clips": (4, 10**7), "scene_size": (0, 4096), "num_frames": (3, 100000),
+    "channels": (3, 3), "now_frames": (1, None), "soon_frames": (1, None), "eventually_frames": (1, None),
+    "tubelet_t": (1, None), "patch": (1, None), "enc_dim": (6, None), "enc_depth": (1, 1000), "pred_dim": (6, None),
+    "pred_depth": (1, 1000), "num_heads": (1, None), "mlp_ratio": (0.1, 64), "dropout": (0, 0.9),
+    "short_num_blocks": (1, 1000), "short_scale": (0.001, 1), "long_num_blocks": (1, 1000), "long_scale": (0.001, 1),
+    "aspect_min": (0.05, 20), "aspect_max": (0.05, 20), "short_visible": (0, 0.99), "long_visible": (0, 0.99),
+    "mask_draws": (1, 64), "lambda_vjepa": (0, None), "lambda_soon": (0, None), "lambda_eventually": (0, None),
+    "lambda_flow": (0, None), "lambda_supcon": (0, None), "supcon_temperature": (1e-4, None), "outcome_queries": (1, None),
+    "outcome_temperature": (1e-4, None), "outcome_queue": (0, 10**7), "flow_dim": (2, None), "flow_depth": (1, 1000),
+    "flow_heads": (1, None), "flow_rank": (1, None), "flow_chunks": (1, None), "flow_joint_max": (0, None),
+    "flow_pool": (1, None), "flow_draws": (1, 4096), "flow_shift": (0, 1000), "flow_steps": (1, 10000),
+    "flow_context_grad": (0, 1), "flow_lr": (0, None), "flow_ema": (0, 1), "batch_size": (1, None), "grad_accum": (1, None),
+    "lr": (0, None), "min_lr": (0, None), "weight_decay": (0, None), "warmup_steps": (0, None), "grad_clip": (0, None),
+    "ema_momentum": (0, 1), "ema_momentum_end": (0, 1), "max_skipped_steps": (1, None), "log_every": (1, None),
+    "ckpt_every": (1, None), "keep_last": (1, None), "val_every": (0, None), "val_clips": (2, None), "dist_timeout_s": (1, None),
+}
+CHOICES = {
+    "preset": tuple(PRESETS), "device": ("auto", "cuda", "mps", "cpu"), "decoder": ("auto", "pyav", "decord", "torchcodec"),
+    "missing_data": ("scenes", "error", "random"), "pos_embed": ("sincos", "rope"), "outcome_target": ("mean", "delta"),
+    "flow_rest": ("mean", "gaussian"),
+}
+
+
+def value_problems(cfg):
+    """Fields whose value lies outside its own range or choices -> list of messages."""
+    problems = []
+    for name, (low, high) in RANGES.items():
+        value = getattr(cfg, name)
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+            span = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
+            problems.append(f"{name} = {value}: must lie in {span} (--{name})")
+    for name, allowed in CHOICES.items():
+        if getattr(cfg, name) not in allowed:
+            problems.append(f"{name} = {getattr(cfg, name)!r}: must be one of {', '.join(allowed)} (--{name})")
+    if min(cfg.height, cfg.width) < 1:
+        problems.append(f"image_size = {cfg.image_size}: must be positive (--image_size)")
+    unknown = sorted({t for t in cfg.track.split(",") if t} - {"tensorboard", "wandb"})
+    if unknown:
+        problems.append(f"track = {cfg.track!r}: {', '.join(unknown)} is not one of tensorboard, wandb (--track)")
+    return problems
+
+
+def relation_problems(cfg):
+    """Rules between fields that the code relies on -> list of messages. Assumes that every value is in its own range."""
+    problems = []
+    parts = cfg.now_frames + cfg.soon_frames + cfg.eventually_frames
+    if cfg.num_frames != parts:
+        problems.append(f"num_frames = {cfg.num_frames}: must equal now + soon + eventually frames = {parts} (--num_frames)")
+    for name in ("now_frames", "soon_frames", "eventually_frames"):
+        if getattr(cfg, name) % cfg.tubelet_t:
+            problems.append(f"{name} = {getattr(cfg, name)}: must be divisible by tubelet_t = {cfg.tubelet_t} (--{name})")
+    for side in (cfg.height, cfg.width):
+        if side % cfg.patch:
+            problems.append(f"image_size = {cfg.image_size}: {side} must be divisible by patch = {cfg.patch} (--image_size)")
+    for name, heads in (("enc_dim", "num_heads"), ("pred_dim", "num_heads"), ("flow_dim", "flow_heads")):
+        width, count = getattr(cfg, name), getattr(cfg, heads)
+        if width % count:
+            problems.append(f"{name} = {width}: must be divisible by {heads} = {count} (--{name})")
+        elif name != "flow_dim" and cfg.pos_embed == "rope" and width // count < 6:
+            problems.append(f"{name} = {width}: rope needs at least 6 channels per head, not {width // count} (--{name})")
+        if width % 2:
+            problems.append(f"{name} = {width}: must be even, the position code pairs sine and cosine (--{name})")
+    for low, high in (("crop_scale_min", "crop_scale_max"), ("crop_ratio_min", "crop_ratio_max"), ("aspect_min", "aspect_max")):
+        if getattr(cfg, low) > getattr(cfg, high):
+            problems.append(f"{low} = {getattr(cfg, low)}: must not exceed {high} = {getattr(cfg, high)} (--{low})")
+    if not problems and cfg.sites < 2:
+        problems.append(f"image_size = {cfg.image_size}: needs at least 2 patches of {cfg.patch} to mask one (--image_size)")
+    if not problems and cfg.flow_chunks > cfg.eventually_tubelets:
+        problems.append(f"flow_chunks = {cfg.flow_chunks}: only {cfg.eventually_tubelets} EVENTUALLY tubelets to chunk (--flow_chunks)")
+    if not cfg.flow_joint and not problems and cfg.flow_pool > min(cfg.grid[1:]):
+        problems.append(f"flow_pool = {cfg.flow_pool}: exceeds the {cfg.grid[1]} x {cfg.grid[2]} token grid (--flow_pool)")
+    if not cfg.flow_joint and cfg.flow_rank > cfg.enc_dim:
+        problems.append(f"flow_rank = {cfg.flow_rank}: exceeds enc_dim = {cfg.enc_dim} (--flow_rank)")
+    if cfg.lambda_vjepa + cfg.lambda_soon + cfg.lambda_eventually + cfg.lambda_supcon <= 0:
+        problems.append("lambda_vjepa = 0: at least one of vjepa, soon, eventually, supcon must train the encoder (--lambda_vjepa)")
+    return problems
+
+
+def validate_config(cfg):
+    """Raise UsageError naming every field that breaks a rule, its value, the rule and the flag to change."""
+    problems = value_problems(cfg) or relation_problems(cfg)
+    if problems:
+        raise UsageError("config: " + "; ".join(problems))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2  Command line: argv -> Config
+# ---------------------------------------------------------------------------------------------------------------------
+
+FIELD_TYPES = typing.get_type_hints(VJepaAutoV2Config)
+
+
+def field_help():
+    """{field: its trailing comment}, read from the dataclass source, so that flags and comments cannot disagree."""
+    return dict(re.findall(r"^    (\w+): [^#\n]+  # (.+)$", inspect.getsource(VJepaAutoV2Config), re.MULTILINE))
+
+
+def parse_image_size(text):
+    """'224' -> 224, '128,256' -> (128, 256). ValueError otherwise."""
+    parts = [int(part) for part in str(text).split(",")]
+    if len(parts) > 2:
+        raise ValueError(text)
+    return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def coerce(name, value, source):
+    """Bring a value from a config file to the field's type. UsageError names the field, the value and the source."""
+    kind = FIELD_TYPES[name]
+    if name == "image_size":
+        is_pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(type(side) is int for side in value)
+        if type(value) is int or is_pair:
+            return value if type(value) is int else tuple(value)
+    elif kind is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is kind:
+        return value
+    elif kind is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)  # YAML 1.1 reads 1e-4 as text
+    wanted = "a number or a pair of numbers" if name == "image_size" else f"of type {kind.__name__}"
+    raise UsageError(f"{source}: {name} = {value!r} must be {wanted}")
+
+
+def nearest(name, known):
+    """' (did you mean x?)' for the closest known name, or ''."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def read_config_file(path, trail=()):
+    """One JSON or YAML config with its `inherits` resolved -> {field: value}. Loops and unknown keys raise UsageError."""
+    path = Path(path).resolve()
+    if path in trail:
+        raise UsageError(f"config {path}: inherits itself through {' -> '.join(p.name for p in (*trail, path))}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config {path}: cannot be read ({error})") from error
+    if path.suffix in (".yaml", ".yml"):
+        if importlib.util.find_spec("yaml") is None:
+            raise UsageError(f"config {path}: YAML needs pyyaml (pip install pyyaml), or write the file as JSON")
+        import yaml
+
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"config {path}: not valid YAML ({' '.join(str(error).split())})") from error
+    else:
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"config {path}: not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"config {path}: must hold a mapping of fields, not {type(data).__name__}")
+    data = data.get("config", data) if "versions" in data else data  # a run's own config.json
+    parents = data.pop("inherits", [])
+    merged = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        merged.update(read_config_file(path.parent / str(parent), (*trail, path)))
+    for key, value in data.items():
+        if key not in FIELD_TYPES:
+            raise UsageError(f"config {path}: unknown key {key!r}{nearest(key, FIELD_TYPES)}")
+        merged[key] = coerce(key, value, f"config {path}")
+    return merged
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message):
+        raise UsageError(message)
+
+
+def build_parser():
+    """A flag for every config field, with - or _ in its name, and no abbreviations."""
+    parser = ArgumentParser(prog="VJepa_AUTO_V2.py", allow_abbrev=False, description="Train a driving world model on a folder of videos.")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="JSON or YAML file of fields; later files win")
+    parser.add_argument("--print_config", "--print-config", action="store_true", help="print the resolved config and leave")
+    comments = field_help()
+    for field in fields(VJepaAutoV2Config):
+        flags = list(dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]))
+        options = dict(dest=field.name, default=argparse.SUPPRESS, help=comments[field.name].replace("%", "%%") + f" [{field.default}]")
+        if FIELD_TYPES[field.name] is bool:
+            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
+        else:
+            kind = parse_image_size if field.name == "image_size" else FIELD_TYPES[field.name]
+            parser.add_argument(*flags, type=kind, metavar=field.name.upper(), **options)
+    return parser
+
+
+def resolve_config(argv):
+    """argv -> (config, {field: value} set by the user, whether to print it). Default < preset < config file < flag."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        raise UsageError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}; --help lists all flags")
+    flags = {name: value for name, value in vars(args).items() if name not in ("config", "print_config")}
+    from_files = {}
+    for path in args.config:
+        from_files.update(read_config_file(path))
+    overrides = {**from_files, **flags}
+    preset = overrides.get("preset", VJepaAutoV2Config.preset)
+    if preset not in PRESETS:
+        raise UsageError(f"preset {preset!r}: must be one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
+    cfg = replace(VJepaAutoV2Config(), **{**PRESETS[preset], **overrides})
+    validate_config(cfg)
+    return cfg, overrides, args.print_config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3  Video files: folder / list -> decoded frames
+# ---------------------------------------------------------------------------------------------------------------------
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts", ".hevc", ".h264")
+# Demuxers that may open a file: a playlist script named .mp4 would otherwise make FFmpeg read other files.
+CONTAINER_WHITELIST = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,hevc,h264"
+DECODERS = {"auto": ("pyav", "decord"), "pyav": ("pyav", "decord"), "decord": ("decord", "pyav"), "torchcodec": ("torchcodec", "pyav")}
+# What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing): not programming errors here.
+DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError)
+MAX_SCALED_PIXELS = 2**26  # frames stretched beyond this are refused instead of filling the memory
+
+
+class BadFile(Exception):
+    """This file cannot give a clip; the message is the reason."""
+
+
+class CannotOpen(BadFile):
+    """This decoder cannot open the file; another one may."""
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """One video. `name` (path below the data root, with /) is its identity in splits and logs; `label` a maneuver or ''."""
+
+    name: str
+    path: str
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """What to take from a video, drawn before the file is opened. Numbers named u_* lie in [0, 1]."""
+
+    num_frames: int
+    fps: float  # 0: spread over the whole file
+    height: int
+    width: int
+    u_start: float  # where the window starts, share of the room that the file leaves
+    scale: float  # crop area, share of the largest box that fits
+    ratio: float  # stretch of the crop's width over height
+    u_x: float
+    u_y: float
+
+
+def scan_folder(root, video_glob):
+    """Walk a folder, following links but no loops -> sorted [VideoFile] with a known suffix that match the glob."""
+    found, visited = [], set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        info = os.stat(folder)
+        if (info.st_dev, info.st_ino) in visited:
+            subfolders.clear()
+            continue
+        visited.add((info.st_dev, info.st_ino))
+        for name in names:
+            relative = os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+            if name.lower().endswith(VIDEO_SUFFIXES) and (fnmatch.fnmatch(name, video_glob) or fnmatch.fnmatch(relative, video_glob)):
+                found.append(VideoFile(relative, os.path.join(folder, name)))
+    return sorted(found, key=lambda video: video.name)
+
+
+def parse_list_line(line, folder):
+    """One line of a list file, `path` or `path<separator>label` with blanks allowed in the path -> VideoFile."""
+    candidates = [(line, "")]
+    for separator in ("\t", ",", "::", ";", " "):
+        head, found, tail = line.rpartition(separator)
+        if found:
+            candidates.append((head.strip().strip('"'), tail.strip().strip('"')))
+    for path, label in candidates:
+        if os.path.exists(os.path.join(folder, path)):
+            return VideoFile(path.replace(os.sep, "/"), os.path.abspath(os.path.join(folder, path)), label)
+    path, label = candidates[1] if len(candidates) > 1 else candidates[0]  # missing on disk: named as bad when first read
+    return VideoFile(path, os.path.abspath(os.path.join(folder, path)), label)
+
+
+def read_list(path):
+    """A csv, txt or jsonl list -> [VideoFile] in file order. UsageError names a line that is not understood."""
+    folder, found = os.path.dirname(os.path.abspath(path)), []
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"data_root {path}: list cannot be read ({error})") from error
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if not line or (number == 1 and re.match(r"(path|video|file\w*)\b", line, re.IGNORECASE) and not line.startswith("{")
+                        and not os.path.exists(os.path.join(folder, line.split(",")[0]))):
+            continue  # blank, or a header
+        if not str(path).endswith(".jsonl"):
+            found.append(parse_list_line(line, folder))
+            continue
+        try:
+            row = json.loads(line)
+            name = row.get("video") or row["path"]
+            found.append(VideoFile(str(name), os.path.abspath(os.path.join(folder, str(name))), str(row.get("maneuver", row.get("label", "")))))
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise UsageError(f"data_root {path} line {number}: needs a JSON object with a key 'video' or 'path'") from error
+    return found
+
+
+def find_videos(data_root, video_glob):
+    """Folder (its videos/ if it has one), list file or single video -> [VideoFile]. UsageError if the path is absent."""
+    if not os.path.exists(data_root):
+        raise UsageError(f"data_root {data_root}: no such file or folder; give a folder of videos, or leave --data_root out for built-in scenes")
+    if not os.access(data_root, os.R_OK):
+        raise UsageError(f"data_root {data_root}: not readable; check its permissions")
+    if os.path.isfile(data_root):
+        if data_root.lower().endswith((".csv", ".txt", ".jsonl")):
+            return read_list(data_root)
+        if data_root.lower().endswith(VIDEO_SUFFIXES):
+            return [VideoFile(os.path.basename(data_root), os.path.abspath(data_root))]
+        raise UsageError(f"data_root {data_root}: neither a folder, a video, nor a csv, txt or jsonl list")
+    videos = os.path.join(data_root, "videos")
+    return scan_folder(videos if os.path.isdir(videos) else data_root, video_glob)
+
+
+def split_videos(videos, val_fraction):
+    """Hold out files by the hash of their name, never by window -> (train, val). Both are non-empty from two files up."""
+    ranked = sorted(videos, key=lambda video: hashlib.sha256(video.name.encode("utf-8", "surrogateescape")).hexdigest())
+    threshold = f"{int(val_fraction * 16**8):08x}"
+    is_val = [hashlib.sha256(v.name.encode("utf-8", "surrogateescape")).hexdigest()[:8] < threshold for v in ranked]
+    num_val = min(max(sum(is_val), 1 if val_fraction > 0 else 0), len(ranked) - 1)
+    val = {video.name for video in ranked[:num_val]}
+    return [v for v in videos if v.name not in val], [v for v in videos if v.name in val]
+
+
+def read_annotation(data_root, video):
+    """DIR/annotations/<clip>.json of a video -> dict, empty when there is none. BadFile when it is not a JSON object."""
+    path = Path(data_root) / "annotations" / (Path(video.name).stem + ".json")
+    if not data_root or not path.is_file():
+        return {}
+    try:
+        annotation = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise BadFile(f"annotation {path.name}: {error}") from error
+    if not isinstance(annotation, dict):
+        raise BadFile(f"annotation {path.name}: must hold a JSON object")
+    return annotation
+
+
+def frame_times(plan, duration, native_fps):
+    """Seconds from the first frame at which the clip's frames are taken -> float64 [T].
+
+    Half a native frame is added, so that a request falls inside a frame and not on the border of two. Files shorter than
+    the window give frames over their whole length; with fewer frames than asked for, each one and then the last again.
+    """
+    steps, half = np.arange(plan.num_frames), 0.5 / native_fps
+    window = plan.num_frames / plan.fps if plan.fps else math.inf
+    if duration >= window - half:
+        return plan.u_start * max(duration - window, 0.0) + steps / plan.fps + half
+    if duration * native_fps < plan.num_frames:
+        return steps / native_fps + half
+    return steps * (duration / plan.num_frames) + half
+
+
+def crop_box(plan, width, height):
+    """Frame size -> (scaled width, scaled height, x, y): scale the frame to this, cut [height, width] of the plan at x, y."""
+    aspect = plan.width / plan.height * plan.ratio
+    box_w = min(width, height * aspect)
+    box_h = min(height, box_w / aspect)
+    shrink = math.sqrt(plan.scale)
+    box_w, box_h = max(box_w * shrink, 1e-6), max(box_h * shrink, 1e-6)
+    scaled_w = max(round(width * plan.width / box_w), plan.width)
+    scaled_h = max(round(height * plan.height / box_h), plan.height)
+    if scaled_w * scaled_h > MAX_SCALED_PIXELS:
+        raise BadFile(f"frame of {width} x {height} is too stretched for a {plan.width} x {plan.height} crop")
+    return scaled_w, scaled_h, round((scaled_w - plan.width) * plan.u_x), round((scaled_h - plan.height) * plan.u_y)
+
+
+def check_regular(path):
+    """BadFile unless the path is a non-empty regular file: a pipe would block the open, a folder confuse it."""
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        raise BadFile(f"cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(info.st_mode):
+        raise BadFile("not a regular file")
+    if info.st_size == 0:
+        raise BadFile("empty file (0 bytes)")
+
+
+def pyav_timing(container, stream):
+    """-> (duration in s, frames per second). Raw H.264 / HEVC streams hold no times: their packets are counted."""
+    fps = float(stream.average_rate or stream.guessed_rate or 25)
+    if stream.duration:
+        return float(stream.duration * stream.time_base), fps
+    if container.duration:
+        return container.duration / 1e6, fps
+    num_frames = sum(1 for packet in container.demux(stream) if packet.size)
+    container.seek(0)
+    return num_frames / fps, fps
+
+
+def pyav_picture(frame, plan, pixel_aspect):
+    """One decoded frame -> uint8 [H, W, 3], rotated as the file asks, non-square pixels squared, cropped and resized."""
+    quarter_turns = round(frame.rotation / 90) % 4
+    width, height = frame.width * pixel_aspect, frame.height
+    if quarter_turns % 2:
+        width, height = height, width
+    scaled_w, scaled_h, x, y = crop_box(plan, width, height)
+    size = (scaled_h, scaled_w) if quarter_turns % 2 else (scaled_w, scaled_h)
+    picture = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation="AREA").to_ndarray()
+    return np.rot90(picture, quarter_turns)[y : y + plan.height, x : x + plan.width]
+
+
+def pyav_walk(container, stream, plan, seek):
+    """Decode forward and keep the frame shown at each requested time -> uint8 [T, H, W, 3]."""
+    duration, fps = pyav_timing(container, stream)
+    times = frame_times(plan, duration, fps)
+    start, aspect = stream.start_time or 0, float(stream.sample_aspect_ratio or 1)
+    if seek and times[0] > 1:
+        container.seek(start + int(times[0] / stream.time_base), stream=stream)
+    frames, shown, shown_time, count = [], None, 0.0, 0
+    for frame in container.decode(stream):
+        now = count / fps if frame.pts is None else float((frame.pts - start) * stream.time_base)
+        if count == 0 and seek and times[0] > 1 and now > times[0]:
+            raise BadFile(f"seek landed at {now:.2f} s, past {times[0]:.2f} s")
+        count += 1
+        picture = None
+        while len(frames) < len(times) and shown is not None and now > times[len(frames)]:
+            picture = pyav_picture(shown, plan, aspect) if picture is None else picture
+            frames.append(picture)
+        if len(frames) == len(times):
+            return np.stack(frames)
+        if frame.is_corrupt:
+            raise BadFile(f"damaged picture at {now:.2f} s")
+        shown, shown_time = frame, now
+    if shown is None:
+        raise BadFile("no frame could be decoded")
+    slack = 1.0 + 2 / fps  # containers round their length; a whole missing second is a truncated file
+    if times[-1] > shown_time + slack and duration * fps >= plan.num_frames:
+        raise BadFile(f"ends at {shown_time:.2f} s, its header promises {duration:.2f} s")
+    last = pyav_picture(shown, plan, aspect)
+    return np.stack(frames + [last] * (len(times) - len(frames)))
+
+
+def read_pyav(path, plan, seek=True):
+    """Frames through PyAV, strict about damage: it stops at broken data instead of painting over it."""
+    import av
+
+    try:
+        container = av.open(f"file:{path}", options={"format_whitelist": CONTAINER_WHITELIST}, metadata_errors="ignore")
+    except DECODE_ERRORS as error:
+        raise CannotOpen(f"pyav cannot open it ({getattr(error, 'strerror', None) or error})") from error
+    try:
+        with container:
+            if not container.streams.video:
+                raise BadFile("no video stream")
+            stream = container.streams.video[0]
+            stream.thread_type, stream.thread_count = "NONE", 1
+            stream.codec_context.options = {"err_detect": "explode"}
+            return pyav_walk(container, stream, plan, seek)
+    except (BadFile, *DECODE_ERRORS) as error:
+        if seek:  # an open GOP cannot be entered at its key frame: read such a file from its start before it counts as bad
+            return read_pyav(path, plan, seek=False)
+        if isinstance(error, BadFile):
+            raise
+        raise BadFile(f"pyav stopped decoding ({getattr(error, 'strerror', None) or error})") from error
+
+
+def read_decord(path, plan):
+    """Frames through decord. It is opened twice: its resize must be known before the first frame tells the size."""
+    if importlib.util.find_spec("decord") is None:
+        raise CannotOpen("decord is not installed")
+    import decord
+
+    decord.logging.set_level(decord.logging.FATAL)
+    try:
+        reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
+        height, width = reader[0].shape[:2]
+        scaled_w, scaled_h, x, y = crop_box(plan, width, height)
+        reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1, width=scaled_w, height=scaled_h)
+        starts = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
+        starts -= starts[0]
+        fps = float(reader.get_avg_fps()) or 25.0
+        times = frame_times(plan, float(starts[-1]) + 1 / fps, fps)
+        wanted = np.clip(np.searchsorted(starts, times, side="right") - 1, 0, len(starts) - 1)
+        pictures = reader.get_batch(wanted).asnumpy()
+    except (*DECODE_ERRORS, decord.DECORDError) as error:
+        raise CannotOpen(f"decord cannot read it ({str(error).strip().splitlines()[-1][:120] if str(error).strip() else type(error).__name__})") from error
+    return pictures[:, y : y + plan.height, x : x + plan.width]
+
+
+def read_torchcodec(path, plan):
+    """Frames through torchcodec, an extra that needs FFmpeg's libraries on the system."""
+    if importlib.util.find_spec("torchcodec") is None:
+        raise CannotOpen("torchcodec is not installed")
+    from torchcodec.decoders import VideoDecoder
+    from torchcodec.transforms import Resize
+
+    try:
+        info = VideoDecoder(path, num_ffmpeg_threads=1).metadata
+        scaled_w, scaled_h, x, y = crop_box(plan, info.width, info.height)
+        decoder = VideoDecoder(path, num_ffmpeg_threads=1, dimension_order="NHWC", transforms=[Resize((scaled_h, scaled_w))])
+        begin, end = info.begin_stream_seconds, info.end_stream_seconds
+        times = frame_times(plan, end - begin, float(info.average_fps))
+        pictures = decoder.get_frames_played_at(list(np.minimum(begin + times, end - 1e-3))).data.numpy()
+    except DECODE_ERRORS as error:
+        raise CannotOpen(f"torchcodec cannot read it ({str(error).strip()[:120]})") from error
+    return pictures[:, y : y + plan.height, x : x + plan.width]
+
+
+READERS = {"pyav": read_pyav, "decord": read_decord, "torchcodec": read_torchcodec}
+
+
+def read_frames(path, plan, decoder):
+    """Decode just the frames of a plan, resized -> uint8 [T, H, W, 3]. Raises BadFile with the reason of every decoder tried."""
+    check_regular(path)
+    reasons = []
+    for name in DECODERS[decoder]:
+        try:
+            return np.ascontiguousarray(READERS[name](path, plan))
+        except CannotOpen as error:
+            reasons.append(str(error))
+    raise BadFile("; ".join(reasons))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4  Built-in driving scenes: seed -> clip + labels
+# ---------------------------------------------------------------------------------------------------------------------
+# Road coordinates: s metres along the road, x metres to the right of its centre. A fork leaves the centre line at s_fork
+# on two mirrored arcs that straighten after ARC metres. Everything up to the last NOW frame uses scene_seed alone.
+
+CAMERA_HEIGHT, HORIZON, FOCAL = 1.4, 0.42, 0.9  # metres; share of the height; share of the width (about 58 degrees)
+LANE, ROAD_HALF = 3.5, 3.9  # lane width and half of the paved width in metres
+ARC, BEND = 22.0, 0.028  # metres until a branch runs straight, curvature in 1/m
+FORK_ODDS = (0.5, 0.5, 0.5, 0.1, 0.3, 0.7, 0.9)  # p(right branch), drawn evenly: half is the common case
+SIGN_COLOURS = {0.1: (40, 90, 220), 0.3: (60, 200, 220), 0.5: (240, 240, 240), 0.7: (250, 170, 40), 0.9: (220, 40, 40)}
+
+
+def branch_offset(ahead):
+    """Lateral position of the right branch `ahead` metres past the fork: an arc, then a straight line. Zero before it."""
+    ahead = np.maximum(ahead, 0.0)
+    bent = np.minimum(ahead, ARC)
+    return 0.5 * BEND * bent**2 + BEND * ARC * (ahead - bent)
+
+
+def draw_scene(scene_seed):
+    """Everything that the present decides -> dict of parameters in metres and seconds."""
+    rng = np.random.default_rng([scene_seed, 0])
+    is_fork = bool(rng.random() < 0.7)
+    scene = dict(
+        is_fork=is_fork, prob=float(rng.choice(FORK_ODDS)) if is_fork else 0.0, speed=float(rng.uniform(9, 15)),
+        reach=float(rng.uniform(0.3, 0.8)),  # seconds from the last NOW frame to the fork
+        lane=float(rng.uniform(-0.3, 0.3)), phase=float(rng.uniform(0, 6)), sway=float(rng.uniform(0, 2 * np.pi)),
+        sky=rng.uniform((90, 130, 170), (170, 200, 245)), ground=rng.uniform((60, 90, 40), (150, 150, 90)),
+        asphalt=rng.uniform(70, 120), clouds=rng.uniform(0, 2 * np.pi, 3),
+    )
+    num_trees = int(rng.integers(10, 22))
+    scene["trees"] = np.stack([rng.uniform(-10, 130, num_trees), rng.choice([-1, 1], num_trees) * rng.uniform(6.5, 16, num_trees),
+                               rng.uniform(2.5, 6, num_trees), rng.uniform(0.6, 1.1, num_trees)], 1)  # s, x, height, brightness
+    num_cars = int(rng.integers(1, 4))
+    scene["cars"] = [(float(rng.uniform(25, 150)), -LANE / 2, -float(rng.uniform(8, 14)), rng.uniform(40, 230, 3)) for _ in range(num_cars)]
+    if rng.random() < 0.6:  # a car ahead in our lane, a little faster or slower
+        scene["cars"].append((float(rng.uniform(12, 30)), LANE / 2, scene["speed"] + float(rng.uniform(-1, 1.5)), rng.uniform(40, 230, 3)))
+    return scene
+
+
+def ego_path(scene, side, times, fork_at):
+    """Pose over time -> (s, x, heading in rad, yaw rate in rad/s), each [T]. side is -1, +1, or 0 on a road that does not fork."""
+    s = scene["speed"] * times
+    ahead = np.clip(s - fork_at, 0, None)
+    slope = side * BEND * np.minimum(ahead, ARC)
+    x = LANE / 2 + scene["lane"] + 0.15 * np.sin(0.8 * times + scene["sway"]) + side * branch_offset(ahead)
+    heading = np.arctan(slope)
+    yaw_rate = np.where((ahead > 0) & (ahead < ARC), side * BEND * scene["speed"] / (1 + slope**2), 0.0)
+    return s, x, heading, yaw_rate
+
+
+def paint_ground(scene, pose, height, width, fork_at):
+    """Sky, grass, road and markings for every frame -> float32 [T, H, W, 3]."""
+    s, x, heading, _ = pose
+    v = (np.arange(height) + 0.5) / height - HORIZON
+    u = ((np.arange(width) + 0.5) / width - 0.5) / FOCAL
+    depth = CAMERA_HEIGHT / np.maximum(v * height / width / FOCAL, 1e-3)  # [H] metres
+    pixel = depth / (FOCAL * width)  # [H] metres that one pixel covers sideways
+    cos, sin = np.cos(heading)[:, None, None], np.sin(heading)[:, None, None]
+    across = depth[:, None] * u[None]  # [H, W]
+    ground_s = s[:, None, None] + depth[:, None] * cos - across * sin  # [T, H, W]
+    ground_x = x[:, None, None] + depth[:, None] * sin + across * cos
+    spread = branch_offset(ground_s - fork_at) if scene["is_fork"] else np.zeros_like(ground_s)
+    lateral = np.abs(ground_x) - spread  # a fork mirrors its two roads, so one distance serves both
+    lateral = np.where(spread > 0, lateral, np.abs(ground_x))
+    blur = (pixel / 1.0)[None, :, None]
+    road = np.clip((ROAD_HALF - np.abs(lateral)) / blur + 0.5, 0, 1)
+    edge = np.clip((0.15 - np.abs(np.abs(lateral) - 3.4)) / blur + 0.5, 0, 1)
+    dash = np.clip(np.sin((ground_s + scene["phase"]) * np.pi / 3) * 4 + 0.5, 0, 1) * np.clip(8 / np.maximum(depth, 1e-3), 0, 1)[None, :, None]
+    centre = np.clip((0.13 - np.abs(lateral)) / blur + 0.5, 0, 1) * dash
+    texture = 8 * np.sin(ground_s * 1.3) * np.sin(ground_x * 0.9) * np.clip(12 / depth, 0, 1)[None, :, None]
+    image = np.broadcast_to(scene["ground"], (*ground_s.shape, 3)) + texture[..., None]
+    for alpha, colour in ((road, scene["asphalt"]), (edge, 225.0), (centre, 235.0)):
+        image = image + alpha[..., None] * (colour - image)
+    sky = scene["sky"] + 50 * np.clip(1 + v / HORIZON, 0, 1)[:, None, None] * np.ones((1, width, 1))
+    drift = u[None] * 3 + 2 * heading[:, None]
+    bands = sum(np.sin((k + 1) * drift + scene["clouds"][k]) for k in range(3))[:, None, :, None] * np.sin(np.clip(-v, 0, None) * 14)[None, :, None, None]
+    return np.where((v > 0)[None, :, None, None], image, sky[None] + 12 * bands).astype(np.float32)
+
+
+def draw_box(image, left, right, top, bottom, colour):
+    """Fill a box given in pixels, clipped to the picture. image [H, W, 3] changes in place."""
+    height, width = image.shape[:2]
+    x0, x1, y0, y1 = (int(round(value)) for value in (left, right, top, bottom))
+    image[max(y0, 0) : max(min(max(y1, y0 + 1), height), 0), max(x0, 0) : max(min(max(x1, x0 + 1), width), 0)] = colour
+
+
+def draw_objects(image, scene, pose, now, fork_at, side):
+    """Trees, cars and the fork's sign on one frame, far ones first. image [H, W, 3]; pose (s, x, heading); now in seconds."""
+    height, width = image.shape[:2]
+    s, x, heading = pose
+    things = [(ts, tx + np.sign(tx) * branch_offset(ts - fork_at) * scene["is_fork"], "tree", (size, shade)) for ts, tx, size, shade in scene["trees"]]
+    for car_s, car_x, car_speed, colour in scene["cars"]:
+        where = car_s + car_speed * now
+        side_of_car = side if car_speed > 0 else -1  # oncoming cars come from the left branch, the car ahead goes where we go
+        things.append((where, car_x + side_of_car * branch_offset(where - fork_at) * scene["is_fork"], "car", (car_speed, colour)))
+    if scene["is_fork"]:
+        things.append((fork_at + 9, 0.0, "sign", SIGN_COLOURS[scene["prob"]]))
+    placed = []
+    for thing_s, thing_x, kind, look in things:
+        ds, dx = thing_s - s, thing_x - x
+        depth = ds * np.cos(heading) + dx * np.sin(heading)
+        if 1.5 < depth < 120:
+            placed.append((depth, (dx * np.cos(heading) - ds * np.sin(heading)), kind, look))
+    for depth, across, kind, look in sorted(placed, key=lambda item: -item[0]):
+        scale = FOCAL * width / depth  # pixels per metre
+        u, v = width / 2 + across * scale, HORIZON * height + CAMERA_HEIGHT * scale
+        if kind == "tree":
+            draw_box(image, u - 0.25 * scale, u + 0.25 * scale, v - look[0] * 0.5 * scale, v, (70, 50, 35))
+            draw_box(image, u - 1.3 * scale, u + 1.3 * scale, v - look[0] * scale, v - look[0] * 0.35 * scale, np.array((35, 95, 35)) * look[1])
+        elif kind == "car":
+            draw_box(image, u - 0.95 * scale, u + 0.95 * scale, v - 1.4 * scale, v - 0.25 * scale, look[1])
+            draw_box(image, u - 0.75 * scale, u + 0.75 * scale, v - 1.3 * scale, v - 0.85 * scale, (30, 35, 45))
+            draw_box(image, u - 0.9 * scale, u + 0.9 * scale, v - 0.3 * scale, v, (20, 20, 20))
+            lamps = (255, 245, 200) if look[0] < 0 else (200, 30, 30)
+            for lamp in (-0.7, 0.7):
+                draw_box(image, u + (lamp - 0.15) * scale, u + (lamp + 0.15) * scale, v - 0.75 * scale, v - 0.5 * scale, lamps)
+        else:
+            draw_box(image, u - 0.1 * scale, u + 0.1 * scale, v - 2.2 * scale, v, (60, 60, 60))
+            draw_box(image, u - 1.1 * scale, u + 1.1 * scale, v - 3.6 * scale, v - 1.9 * scale, look)
+
+
+def scene(scene_seed, future_seed, cfg):
+    """Render one built-in driving scene -> (frames uint8 [T, H, W, 3], labels dict with per-frame SI signals).
+
+    NOW frames are a function of scene_seed alone, bit for bit; future_seed draws the branch of a fork with the odds that
+    its sign shows. The picture is square-pixelled, `scene_size` on its short side where that is set.
+    """
+    grow = cfg.scene_size / min(cfg.height, cfg.width) if cfg.scene_size else 1.0
+    height, width = (2 * max(round(side * grow / 2), 1) for side in (cfg.height, cfg.width))
+    fps = cfg.clip_fps or 4.0
+    params = draw_scene(scene_seed)
+    future = np.random.default_rng([scene_seed, 1, future_seed])
+    side = (1 if future.random() < params["prob"] else -1) if params["is_fork"] else 0
+    times = np.arange(cfg.num_frames) / fps
+    fork_at = params["speed"] * (times[cfg.now_frames - 1] + params["reach"])
+    pose = ego_path(params, side, times, fork_at)
+    image = paint_ground(params, pose, height, width, fork_at)
+    for frame in range(cfg.num_frames):
+        # objects of a NOW frame are drawn with side 0: the branch must not show, not even in a car far ahead
+        shown_side = side if frame >= cfg.now_frames else 0
+        draw_objects(image[frame], params, [value[frame] for value in pose[:3]], times[frame], fork_at, shown_side)
+        noise = np.random.default_rng([scene_seed, 2, frame]) if frame < cfg.now_frames else future
+        rows = int(HORIZON * height)
+        image[frame, :rows] += noise.normal(0, 3, (rows, width, 1)).astype(np.float32)
+    maneuver = {0: "keep", 1: "fork_right", -1: "fork_left"}[side]
+    labels = dict(
+        maneuver=maneuver, branch=side, prob=params["prob"], fps=fps, scene_seed=int(scene_seed), future_seed=int(future_seed),
+        speed=[params["speed"]] * cfg.num_frames, yaw_rate=pose[3].tolist(), steer=np.arctan(2.8 * pose[3] / params["speed"]).tolist(),
+        lane_offset=(pose[1] - side * branch_offset(pose[0] - fork_at) - LANE / 2).tolist(),
+    )
+    return np.clip(image, 0, 255).astype(np.uint8), labels
+
+
+def write_video(path, frames, fps):
+    """frames uint8 [T, H, W, 3] -> H.264 file. Without look-ahead or B-frames: a frame's bits depend on no later frame."""
+    import av
+
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        even = frames.shape[1] % 2 == 0 and frames.shape[2] % 2 == 0
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p" if even else "yuv444p"
+        stream.codec_context.thread_count = 1
+        stream.options = {"crf": "16", "preset": "veryfast", "tune": "zerolatency"}
+        for picture in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_scenes(folder, cfg):
+    """Write `scene_clips` scenes as mp4 with annotations, once per folder and setting; seeds are 0, 1, 2, ... of the run's seed."""
+    names = ("seed", "scene_clips", "scene_size", "image_size", "num_frames", "now_frames", "clip_fps")
+    setting = json.dumps({name: getattr(cfg, name) for name in names})
+    done = Path(folder) / "scenes.json"
+    if done.is_file() and done.read_text() == setting:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    (Path(folder) / "videos").mkdir(parents=True)
+    (Path(folder) / "annotations").mkdir()
+    for index in range(cfg.scene_clips):
+        frames, labels = scene(cfg.seed * 1_000_003 + index, 0, cfg)
+        write_video(Path(folder) / "videos" / f"scene_{index:06d}.mp4", frames, labels["fps"])
+        (Path(folder) / "annotations" / f"scene_{index:06d}.json").write_text(json.dumps(labels))
+    done.write_text(setting)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5  Masks: token grid -> keep_idx, mask_idx
+# ---------------------------------------------------------------------------------------------------------------------
+
+MASK_FAMILIES = ("short", "long")  # of NOW, each with its own mask token; SOON has the third
+SOON = len(MASK_FAMILIES)
+
+
+def block_mask(rng, cfg, family):
+    """Union of random blocks on the h x w grid -> bool [h, w], True = hidden. Positions and aspects are drawn per call."""
+    _, rows, cols = cfg.grid
+    num_blocks, scale = getattr(cfg, f"{family}_num_blocks"), getattr(cfg, f"{family}_scale")
+    mask = np.zeros((rows, cols), bool)
+    for _ in range(num_blocks):
+        aspect = rng.uniform(cfg.aspect_min, cfg.aspect_max)
+        block_h = int(np.clip(round(math.sqrt(scale * rows * cols * aspect)), 1, rows))
+        block_w = int(np.clip(round(math.sqrt(scale * rows * cols / aspect)), 1, cols))
+        top, left = rng.integers(0, rows - block_h + 1), rng.integers(0, cols - block_w + 1)
+        mask[top : top + block_h, left : left + block_w] = True
+    return mask
+
+
+@lru_cache(maxsize=64)
+def visible_sites(grid, num_blocks, scale, aspect_min, aspect_max, share):
+    """Visible sites of a mask family, one constant per run: `share` of the grid, or the block sampler's mean when 0."""
+    shape = VJepaAutoV2Config(short_num_blocks=num_blocks, short_scale=scale, aspect_min=aspect_min, aspect_max=aspect_max,
+                              tubelet_t=1, patch=1, num_frames=1, image_size=grid)
+    if not share:
+        rng = np.random.default_rng(0)
+        share = 1 - np.mean([block_mask(rng, shape, "short").mean() for _ in range(2000)])
+    return int(np.clip(round(share * grid[0] * grid[1]), 1, grid[0] * grid[1] - 1))
+
+
+def family_visible(cfg, family):
+    """Visible sites per tubelet of a mask family, in [1, h*w - 1]."""
+    values = [getattr(cfg, f"{family}_{name}") for name in ("num_blocks", "scale")]
+    return visible_sites(cfg.grid[1:], *values, cfg.aspect_min, cfg.aspect_max, getattr(cfg, f"{family}_visible"))
+
+
+def sample_mask(rng, cfg, family):
+    """One clip's mask -> (keep_idx [K], mask_idx [M]) int64, ascending, disjoint, together all L tokens.
+
+    Spatial blocks are repeated over time. Random sites are added or dropped until the visible count is the family's
+    constant: shapes stay static and no draw hides everything or favours early frames.
+    """
+    hidden = block_mask(rng, cfg, family).reshape(-1)
+    visible = family_visible(cfg, family)
+    surplus = int((~hidden).sum()) - visible
+    if surplus:
+        pool = np.flatnonzero(~hidden if surplus > 0 else hidden)
+        hidden[rng.choice(pool, abs(surplus), replace=False)] = surplus > 0
+    tubelets = np.arange(cfg.grid[0])[:, None] * cfg.sites
+    keep_idx = (tubelets + np.flatnonzero(~hidden)).reshape(-1)
+    mask_idx = (tubelets + np.flatnonzero(hidden)).reshape(-1)
+    return keep_idx.astype(np.int64), mask_idx.astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6  Loading: (seed, sample number) -> batch
+# ---------------------------------------------------------------------------------------------------------------------
+
+STREAMS = {"train": 0, "val": 1, "bank": 2}  # separate random streams of one seed
+
+
+def sample_rng(seed, stream, index, purpose):
+    """The only source of randomness of a sample: a generator keyed by numbers, not by who asks or when."""
+    return np.random.default_rng([seed, STREAMS[stream], index, purpose])
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed, stream, epoch, count):
+    """Order of the files in one epoch -> int64 [count]."""
+    return sample_rng(seed, stream, epoch, 0).permutation(count)
+
+
+def draw_plan(rng, cfg, stream):
+    """Window and crop of a clip. Validation keeps random windows but takes the largest centred crop, undistorted."""
+    u_start, u_scale, u_ratio, u_x, u_y = rng.random(5)
+    scale = cfg.crop_scale_min + (cfg.crop_scale_max - cfg.crop_scale_min) * u_scale
+    ratio = cfg.crop_ratio_min * (cfg.crop_ratio_max / cfg.crop_ratio_min) ** u_ratio
+    if stream != "train":
+        scale, ratio, u_x, u_y = 1.0, 1.0, 0.5, 0.5
+    return ClipPlan(cfg.num_frames, cfg.clip_fps, cfg.height, cfg.width, u_start, scale, ratio, u_x, u_y)
+
+
+def mirror_label(label):
+    """Swap left and right in a label's words: what a horizontal flip does to it."""
+    return "_".join({"left": "right", "right": "left"}.get(word, word) for word in label.split("_"))
+
+
+class ClipDataset(torch.utils.data.Dataset):
+    """Sample i is a pure function of (seed, i): video, window, crop, flip, masks and flow noise.
+
+    `data_root` locates annotations. A file that cannot be decoded is replaced by the next one of an order drawn from
+    (seed, i), and named in the sample's `bad` list; when no file at all can be decoded the sample holds zeros, and the
+    list then names every file, which the caller must treat as the end of the run.
+    """
+
+    def __init__(self, cfg, videos, data_root, stream, maneuvers=()):
+        self.cfg, self.videos, self.data_root, self.stream = cfg, videos, data_root, stream
+        self.maneuvers = {name: number for number, name in enumerate(maneuvers)}
+
+    def __len__(self):
+        return len(self.videos)
+
+    def candidates(self, index):
+        """File numbers to try for sample `index`, best first."""
+        count = len(self.videos)
+        yield int(epoch_order(self.cfg.seed, self.stream, index // count, count)[index % count])
+        yield from sample_rng(self.cfg.seed, self.stream, index, 1).permutation(count).tolist()
+
+    def decode(self, index, height, width):
+        """-> (uint8 [T, height, width, 3], file number, annotation, bad files as (name, reason), flipped)."""
+        rng = sample_rng(self.cfg.seed, self.stream, index, 2)
+        plan = replace(draw_plan(rng, self.cfg, self.stream), height=height, width=width)
+        flip = bool(self.cfg.hflip and self.stream == "train" and rng.random() < 0.5)
+        bad = OrderedDict()
+        for number in self.candidates(index):
+            video = self.videos[number]
+            if video.name in bad:
+                continue
+            try:
+                frames = read_frames(video.path, plan, self.cfg.decoder)
+                annotation = {"maneuver": video.label} if video.label else {}
+                annotation.update(read_annotation(self.data_root, video))
+            except BadFile as error:
+                bad[video.name] = str(error)
+                continue
+            return (frames[:, :, ::-1] if flip else frames), number, annotation, list(bad.items()), flip
+        empty = np.zeros((plan.num_frames, height, width, 3), np.uint8)
+        return empty, -1, {}, list(bad.items()), flip
+
+    def __getitem__(self, index):
+        cfg = self.cfg
+        frames, number, annotation, bad, flip = self.decode(index, cfg.height, cfg.width)
+        maneuver = str(annotation.get("maneuver", ""))
+        sample = mask_and_noise(cfg, self.stream, index)
+        sample["frames"] = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))  # [T, 3, H, W]
+        sample["file"] = torch.tensor(number)
+        sample["maneuver"] = torch.tensor(self.maneuvers.get(mirror_label(maneuver) if flip else maneuver, -1))
+        sample["index"], sample["bad"] = torch.tensor(index), bad
+        return sample
+
+
+class NoiseDataset(ClipDataset):
+    """`--missing_data random`: pixels drawn from (seed, i), for speed tests without data. Never used unless asked for."""
+
+    def decode(self, index, height, width):
+        rng = sample_rng(self.cfg.seed, self.stream, index, 2)
+        return rng.integers(0, 256, (self.cfg.num_frames, height, width, 3), dtype=np.uint8), index % len(self.videos), {}, [], False
+
+
+def mask_and_noise(cfg, stream, index):
+    """Masks [R, K], [R, M] per family and flow draws of sample `index`: noise [R, N, k], tau [R] -> dict of tensors."""
+    rng = sample_rng(cfg.seed, stream, index, 3)
+    sample = {}
+    for family in MASK_FAMILIES:
+        draws = [sample_mask(rng, cfg, family) for _ in range(cfg.mask_draws)]
+        sample[f"keep_{family}"] = torch.from_numpy(np.stack([keep_idx for keep_idx, _ in draws]))
+        sample[f"mask_{family}"] = torch.from_numpy(np.stack([mask_idx for _, mask_idx in draws]))
+    u = 1 / (1 + np.exp(-rng.standard_normal(cfg.flow_draws)))
+    sample["tau"] = torch.from_numpy((u / (u + cfg.tau_shift * (1 - u))).astype(np.float32))
+    noise = rng.standard_normal((cfg.flow_draws, cfg.flow_tokens, cfg.flow_rank), dtype=np.float32)
+    sample["noise"] = torch.from_numpy(noise)
+    return sample
+
+
+class StepSampler:
+    """Sample numbers of this rank, micro-step after micro-step: rank r of W takes start + i*W + r. Holds no state."""
+
+    def __init__(self, start, num_batches, batch_size, rank, world_size):
+        self.start, self.num_batches, self.batch_size, self.rank, self.world_size = start, num_batches, batch_size, rank, world_size
+
+    def __len__(self):
+        return self.num_batches
+
+    def __iter__(self):
+        for batch in range(self.num_batches):
+            first = batch * self.batch_size
+            yield [self.start + (first + i) * self.world_size + self.rank for i in range(self.batch_size)]
+
+
+def collate(samples):
+    """List of samples -> dict of stacked tensors, and `bad`: every (file, reason) met."""
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0] if key != "bad"}
+    batch["bad"] = [entry for sample in samples for entry in sample["bad"]]
+    return batch
+
+
+def init_worker(worker_id):
+    """Loader workers leave signals to the main process, which saves and then ends them; one thread each."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def build_loader(dataset, sampler, num_workers, pin_memory):
+    """Batches in the sampler's order whatever the number of workers. Its own generator: the global one stays untouched."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory,
+        worker_init_fn=init_worker, generator=torch.Generator().manual_seed(0), prefetch_factor=2 if num_workers else None,
+    )
+
+
+def maneuver_names(videos, data_root):
+    """All maneuvers that lists and annotations name, mirrored ones included -> sorted list."""
+    names = set()
+    for video in videos:
+        try:
+            name = str(read_annotation(data_root, video).get("maneuver", video.label))
+        except BadFile:
+            continue  # counted with its reason when the clip itself is read
+        names |= {name, mirror_label(name)} - {""}
+    return sorted(names)
+
+
+@dataclass
+class DataSource:
+    """What a run trains on. kind: videos | scenes | random, printed on every log line when it is not videos."""
+
+    kind: str
+    root: str
+    train: list
+    val: list
+    maneuvers: list
+    held_out: bool  # False: a single file serves both sides
+
+    def dataset(self, cfg, stream):
+        """The dataset of a stream: train files for `train` and `bank`, held-out files for `val`."""
+        videos = self.val if stream == "val" else self.train
+        kind = NoiseDataset if self.kind == "random" else ClipDataset
+        return kind(cfg, videos, self.root, stream, self.maneuvers)
+
+
+def list_data(cfg):
+    """The videos that a config names, [] for built-in scenes. UsageError for a wrong path, or an empty one if so configured."""
+    videos = find_videos(cfg.data_root, cfg.video_glob) if cfg.data_root else []
+    if cfg.data_root and not videos and cfg.missing_data == "error":
+        raise UsageError(f"data_root {cfg.data_root}: no video matches {cfg.video_glob!r} among {', '.join(VIDEO_SUFFIXES)} (--video_glob)")
+    return videos
+
+
+def open_data(cfg, videos, is_main, barrier):
+    """Listed videos -> DataSource. Rank 0 writes built-in scenes where they are needed, the others wait at `barrier()`."""
+    kind, root = "videos", cfg.data_root
+    if not videos and cfg.data_root and cfg.missing_data == "random":
+        kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
+    elif not videos:
+        kind, root = "scenes", os.path.join(cfg.out_dir, "scenes")
+        if is_main:
+            write_scenes(root, cfg)
+        barrier()
+        videos = find_videos(root, "*")
+    train, val = split_videos(videos, cfg.val_fraction)
+    held_out = bool(val) and bool(train)
+    maneuvers = maneuver_names(videos, root) if cfg.lambda_supcon else []
+    return DataSource(kind, root, train or videos, val or videos, maneuvers, held_out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7  Blocks: position code, attention, MLP
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def grid_positions(grid):
+    """(t, h, w) sizes -> integer position of every token, int64 [t*h*w, 3], in (t, h, w) order."""
+    axes = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
+    return torch.stack([axis.reshape(-1) for axis in axes], 1)
+
+
+def sincos_table(positions, dim):
+    """Fixed 3D sine-cosine code: a third of the channels per axis, left-over channels zero. [L, 3] -> float32 [L, dim]."""
+    third = dim // 6 * 2
+    frequencies = 10000.0 ** (-torch.arange(third // 2, dtype=torch.float64) / (third // 2))
+    angles = positions.double()[:, :, None] * frequencies  # [L, 3, third / 2]
+    code = torch.cat([angles.sin(), angles.cos()], 2).flatten(1)
+    return F.pad(code, (0, dim - code.shape[1])).float()
+
+
+def rope_table(positions, head_dim):
+    """3D rotary angles in V-JEPA 2's published form -> (cos, sin), float32 [L, head_dim].
+
+    The channels of a head are split in three equal even parts (t, h, w); the rest stays unrotated (cos 1, sin 0). Each
+    part repeats its frequency list twice while rotating neighbouring pairs: that is what the published weights expect.
+    """
+    part = 2 * (head_dim // 3 // 2)
+    frequencies = 10000.0 ** (-torch.arange(part // 2, dtype=torch.float64) / (part / 2))
+    angles = (positions.double()[:, :, None] * frequencies).repeat(1, 1, 2).flatten(1)  # [L, 3 * part]
+    rest = (0, head_dim - 3 * part)
+    return F.pad(angles.cos(), rest, value=1.0).float(), F.pad(angles.sin(), rest).float()
+
+
+def rotate(x, cos, sin):
+    """Rotate neighbouring channel pairs. x [B, nh, N, hd], cos and sin [B, 1, N, hd] -> like x."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack([-odd, even], -1).flatten(-2)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention over tokens [B, N, dim] -> [B, N, dim], with optional rotary (cos, sin) of the tokens' positions."""
+
+    def __init__(self, dim, num_heads, dropout):
+        super().__init__()
+        self.num_heads, self.head_dim, self.dropout = num_heads, dim // num_heads, dropout
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x, rope=None):
+        B, N, dim = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # each [B, nh, N, hd]
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, dim)  # [B, N, dim]
+        return F.dropout(self.proj(x), self.dropout, self.training)
+
+
+class CrossAttention(nn.Module):
+    """Queries [B, Q, dim] read keys and values that `project` made once from a context [B, K, context_dim]."""
+
+    def __init__(self, dim, context_dim, num_heads):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(context_dim, 2 * dim), nn.Linear(dim, dim)
+
+    def project(self, context):
+        """context [B, K, context_dim] -> (keys, values), each [B, nh, K, hd]."""
+        B, K, _ = context.shape
+        keys, values = self.kv(context).view(B, K, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        return keys, values
+
+    def forward(self, x, keys, values):
+        B, Q, dim = x.shape
+        q = self.q(x).view(B, Q, self.num_heads, self.head_dim).transpose(1, 2)  # [B, nh, Q, hd]
+        x = F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).reshape(B, Q, dim)  # [B, Q, dim]
+        return self.proj(x)
+
+
+class MLP(nn.Module):
+    """Linear, GELU, linear: [..., dim] -> [..., dim]."""
+
+    def __init__(self, dim, hidden, dropout=0.0):
+        super().__init__()
+        self.fc1, self.fc2, self.dropout = nn.Linear(dim, hidden), nn.Linear(hidden, dim), dropout
+
+    def forward(self, x):
+        return F.dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: [B, N, dim] -> [B, N, dim]."""
+
+    def __init__(self, dim, num_heads, mlp_ratio, dropout):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads, dropout)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim, int(dim * mlp_ratio), dropout)
+
+    def forward(self, x, rope=None):
+        x = x + self.attn(self.norm1(x), rope)
+        return x + self.mlp(self.norm2(x))
+
+
+class Trunk(nn.Module):
+    """A stack of blocks and a last norm over tokens at given positions: [B, N, dim] -> [B, N, dim]."""
+
+    def __init__(self, cfg, dim, depth):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, cfg.num_heads, cfg.mlp_ratio, cfg.dropout) for _ in range(depth))
+        self.norm, self.grad_checkpoint = nn.LayerNorm(dim, eps=1e-6), cfg.grad_checkpoint
+        init_weights(self)
+        for number, block in enumerate(self.blocks, 1):
+            for last in (block.attn.proj, block.mlp.fc2):  # the residual stream keeps its scale with depth
+                last.weight.data.div_(math.sqrt(2.0 * number))
+
+    def forward(self, x, rope=None):
+        for block in self.blocks:
+            if self.grad_checkpoint and self.training and torch.is_grad_enabled():
+                x = checkpoint_activations(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope)
+        return self.norm(x)
+
+
+def init_weights(module):
+    """Truncated normal 0.02 on every matrix, zero biases, unit norms: the one rule for all networks of this file."""
+    for child in module.modules():
+        if isinstance(child, (nn.Linear, nn.Conv3d)):
+            nn.init.trunc_normal_(child.weight, std=0.02)
+            nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.LayerNorm) and child.elementwise_affine:
+            nn.init.ones_(child.weight)
+            nn.init.zeros_(child.bias)
+
+
+def gather_tokens(tokens, idx):
+    """Pick tokens by position. tokens [B, L, D], idx [B, K] int64 in [0, L) -> [B, K, D]."""
+    return tokens.gather(1, idx[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+class PositionCode(nn.Module):
+    """Positions of the clip's token grid as buffers: an additive code (sincos) or rotary angles (rope)."""
+
+    def __init__(self, cfg, dim):
+        super().__init__()
+        self.is_rope = cfg.pos_embed == "rope"
+        positions = grid_positions(cfg.grid)
+        if self.is_rope:
+            cos, sin = rope_table(positions, dim // cfg.num_heads)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        else:
+            self.register_buffer("code", sincos_table(positions, dim), persistent=False)
+
+    def add(self, x, idx):
+        """x [B, N, dim] at positions idx [B, N] -> x with the additive code; unchanged for rope."""
+        return x if self.is_rope else x + self.code[idx]
+
+    def rope(self, idx):
+        """(cos, sin) [B, 1, N, hd] of positions idx [B, N], or None for sincos."""
+        return (self.cos[idx][:, None], self.sin[idx][:, None]) if self.is_rope else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8  Tokenizer and encoder: clip -> tokens -> context
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Tokenizer(nn.Module):
+    """Conv3D tubelet embedding: clip [B, T, C, H, W] -> tokens [B, L, D] in (t, h, w) order.
+
+    Kernel and stride are equal, so the convolution is computed as one matrix product over cut-out tubelets, which was
+    measured 1.4 times faster; the weight keeps Conv3d's layout [D, C, tubelet_t, patch, patch].
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        kernel = (cfg.tubelet_t, cfg.patch, cfg.patch)
+        self.proj = nn.Conv3d(cfg.channels, cfg.enc_dim, kernel_size=kernel, stride=kernel)
+        init_weights(self)
+
+    def forward(self, clip):
+        B, T, C, H, W = clip.shape
+        _, _, dt, p, _ = self.proj.weight.shape
+        tubelets = clip.reshape(B, T // dt, dt, C, H // p, p, W // p, p).permute(0, 1, 4, 6, 3, 2, 5, 7)
+        tubelets = tubelets.reshape(B, -1, C * dt * p * p)  # [B, L, C * dt * p * p]
+        return F.linear(tubelets, self.proj.weight.flatten(1), self.proj.bias)  # [B, L, D]
+
+
+class Encoder(nn.Module):
+    """Vision transformer over chosen tokens of a clip."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.tokenizer, self.position = Tokenizer(cfg), PositionCode(cfg, cfg.enc_dim)
+        self.trunk = Trunk(cfg, cfg.enc_dim, cfg.enc_depth)
+
+    def encode(self, tokens, keep_idx):
+        """tokens [B, L, D] of the tokenizer, keep_idx [B, K] -> context [B, K, D]; other tokens are never seen."""
+        x = self.position.add(gather_tokens(tokens, keep_idx), keep_idx)  # [B, K, D]
+        return self.trunk(x, self.position.rope(keep_idx))
+
+    def forward(self, clip):
+        """Whole clip [B, T, C, H, W], T at most num_frames -> [B, L, D]."""
+        tokens = self.tokenizer(clip)  # [B, L, D]
+        every = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        return self.encode(tokens, every)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9  Predictor: context + masked positions -> predicted targets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Predictor(nn.Module):
+    """Narrow transformer that fills masked positions from a context, with one mask token per family (short, long, SOON)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.embed, self.position = nn.Linear(cfg.enc_dim, cfg.pred_dim), PositionCode(cfg, cfg.pred_dim)
+        self.mask_tokens = nn.Parameter(torch.zeros(SOON + 1, cfg.pred_dim))
+        self.trunk, self.out = Trunk(cfg, cfg.pred_dim, cfg.pred_depth), nn.Linear(cfg.pred_dim, cfg.enc_dim)
+        init_weights(self.embed)
+        init_weights(self.out)
+        nn.init.trunc_normal_(self.mask_tokens, std=0.02)
+
+    def forward(self, context, keep_idx, mask_idx, family):
+        """context [B, K, D] at keep_idx [B, K], positions mask_idx [B, M], family 0, 1 or SOON -> preds [B, M, D]."""
+        idx = torch.cat([keep_idx, mask_idx], 1)  # [B, K + M]
+        holes = self.mask_tokens[family].expand(*mask_idx.shape, -1)  # [B, M, P]
+        seen = self.embed(context)  # [B, K, P]
+        x = self.position.add(torch.cat([seen, holes.to(seen.dtype)], 1), idx)  # [B, K + M, P]
+        x = self.trunk(x, self.position.rope(idx))
+        return self.out(x[:, keep_idx.shape[1] :])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10  Outcome head: context -> outcome embedding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class OutcomeHead(nn.Module):
+    """Learned queries read the NOW context [B, K, D] -> one outcome embedding [B, D]."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        D = cfg.enc_dim
+        self.queries = nn.Parameter(torch.zeros(cfg.outcome_queries, D))
+        self.norm_context, self.cross = nn.LayerNorm(D, eps=1e-6), CrossAttention(D, D, cfg.num_heads)
+        self.norm, self.mlp, self.out = nn.LayerNorm(D, eps=1e-6), MLP(D, int(D * cfg.mlp_ratio)), nn.Linear(D, D)
+        init_weights(self)
+        nn.init.trunc_normal_(self.queries, std=0.02)
+
+    def forward(self, context):
+        queries = self.queries.expand(len(context), -1, -1)  # [B, Q, D]
+        x = queries + self.cross(queries, *self.cross.project(self.norm_context(context)))
+        x = x + self.mlp(self.norm(x))  # [B, Q, D]
+        return self.out(x.mean(1))  # [B, D]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 11  Flow: context + noise -> future latents
+# ---------------------------------------------------------------------------------------------------------------------
+# A future is [F, D]: all SOON tokens, then `flow_chunks` means over equal stretches of EVENTUALLY. The point forecast
+# says what NOW tells; FutureSpace holds the rest, the residual, in a few whitened directions; FlowNet samples there.
+
+
+def flow_path(noise, y, tau):
+    """Straight path from noise (tau 0) to data (tau 1): noise, y [..., N, k], tau [...] -> x_tau like y."""
+    tau = tau[..., None, None]
+    return (1 - tau) * noise + tau * y
+
+
+def flow_velocity(y_hat, x_tau, tau):
+    """Velocity at x_tau of the straight path that ends in y_hat; its blow-up at tau = 1 is cut at 0.05 (JiT, section 3)."""
+    return (y_hat - x_tau) / (1 - tau).clamp_min(0.05)[..., None, None]
+
+
+class FlowBlock(nn.Module):
+    """Self-attention over noised tokens, cross-attention to NOW, MLP, each gated by tau (AdaLN-zero)."""
+
+    def __init__(self, dim, context_dim, num_heads, mix_tokens):
+        super().__init__()
+        self.attn = Attention(dim, num_heads, 0.0) if mix_tokens else None
+        self.cross, self.mlp = CrossAttention(dim, context_dim, num_heads), MLP(dim, 4 * dim)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(3))
+        self.modulate = nn.Linear(dim, 9 * dim)
+
+    def forward(self, x, condition, keys, values):
+        """x [B, R, N, W], condition [B, R, W], keys and values of the NOW context -> [B, R, N, W]."""
+        B, R, N, W = x.shape
+        shift_a, scale_a, gate_a, shift_c, scale_c, gate_c, shift_m, scale_m, gate_m = (
+            self.modulate(F.silu(condition))[:, :, None].chunk(9, -1))  # each [B, R, 1, W]
+        if self.attn is not None:
+            h = self.norms[0](x) * (1 + scale_a) + shift_a
+            x = x + gate_a * self.attn(h.reshape(B * R, N, W)).reshape(B, R, N, W)
+        h = self.norms[1](x) * (1 + scale_c) + shift_c
+        x = x + gate_c * self.cross(h.reshape(B, R * N, W), keys, values).reshape(B, R, N, W)
+        h = self.norms[2](x) * (1 + scale_m) + shift_m
+        return x + gate_m * self.mlp(h)
+
+
+class FlowNet(nn.Module):
+    """Predicts the clean residual y from its noised version, the time tau and the NOW context."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        W = cfg.flow_dim
+        self.embed, self.out = nn.Linear(cfg.flow_rank, W), nn.Linear(W, cfg.flow_rank)
+        self.tau_mlp = nn.Sequential(nn.Linear(64, W), nn.SiLU(), nn.Linear(W, W))
+        self.norm_context = nn.LayerNorm(cfg.enc_dim, eps=1e-6)
+        self.blocks = nn.ModuleList(FlowBlock(W, cfg.enc_dim, cfg.flow_heads, cfg.flow_tokens > 1) for _ in range(cfg.flow_depth))
+        self.norm, self.modulate = nn.LayerNorm(W, eps=1e-6, elementwise_affine=False), nn.Linear(W, 2 * W)
+        init_weights(self)
+        for zeroed in (*(block.modulate for block in self.blocks), self.modulate, self.out):
+            nn.init.zeros_(zeroed.weight)  # every block starts as the identity and the first guess as the mean, zero
+        self.register_buffer("code", flow_positions(cfg, W), persistent=False)
+        self.register_buffer("frequencies", torch.exp(torch.linspace(math.log(0.1), math.log(10.0), 32)), persistent=False)
+
+    def project(self, context):
+        """Keys and values of the NOW context [B, K, D] for every block: computed once, used for all samples and steps."""
+        context = self.norm_context(context)
+        return [block.cross.project(context) for block in self.blocks]
+
+    def forward(self, x_tau, tau, projected):
+        """x_tau [B, R, N, k], tau [B, R] -> y_hat [B, R, N, k]."""
+        time = torch.logit(tau.float(), eps=1e-4)[..., None] * self.frequencies  # [B, R, 32], resolves both ends
+        condition = self.tau_mlp(torch.cat([time.sin(), time.cos()], -1))  # [B, R, W]
+        x = self.embed(x_tau) + self.code  # [B, R, N, W]
+        for block, (keys, values) in zip(self.blocks, projected):
+            x = block(x, condition, keys, values)
+        shift, scale = self.modulate(F.silu(condition))[:, :, None].chunk(2, -1)
+        return self.out(self.norm(x) * (1 + scale) + shift).float()
+
+
+def flow_positions(cfg, dim):
+    """Position code of the noised tokens, pooled SOON grid then chunks -> [N, dim]; zeros for the one joint token."""
+    if cfg.flow_joint:
+        return torch.zeros(1, dim)
+    soon_t = cfg.soon_frames // cfg.tubelet_t
+    soon = grid_positions((soon_t, cfg.flow_pool, cfg.flow_pool))
+    chunks = torch.tensor([[soon_t + 4 * (number + 1), 0, 0] for number in range(cfg.flow_chunks)])  # a time of their own
+    return sincos_table(torch.cat([soon, chunks]), dim)
+
+
+class FutureSpace(nn.Module):
+    """Running linear map between a residual future [B, F, D] and its whitened coordinates y [B, N, k].
+
+    Small grids: N = 1 and the k directions span all tokens jointly. Large grids: SOON is pooled to flow_pool x flow_pool
+    sites per tubelet, and the k directions span the channels of single pooled tokens. The directions are the leading ones
+    of a forgetting covariance, followed by incremental PCA and turned as little as possible from update to update, so
+    that the flow net's coordinates do not jump; whitening by the symmetric root keeps them where they are.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.joint, self.num_chunks, self.pool_side, self.rank = cfg.flow_joint, cfg.flow_chunks, cfg.flow_pool, cfg.flow_rank
+        self.soon_grid = (cfg.soon_frames // cfg.tubelet_t, *cfg.grid[1:])
+        D, num_future = cfg.enc_dim, cfg.soon_tokens + cfg.flow_chunks
+        span = num_future * D if self.joint else D
+        for name, shape in (("variance", (D,)), ("rest_variance", (D,)), ("mean", (cfg.flow_tokens, span)), ("basis", (span, self.rank)),
+                            ("covariance", (self.rank, self.rank)), ("whiten", (self.rank, self.rank)),
+                            ("unwhiten", (self.rank, self.rank)), ("explained", ()), ("updates", ())):
+            self.register_buffer(name, torch.zeros(shape))
+        self.variance.fill_(1.0)
+
+    def pool(self, residual):
+        """Residual [B, F, D], in units of its channels' deviation, as rows of the space -> [B, N, span]."""
+        scaled = residual / self.variance.sqrt()
+        if self.joint:
+            return scaled.flatten(1)[:, None]
+        B, _, D = scaled.shape
+        t, h, w = self.soon_grid
+        soon = scaled[:, : t * h * w].reshape(B * t, h, w, D).permute(0, 3, 1, 2)
+        soon = F.adaptive_avg_pool2d(soon, self.pool_side).permute(0, 2, 3, 1).reshape(B, -1, D)
+        return torch.cat([soon, scaled[:, t * h * w :]], 1)
+
+    def unpool(self, rows):
+        """Rows [B, N, span] -> residual [B, F, D]; pooled sites are repeated over the tokens they stand for."""
+        B = len(rows)
+        if self.joint:
+            return rows.reshape(B, -1, len(self.variance)) * self.variance.sqrt()
+        t, h, w = self.soon_grid
+        soon, chunks = rows[:, : -self.num_chunks], rows[:, -self.num_chunks :]
+        soon = soon.reshape(B * t, self.pool_side, self.pool_side, -1).permute(0, 3, 1, 2)
+        soon = F.interpolate(soon, size=(h, w), mode="nearest").permute(0, 2, 3, 1).reshape(B, t * h * w, -1)
+        return torch.cat([soon, chunks], 1) * self.variance.sqrt()
+
+    def encode(self, rows):
+        """Rows [B, N, span] -> whitened coordinates y [B, N, k]."""
+        return (rows - self.mean) @ self.basis @ self.whiten
+
+    def decode(self, y):
+        """Whitened coordinates y [B, N, k] -> residual [B, F, D]; what lies outside the directions comes back as its mean."""
+        return self.unpool(y @ self.unwhiten @ self.basis.T + self.mean)
+
+    @torch.no_grad()
+    def absorb(self, rows, square):
+        """Update all statistics from one step's rows [n, N, span] of all ranks and the mean squared residual [D]."""
+        self.updates += 1
+        rate = max(1.0 / float(self.updates), 0.01)
+        self.variance.lerp_(square.clamp_min(1e-6), rate)
+        if self.updates < 2:
+            return  # the first step only sets the scale; its rows were made without one
+        rate = max(1.0 / (float(self.updates) - 1), 0.01)
+        self.mean.lerp_(rows.mean(0), rate)
+        centred = (rows - self.mean).flatten(0, 1)
+        centred = centred[:: max(1, len(centred) // 256)]  # enough rows for the directions at a bounded cost
+        inside = centred @ self.basis
+        outside = centred - inside @ self.basis.T
+        share = 1 - outside.square().sum() / centred.square().sum().clamp_min(1e-12)
+        self.explained.lerp_(share, rate)  # how much of a future that was not yet absorbed lies in the directions
+        self.rest_variance.lerp_(outside.square().reshape(-1, len(self.variance)).mean(0), rate)
+        self.follow(centred, rate)
+
+    def follow(self, centred, rate):
+        """Incremental PCA with forgetting: refresh basis and covariance from centred rows [n, span]."""
+        values, vectors = torch.linalg.eigh(self.covariance.double())
+        root = (vectors * values.clamp_min(0).sqrt()).T  # [k, k], rows in basis coordinates
+        old = root.float() @ self.basis.T * math.sqrt(1 - rate)  # [k, span]
+        stacked = torch.cat([old, centred * math.sqrt(rate / len(centred))])
+        gram = (stacked @ stacked.T).double()
+        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = values.flip(0)[: self.rank].clamp_min(0), vectors.flip(1)[:, : self.rank]
+        solid = values > 1e-7 * values[0].clamp_min(1e-12)
+        inverse = torch.where(solid, values.clamp_min(1e-30).rsqrt(), 0)
+        fresh = stacked.T @ (vectors * inverse).float()  # [span, k], orthonormal where solid, else zero
+        values = values * solid
+        left, _, right = torch.linalg.svd((fresh.T @ self.basis).double())
+        turn = (left @ right).float()  # the orthogonal matrix that brings the fresh basis closest to the old one
+        self.basis.copy_(fresh @ turn)
+        self.covariance.copy_(turn.T @ torch.diag(values.float()) @ turn)
+        values, vectors = torch.linalg.eigh(self.covariance.double())
+        floor = values[-1].clamp_min(1e-12) * 1e-4
+        self.whiten.copy_((vectors * torch.where(values > floor, values.clamp_min(1e-30).rsqrt(), 0)) @ vectors.T)
+        self.unwhiten.copy_((vectors * torch.where(values > floor, values.clamp_min(0).sqrt(), 0)) @ vectors.T)
+
+
+@torch.no_grad()
+def sample_flow(flow, projected, noise, num_steps, shift):
+    """Euler integration from noise [B, S, N, k] to y [B, S, N, k] on the shifted time grid; the last step returns y_hat."""
+    x = noise
+    for step in range(num_steps):
+        tau, tau_next = (u / (u + shift * (1 - u)) for u in (step / num_steps, (step + 1) / num_steps))
+        y_hat = flow(x, torch.full(x.shape[:2], tau, device=x.device), projected)
+        x = y_hat if step == num_steps - 1 else x + (tau_next - tau) / (1 - tau) * (y_hat - x)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 12  Losses and collapse gauges
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def layer_norm(x):
+    """LayerNorm over channels without affine, in fp32: [..., D] -> [..., D]."""
+    return F.layer_norm(x.float(), x.shape[-1:])
+
+
+def l1_loss(preds, targets):
+    """Mean absolute error in fp32 over all tokens and channels."""
+    return (preds.float() - targets).abs().mean()
+
+
+def full_precision(x):
+    """Context in which autocast is off on x's device: losses and statistics are computed in fp32."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def info_nce(outcome, keys, labels, absent, temperature):
+    """Cross-entropy of cosine similarities (van den Oord et al. 2018, eq. 4).
+
+    outcome [B, D]; keys [A, D] of which `absent` [A] rows take no part; labels [B], the row of each clip's own key
+    -> (loss, share of clips whose own key ranks first).
+    """
+    with full_precision(outcome):
+        logits = F.normalize(outcome.float(), dim=-1) @ F.normalize(keys.float(), dim=-1).T / temperature  # [B, A]
+        logits = logits.masked_fill(absent[None], float("-inf"))
+        return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
+
+
+def sup_con(outcome, others, maneuver, other_maneuver, file, other_file, temperature):
+    """Supervised contrast (Khosla et al. 2020, eq. 2): positives share a maneuver and come from other files.
+
+    outcome [B, D] against others [A, D], with maneuver and file numbers of both; maneuver -1 is unknown and takes no part.
+    Clips without a positive contribute nothing -> scalar, 0 when no clip has one.
+    """
+    with full_precision(outcome):
+        logits = F.normalize(outcome.float(), dim=-1) @ F.normalize(others.float(), dim=-1).T / temperature  # [B, A]
+    other = (file[:, None] != other_file[None]) & (other_maneuver >= 0)[None]
+    positive = (other & (maneuver[:, None] == other_maneuver[None]) & (maneuver >= 0)[:, None]).float()
+    log_share = logits - torch.logsumexp(logits.masked_fill(~other, -1e4), 1, keepdim=True)
+    count = positive.sum(1)
+    per_clip = -(positive * log_share).sum(1) / count.clamp_min(1)
+    return per_clip.sum() / (count > 0).sum().clamp_min(1)
+
+
+def target_std(targets):
+    """Standard deviation of each channel over all tokens of all clips, averaged over channels. targets [B, L, D]."""
+    return targets.flatten(0, 1).std(0).mean()
+
+
+def target_std_clips(targets):
+    """Standard deviation over clips at one position, averaged: the part that position alone cannot fake. NaN for one clip."""
+    return targets.std(0).mean() if len(targets) > 1 else torch.tensor(float("nan"))
+
+
+def effective_rank(targets, max_tokens=2048):
+    """exp(entropy of the normalised singular values) of centred tokens (RankMe, Garrido et al. 2023). [B, L, D] -> scalar."""
+    tokens = targets.flatten(0, 1)
+    tokens = tokens[:: max(1, len(tokens) // max_tokens)].float().cpu()
+    singular = torch.linalg.svdvals(tokens - tokens.mean(0))
+    share = singular / singular.sum().clamp_min(1e-12)
+    return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
+
+
+@torch.compiler.disable
+def gather_rows(rows, world_size):
+    """Rows [B, ...] of every rank without gradient -> [B*W, ...] in sample order (clip i of rank r is row i*W + r)."""
+    parts = [torch.empty_like(rows) for _ in range(world_size)]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 13  Model: batch -> dict of losses (online + EMA target)
+# ---------------------------------------------------------------------------------------------------------------------
+
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as V-JEPA 2 normalises
+
+
+class WorldModel(nn.Module):
+    """All networks and all running state. `forward` is the only thing compiled and wrapped in DDP.
+
+    Nothing in `forward` changes state: what a step leaves behind (queue keys, flow residuals) comes back as `carry` and
+    is taken in by `absorb` after the optimizer step, on all ranks alike.
+    """
+
+    def __init__(self, cfg, rank=0, world_size=1):
+        super().__init__()
+        self.cfg, self.rank, self.world_size = cfg, rank, world_size
+        self.online, self.predictor, self.outcome, self.flow = Encoder(cfg), Predictor(cfg), OutcomeHead(cfg), FlowNet(cfg)
+        self.read_out = nn.Linear(cfg.enc_dim, cfg.flow_chunks * cfg.enc_dim)  # linear forecast of the EVENTUALLY chunks
+        init_weights(self.read_out)
+        self.target, self.flow_ema = copy.deepcopy(self.online), copy.deepcopy(self.flow)
+        self.space = FutureSpace(cfg)
+        self.register_buffer("queue", torch.zeros(cfg.outcome_queue, cfg.enc_dim))
+        self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(1, 1, 3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(1, 1, 3, 1, 1), persistent=False)
+        self.register_buffer("now_idx", torch.arange(cfg.now_tokens), persistent=False)
+        self.register_buffer("soon_idx", torch.arange(cfg.now_tokens, cfg.now_tokens + cfg.soon_tokens), persistent=False)
+        frozen = [self.target, self.flow_ema]
+        if not cfg.lambda_flow:
+            frozen += [self.flow, self.read_out]
+        if not cfg.lambda_eventually and not cfg.lambda_supcon:
+            frozen.append(self.outcome)
+        if not cfg.lambda_vjepa and not cfg.lambda_soon:
+            frozen.append(self.predictor)
+        for module in frozen:
+            module.requires_grad_(False)
+        self.target.eval(), self.flow_ema.eval()
+
+    def train(self, mode=True):
+        """As nn.Module.train, but the target encoder and the flow EMA stay in eval mode for ever."""
+        super().train(mode)
+        self.target.eval(), self.flow_ema.eval()
+        return self
+
+    def normalise(self, frames):
+        """uint8 frames -> clip in units of ImageNet's deviation; floats count as normalised already. [B, T, 3, H, W]."""
+        if frames.dtype != torch.uint8:
+            return frames
+        return (frames.float() / 255 - self.image_mean) / self.image_std
+
+    @torch.no_grad()
+    def make_targets(self, clip):
+        """clip [B, T, C, H, W] -> targets [B, L, D]: EMA encoder on the whole clip, LayerNorm without affine, no gradient."""
+        return layer_norm(self.target(clip))
+
+    def encode_now(self, tokens):
+        """Tokens [B, >= NOW, D] -> context of the NOW tokens alone [B, K, D]."""
+        return self.online.encode(tokens, self.now_idx.expand(len(tokens), -1))
+
+    def predict_soon(self, context):
+        """NOW context [B, K, D] -> predicted SOON targets [B, M, D]."""
+        B = len(context)
+        return self.predictor(context, self.now_idx.expand(B, -1), self.soon_idx.expand(B, -1), SOON)
+
+    def now_loss(self, tokens, targets, batch):
+        """Masked prediction over the whole clip: mean over the two mask families and all draws."""
+        losses = []
+        for family, name in enumerate(MASK_FAMILIES):
+            for draw in range(self.cfg.mask_draws):
+                keep_idx, mask_idx = batch[f"keep_{name}"][:, draw], batch[f"mask_{name}"][:, draw]
+                context = self.online.encode(tokens, keep_idx)  # [B, K, D]
+                preds = self.predictor(context, keep_idx, mask_idx, family)  # [B, M, D]
+                losses.append(l1_loss(preds, gather_tokens(targets, mask_idx)))
+        return torch.stack(losses).mean()
+
+    def outcome_key(self, targets):
+        """targets [B, L, D] -> mean EVENTUALLY target [B, D], minus the mean NOW target for `outcome_target` delta."""
+        key = targets[:, -self.cfg.eventually_tubelets * self.cfg.sites :].mean(1)
+        return key - targets[:, : self.cfg.now_tokens].mean(1) if self.cfg.outcome_target == "delta" else key
+
+    def gather(self, rows):
+        """Rows [B, ...] of this rank -> those of all ranks [B*W, ...], detached."""
+        return gather_rows(rows.detach(), self.world_size) if self.world_size > 1 else rows.detach()
+
+    def eventually_loss(self, outcome, key):
+        """InfoNCE against the keys of all ranks and the filled part of the queue. [B, D], [B, D] -> (loss, top-1 share)."""
+        keys = self.gather(key)  # [B * W, D]
+        labels = torch.arange(len(key), device=key.device) * self.world_size + self.rank
+        places = torch.arange(len(self.queue), device=key.device)
+        absent = torch.cat([torch.zeros_like(keys[:, 0], dtype=torch.bool), places >= self.queue_filled])
+        return info_nce(outcome, torch.cat([keys, self.queue]), labels, absent, self.cfg.outcome_temperature)
+
+    def future_target(self, targets):
+        """targets [B, L, D] -> a future [B, F, D]: the SOON tokens, then the chunk means of EVENTUALLY."""
+        cfg, B = self.cfg, len(targets)
+        soon = targets[:, cfg.now_tokens : cfg.now_tokens + cfg.soon_tokens]
+        tubelets = targets[:, cfg.now_tokens + cfg.soon_tokens :].reshape(B, cfg.eventually_tubelets, cfg.sites, -1).mean(2)
+        chunks = [part.mean(1) for part in tubelets.tensor_split(cfg.flow_chunks, 1)]
+        return torch.cat([soon, torch.stack(chunks, 1)], 1)
+
+    def forecast(self, context, soon_preds):
+        """Point forecast of a future: SOON predictions [B, M, D] and a linear read-out of the mean NOW context -> [B, F, D]."""
+        chunks = self.read_out(context.mean(1)).reshape(len(context), self.cfg.flow_chunks, -1)
+        return torch.cat([soon_preds.float(), chunks.float()], 1)
+
+    def flow_loss(self, context, soon_preds, targets, batch):
+        """Velocity L2 in whitened residual space plus L2 of the chunk read-out -> (loss, residual rows, squared residual)."""
+        grad = self.cfg.flow_context_grad
+        context = context.detach() + grad * (context - context.detach()) if grad else context.detach()
+        future = self.future_target(targets)  # [B, F, D]
+        point = self.forecast(context, soon_preds.detach())
+        residual = future - point.detach()
+        with full_precision(residual):
+            rows = self.space.pool(residual)  # [B, N, span]
+            y = self.space.encode(rows)[:, None].expand_as(batch["noise"])  # [B, R, N, k]
+        x_tau = flow_path(batch["noise"], y, batch["tau"])
+        y_hat = self.flow(x_tau, batch["tau"], self.flow.project(context))
+        velocity_error = flow_velocity(y_hat, x_tau, batch["tau"]) - flow_velocity(y, x_tau, batch["tau"])
+        read_out_error = (future - point)[:, -self.cfg.flow_chunks :]
+        loss = velocity_error.square().mean() + read_out_error.square().mean()
+        return loss, rows, residual.square().mean((0, 1))
+
+    def forward(self, batch):
+        """Batch of device tensors -> (losses, gauges, carry): scalars with gradient, scalars without, tensors for `absorb`."""
+        cfg = self.cfg
+        clip = self.normalise(batch["frames"])  # [B, T, C, H, W]
+        targets = self.make_targets(clip)  # [B, L, D]
+        tokens = self.online.tokenizer(clip)  # [B, L, D]
+        zero = targets.new_zeros(())
+        losses = dict.fromkeys(("loss_vjepa", "loss_soon", "loss_eventually", "loss_flow"), zero)
+        gauges, carry = {}, {"targets": targets}
+        if cfg.lambda_vjepa:
+            losses["loss_vjepa"] = self.now_loss(tokens, targets, batch)
+        context = self.encode_now(tokens)  # [B, K, D]
+        soon_preds = self.predict_soon(context)  # [B, M, D]
+        soon_targets = gather_tokens(targets, self.soon_idx.expand(len(clip), -1))
+        losses["loss_soon"] = l1_loss(soon_preds, soon_targets)
+        last_now = targets[:, cfg.now_tokens - cfg.sites : cfg.now_tokens]  # [B, h*w, D], repeated as the forecast that nothing moves
+        persistence = l1_loss(last_now.repeat(1, cfg.soon_tokens // cfg.sites, 1), soon_targets)
+        gauges["persistence"] = persistence
+        gauges["soon_skill"] = 1 - losses["loss_soon"].detach() / persistence
+        outcome = self.outcome(context)  # [B, D]
+        carry["key"] = self.outcome_key(targets)
+        losses["loss_eventually"], gauges["outcome_top1"] = self.eventually_loss(outcome, carry["key"])
+        if cfg.lambda_flow:
+            losses["loss_flow"], carry["rows"], carry["square"] = self.flow_loss(context, soon_preds, targets, batch)
+        weights = {name: getattr(cfg, f"lambda_{name.removeprefix('loss_')}") for name in losses}
+        total = sum((weights[name] * loss for name, loss in losses.items() if weights[name]), zero)
+        if cfg.lambda_supcon:
+            others, maneuver, file = (self.gather(rows) for rows in (outcome, batch["maneuver"], batch["file"]))
+            losses["loss_supcon"] = sup_con(outcome, others, batch["maneuver"], maneuver, batch["file"], file, cfg.supcon_temperature)
+            total = total + cfg.lambda_supcon * losses["loss_supcon"]
+        losses = {"loss_total": total, **losses}
+        return losses, gauges, carry
+
+    @torch.no_grad()
+    def absorb(self, carries):
+        """Take in what the micro-steps of one optimizer step left: queue keys first in, first out, and flow residuals."""
+        for carry in carries:
+            if len(self.queue):
+                keys = self.gather(carry["key"].to(self.queue.dtype))[-len(self.queue) :]
+                self.queue.copy_(torch.cat([keys.flip(0), self.queue])[: len(self.queue)])
+                self.queue_filled.copy_((self.queue_filled + len(keys)).clamp_max(len(self.queue)))
+        if self.cfg.lambda_flow:
+            square = torch.stack([carry["square"] for carry in carries]).mean(0)
+            square = self.gather(square[None]).mean(0)
+            rows = torch.cat([self.gather(carry["rows"].float()) for carry in carries])
+            self.space.absorb(rows, square)
+
+    @torch.no_grad()
+    def update_ema(self, momentum, flow_momentum):
+        """target <- m * target + (1 - m) * online, in fp32, over all parameters; the same for the flow net."""
+        for slow, fast, m in ((self.target, self.online, momentum), (self.flow_ema, self.flow, flow_momentum)):
+            torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1.0 - m)
+
+    @torch.no_grad()
+    def sample_futures(self, clip_or_context, num_samples, num_steps=None, generator=None):
+        """Draw joint futures in target-latent space -> [B, S, F, D]: SOON tokens, then EVENTUALLY chunk means.
+
+        Takes uint8 or normalised clips [B, >= now_frames, 3, H, W], of which only NOW is read, or a NOW context [B, K, D].
+        `generator` must live on the model's device. Uses the flow net's EMA.
+        """
+        cfg, context = self.cfg, clip_or_context
+        if context.dim() == 5:
+            context = self.encode_now(self.online.tokenizer(self.normalise(context[:, : cfg.now_frames])))
+        B, S = len(context), num_samples
+        point = self.forecast(context, self.predict_soon(context))  # [B, F, D]
+        noise = torch.randn((B, S, cfg.flow_tokens, cfg.flow_rank), generator=generator, device=context.device)
+        y = sample_flow(self.flow_ema, self.flow_ema.project(context), noise, num_steps or cfg.flow_steps, cfg.tau_shift)
+        residual = self.space.decode(y.flatten(0, 1)).unflatten(0, (B, S))  # [B, S, F, D]
+        if cfg.flow_rest == "gaussian":
+            scale = (self.space.rest_variance * self.space.variance).sqrt()
+            residual = residual + scale * torch.randn(residual.shape, generator=generator, device=context.device)
+        return point[:, None] + residual
+
+
+def block_flops(num_tokens, dim, mlp_ratio):
+    """Forward FLOP of one transformer block: four projections, the MLP, scores and their product with the values."""
+    return 2 * num_tokens * dim * dim * (4 + 2 * mlp_ratio) + 4 * num_tokens**2 * dim
+
+
+def flops_per_clip(cfg):
+    """Multiply-adds times two of one training step on one clip, forward and backward, by module -> {name: FLOP}."""
+    D, P, L, ratio = cfg.enc_dim, cfg.pred_dim, cfg.num_tokens, cfg.mlp_ratio
+    kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES]
+    tokenizer = 2 * L * D * 3 * cfg.tubelet_t * cfg.patch**2
+    online = cfg.mask_draws * sum(cfg.enc_depth * block_flops(k, D, ratio) for k in kept) + cfg.enc_depth * block_flops(cfg.now_tokens, D, ratio) + tokenizer
+    predictor = cfg.pred_depth * (cfg.mask_draws * len(kept) * block_flops(L, P, ratio) + block_flops(cfg.now_tokens + cfg.soon_tokens, P, ratio))
+    W, N, R = cfg.flow_dim, cfg.flow_tokens, cfg.flow_draws
+    flow = cfg.flow_depth * (R * N * 2 * W * W * (2 + 8 + 4 * (N > 1)) + 4 * cfg.now_tokens * W * D + 4 * R * N * (cfg.now_tokens + N) * W)
+    again = 4 if cfg.grad_checkpoint else 3
+    return {"online": again * online, "target": cfg.enc_depth * block_flops(L, D, ratio) + tokenizer, "predictor": again * predictor, "flow": 3 * flow * bool(cfg.lambda_flow)}
+
+
+def memory_estimate_gb(cfg, num_parameters):
+    """Weights, gradients, AdamW state and saved activations of a micro-step -> GB. 53 bytes per token, channel and block
+    under autocast (70 in fp32) were measured with saved-tensor hooks; checkpointing keeps one input per block."""
+    kept = cfg.mask_draws * sum(family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES) + cfg.now_tokens
+    filled = 2 * cfg.mask_draws * cfg.num_tokens + cfg.now_tokens + cfg.soon_tokens
+    per_value = 5 if cfg.grad_checkpoint else 53 if cfg.amp else 70
+    values = kept * cfg.enc_dim * cfg.enc_depth + filled * cfg.pred_dim * cfg.pred_depth
+    return (num_parameters * 16 + cfg.batch_size * values * per_value) / 1e9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 14  Optimizer and schedules: step -> learning rate, EMA momentum
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lr_at(step, cfg, peak):
+    """Linear warm-up, then a cosine that reaches min_lr (at the same ratio for every group) at the last step."""
+    if step < cfg.warmup:
+        return peak * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(cfg.steps - 1 - cfg.warmup, 1)
+    floor = min(cfg.min_lr / cfg.lr, 1.0) if cfg.lr else 0.0
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def ema_momentum_at(step, cfg):
+    """Target momentum, linear from ema_momentum to ema_momentum_end where that is set."""
+    end = cfg.ema_momentum_end or cfg.ema_momentum
+    return cfg.ema_momentum + (end - cfg.ema_momentum) * step / max(cfg.steps - 1, 1)
+
+
+def flow_momentum_at(step, cfg):
+    """Momentum of the flow EMA: short at first, so that sampling follows the young net."""
+    return min(cfg.flow_ema, (1 + step) / (10 + step))
+
+
+def parameter_groups(model, cfg):
+    """Every trainable parameter in exactly one group: matrices with decay; biases, norms, mask tokens and queries without;
+    the flow net with its own learning rate and none."""
+    groups = {"decay": [], "no_decay": [], "flow": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith(("flow.", "read_out.")):
+            groups["flow"].append(parameter)
+        elif parameter.ndim < 2 or name.endswith(("mask_tokens", "queries")):
+            groups["no_decay"].append(parameter)
+        else:
+            groups["decay"].append(parameter)
+    settings = {"decay": (cfg.weight_decay, cfg.lr), "no_decay": (0.0, cfg.lr), "flow": (0.0, cfg.flow_lr)}
+    return [dict(params=members, name=name, weight_decay=settings[name][0], peak_lr=settings[name][1], lr=0.0)
+            for name, members in groups.items() if members]
+
+
+def build_optimizer(model, cfg):
+    """AdamW (0.9, 0.95), fused: 3.5 times faster than the plain loop on the CPU as well."""
+    return torch.optim.AdamW(parameter_groups(model, cfg), betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def clip_gradients(optimizer, cfg):
+    """Clip the world model and the flow net apart, so that neither's gradient shrinks the other's -> (norm, flow norm)."""
+    sides = {False: [], True: []}
+    for group in optimizer.param_groups:
+        sides[group["name"] == "flow"] += [p.grad for p in group["params"] if p.grad is not None]
+    norms = []
+    for grads in sides.values():
+        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        if cfg.grad_clip and grads:
+            torch._foreach_mul_(grads, (cfg.grad_clip / (norm + 1e-6)).clamp_max(1.0).to(grads[0].device))
+        norms.append(norm)
+    return norms
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 15  Process: ranks, device, precision, seeds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Process:
+    """Who this process is and what it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    amp_dtype: torch.dtype | None  # None: fp32
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def barrier(self):
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def mean(self, values):
+        """Mean over ranks of a list of floats -> list of floats."""
+        tensor = torch.tensor(values, dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device)
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return (tensor / self.world_size).tolist()
+
+    def any(self, *flags):
+        """Whether each flag is set on at least one rank -> list of bools, the same on all ranks."""
+        tensor = torch.tensor([int(flag) for flag in flags], device="cpu" if self.device.type != "cuda" else self.device)
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in tensor.tolist()]
+
+    def collect(self, thing):
+        """Gather one Python object per rank -> list in rank order."""
+        if self.world_size == 1:
+            return [thing]
+        things = [None] * self.world_size
+        dist.all_gather_object(things, thing)
+        return things
+
+
+def choose_device(name, local_rank):
+    """`auto` takes cuda, then mps, then cpu; a device that is asked for and absent is an error, never replaced."""
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device = cuda: this machine has no usable CUDA device; use --device cpu or --device auto")
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UsageError(f"device = cuda: local rank {local_rank} but {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
+    if name == "mps" and not has_mps:
+        raise UsageError("device = mps: not available on this machine; use --device cpu or --device auto")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def amp_dtype(cfg, device):
+    """bf16 where the device has it, fp16 on older CUDA cards, None without --amp."""
+    if not cfg.amp:
+        return None
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def start_process(cfg):
+    """Read torchrun's environment, choose the device, join the process group, seed -> Process."""
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = choose_device(cfg.device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.dist_timeout_s), device_id=device if device.type == "cuda" else None)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(cfg.seed)
+    return Process(rank, world_size, device, amp_dtype(cfg, device))
+
+
+def autocast(process):
+    """The autocast context of a forward pass; does nothing in fp32."""
+    return torch.autocast(process.device.type, dtype=process.amp_dtype or torch.bfloat16, enabled=process.amp_dtype is not None)
+
+
+def to_device(batch, device):
+    """Tensors of a batch on the device, `bad` left out."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items() if key != "bad"}
+
+
+class StopFlag:
+    """Remembers that a signal asked the run to stop; the loop reads it between steps. A second signal ends at once."""
+
+    def __init__(self, signals=(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)):
+        self.signal_name, self.previous = "", {number: signal.signal(number, self.handle) for number in signals}
+
+    def handle(self, number, frame):
+        if self.signal_name:
+            os._exit(128 + number)
+        self.signal_name = signal.Signals(number).name
+
+    def restore(self):
+        """Give the signals back to whoever held them."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 16  Checkpoint and log: state <-> disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOG_KEYS = {
+    "step": "optimizer steps done",
+    "loss_total": "weighted sum of the losses that train",
+    "loss_vjepa": "NOW: L1 on masked target latents, mean of the short and long masks",
+    "loss_soon": "SOON: L1 on near-future target latents predicted from NOW alone",
+    "loss_eventually": "EVENTUALLY: InfoNCE of the outcome embedding; ln(batch x ranks + filled queue) is chance",
+    "loss_flow": "FLOW: squared velocity error in whitened residual space, plus the squared error of the chunk read-out",
+    "loss_supcon": "supervised contrast on maneuvers; only with lambda_supcon",
+    "lr": "learning rate of the world model",
+    "ema_momentum": "momentum of the target encoder",
+    "grad_norm": "gradient norm of the world model before clipping",
+    "flow_grad_norm": "gradient norm of the flow net before clipping",
+    "target_std": "standard deviation of target channels over all tokens; near 0 = collapsed",
+    "target_std_clips": "the same over clips at one position, which position alone cannot fake; nan for a single clip",
+    "effective_rank": "exp(entropy) of the singular values of target tokens; 1 = collapsed, at most enc_dim",
+    "soon_skill": "1 - L1(SOON prediction) / L1(last NOW tubelet repeated); above 0 = better than a world that stands still",
+    "outcome_top1": "share of clips whose own future ranks first among all keys",
+    "flow_explained": "share of the residual's variance inside the flow's directions",
+    "clips_per_s": "clips per second over all ranks since the last line, warm-up left out",
+    "data_wait": "share of that time spent waiting for the loader",
+    "mem_gb": "peak memory in GB: GPU memory on cuda, else resident memory of rank 0",
+    "bad_files": "files that could not be decoded so far, named in bad_files.jsonl",
+    "skipped_steps": "steps skipped so far for a non-finite loss or gradient",
+    "time": "seconds since the run started, over all restarts",
+}
+VAL_KEYS = {
+    "val_loss_vjepa": "loss_vjepa on held-out clips",
+    "val_loss_soon": "loss_soon on held-out clips",
+    "val_loss_eventually": "loss_eventually on held-out clips",
+    "val_loss_flow": "loss_flow on held-out clips",
+    "val_soon_skill": "soon_skill on held-out clips",
+    "val_outcome_top1": "outcome_top1 on held-out clips",
+    "val_target_std": "target_std on held-out clips",
+    "val_target_std_clips": "target_std_clips on held-out clips",
+    "val_effective_rank": "effective_rank on held-out clips",
+    "val_flow_spread": "deviation among sampled futures over the deviation of real futures from the forecast; 0 = one mode, 1 = as wide as reality",
+}
+# Fields that decide what the weights mean or which samples come next: a checkpoint with other values is not resumed.
+RESUME_MUST_MATCH = (
+    "seed", "image_size", "num_frames", "channels", "now_frames", "soon_frames", "eventually_frames", "tubelet_t", "patch", "enc_dim",
+    "enc_depth", "pred_dim", "pred_depth", "num_heads", "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target",
+    "flow_dim", "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool",
+)
+
+
+def write_atomic(path, write):
+    """Write through a temporary file, fsync, rename, fsync of the folder: at any moment the old or the new file is whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            write(handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def checkpoint_state(model, optimizer, scaler, cfg, process, step, consumed, seconds):
+    """Everything a restart needs as one dict of tensors and plain values; collective, since every rank adds its RNG."""
+    cuda_rng = torch.cuda.get_rng_state(process.device) if process.device.type == "cuda" else None
+    rng = process.collect({"torch": torch.get_rng_state(), "cuda": cuda_rng})
+    return {
+        "step": step, "cfg": asdict(cfg), "online": model.online.state_dict(), "predictor": model.predictor.state_dict(),
+        "outcome": model.outcome.state_dict(), "flow": model.flow.state_dict(), "flow_ema": model.flow_ema.state_dict(),
+        "read_out": model.read_out.state_dict(), "target": model.target.state_dict(), "opt": optimizer.state_dict(),
+        "scaler": scaler.state_dict(), "flow_stats": model.space.state_dict(),
+        "outcome_queue": {"keys": model.queue, "filled": model.queue_filled}, "rng": rng, "consumed": consumed,
+        "world_size": process.world_size, "seconds": seconds, "source": Path(__file__).read_text(encoding="utf-8"),
+    }
+
+
+def checkpoint_files(out_dir):
+    """Finished checkpoints of a run folder, oldest first -> [(step, path)]; ckpt_final.pt counts as the newest."""
+    found = []
+    for path in (Path(out_dir) / "checkpoints").glob("ckpt_*.pt"):
+        match = re.fullmatch(r"ckpt_(\d+|final)\.pt", path.name)
+        if match:
+            found.append((math.inf if match[1] == "final" else int(match[1]), path))
+    return sorted(found)
+
+
+def save_checkpoint(state, out_dir, cfg, final):
+    """Write ckpt_<step>.pt or ckpt_final.pt atomically, then drop what exceeds keep_last -> path."""
+    folder = Path(out_dir) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ("ckpt_final.pt" if final else f"ckpt_{state['step']}.pt")
+    write_atomic(path, lambda handle: torch.save(state, handle))
+    numbered = [old for step, old in checkpoint_files(out_dir) if step != math.inf]
+    for old in numbered[: -cfg.keep_last]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(path):
+    """Read a checkpoint with weights_only -> state dict on the CPU. UserError when it is unreadable or not one of ours."""
+    if not os.path.isfile(path):
+        raise UsageError(f"resume {path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file can make the unpickler raise anything; it is named and refused
+        raise UserError(f"checkpoint {path}: not readable ({type(error).__name__}); delete it to go on from an older one, or --resume never") from error
+    missing = {"step", "cfg", "online", "target", "opt", "consumed"} - (state.keys() if isinstance(state, dict) else set())
+    if missing:
+        raise UserError(f"checkpoint {path}: not a VJepa_AUTO_V2 checkpoint (it lacks {', '.join(sorted(missing))})")
+    return state
+
+
+def check_same_run(state, cfg, path):
+    """UsageError naming the fields in which a checkpoint and this config cannot be the same run."""
+    plain = json.loads(json.dumps(asdict(cfg)))
+    saved = json.loads(json.dumps(state["cfg"]))
+    different = [f"{name} = {plain[name]} (checkpoint: {saved.get(name)})" for name in RESUME_MUST_MATCH if plain[name] != saved.get(name)]
+    if different:
+        raise UsageError(f"resume {path}: made by another config: {'; '.join(different)}; use the same values, another --out_dir, or --resume never")
+
+
+def restore_model(state, model):
+    """Load networks and running statistics of a checkpoint."""
+    for name in ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target"):
+        getattr(model, name).load_state_dict(state[name])
+    model.space.load_state_dict(state["flow_stats"])
+    model.queue.copy_(state["outcome_queue"]["keys"])
+    model.queue_filled.copy_(state["outcome_queue"]["filled"])
+
+
+def restore_run(state, optimizer, scaler, process):
+    """Load optimizer, scaler and, when the number of ranks is the same, each rank's random state."""
+    optimizer.load_state_dict(state["opt"])
+    scaler.load_state_dict(state["scaler"])
+    if state["world_size"] == process.world_size:
+        rng = state["rng"][process.rank]
+        torch.set_rng_state(rng["torch"])
+        if rng["cuda"] is not None and process.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"], process.device)
+
+
+def load_model(path, device="cpu"):
+    """Checkpoint -> (WorldModel in eval mode on the device, its config): what tools and notebooks start from."""
+    state = load_checkpoint(path)
+    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in state["cfg"].items() if name in FIELD_TYPES}
+    cfg = VJepaAutoV2Config(**saved)
+    model = WorldModel(cfg)
+    restore_model(state, model)
+    return model.to(device).eval(), cfg
+
+
+def run_info(argv, source):
+    """Versions, commit and data of a run for config.json -> dict."""
+    git = shutil.which("git")
+    head = subprocess.run([git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True) if git else None
+    commit = head.stdout.strip() if head is not None and head.returncode == 0 else "unknown"
+    versions = {name: importlib.import_module(name).__version__ for name in ("torch", "numpy", "av")}
+    return {"versions": {"python": platform.python_version(), **versions}, "commit": commit, "command": list(argv),
+            "data": {"kind": source.kind, "root": source.root, "train_files": len(source.train), "val_files": len(source.val)}}
+
+
+def format_number(value):
+    """Short text of a logged value: four digits, integers whole."""
+    return str(value) if isinstance(value, (int, str)) else f"{value:.4g}"
+
+
+class RunLog:
+    """Console text to stdout and train.log, records to metrics.jsonl, bad files to bad_files.jsonl. Silent off rank 0."""
+
+    def __init__(self, cfg, is_main):
+        self.folder, self.is_main, self.bad, self.trackers = Path(cfg.out_dir), is_main, {}, []
+        self.bar_width = 0
+        if not is_main:
+            return
+        if "tensorboard" in cfg.track:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.trackers.append(("tensorboard", SummaryWriter(str(self.folder / "tensorboard"))))
+        if "wandb" in cfg.track:
+            import wandb
+
+            self.trackers.append(("wandb", wandb.init(project="vjepa_auto_v2", name=self.folder.name, dir=cfg.out_dir, config=asdict(cfg), resume="allow")))
+
+    def line(self, text):
+        """One line of console text."""
+        if self.is_main:
+            self.clear_bar()
+            print(text, flush=True)
+            with open(self.folder / "train.log", "a", encoding="utf-8") as handle:
+                handle.write(text + "\n")
+
+    def bar(self, step, steps, text):
+        """Progress bar on a terminal; nothing elsewhere, where plain lines tell."""
+        if self.is_main and sys.stdout.isatty():
+            filled = round(24 * step / steps)
+            bar = f"[{'#' * filled}{'.' * (24 - filled)}] {step}/{steps} {text}"[: shutil.get_terminal_size().columns - 1]
+            print("\r" + bar.ljust(self.bar_width), end="", flush=True)
+            self.bar_width = len(bar)
+
+    def clear_bar(self):
+        if self.bar_width:
+            print("\r" + " " * self.bar_width + "\r", end="")
+            self.bar_width = 0
+
+    def record(self, values, mark=""):
+        """One object in metrics.jsonl and one `key:value` line, prefixed by `mark`."""
+        if not self.is_main:
+            return
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(values) + "\n")
+        self.line(mark + " ".join(f"{key}:{format_number(value)}" for key, value in values.items()))
+        for kind, tracker in self.trackers:
+            numbers = {key: value for key, value in values.items() if key != "step"}
+            if kind == "wandb":
+                tracker.log(numbers, step=values["step"])
+            else:
+                for key, value in numbers.items():
+                    tracker.add_scalar(key, value, values["step"])
+                tracker.flush()
+
+    def add_bad(self, entries):
+        """Name files that could not be decoded, each once."""
+        for name, reason in entries:
+            if name in self.bad:
+                continue
+            self.bad[name] = reason
+            if self.is_main:
+                with open(self.folder / "bad_files.jsonl", "a", encoding="utf-8") as handle:
+                    handle.write(json.dumps({"path": name, "reason": reason}) + "\n")
+                self.line(f"bad file: {name}: {reason}")
+
+    def forget_after(self, step):
+        """Drop records beyond a resumed step, so that metrics.jsonl holds no step twice; read the bad files known so far."""
+        for name in ("metrics.jsonl", "bad_files.jsonl"):
+            path = self.folder / name
+            if not path.is_file():
+                continue
+            rows = []
+            for text in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    rows.append(json.loads(text))
+                except json.JSONDecodeError:
+                    continue  # a line torn by a kill
+            if name == "bad_files.jsonl":
+                self.bad = {row["path"]: row["reason"] for row in rows}
+            elif self.is_main:
+                kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+                write_atomic(path, lambda handle: handle.write(kept.encode()))
+
+
+def open_folder(cfg):
+    """Create out_dir, prove that it is writable, sweep stale temporary files. UserError says what is in the way."""
+    folder = Path(cfg.out_dir)
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / ".writable", lambda handle: handle.write(b"ok"))
+        (folder / ".writable").unlink()
+        for stale in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
+            stale.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"out_dir {cfg.out_dir}: cannot be written ({error.strerror}); choose another --out_dir") from error
+
+
+def put_aside(cfg):
+    """`--resume never` in a used folder: move the old run's files to previous_<k> instead of mixing with or losing them."""
+    folder = Path(cfg.out_dir)
+    names = ("checkpoints", "metrics.jsonl", "train.log", "bad_files.jsonl", "config.json", "futures.png")
+    old = [folder / name for name in names if (folder / name).exists()]
+    if not checkpoint_files(folder):
+        for path in old:
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    else:
+        number = 1 + len(list(folder.glob("previous_*")))
+        (folder / f"previous_{number}").mkdir()
+        for path in old:
+            path.rename(folder / f"previous_{number}" / path.name)
+    (folder / "checkpoints").mkdir(exist_ok=True)
+
+
+def peak_memory_gb(device):
+    """Peak memory of this process in GB: allocated GPU memory on cuda, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 17  Evaluation: model -> metrics, picture
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def flow_spread(model, context, future, num_samples=8):
+    """Deviation among sampled futures over the deviation of real futures from the forecast. [B, K, D], [B, F, D] -> float."""
+    generator = torch.Generator(context.device).manual_seed(0)
+    samples = model.sample_futures(context, num_samples, generator=generator)  # [B, S, F, D]
+    residual = future - model.forecast(context, model.predict_soon(context))
+    return float(samples.std(1).square().mean().sqrt() / residual.square().mean().sqrt())
+
+
+@torch.no_grad()
+def validate(model, source, process):
+    """Losses and gauges on val_clips held-out clips, the same ones every time -> (dict of val_* floats, bad files)."""
+    cfg = model.cfg
+    num_batches = max(1, math.ceil(cfg.val_clips / (cfg.batch_size * process.world_size)))
+    sampler = StepSampler(0, num_batches, cfg.batch_size, process.rank, process.world_size)
+    loader = build_loader(source.dataset(cfg, "val"), sampler, min(cfg.num_workers, 2), process.device.type == "cuda")
+    was_training, sums, targets, bad, spread = model.training, {}, [], [], 0.0
+    model.eval()
+    for batch in loader:
+        bad += batch["bad"]
+        batch = to_device(batch, process.device)
+        with autocast(process):
+            losses, gauges, carry = model.forward(batch)
+        for name, value in {**losses, **gauges}.items():
+            sums[name] = sums.get(name, 0.0) + float(value) / num_batches
+        if not targets and cfg.lambda_flow:
+            context = model.encode_now(model.online.tokenizer(model.normalise(batch["frames"][:, : cfg.now_frames])))
+            spread = flow_spread(model, context, model.future_target(carry["targets"]))
+        targets.append(carry["targets"][:, :: max(1, cfg.num_tokens // 128)])  # 128 tokens a clip are enough for the gauges
+    model.train(was_training)
+    targets = torch.cat(targets)
+    # a ratio of means: clips in which nothing moves would blow up a mean of ratios
+    sums["soon_skill"] = 1 - sums["loss_soon"] / sums["persistence"]
+    sums |= {"target_std": float(target_std(targets)), "target_std_clips": float(target_std_clips(targets)),
+             "effective_rank": float(effective_rank(targets)), "flow_spread": spread}
+    names = [key for key in VAL_KEYS if key.removeprefix("val_") in sums]
+    means = process.mean([sums[key.removeprefix("val_")] for key in names])
+    return dict(zip(names, means)), bad
+
+
+def verdict(metrics, cfg):
+    """One sentence about a run's health from its last evaluation."""
+    skill, std, rank = metrics["val_soon_skill"], metrics["val_target_std_clips"], metrics["val_effective_rank"]
+    collapsed = std < 0.2 or rank < 0.05 * cfg.enc_dim
+    health = "COLLAPSED: lower lr, raise ema_momentum or warm up longer" if collapsed else "no sign of collapse"
+    moves = "better than a world that stands still" if skill > 0 else "no better than a world that stands still"
+    return (f"soon_skill {skill:.2f} ({moves}), sampled futures spread {metrics['val_flow_spread']:.2f} of real ones, "
+            f"effective rank {rank:.1f} of {cfg.enc_dim}, target std across clips {std:.2f}: {health}")
+
+
+@torch.no_grad()
+def encode_bank(model, source, process, num_clips):
+    """Real futures to look samples up in -> (futures [n, F * D] on the CPU, sample numbers in the `bank` stream, file numbers)."""
+    cfg, size = model.cfg, min(model.cfg.batch_size, num_clips)
+    sampler = StepSampler(0, math.ceil(num_clips / size), size, 0, 1)
+    futures, numbers, files = [], [], []
+    for batch in build_loader(source.dataset(cfg, "bank"), sampler, min(cfg.num_workers, 2), False):
+        with autocast(process):
+            targets = model.make_targets(model.normalise(batch["frames"].to(process.device)))
+        usable = (batch["file"] >= 0).tolist()
+        futures.append(model.future_target(targets)[torch.tensor(usable)].flatten(1).cpu())
+        numbers += [int(number) for number, ok in zip(batch["index"], usable) if ok]
+        files += [int(number) for number, ok in zip(batch["file"], usable) if ok]
+    return torch.cat(futures), numbers, files
+
+
+def picture_canvas(num_blocks, num_samples, columns, side, caption):
+    """Blank page and drawing tools for futures.png -> (image, draw, font, height of one block)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    block_h = (1 + num_samples) * (side[0] + 4) + 30
+    image = Image.new("RGB", (130 + columns * (side[1] + 4) + 20, num_blocks * block_h + 86), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    words, line, y = caption.split(), "", num_blocks * block_h + 12
+    for word in [*words, ""]:
+        if not word or draw.textlength(f"{line} {word}", font=font) > image.width - 24:
+            draw.text((12, y), line, fill="black", font=font)
+            line, y = "", y + 18
+        line = f"{line} {word}".strip()
+    return image, draw, font, block_h
+
+
+@torch.no_grad()
+def draw_futures(model, source, process, metrics, path, num_clips=3, num_samples=4):
+    """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames of
+    the nearest real clip in latent space, with the verdict under them. The clip's own file never answers for a sample."""
+    from PIL import Image
+
+    cfg, data = model.cfg, {stream: source.dataset(model.cfg, stream) for stream in ("val", "bank")}
+    budget = (2e15 if process.device.type == "cuda" else 2e13) / flops_per_clip(cfg)["target"]
+    bank, bank_numbers, bank_files = encode_bank(model, source, process, int(min(max(budget, 16), 256)))
+    grow = max(1, round(96 / min(cfg.height, cfg.width)))
+    side = cfg.height * grow, cfg.width * grow
+    now = sorted({0, cfg.now_frames - 1})
+    soon = np.unique(np.linspace(0, cfg.soon_frames - 1, 5).round().astype(int)) + cfg.now_frames
+    image, draw, font, block_h = picture_canvas(num_clips, num_samples, len(now) + len(soon), side, verdict(metrics, cfg))
+    for block in range(num_clips):
+        frames, number, _, _, _ = data["val"].decode(block, *side)
+        clip = torch.from_numpy(np.ascontiguousarray(data["val"].decode(block, cfg.height, cfg.width)[0].transpose(0, 3, 1, 2)))
+        generator = torch.Generator(process.device).manual_seed(block)
+        samples = model.sample_futures(clip[None].to(process.device), num_samples, generator=generator)[0].flatten(1).cpu()
+        own = data["val"].videos[number].name
+        other = torch.tensor([data["bank"].videos[file].name != own for file in bank_files])
+        other = other if other.any() else torch.ones_like(other)  # a single file has only itself to show
+        distance = torch.cdist(samples, bank).masked_fill(~other, float("inf"))
+        rows = [("truth", frames)] + [(f"sample {k + 1}", data["bank"].decode(bank_numbers[int(distance[k].argmin())], *side)[0]) for k in range(num_samples)]
+        for row, (title, shown) in enumerate(rows):
+            y = block * block_h + 24 + row * (side[0] + 4)
+            draw.text((12, y + side[0] // 2 - 8), title if row == 0 else f"{title}: nearest", fill="black", font=font)
+            for column, frame in enumerate([*now, *soon]):
+                if row and column < len(now):
+                    continue
+                x = 130 + column * (side[1] + 4) + (12 if column >= len(now) else 0)
+                image.paste(Image.fromarray(np.ascontiguousarray(shown[frame])), (x, y))
+                if row == 0:
+                    seconds = (frame - cfg.now_frames + 1) / cfg.clip_fps if cfg.clip_fps else frame
+                    draw.text((x, y - 18), ("NOW " if column < len(now) else "SOON ") + f"{seconds:+.2g} s", fill="black", font=font)
+    image.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 18  Training: Config -> checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure_speed(process):
+    """TFLOP/s of a matrix product on the device in the run's precision: the yardstick of the first time estimate."""
+    size = 4096 if process.device.type == "cuda" else 768
+    x = torch.randn(size, size, device=process.device, dtype=process.amp_dtype or torch.float32)
+    float((x @ x).sum())
+    start, rounds = time.perf_counter(), 5
+    for _ in range(rounds):
+        y = x @ x
+    float(y.sum())
+    return rounds * 2 * size**3 / (time.perf_counter() - start) / 1e12
+
+
+def describe_time(seconds):
+    """Seconds -> '3.2 days', '4.1 h', '12 min' or '40 s'."""
+    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} s"
+
+
+def print_summary(cfg, overrides, model, source, process, log):
+    """The start-up lines: device, precision, parameters, tokens, cost, memory, data, overrides and a first time estimate."""
+    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    precision = {None: "fp32", torch.bfloat16: "bf16 autocast", torch.float16: "fp16 autocast + scaler"}[process.amp_dtype]
+    sizes = {name: sum(p.numel() for p in getattr(model, name).parameters()) / 1e6 for name in ("online", "predictor", "outcome", "flow")}
+    flops = flops_per_clip(cfg)
+    clips = cfg.batch_size * cfg.grad_accum * process.world_size
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) + sum(p.numel() for p in model.target.parameters()) / 4
+    seconds = sum(flops.values()) * cfg.batch_size * cfg.grad_accum / (measure_speed(process) * 0.4e12)
+    log.line(f"device: {process.device.type} ({device}), {process.world_size} process(es), {precision}{', compiled' if cfg.compile else ''}")
+    log.line("parameters: " + ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items()) + " (target = online)")
+    log.line(f"clip: {cfg.num_frames} frames of {cfg.height} x {cfg.width}, {'%g per second' % cfg.clip_fps if cfg.clip_fps else 'spread over the file'} "
+             f"-> grid {' x '.join(map(str, cfg.grid))} = {cfg.num_tokens} tokens; visible under a mask: "
+             + ", ".join(f"{name} {family_visible(cfg, name)}/{cfg.sites} sites" for name in MASK_FAMILIES))
+    log.line(f"step: {clips} clips, {sum(flops.values()) * clips / 1e12:.3g} TFLOP ("
+             + ", ".join(f"{name} {value / sum(flops.values()):.0%}" for name, value in flops.items())
+             + f"); memory about {memory_estimate_gb(cfg, trained):.1f} GB per process plus the framework")
+    held = "" if source.held_out else "; ONE FILE ONLY: validation uses the training file"
+    log.line(f"data: {source.kind}, {len(source.train)} train and {len(source.val)} val files under {source.root or 'no folder'}{held}")
+    log.line(f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}" + (f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else ""))
+    log.line("set: " + (", ".join(f"{name}={value}" for name, value in overrides.items()) or "nothing, all defaults"))
+    estimate = seconds * cfg.steps
+    log.line(f"first estimate: {describe_time(estimate)} for {cfg.steps} steps at 40 % of this device's matrix speed"
+             + ("; THAT IS DAYS: think of --preset small or tiny, fewer --steps, or a faster device" if estimate > 2 * 86400 else ""))
+
+
+def open_run(cfg, process):
+    """Prepare out_dir on rank 0 and find what to resume from -> (state or None, its path). Refuses another run's checkpoint."""
+    if process.is_main:
+        open_folder(cfg)
+        if cfg.resume == "never":
+            put_aside(cfg)
+    process.barrier()
+    found = checkpoint_files(cfg.out_dir) if cfg.resume == "auto" else []
+    path = found[-1][1] if found else None if cfg.resume in ("auto", "never") else Path(cfg.resume)
+    if path is None:
+        return None, None
+    state = load_checkpoint(path)
+    check_same_run(state, cfg, path)
+    return state, path
+
+
+def take_step(model, wrapped, optimizer, scaler, batches, step, cfg, process):
+    """One optimizer step over its micro-batches -> (metrics as tensors, carries, whether it was finite on every rank)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(step, cfg, group["peak_lr"])
+    metrics, carries = {}, []
+    for number, batch in enumerate(batches):
+        wrapped.require_backward_grad_sync = number == len(batches) - 1  # read by DDP alone: ranks average once per step
+        with autocast(process):
+            losses, gauges, carry = wrapped(batch)
+        scaler.scale(losses["loss_total"] / len(batches)).backward()
+        carries.append({name: value.detach() for name, value in carry.items()})
+        for name, value in {**losses, **gauges}.items():
+            metrics[name] = metrics.get(name, 0) + value.detach() / len(batches)
+    scaler.unscale_(optimizer)
+    metrics["grad_norm"], metrics["flow_grad_norm"] = clip_gradients(optimizer, cfg)
+    numbers = torch.stack([metrics[name].float().to(process.device) for name in ("loss_total", "grad_norm", "flow_grad_norm")])
+    return metrics, carries, bool(torch.isfinite(numbers).all())
+
+
+def apply_step(model, optimizer, scaler, carries, step, cfg):
+    """Update weights, EMA copies, queue and flow statistics: the only place where training state changes."""
+    scaler.step(optimizer)
+    model.update_ema(ema_momentum_at(step, cfg), flow_momentum_at(step, cfg))
+    model.absorb(carries)
+
+
+def log_values(metrics, carries, model, step, cfg, process, speed, wait, log, skipped, seconds):
+    """The record of one logged step, losses and gauges as means over ranks, in the order of LOG_KEYS."""
+    targets = torch.cat([carry["targets"][:, :: max(1, cfg.num_tokens // 128)] for carry in carries])
+    values = {name: float(value) for name, value in metrics.items() if name in LOG_KEYS}
+    values |= {"target_std": float(target_std(targets)), "target_std_clips": float(target_std_clips(targets)), "effective_rank": float(effective_rank(targets))}
+    means = dict(zip(values, process.mean(list(values.values()))))
+    means |= {
+        "step": step + 1, "lr": lr_at(step, cfg, cfg.lr), "ema_momentum": ema_momentum_at(step, cfg), "flow_explained": float(model.space.explained),
+        "clips_per_s": speed, "data_wait": wait, "mem_gb": peak_memory_gb(process.device), "bad_files": len(log.bad), "skipped_steps": skipped, "time": seconds,
+    }
+    return {key: means[key] for key in LOG_KEYS if key in means}
+
+
+def check_bad_files(log, entries, source, cfg, process):
+    """Name new bad files of all ranks; stop when too large a share of the data is bad."""
+    log.add_bad([entry for part in process.collect(entries) for entry in part])
+    total = len({video.name for video in source.train + source.val})
+    if len(log.bad) / total > cfg.max_bad_fraction:
+        name, reason = next(iter(log.bad.items()))
+        raise UserError(f"{len(log.bad)} of {total} files cannot be decoded (max_bad_fraction {cfg.max_bad_fraction}); the first is {name}: {reason}; "
+                        f"all are in {cfg.out_dir}/bad_files.jsonl")
+
+
+class Clock:
+    """Clips per second and loader share since the last log line. The first steps after a start do not count."""
+
+    def __init__(self, warmup_steps=3):
+        self.skip, self.steps, self.waited, self.since = warmup_steps, 0, 0.0, time.perf_counter()
+
+    def tick(self, waited):
+        """Count one step, of which `waited` seconds went to the loader."""
+        if self.skip:
+            self.skip -= 1
+            self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
+        else:
+            self.steps, self.waited = self.steps + 1, self.waited + waited
+
+    def read(self):
+        """-> (seconds per step, share of waiting), NaN before anything was counted; starts a new interval."""
+        passed = time.perf_counter() - self.since
+        result = (passed / self.steps, self.waited / passed) if self.steps else (float("nan"), float("nan"))
+        self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
+        return result
+
+
+def train(cfg, overrides=None, argv=()):
+    """Run a config from its first or its last saved step to the end -> exit code."""
+    # -- process, folder, data
+    validate_config(cfg)
+    began = time.perf_counter()
+    videos = list_data(cfg)
+    process = start_process(cfg)
+    state, resumed_from = open_run(cfg, process)
+    log = RunLog(cfg, process.is_main)
+    if not cfg.data_root:
+        log.line(f"no --data_root: training on built-in driving scenes, {cfg.scene_clips} clips in {cfg.out_dir}/scenes")
+    elif not videos:
+        log.line(f"WARNING: no video under {cfg.data_root} matches {cfg.video_glob!r}; going on with data:{cfg.missing_data} (--missing_data error refuses instead)")
+    source = open_data(cfg, videos, process.is_main, process.barrier)
+    mark = "" if source.kind == "videos" else f"data:{source.kind} "
+
+    # -- model
+    model = WorldModel(cfg, process.rank, process.world_size).to(process.device)
+    optimizer = build_optimizer(model, cfg)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=process.amp_dtype == torch.float16)
+    torch.manual_seed(cfg.seed + 1 + process.rank)  # dropout differs between ranks, weights do not
+    if cfg.compile:
+        model.compile(dynamic=False)
+    wrapped = model
+    if process.world_size > 1:
+        devices = [process.device] if process.device.type == "cuda" else None
+        wrapped = nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    # -- resume
+    step, consumed, seconds_before, skipped, skipped_in_row = 0, 0, 0.0, 0, 0
+    if process.is_main:
+        config = {**run_info(argv, source), "config": asdict(cfg)}
+        write_atomic(Path(cfg.out_dir) / "config.json", lambda handle: handle.write(json.dumps(config, indent=2).encode()))
+    print_summary(cfg, overrides or {}, model, source, process, log)
+    if state is not None:
+        restore_model(state, model)
+        restore_run(state, optimizer, scaler, process)
+        step, consumed, seconds_before = state["step"], state["consumed"], state["seconds"]
+        log.line(f"resumed from {resumed_from} at step {step}")
+        del state
+    log.forget_after(step)
+
+    # -- loop
+    stop, clock, bad, last = StopFlag(), Clock(), [], {}
+    model.train()
+    sampler = StepSampler(consumed, (cfg.steps - step) * cfg.grad_accum, cfg.batch_size, process.rank, process.world_size)
+    loader = iter(build_loader(source.dataset(cfg, "train"), sampler, cfg.num_workers, process.device.type == "cuda"))
+    while step < cfg.steps:
+        # -- batch
+        waiting = time.perf_counter()
+        batches = [next(loader) for _ in range(cfg.grad_accum)]
+        waited = time.perf_counter() - waiting
+        bad += [entry for batch in batches for entry in batch["bad"]]
+        if process.any(bool(bad))[0]:
+            check_bad_files(log, bad, source, cfg, process)
+            bad = []
+        # -- update
+        metrics, carries, finite = take_step(model, wrapped, optimizer, scaler, [to_device(batch, process.device) for batch in batches], step, cfg, process)
+        broken, stopping = process.any(not finite, bool(stop.signal_name))
+        if broken:
+            skipped, skipped_in_row = skipped + 1, skipped_in_row + 1
+            log.line(f"step {step + 1} skipped: loss or gradient not finite")
+            if skipped_in_row >= cfg.max_skipped_steps:
+                raise UserError(f"{skipped_in_row} steps in a row were not finite; lower --lr or --flow_lr, or look at the data; the last checkpoint stands")
+        else:
+            skipped_in_row = 0
+            apply_step(model, optimizer, scaler, carries, step, cfg)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step, consumed = step + 1, consumed + cfg.batch_size * cfg.grad_accum * process.world_size
+        clock.tick(waited)
+        seconds = seconds_before + time.perf_counter() - began
+        log.bar(step, cfg.steps, f"{describe_time(seconds)} {' '.join(f'{key}:{format_number(value)}' for key, value in last.items())}")
+        # -- log
+        if step % cfg.log_every == 0 or step == cfg.steps or stopping:
+            per_step, wait = clock.read()
+            speed = cfg.batch_size * cfg.grad_accum * process.world_size / per_step
+            record = log_values(metrics, carries, model, step - 1, cfg, process, speed, wait, log, skipped, seconds)
+            log.record(record, mark)
+            if not last and per_step == per_step:
+                log.line(f"{per_step:.3g} s per step: {describe_time(per_step * (cfg.steps - step))} to go")
+            last = {key: record[key] for key in ("loss_total", "soon_skill", "clips_per_s")}
+        # -- evaluate and save
+        if cfg.val_every and step % cfg.val_every == 0 and step < cfg.steps and not stopping:
+            values, bad = validate(model, source, process)
+            log.record({"step": step, **values}, mark)
+            clock.read()
+        if stopping or (step % cfg.ckpt_every == 0 and step < cfg.steps):
+            state = checkpoint_state(model, optimizer, scaler, cfg, process, step, consumed, seconds)
+            if process.is_main:
+                save_checkpoint(state, cfg.out_dir, cfg, final=False)
+            clock.read()
+        if stopping:
+            log.line(f"stopped by {stop.signal_name or 'a signal on another rank'} at step {step}, saved; run the same command to go on")
+            return EXIT_STOPPED
+
+    # -- end
+    return finish(model, optimizer, scaler, source, process, log, mark, step, consumed, seconds_before + time.perf_counter() - began)
+
+
+def finish(model, optimizer, scaler, source, process, log, mark, step, consumed, seconds):
+    """Save ckpt_final.pt, evaluate on held-out clips, draw futures.png -> exit code."""
+    cfg = model.cfg
+    state = checkpoint_state(model, optimizer, scaler, cfg, process, step, consumed, seconds)
+    if process.is_main:
+        save_checkpoint(state, cfg.out_dir, cfg, final=True)
+    values, bad = validate(model, source, process)
+    check_bad_files(log, bad, source, cfg, process)
+    log.record({"step": step, **values}, mark)
+    log.line("verdict: " + verdict(values, cfg))
+    if cfg.picture and process.is_main:
+        model.eval()
+        draw_futures(model, source, process, values, Path(cfg.out_dir) / "futures.png")
+        log.line(f"picture: {cfg.out_dir}/futures.png")
+    process.barrier()
+    log.line(f"done: {step} steps in {describe_time(seconds)}; checkpoint {cfg.out_dir}/checkpoints/ckpt_final.pt")
+    return EXIT_OK
+
+
+def main(argv=None):
+    """Command line -> exit code. Every error a user can cause ends in one line."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        cfg, overrides, print_config = resolve_config(argv)
+        if print_config:
+            print(json.dumps(asdict(cfg), indent=2))
+            return EXIT_OK
+        return train(cfg, overrides, argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory ({str(error).splitlines()[0]}); in order of effect: lower --batch_size (raise --grad_accum), --grad_checkpoint, "
+              "--amp, smaller --image_size or --num_frames, --preset small", file=sys.stderr)
+        return EXIT_ERROR
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
