@@ -1,0 +1,51 @@
+"""Shared pieces of the tests: the script on the import path, a tiny config, small videos made on the fly."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "VJepa_AUTO_V2.py"
+sys.path.insert(0, str(ROOT))
+
+import VJepa_AUTO_V2 as V  # noqa: E402
+
+# Real footage and awkward files kept beside a developer's checkout; tests that want them skip where they are absent.
+FOOTAGE = Path(os.environ.get("VJEPA_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+def small_config(**overrides):
+    """A config of a few thousand parameters: 4 x 4 sites, NOW 2 + SOON 2 + EVENTUALLY 2 tubelets."""
+    base = dict(
+        image_size=32, patch=8, num_frames=12, now_frames=4, soon_frames=4, eventually_frames=4, enc_dim=48, enc_depth=2, pred_dim=24,
+        pred_depth=2, num_heads=4, outcome_queries=2, outcome_queue=16, flow_dim=32, flow_depth=2, flow_heads=4, flow_rank=8, flow_chunks=2,
+        flow_draws=3, batch_size=2, num_workers=0, steps=20, warmup_steps=2, scene_clips=8, device="cpu", val_clips=4, log_every=1,
+    )
+    return replace(V.VJepaAutoV2Config(), **{**base, **overrides})
+
+
+def random_batch(cfg, num_clips, seed=0, first=0):
+    """A batch of random frames with the masks and flow noise of samples first, first + 1, ... -> dict of tensors."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for index in range(first, first + num_clips):
+        sample = V.mask_and_noise(cfg, "train", index)
+        frames = rng.integers(0, 256, (cfg.num_frames, 3, cfg.height, cfg.width), dtype=np.uint8)
+        sample.update(frames=torch.from_numpy(frames), file=torch.tensor(index), maneuver=torch.tensor(-1), index=torch.tensor(index), bad=[])
+        samples.append(sample)
+    batch = V.collate(samples)
+    batch.pop("bad")
+    return batch
+
+
+@pytest.fixture(scope="session")
+def scene_folder(tmp_path_factory):
+    """Eight built-in scenes as mp4 with annotations -> folder."""
+    folder = tmp_path_factory.mktemp("scenes") / "scenes"
+    V.write_scenes(folder, small_config())
+    return folder
