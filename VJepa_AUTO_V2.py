@@ -251,10 +251,10 @@ class VJepaAutoV2Config:
 
 PRESETS = {
     "tiny": dict(
-        image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=128, enc_depth=4,
-        pred_dim=96, pred_depth=3, num_heads=4, batch_size=16, steps=600, lr=1e-3, warmup_steps=60, ema_momentum=0.97,
+        image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=96, enc_depth=4,
+        pred_dim=96, pred_depth=3, num_heads=2, batch_size=8, steps=700, lr=1.5e-3, warmup_steps=70, ema_momentum=0.992,
         ema_momentum_end=0.998, flow_dim=256, flow_depth=3, flow_heads=4, flow_chunks=2, flow_draws=16, flow_lr=1e-3,
-        num_workers=2, log_every=20, ckpt_every=200, val_every=200, outcome_queue=256, scene_clips=768, scene_size=96,
+        num_workers=2, log_every=25, ckpt_every=175, val_every=175, outcome_queue=256, scene_clips=768, scene_size=96,
         crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
     ),
     "small": dict(
@@ -540,6 +540,7 @@ def scan_folder(root, video_glob):
             subfolders.clear()
             continue
         visited.add((info.st_dev, info.st_ino))
+        subfolders.sort()  # of several links to one folder the first name counts, on every machine
         for name in names:
             relative = os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
             if name.lower().endswith(VIDEO_SUFFIXES) and (fnmatch.fnmatch(name, video_glob) or fnmatch.fnmatch(relative, video_glob)):
@@ -549,7 +550,7 @@ def scan_folder(root, video_glob):
 
 def parse_list_line(line, folder):
     """One line of a list file, `path` or `path<separator>label` with blanks allowed in the path -> VideoFile."""
-    candidates = [(line, "")]
+    candidates = [(line.strip('"'), "")]
     for separator in ("\t", ",", "::", ";", " "):
         head, found, tail = line.rpartition(separator)
         if found:
@@ -570,16 +571,16 @@ def read_list(path):
         raise UsageError(f"data_root {path}: list cannot be read ({error})") from error
     for number, line in enumerate(lines, 1):
         line = line.strip()
-        if not line or (number == 1 and re.match(r"(path|video|file\w*)\b", line, re.IGNORECASE) and not line.startswith("{")
-                        and not os.path.exists(os.path.join(folder, line.split(",")[0]))):
+        if not line or (number == 1 and re.match(r"(path|video|file\w*)\b", line, re.IGNORECASE)
+                        and not any(suffix in line.lower() for suffix in VIDEO_SUFFIXES)):
             continue  # blank, or a header
-        if not str(path).endswith(".jsonl"):
+        if not str(path).lower().endswith(".jsonl"):
             found.append(parse_list_line(line, folder))
             continue
         try:
             row = json.loads(line)
             name = row.get("video") or row["path"]
-            found.append(VideoFile(str(name), os.path.abspath(os.path.join(folder, str(name))), str(row.get("maneuver", row.get("label", "")))))
+            found.append(VideoFile(str(name), os.path.abspath(os.path.join(folder, str(name))), str(row.get("maneuver") or row.get("label") or "")))
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise UsageError(f"data_root {path} line {number}: needs a JSON object with a key 'video' or 'path'") from error
     return found
@@ -612,8 +613,9 @@ def split_videos(videos, val_fraction):
 
 
 def read_annotation(data_root, video):
-    """DIR/annotations/<clip>.json of a video -> dict, empty when there is none. BadFile when it is not a JSON object."""
-    path = Path(data_root) / "annotations" / (Path(video.name).stem + ".json")
+    """DIR/annotations/<clip>.json of a video, in its own subfolder or flat -> dict, empty when there is none. BadFile when it is not a JSON object."""
+    folder, relative = Path(data_root) / "annotations", Path(video.name).with_suffix(".json")
+    path = folder / relative if (folder / relative).is_file() else folder / relative.name
     if not data_root or not path.is_file():
         return {}
     try:
@@ -666,6 +668,13 @@ def check_regular(path):
         raise BadFile("empty file (0 bytes)")
 
 
+def open_pyav(url):
+    """Open a file for PyAV with the allowed demuxers only -> container."""
+    import av
+
+    return av.open(url, options={"format_whitelist": CONTAINER_WHITELIST}, metadata_errors="ignore")
+
+
 def pyav_timing(container, stream):
     """-> (duration in s, frames per second). Raw H.264 / HEVC streams hold no times: their packets are counted."""
     fps = float(stream.average_rate or stream.guessed_rate or 25)
@@ -673,8 +682,9 @@ def pyav_timing(container, stream):
         return float(stream.duration * stream.time_base), fps
     if container.duration:
         return container.duration / 1e6, fps
-    num_frames = sum(1 for packet in container.demux(stream) if packet.size)
-    container.seek(0)
+    fps = float(stream.guessed_rate or fps)  # the average is the demuxer's default here, the guess reads the stream's header
+    with open_pyav(container.name) as counted:  # raw streams cannot be rewound
+        num_frames = sum(1 for packet in counted.demux(video=0) if packet.size)
     return num_frames / fps, fps
 
 
@@ -697,7 +707,7 @@ def pyav_walk(container, stream, plan, seek):
     start, aspect = stream.start_time or 0, float(stream.sample_aspect_ratio or 1)
     if seek and times[0] > 1:
         container.seek(start + int(times[0] / stream.time_base), stream=stream)
-    frames, shown, shown_time, count = [], None, 0.0, 0
+    frames, shown, shown_end, count = [], None, 0.0, 0
     for frame in container.decode(stream):
         now = count / fps if frame.pts is None else float((frame.pts - start) * stream.time_base)
         if count == 0 and seek and times[0] > 1 and now > times[0]:
@@ -711,22 +721,20 @@ def pyav_walk(container, stream, plan, seek):
             return np.stack(frames)
         if frame.is_corrupt:
             raise BadFile(f"damaged picture at {now:.2f} s")
-        shown, shown_time = frame, now
+        shown, shown_end = frame, now + float((frame.duration or 0) * stream.time_base)
     if shown is None:
         raise BadFile("no frame could be decoded")
     slack = 1.0 + 2 / fps  # containers round their length; a whole missing second is a truncated file
-    if times[-1] > shown_time + slack and duration * fps >= plan.num_frames:
-        raise BadFile(f"ends at {shown_time:.2f} s, its header promises {duration:.2f} s")
+    if times[-1] > shown_end + slack and duration * fps >= plan.num_frames:
+        raise BadFile(f"ends at {shown_end:.2f} s, its header promises {duration:.2f} s")
     last = pyav_picture(shown, plan, aspect)
     return np.stack(frames + [last] * (len(times) - len(frames)))
 
 
 def read_pyav(path, plan, seek=True):
     """Frames through PyAV, strict about damage: it stops at broken data instead of painting over it."""
-    import av
-
     try:
-        container = av.open(f"file:{path}", options={"format_whitelist": CONTAINER_WHITELIST}, metadata_errors="ignore")
+        container = open_pyav(f"file:{path}")
     except DECODE_ERRORS as error:
         raise CannotOpen(f"pyav cannot open it ({getattr(error, 'strerror', None) or error})") from error
     try:
@@ -745,12 +753,22 @@ def read_pyav(path, plan, seek=True):
         raise BadFile(f"pyav stopped decoding ({getattr(error, 'strerror', None) or error})") from error
 
 
+def check_mp4_or_mkv(path):
+    """CannotOpen for anything but mp4, mov, mkv and webm: decord and torchcodec take no list of allowed demuxers (a playlist
+    would open other files), and decord's frames are seconds off in ts and repeat in avi."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip") and head[:4] != b"\x1aE\xdf\xa3":
+        raise CannotOpen("only pyav is trusted with containers other than mp4, mov, mkv and webm")
+
+
 def read_decord(path, plan):
     """Frames through decord. It is opened twice: its resize must be known before the first frame tells the size."""
     if importlib.util.find_spec("decord") is None:
         raise CannotOpen("decord is not installed")
     import decord
 
+    check_mp4_or_mkv(path)
     decord.logging.set_level(decord.logging.FATAL)
     try:
         reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
@@ -775,6 +793,7 @@ def read_torchcodec(path, plan):
     from torchcodec.decoders import VideoDecoder
     from torchcodec.transforms import Resize
 
+    check_mp4_or_mkv(path)
     try:
         info = VideoDecoder(path, num_ffmpeg_threads=1).metadata
         scaled_w, scaled_h, x, y = crop_box(plan, info.width, info.height)
@@ -1076,7 +1095,7 @@ def draw_plan(rng, cfg, stream):
 
 def mirror_label(label):
     """Swap left and right in a label's words: what a horizontal flip does to it."""
-    return "_".join({"left": "right", "right": "left"}.get(word, word) for word in label.split("_"))
+    return re.sub(r"(?<![a-z])(left|right)(?![a-z])", lambda word: "right" if word[0] == "left" else "left", label)
 
 
 class ClipDataset(torch.utils.data.Dataset):
@@ -1113,7 +1132,7 @@ class ClipDataset(torch.utils.data.Dataset):
             try:
                 frames = read_frames(video.path, plan, self.cfg.decoder)
                 annotation = {"maneuver": video.label} if video.label else {}
-                annotation.update(read_annotation(self.data_root, video))
+                annotation.update((key, value) for key, value in read_annotation(self.data_root, video).items() if value is not None)
             except BadFile as error:
                 bad[video.name] = str(error)
                 continue
@@ -1198,7 +1217,7 @@ def maneuver_names(videos, data_root):
     names = set()
     for video in videos:
         try:
-            name = str(read_annotation(data_root, video).get("maneuver", video.label))
+            name = str(read_annotation(data_root, video).get("maneuver") or video.label)
         except BadFile:
             continue  # counted with its reason when the clip itself is read
         names |= {name, mirror_label(name)} - {""}

@@ -1,0 +1,51 @@
+"""What training does as a whole: losses fall on a fixed batch, and a collapsed model is seen on the gauges."""
+
+import pytest
+import torch
+from conftest import V, random_batch, small_config
+from training import new_model, train_steps
+
+
+def test_thirty_steps_on_one_batch_cut_the_losses():
+    """NOW and SOON fall below the stated share of their start on a batch seen 30 times; EVENTUALLY below chance.
+
+    Seen red with the optimizer's learning rate left at 0, and with the predictor's context shuffled over clips.
+    """
+    cfg = small_config(batch_size=4, steps=30, warmup_steps=0, lr=3e-3, ema_momentum=0.9995, outcome_queue=0)
+    model, batch = new_model(cfg), random_batch(cfg, 4)
+    history, _ = train_steps(model, cfg, lambda step: [batch], 30)
+    first, last = history[0], history[-1]
+    assert last["loss_vjepa"] < 0.75 * first["loss_vjepa"]
+    assert last["loss_soon"] < 0.75 * first["loss_soon"]
+    assert last["loss_eventually"] < 0.7 * first["loss_eventually"]
+    assert all(metrics["grad_norm"] > 0 for metrics in history)
+
+
+def collapsed_model(cfg, position_only):
+    """A model whose target encoder says the same for every clip: everywhere one vector, or one vector per position."""
+    model = new_model(cfg)
+    with torch.no_grad():
+        if position_only:
+            model.target.tokenizer.proj.weight.zero_()
+        else:
+            model.target.trunk.norm.weight.zero_()
+            model.target.trunk.norm.bias.normal_()
+    return model
+
+
+@pytest.mark.parametrize("position_only", [False, True])
+def test_collapse_is_seen_on_the_gauges(position_only):
+    """target_std_clips is 0 for both kinds of collapse, while target_std alone misses targets that know only positions.
+
+    Seen red with target_std_clips taken over positions instead of clips.
+    """
+    cfg = small_config()
+    batch = random_batch(cfg, 4)
+    healthy = new_model(cfg)(batch)[2]["targets"]
+    assert V.target_std_clips(healthy) > 0.05 and V.effective_rank(healthy) > 5
+    targets = collapsed_model(cfg, position_only)(batch)[2]["targets"]
+    assert V.target_std_clips(targets) < 1e-3
+    if position_only:
+        assert V.target_std(targets) > 0.2
+    else:
+        assert V.target_std(targets) < 1e-3 and V.effective_rank(targets) < 1.5

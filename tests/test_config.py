@@ -1,0 +1,447 @@
+"""Section 1 and 2: defaults, flags, presets, config files, and the rules that refuse a config which could not run."""
+
+import ast
+import functools
+import inspect
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict, fields, replace
+
+import pytest
+import torch
+from conftest import SCRIPT, V, random_batch, small_config
+
+FIELDS = [field.name for field in fields(V.VJepaAutoV2Config)]
+# People's scripts rely on these; lambda_flow and whatever else is new is not part of the promise.
+CONTRACT = dict(
+    image_size=224, num_frames=84, channels=3, tubelet_t=2, patch=16, enc_dim=768, enc_depth=12, pred_dim=384, pred_depth=12, num_heads=12,
+    mlp_ratio=4.0, dropout=0.0, now_frames=4, soon_frames=16, eventually_frames=64, short_num_blocks=8, short_scale=0.15, long_num_blocks=2,
+    long_scale=0.70, aspect_min=0.75, aspect_max=1.50, batch_size=8, num_workers=4, lr=1e-4, weight_decay=0.05, warmup_steps=2000,
+    grad_clip=1.0, seed=1337, ema_momentum=0.996, lambda_vjepa=1.0, lambda_soon=1.0, lambda_eventually=0.25, outcome_queries=8,
+    outcome_temperature=0.2, log_every=50, ckpt_every=1000, out_dir="runs/vjepa_auto_v2", device="auto", amp=False, compile=False,
+    resume="auto", preset="base", data_root="", clip_fps=4.0, decoder="auto", missing_data="scenes", hflip=False, pos_embed="sincos",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_help_once():
+    """The help texts are read from the source by a slow call; once is enough for this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(V, "field_help", functools.lru_cache(V.field_help))
+        yield
+
+
+def resolve(*argv):
+    """Config of a command line."""
+    return V.resolve_config(list(argv))[0]
+
+
+def fails(capsys, *argv):
+    """Run a command line that must be refused -> its one line on stderr, without the prefix."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(V, "train", lambda *rest: pytest.fail("this command line must not start a run"))
+        assert V.main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    return err.removeprefix("error: ").strip()
+
+
+def write(path, values):
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return str(path)
+
+
+# -- defaults and flags
+
+
+def test_contract_defaults():
+    """The promised defaults, exactly. Seen red with lr 2e-4."""
+    defaults = asdict(V.VJepaAutoV2Config())
+    assert {name: defaults[name] for name in CONTRACT} == CONTRACT
+    assert "lambda_flow" in defaults and resolve() == V.VJepaAutoV2Config()
+
+
+def test_flag_without_any_change_is_the_dataclass():
+    """The command line adds nothing of its own: no flag, no override."""
+    cfg, overrides, print_config = V.resolve_config([])
+    assert (cfg, overrides, print_config) == (V.VJepaAutoV2Config(), {}, False)
+
+
+def test_every_field_is_a_flag_in_both_spellings():
+    """--batch_size and --batch-size; booleans --amp and --no-amp. Seen red with the dashed spelling dropped."""
+    parser = V.build_parser()
+    for name in FIELDS:
+        kind = V.FIELD_TYPES[name]
+        for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
+            if kind is bool:
+                assert getattr(parser.parse_args([flag]), name) is True
+                assert getattr(parser.parse_args([f"--no-{flag[2:]}"]), name) is False
+                continue
+            text, value = {int: ("7", 7), float: ("0.5", 0.5), str: ("some text", "some text")}.get(kind, ("64,96", (64, 96)))
+            got = getattr(parser.parse_args([flag, text]), name)
+            assert got == value and type(got) is type(value)
+            assert getattr(parser.parse_args([f"{flag}={text}"]), name) == value
+
+
+def test_image_size_takes_one_number_or_two():
+    """'64' is square, '64,96' is height, width; three numbers are refused."""
+    assert resolve("--image_size", "64").image_size == 64
+    cfg = resolve("--image_size", "64,96")
+    assert (cfg.image_size, cfg.height, cfg.width) == ((64, 96), 64, 96)
+    with pytest.raises(V.UsageError, match="image_size"):
+        resolve("--image_size", "64,96,3")
+
+
+def test_every_field_has_help_and_help_cannot_disagree():
+    """--help tells each field's comment and its current default. Seen red with one trailing comment removed."""
+    helps = V.field_help()
+    assert list(helps) == FIELDS and all(len(text) > 2 for text in helps.values())
+    source = inspect.getsource(V.VJepaAutoV2Config)
+    actions = {action.dest: action for action in V.build_parser()._actions}
+    page = " ".join(V.build_parser().format_help().split())
+    for field in fields(V.VJepaAutoV2Config):
+        assert f"# {helps[field.name]}\n" in source
+        assert helps[field.name] in actions[field.name].help.replace("%%", "%")
+        assert f"[{field.default}]" in actions[field.name].help and f"[{field.default}]" in page
+
+
+def test_editing_a_default_changes_the_run(tmp_path):
+    """The dataclass is the only place of a default: edited in a copy of the file, the command and its help follow."""
+    text = SCRIPT.read_text(encoding="utf-8")
+    old = "outcome_queries: int = 8 "
+    assert text.count(old) == 1
+    copy = tmp_path / SCRIPT.name
+    copy.write_text(text.replace(old, "outcome_queries: int = 5 "), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(copy), "--print_config"], capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout) == {**json.loads(json.dumps(asdict(V.VJepaAutoV2Config()))), "outcome_queries": 5}
+
+
+def test_config_from_python_is_the_run(scene_folder, tmp_path):
+    """VJepaAutoV2Config(...) handed to train() is what config.json and the checkpoint say."""
+    cfg = replace(small_config(), data_root=str(scene_folder), out_dir=str(tmp_path / "run"), steps=1, picture=False, outcome_queries=3)
+    assert V.train(cfg) == 0
+    saved = json.loads((tmp_path / "run/config.json").read_text())["config"]
+    assert saved == json.loads(json.dumps(asdict(cfg)))
+    model, loaded = V.load_model(tmp_path / "run/checkpoints/ckpt_final.pt")
+    assert loaded == cfg and model.outcome.queries.shape[0] == 3
+
+
+# -- presets and files
+
+
+@pytest.mark.parametrize("preset", list(V.PRESETS))
+def test_presets_validate_and_are_applied(preset):
+    """Every preset is a config that may run, the same from the command line and from Python."""
+    cfg = resolve("--preset", preset)
+    V.validate_config(cfg)
+    assert cfg == V.preset_config(preset) and cfg.preset == preset
+    assert {name: getattr(cfg, name) for name in V.PRESETS[preset]} == V.PRESETS[preset]
+
+
+def test_base_preset_is_the_dataclass():
+    """base = these defaults, so that editing the dataclass reaches everyone."""
+    assert V.PRESETS["base"] == {} and set(V.PRESETS) == {"tiny", "small", "base", "large"}
+
+
+def test_precedence(tmp_path):
+    """Default < preset < file < later file < flag, each step seen. Seen red with presets merged last."""
+    first = write(tmp_path / "first.json", {"lr": 0.25, "min_lr": 0.125, "seed": 3, "preset": "tiny"})
+    second = write(tmp_path / "second.json", {"min_lr": 0.0625, "seed": 4})
+    cfg = resolve("--config", first, "--config", second, "--seed", "5")
+    assert (cfg.seed, cfg.min_lr, cfg.lr) == (5, 0.0625, 0.25)
+    assert cfg.enc_dim == V.PRESETS["tiny"]["enc_dim"] and cfg.patch == V.PRESETS["tiny"]["patch"]
+    assert cfg.weight_decay == V.VJepaAutoV2Config.weight_decay
+    assert resolve("--config", second, "--config", first).min_lr == 0.125
+    assert resolve("--config", first, "--preset", "base").enc_dim == 768  # the flag's preset replaces the file's
+
+
+def test_overrides_are_what_the_user_set(tmp_path):
+    """Only files and flags count as overrides, not what a preset brings."""
+    _, overrides, _ = V.resolve_config(["--preset", "tiny", "--config", write(tmp_path / "a.json", {"lr": 0.5}), "--no-amp"])
+    assert overrides == {"preset": "tiny", "lr": 0.5, "amp": False}
+
+
+def test_inherits_is_relative_to_the_file(tmp_path, monkeypatch):
+    """A name or a list of names, later parents win, the file itself wins over all; the working directory plays no part."""
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "a.json", {"seed": 1, "lr": 0.5, "min_lr": 0.5})
+    write(tmp_path / "deep/b.json", {"inherits": "../a.json", "lr": 0.25})
+    write(tmp_path / "c.json", {"min_lr": 0.125, "lr": 0.0625})
+    top = write(tmp_path / "deep/top.json", {"inherits": ["b.json", "../c.json"], "seed": 9})
+    monkeypatch.chdir("/")
+    assert V.read_config_file(top) == {"seed": 9, "lr": 0.0625, "min_lr": 0.125}
+    assert V.read_config_file(tmp_path / "deep/b.json") == {"seed": 1, "lr": 0.25, "min_lr": 0.5}
+
+
+def test_inherits_may_form_a_diamond(tmp_path):
+    """Two parents with one grandparent are no loop."""
+    write(tmp_path / "root.json", {"seed": 1})
+    write(tmp_path / "left.json", {"inherits": "root.json"})
+    write(tmp_path / "right.json", {"inherits": "root.json", "lr": 0.5})
+    assert V.read_config_file(write(tmp_path / "top.json", {"inherits": ["left.json", "right.json"]})) == {"seed": 1, "lr": 0.5}
+
+
+def test_inherits_loop_is_refused(tmp_path, capsys):
+    """a -> b -> a ends in one line that names the way. Seen red with the trail not passed on."""
+    write(tmp_path / "a.json", {"inherits": "b.json"})
+    write(tmp_path / "b.json", {"inherits": "a.json"})
+    line = fails(capsys, "--config", str(tmp_path / "a.json"))
+    assert "inherits itself" in line and "a.json -> b.json -> a.json" in line
+
+
+@pytest.mark.parametrize("inherits", [5, None, {"a": 1}, [7]])
+def test_inherits_of_a_wrong_type_is_refused(tmp_path, capsys, inherits):
+    """Anything but a name or a list of names is one line naming the key or the missing file."""
+    line = fails(capsys, "--config", write(tmp_path / "a.json", {"inherits": inherits}))
+    assert "a.json" in line or "cannot be read" in line
+
+
+def test_yaml(tmp_path):
+    """The same rules for YAML; 1e-4, which YAML 1.1 reads as text, is a number."""
+    pytest.importorskip("yaml")
+    write(tmp_path / "base.json", {"seed": 7})
+    path = write(tmp_path / "a.yaml", "inherits: base.json\nlr: 1e-4\nmin_lr: 1.5e-7\nimage_size: [64, 96]\namp: true\nsteps: 12\nout_dir: somewhere\n")
+    assert V.read_config_file(path) == {"seed": 7, "lr": 1e-4, "min_lr": 1.5e-7, "image_size": (64, 96), "amp": True, "steps": 12, "out_dir": "somewhere"}
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "1: 2\n", "lr: fast\n", "steps: 1e3\n"])
+def test_bad_yaml_is_one_line(tmp_path, capsys, text):
+    """Broken syntax, a list, a key that is no text, words for numbers: one line naming the file."""
+    pytest.importorskip("yaml")
+    assert "a.yml" in fails(capsys, "--config", write(tmp_path / "a.yml", text))
+
+
+def test_yaml_without_pyyaml_names_the_package(tmp_path, capsys, monkeypatch):
+    """A missing extra is named before anything else happens."""
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert "pip install pyyaml" in fails(capsys, "--config", write(tmp_path / "a.yaml", "seed: 1\n"))
+
+
+# -- mistakes on the command line
+
+
+@pytest.mark.parametrize("argv, fragment", [
+    (["--batch_sice", "4"], "did you mean --batch_size?"),
+    (["--batch_sice=4"], "did you mean --batch_size?"),
+    (["--data-rot", "x"], "did you mean --data-root?"),
+    (["--batch", "4"], "unknown argument --batch"),  # no abbreviations: a later flag of that name would change their meaning
+    (["videos"], "unknown argument videos"),
+    (["--steps", "many"], "--steps"),
+    (["--steps", "1.5"], "--steps"),
+    (["--lr"], "--lr"),
+    (["--lr", "quick"], "--lr"),
+    (["--image_size", "64x96"], "image_size"),
+    (["--preset", "tinny"], "did you mean tiny?"),
+    (["--device", "gpu"], "device = 'gpu': must be one of auto, cuda, mps, cpu (--device)"),
+    (["--lr", "nan"], "lr = nan"),
+    (["--steps", "0"], "steps = 0: must lie in 1 to inf (--steps)"),
+])
+def test_bad_flags_are_one_line(capsys, argv, fragment):
+    """Exit 2, one line with the cause and the nearest name. Seen red with the suggestion removed."""
+    assert fragment in fails(capsys, *argv)
+
+
+@pytest.mark.parametrize("text, fragment", [
+    ('{"batch_sice": 4}', "unknown key 'batch_sice' (did you mean batch_size?)"),
+    ('{"lr": 0.1', "not valid JSON"),
+    ("[1, 2]", "must hold a mapping"),
+    ("7", "must hold a mapping"),
+    ("", "not valid JSON"),
+    ('{"lr": "fast"}', "lr = 'fast' must be of type float"),
+    ('{"steps": 1.5}', "steps = 1.5 must be of type int"),
+    ('{"steps": true}', "steps = True must be of type int"),
+    ('{"amp": 1}', "amp = 1 must be of type bool"),
+    ('{"out_dir": null}', "out_dir = None must be of type str"),
+    ('{"image_size": [64, 96, 3]}', "image_size = [64, 96, 3] must be a number or a pair of numbers"),
+    ('{"image_size": "64"}', "image_size = '64' must be a number or a pair of numbers"),
+    ('{"lr": NaN}', "lr = nan"),
+    ('{"versions": {}, "config": 5}', "must hold a mapping"),
+    ('{"preset": "tinny"}', "did you mean tiny?"),
+])
+def test_bad_config_files_are_one_line(tmp_path, capsys, text, fragment):
+    """Exit 2, one line with the field, its value and what was wanted. Seen red with coerce returning its input."""
+    assert fragment in fails(capsys, "--config", write(tmp_path / "a.json", text))
+
+
+def test_missing_config_file(tmp_path, capsys):
+    """A path that is absent, or a folder, is named."""
+    assert "absent.json" in fails(capsys, "--config", str(tmp_path / "absent.json"))
+    assert str(tmp_path) in fails(capsys, "--config", str(tmp_path))
+
+
+# -- printing and reading back
+
+
+@pytest.mark.parametrize("argv", [[], ["--preset", "tiny", "--image_size", "48,96", "--flow_pool", "3"], ["--lr", "1e-5", "--no-picture", "--out_dir", "a b"]])
+def test_print_config_reads_back(tmp_path, capsys, argv):
+    """What --print_config prints is JSON that --config takes again, to the same config."""
+    assert V.main([*argv, "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    assert set(json.loads(printed)) == set(FIELDS)
+    path = write(tmp_path / "printed.json", printed)
+    assert resolve("--config", path) == resolve(*argv)
+    assert V.main(["--config", path, "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+# -- rules
+
+# One entry per rule between fields: overrides of a valid config, and the words that name field, value, rule and flag.
+RELATIONS = [
+    (dict(num_frames=14), "num_frames = 14: must equal now + soon + eventually frames = 12 (--num_frames)"),
+    (dict(now_frames=3, num_frames=11), "now_frames = 3: must be divisible by tubelet_t = 2 (--now_frames)"),
+    (dict(image_size=36), "image_size = 36: 36 must be divisible by patch = 8 (--image_size)"),
+    (dict(pred_dim=26), "pred_dim = 26: must be divisible by num_heads = 4 (--pred_dim)"),
+    (dict(pos_embed="rope", pred_dim=16), "pred_dim = 16: rope needs"),
+    (dict(enc_dim=45, pred_dim=27, num_heads=3), "enc_dim = 45: must be even, the position code pairs sine and cosine (--enc_dim)"),
+    (dict(crop_scale_min=0.9, crop_scale_max=0.5), "crop_scale_min = 0.9: must not exceed crop_scale_max = 0.5 (--crop_scale_min)"),
+    (dict(image_size=8), "image_size = 8: needs at least 2 patches of 8 to mask one (--image_size)"),
+    (dict(flow_chunks=3), "flow_chunks = 3: only 2 EVENTUALLY tubelets to chunk (--flow_chunks)"),
+    (dict(flow_joint_max=0, flow_pool=5), "flow_pool = 5: exceeds the 4 x 4 token grid (--flow_pool)"),
+    (dict(flow_joint_max=0, flow_rank=49), "flow_rank = 49: exceeds enc_dim = 48 (--flow_rank)"),
+    (dict(lambda_vjepa=0.0, lambda_soon=0.0, lambda_eventually=0.0), "lambda_vjepa = 0: at least one of"),
+]
+MORE_RELATIONS = [
+    (dict(soon_frames=5, num_frames=13), "soon_frames = 5"), (dict(eventually_frames=5, num_frames=13), "eventually_frames = 5"),
+    (dict(image_size=(32, 36)), "image_size = (32, 36): 36 must be divisible by patch = 8"), (dict(enc_dim=50), "enc_dim = 50: must be divisible"),
+    (dict(flow_dim=34), "flow_dim = 34: must be divisible by flow_heads = 4 (--flow_dim)"),
+    (dict(flow_dim=33, flow_heads=3), "flow_dim = 33: must be even"), (dict(pos_embed="rope", enc_dim=16), "enc_dim = 16: rope needs"),
+    (dict(pos_embed="rope", enc_dim=28), "enc_dim = 28: rope needs"),  # 7 channels per head cannot be turned in pairs
+    (dict(crop_ratio_min=2.0), "crop_ratio_min = 2.0: must not exceed"), (dict(aspect_min=3.0), "aspect_min = 3.0: must not exceed"),
+]
+
+
+@pytest.mark.parametrize("overrides, message", RELATIONS + MORE_RELATIONS, ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+def test_rules_between_fields(overrides, message):
+    """Each rule names field, value, rule and flag, and holds in a config that breaks nothing else. Seen red with each rule disabled."""
+    V.validate_config(small_config())
+    with pytest.raises(V.UsageError) as caught:
+        V.validate_config(small_config(**overrides))
+    assert message in str(caught.value) and str(caught.value).startswith("config: ")
+    assert re.search(r"\(--\w+\)$", str(caught.value))
+
+
+def test_the_table_above_covers_every_rule():
+    """As many entries as there are rules in the code: a rule without a case turns this red."""
+    tree = ast.parse(inspect.getsource(V.relation_problems))
+    rules = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "problems.append"]
+    assert len(rules) == len(RELATIONS)
+
+
+@pytest.mark.parametrize("name", list(V.RANGES))
+def test_every_range_is_enforced(name):
+    """Just outside is refused with the field, the value, the range and the flag. Seen red with one bound removed."""
+    low, high = V.RANGES[name]
+    assert low is not None  # no number of this config may be arbitrarily negative
+    whole = V.FIELD_TYPES[name] is int
+    outside = [] if low is None else [low - (1 if whole else 1e-3)]
+    outside += [] if high is None else [high + (1 if whole else 1e-3)]
+    outside += [] if whole else [math.nan, math.inf]
+    for value in outside:
+        with pytest.raises(V.UsageError) as caught:
+            V.validate_config(small_config(**{name: value}))
+        assert f"{name} = {value}: must lie in " in str(caught.value) and f"(--{name})" in str(caught.value)
+
+
+def test_every_word_has_a_list_or_is_free_text():
+    """A text field is a path or a pattern, has a list of words, or a rule of its own. Seen red with `decoder` taken out of CHOICES."""
+    words = {name for name, kind in V.FIELD_TYPES.items() if kind is str}
+    assert words - set(V.CHOICES) == {"data_root", "video_glob", "out_dir", "resume", "track"}
+
+
+@pytest.mark.parametrize("name", list(V.CHOICES))
+def test_every_choice_is_enforced(name):
+    """A word that is not on the list is refused with the list."""
+    with pytest.raises(V.UsageError) as caught:
+        V.validate_config(small_config(**{name: "nonsense"}))
+    assert f"{name} = 'nonsense': must be one of {', '.join(V.CHOICES[name])} (--{name})" in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (dict(image_size=0), "image_size = 0: must be positive (--image_size)"),
+    (dict(image_size=(32, -32)), "image_size = (32, -32): must be positive (--image_size)"),
+    (dict(track="mlflow,wandb"), "track = 'mlflow,wandb': mlflow is not one of tensorboard, wandb (--track)"),
+])
+def test_other_value_rules(overrides, message):
+    """Rules on one field that are neither a range nor a list."""
+    with pytest.raises(V.UsageError) as caught:
+        V.validate_config(small_config(**overrides))
+    assert message in str(caught.value)
+
+
+def test_all_problems_are_told_at_once():
+    """Two mistakes give two messages in one line."""
+    with pytest.raises(V.UsageError, match=r"pred_dim = 26.*; .*crop_scale_min") as caught:
+        V.validate_config(small_config(pred_dim=26, crop_scale_min=0.9, crop_scale_max=0.5))
+    assert "\n" not in str(caught.value)
+
+
+def random_config(rng):
+    """A small config with values that fit together often, and at times do not."""
+    now, soon, eventually = (rng.choice([2, 4, 4, 6, 8]) for _ in range(3))
+    heads = rng.choice([1, 2, 2, 3, 4])
+    flow_heads = rng.choice([1, 2, 4])
+    patch = rng.choice([4, 8])
+    values = dict(
+        patch=patch, image_size=(patch * rng.choice([1, 2, 3, 4]), patch * rng.choice([1, 2, 3, 5])) if rng.random() < 0.5 else patch * rng.choice([1, 3, 4]),
+        tubelet_t=rng.choice([1, 2, 2, 2, 4]), now_frames=now, soon_frames=soon, eventually_frames=eventually, num_frames=now + soon + eventually,
+        num_heads=heads, enc_dim=heads * rng.choice([6, 7, 8, 12, 20]), pred_dim=heads * rng.choice([6, 8, 9, 16]), enc_depth=rng.choice([1, 2]),
+        pred_depth=1, flow_heads=flow_heads, flow_dim=flow_heads * rng.choice([2, 8, 9, 16]), flow_depth=1, flow_rank=rng.choice([1, 4, 16, 40]),
+        flow_chunks=rng.choice([1, 1, 2, 3]), flow_pool=rng.choice([1, 2, 3]), flow_joint_max=rng.choice([0, 500, 65536]), flow_draws=rng.choice([1, 3]),
+        pos_embed=rng.choice(["sincos", "rope"]), mlp_ratio=rng.choice([0.1, 1.0, 4.0]), outcome_queue=rng.choice([0, 1, 16]),
+        short_num_blocks=rng.choice([1, 8]), short_scale=rng.choice([0.001, 0.15, 1.0]), long_scale=rng.choice([0.3, 1.0]), mask_draws=rng.choice([1, 2]),
+        short_visible=rng.choice([0.0, 0.01, 0.99]), lambda_vjepa=rng.choice([0.0, 1.0]), lambda_soon=rng.choice([0.0, 1.0]),
+        lambda_eventually=rng.choice([0.0, 0.25]), lambda_flow=rng.choice([0.0, 1.0]), lambda_supcon=rng.choice([0.0, 0.0, 1.0]),
+        outcome_target=rng.choice(["mean", "delta"]), dropout=rng.choice([0.0, 0.1]), flow_rest=rng.choice(["mean", "gaussian"]),
+        flow_context_grad=rng.choice([0.0, 0.5]), grad_checkpoint=rng.random() < 0.2,
+    )
+    if rng.random() < 0.1:
+        name = rng.choice(list(V.RANGES))
+        values[name] = rng.choice([-1, 0, 1, 10**6 + 1] if V.FIELD_TYPES[name] is int else [-1.0, 0.0, 0.5, 2.0, math.inf])
+        values[name] = min(values[name], 64) if name in ("enc_depth", "pred_depth", "flow_depth", "enc_dim", "pred_dim", "flow_dim", "outcome_queries") else values[name]
+    return small_config(**values)
+
+
+def test_random_configs_are_refused_or_run():
+    """300 configs: UsageError, or a model that builds, and of every sixth one that trains a step and samples. Seen red with a rule disabled."""
+    rng, refused, ran = random.Random(0), 0, 0
+    for number in range(300):
+        cfg = random_config(rng)
+        try:
+            V.validate_config(cfg)
+        except V.UsageError as error:
+            assert "(--" in str(error) and "\n" not in str(error)
+            refused += 1
+            continue
+        if max(cfg.flow_draws, cfg.mask_draws, cfg.outcome_queue, cfg.num_frames, cfg.mlp_ratio, cfg.flow_rank) > 200:
+            continue  # valid, and too large for a test
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # mlp_ratio 0.1 of a narrow width leaves no hidden channel
+            model = V.WorldModel(cfg)
+        ran += 1
+        if number % 6:
+            continue
+        assert all(math.isfinite(value) and value >= 0 for value in V.flops_per_clip(cfg).values()) and V.memory_estimate_gb(cfg, 1) > 0
+        try:
+            losses, _, carry = model(random_batch(cfg, 2))
+            losses["loss_total"].backward()
+            model.absorb([carry])
+            futures = model.eval().sample_futures(torch.zeros(1, cfg.now_frames, 3, cfg.height, cfg.width), 2, num_steps=2)
+        except Exception as error:
+            changed = {name: value for name, value in asdict(cfg).items() if value != getattr(small_config(), name)}
+            raise AssertionError(f"a valid config failed with {type(error).__name__}: {error}\n{changed}") from error
+        assert futures.shape == (1, 2, cfg.soon_tokens + cfg.flow_chunks, cfg.enc_dim) and torch.isfinite(losses["loss_total"])
+    assert refused > 30 and ran > 60, (refused, ran)
+
+
+def test_warmup_is_capped_and_schedules_end_with_the_run():
+    """The promise behind `warmup_steps`: at most a tenth of the steps, full rate after it, min_lr at the last step."""
+    cfg = small_config(steps=100, warmup_steps=2000, lr=1e-3, min_lr=1e-5)
+    rates = [V.lr_at(step, cfg, cfg.lr) for step in range(cfg.steps)]
+    assert cfg.warmup == 10 and max(rates) == rates[9] == 1e-3 and rates[-1] == pytest.approx(1e-5)
+    assert V.lr_at(0, small_config(steps=1), 1e-3) > 0

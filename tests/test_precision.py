@@ -1,0 +1,212 @@
+"""Autocast, torch.compile and non-finite steps: precision changes no state's type, compilation changes nothing at all."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import V, random_batch, small_config
+from training import cpu_process, fill_space, new_model, train_steps
+
+
+def loss_values(model, batch, amp_dtype=None):
+    """Losses of one forward pass in the given precision -> dict of floats."""
+    with V.autocast(cpu_process(amp_dtype)), torch.no_grad():
+        losses, _, carry = model(batch)
+    return {name: float(value) for name, value in losses.items()}, carry
+
+
+# -- autocast
+
+
+def test_bf16_losses_are_close_to_fp32():
+    """Autocast moves every loss by a few percent at most."""
+    cfg = small_config()
+    model, batch = new_model(cfg), random_batch(cfg, 4)
+    fill_space(model)
+    exact, _ = loss_values(model, batch)
+    rough, carry = loss_values(model, batch, torch.bfloat16)
+    assert rough != exact  # autocast did something
+    for name, value in exact.items():
+        assert rough[name] == pytest.approx(value, rel=0.02), name  # bf16 keeps 8 bits: 0.4 % per number, less in a mean
+    assert carry["targets"].dtype == carry["rows"].dtype == carry["key"].dtype == torch.float32
+
+
+def test_master_weights_ema_and_optimizer_stay_fp32():
+    """Three bf16 steps leave weights, EMA copies, moments, queue and flow statistics in fp32, and the losses fp32 too.
+
+    Seen red with the model cast to bfloat16 in place of autocast.
+    """
+    cfg = small_config(amp=True)
+    model, batch = new_model(cfg), random_batch(cfg, 2)
+    process = cpu_process(V.amp_dtype(cfg, torch.device("cpu")))
+    assert process.amp_dtype == torch.bfloat16
+    dtypes = []
+    hook = model.online.trunk.blocks[0].mlp.fc1.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    loss_dtypes = []
+    model.register_forward_hook(lambda module, args, out: loss_dtypes.extend(value.dtype for value in out[0].values()))
+    before = model.online.tokenizer.proj.weight.clone()
+    _, optimizer = train_steps(model, cfg, lambda step: [batch], 3, process)
+    hook.remove()
+    assert set(dtypes) == {torch.bfloat16}  # matrix products do run in bf16
+    assert set(loss_dtypes) == {torch.float32}
+    assert not torch.equal(before, model.online.tokenizer.proj.weight)
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.float32}
+    for state in optimizer.state.values():
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
+
+
+def test_infonce_logits_are_fp32_under_autocast(monkeypatch):
+    """The similarity product is excluded from autocast. Seen red with full_precision removed from info_nce."""
+    outcome, keys, labels, absent = torch.randn(3, 64), torch.randn(5, 64), torch.arange(3), torch.zeros(5, dtype=torch.bool)
+    plain = V.info_nce(outcome, keys, labels, absent, 0.2)[0]
+    dtypes, cross_entropy = [], V.F.cross_entropy
+    monkeypatch.setattr(V.F, "cross_entropy", lambda logits, labels: dtypes.append(logits.dtype) or cross_entropy(logits, labels))
+    with V.autocast(cpu_process(torch.bfloat16)):
+        assert torch.equal(V.info_nce(outcome, keys, labels, absent, 0.2)[0], plain)
+        assert V.info_nce(outcome.bfloat16(), keys.bfloat16(), labels, absent, 0.2)[0].dtype == torch.float32
+    assert dtypes == [torch.float32, torch.float32]
+
+
+def test_flow_space_is_fp32_under_autocast():
+    """Whitened coordinates of a residual are the same bits with and without autocast around the loss.
+
+    Seen red with full_precision removed from flow_loss.
+    """
+    cfg = small_config()
+    model, batch = new_model(cfg), random_batch(cfg, 2)
+    fill_space(model)
+    calls = []
+    encode = model.space.encode
+    model.space.encode = lambda rows: calls.append((rows, encode(rows))) or calls[-1][1]
+    loss_values(model, batch, torch.bfloat16)
+    rows, y = calls[0]
+    assert y.dtype == torch.float32 and torch.equal(y, encode(rows))
+
+
+def test_fp16_only_where_the_device_lacks_bf16(monkeypatch):
+    """Old CUDA cards get fp16 (and with it the loss scaler), new ones and the CPU bf16, nobody anything without --amp."""
+    amp, cuda, cpu = small_config(amp=True), SimpleNamespace(type="cuda"), torch.device("cpu")
+    for supported, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, supported=supported: supported)
+        assert V.amp_dtype(amp, cuda) == expected
+        assert V.amp_dtype(amp, cpu) == torch.bfloat16
+        assert V.amp_dtype(small_config(amp=False), cuda) is None
+    assert "including_emulation=False" in V.inspect.getsource(V.amp_dtype)  # emulated bf16 is slower than fp32
+
+
+# -- non-finite steps
+
+
+@pytest.mark.parametrize("poison", ["gradient", "frames", "flow gradient"])
+def test_a_non_finite_step_is_reported_and_changes_nothing(poison):
+    """NaN in a gradient or a frame makes take_step say so; without apply_step all training state stays as it was.
+
+    Seen red with the gradient norms left out of the finite check.
+    """
+    cfg = small_config()
+    model, batch = new_model(cfg), random_batch(cfg, 2)
+    fill_space(model)
+    optimizer, scaler = V.build_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if poison == "frames":
+        batch["frames"] = model.normalise(batch["frames"])
+        batch["frames"][1, 0, 0, 0, 0] = float("nan")
+    else:
+        parameter = model.flow.out.weight if poison == "flow gradient" else model.predictor.out.weight
+        parameter.register_hook(lambda grad: grad * float("nan"))
+    _, _, finite = V.take_step(model, model, optimizer, scaler, [batch], 0, cfg, cpu_process())
+    assert finite is False
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not optimizer.state
+
+
+def test_a_finite_step_is_reported_finite():
+    cfg = small_config()
+    model = new_model(cfg)
+    optimizer = V.build_optimizer(model, cfg)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    assert V.take_step(model, model, optimizer, scaler, [random_batch(cfg, 2)], 0, cfg, cpu_process())[2] is True
+
+
+# -- compile
+
+
+class CountingBackend:
+    """A torch.compile backend that runs graphs as they are and keeps them."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, example_inputs):
+        self.graphs.append(graph)
+        return graph.forward
+
+    def calls(self, name):
+        """Number of calls of functions with this name, in each graph."""
+        return [sum(name in str(node.target) for node in graph.graph.nodes if node.op == "call_function") for graph in self.graphs]
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [dict(), dict(pos_embed="rope", flow_joint_max=0, flow_pool=2, amp=True)])
+def test_one_graph_for_ten_steps(fresh_dynamo, mode):
+    """The whole forward is one graph with all attention in it, and new masks, queue fill and statistics compile nothing new.
+
+    Seen red with the encoder's attention behind torch.compiler.disable, and with mask lengths that vary by one.
+    """
+    cfg = small_config(**mode)
+    model, backend = new_model(cfg), CountingBackend()
+    model.compile(dynamic=False, backend=backend)
+    process = cpu_process(V.amp_dtype(cfg, torch.device("cpu")))
+    train_steps(model, cfg, lambda step: [random_batch(cfg, 2, seed=step, first=2 * step)], 10, process)
+    assert len(backend.graphs) == 1
+    # online on two masks and NOW, target once, predictor three times, outcome once, flow: cross, and self where tokens mix
+    expected = 4 * cfg.enc_depth + 3 * cfg.pred_depth + 1 + cfg.flow_depth * (2 if cfg.flow_tokens > 1 else 1)
+    assert backend.calls("scaled_dot_product_attention") == [expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_training_is_plain_training(fresh_dynamo, backend):
+    """Three steps compiled and plain: the same losses and weights; state_dict keys do not change."""
+    cfg, results = small_config(), []
+    for compiled in (False, True):
+        model = new_model(cfg)
+        fill_space(model, num_updates=20)
+        keys = list(model.state_dict())
+        if compiled:
+            model.compile(dynamic=False, backend=backend)
+        history, _ = train_steps(model, cfg, lambda step: [random_batch(cfg, 2, seed=step)], 3)
+        assert list(model.state_dict()) == keys and list(dict(model.named_parameters()))[0].startswith("online.")
+        results.append((history, model.state_dict()))
+    (plain, state), (compiled, compiled_state) = results
+    for metrics, metrics_compiled in zip(plain, compiled):
+        for name, value in metrics.items():
+            assert metrics_compiled[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name  # decomposed kernels round otherwise
+    for name in state:
+        # Adam turns rounding noise of zero gradients into a part of the learning rate, 1e-4 to 5e-4 per step
+        torch.testing.assert_close(compiled_state[name], state[name], rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steps_on_cuda(compiled):
+    """A few autocast steps on the GPU stay finite and start at the losses of the CPU."""
+    cfg = small_config(device="cuda", amp=True)
+    device = V.choose_device("cuda", 0)
+    model, process = new_model(cfg), V.Process(0, 1, device, V.amp_dtype(cfg, device))
+    reference, _ = loss_values(model, random_batch(cfg, 2))
+    model.to(device)
+    if compiled:
+        model.compile(dynamic=False)
+    history, _ = train_steps(model, cfg, lambda step: [V.to_device(random_batch(cfg, 2, seed=0), device)], 5, process)
+    assert history[0]["loss_vjepa"] == pytest.approx(reference["loss_vjepa"], rel=0.02)
+    assert history[0]["loss_soon"] == pytest.approx(reference["loss_soon"], rel=0.02)
