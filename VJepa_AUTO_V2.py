@@ -41,6 +41,7 @@ import fnmatch
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -54,6 +55,7 @@ import subprocess
 import sys
 import time
 import typing
+import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -335,8 +337,8 @@ def relation_problems(cfg):
         width, count = getattr(cfg, name), getattr(cfg, heads)
         if width % count:
             problems.append(f"{name} = {width}: must be divisible by {heads} = {count} (--{name})")
-        elif name != "flow_dim" and cfg.pos_embed == "rope" and width // count < 6:
-            problems.append(f"{name} = {width}: rope needs at least 6 channels per head, not {width // count} (--{name})")
+        elif name != "flow_dim" and cfg.pos_embed == "rope" and (width // count < 6 or width // count % 2):
+            problems.append(f"{name} = {width}: rope needs an even number of channels per head, at least 6, not {width // count} (--{name})")
         if width % 2:
             problems.append(f"{name} = {width}: must be even, the position code pairs sine and cosine (--{name})")
     for low, high in (("crop_scale_min", "crop_scale_max"), ("crop_ratio_min", "crop_ratio_max"), ("aspect_min", "aspect_max")):
@@ -369,6 +371,7 @@ def validate_config(cfg):
 FIELD_TYPES = typing.get_type_hints(VJepaAutoV2Config)
 
 
+@lru_cache(maxsize=1)
 def field_help():
     """{field: its trailing comment}, read from the dataclass source, so that flags and comments cannot disagree."""
     return dict(re.findall(r"^    (\w+): [^#\n]+  # (.+)$", inspect.getsource(VJepaAutoV2Config), re.MULTILINE))
@@ -428,16 +431,19 @@ def read_config_file(path, trail=()):
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise UsageError(f"config {path}: not valid JSON ({error})") from error
+    data = data.get("config", data) if isinstance(data, dict) and "versions" in data else data  # a run's own config.json
     if not isinstance(data, dict):
         raise UsageError(f"config {path}: must hold a mapping of fields, not {type(data).__name__}")
-    data = data.get("config", data) if "versions" in data else data  # a run's own config.json
     parents = data.pop("inherits", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise UsageError(f"config {path}: inherits = {parents!r} must be a file name or a list of them")
     merged = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
-        merged.update(read_config_file(path.parent / str(parent), (*trail, path)))
+    for parent in parents:
+        merged.update(read_config_file(path.parent / parent, (*trail, path)))
     for key, value in data.items():
         if key not in FIELD_TYPES:
-            raise UsageError(f"config {path}: unknown key {key!r}{nearest(key, FIELD_TYPES)}")
+            raise UsageError(f"config {path}: unknown key {key!r}{nearest(str(key), FIELD_TYPES)}")
         merged[key] = coerce(key, value, f"config {path}")
     return merged
 
@@ -602,12 +608,17 @@ def find_videos(data_root, video_glob):
     return scan_folder(videos if os.path.isdir(videos) else data_root, video_glob)
 
 
-def split_videos(videos, val_fraction):
+def name_hash(video):
+    """Hash of a video's name as hexadecimal text: its fixed place in the order in which files are held out."""
+    return hashlib.sha256(video.name.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def split_videos(videos, val_fraction, at_least=1):
     """Hold out files by the hash of their name, never by window -> (train, val). Both are non-empty from two files up."""
-    ranked = sorted(videos, key=lambda video: hashlib.sha256(video.name.encode("utf-8", "surrogateescape")).hexdigest())
+    ranked = sorted(videos, key=name_hash)
     threshold = f"{int(val_fraction * 16**8):08x}"
-    is_val = [hashlib.sha256(v.name.encode("utf-8", "surrogateescape")).hexdigest()[:8] < threshold for v in ranked]
-    num_val = min(max(sum(is_val), 1 if val_fraction > 0 else 0), len(ranked) - 1)
+    num_val = sum(name_hash(video)[:8] < threshold for video in ranked)
+    num_val = min(max(num_val, at_least if val_fraction > 0 else 0), len(ranked) - 1)
     val = {video.name for video in ranked[:num_val]}
     return [v for v in videos if v.name not in val], [v for v in videos if v.name in val]
 
@@ -819,6 +830,23 @@ def read_frames(path, plan, decoder):
         except CannotOpen as error:
             reasons.append(str(error))
     raise BadFile("; ".join(reasons))
+
+
+def can_read(cfg, video):
+    """Whether one small clip of a video can be decoded."""
+    try:
+        read_frames(video.path, ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5), cfg.decoder)
+    except BadFile:
+        return False
+    return True
+
+
+def split_readable(cfg, videos):
+    """split_videos, but while none of a handful of held-out files can be decoded, one more is held out -> (train, val)."""
+    train, val = split_videos(videos, cfg.val_fraction)
+    while val and len(val) <= 8 and len(train) > 1 and not any(can_read(cfg, video) for video in val):
+        train, val = split_videos(videos, cfg.val_fraction, at_least=len(val) + 1)
+    return train, val
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1098,6 +1126,21 @@ def mirror_label(label):
     return re.sub(r"(?<![a-z])(left|right)(?![a-z])", lambda word: "right" if word[0] == "left" else "left", label)
 
 
+def mask_and_noise(cfg, stream, index):
+    """Masks [R, K], [R, M] per family and flow draws of sample `index`: noise [R, N, k], tau [R] -> dict of tensors."""
+    rng = sample_rng(cfg.seed, stream, index, 3)
+    sample = {}
+    for family in MASK_FAMILIES:
+        draws = [sample_mask(rng, cfg, family) for _ in range(cfg.mask_draws)]
+        sample[f"keep_{family}"] = torch.from_numpy(np.stack([keep_idx for keep_idx, _ in draws]))
+        sample[f"mask_{family}"] = torch.from_numpy(np.stack([mask_idx for _, mask_idx in draws]))
+    u = 1 / (1 + np.exp(-rng.standard_normal(cfg.flow_draws)))
+    sample["tau"] = torch.from_numpy((u / (u + cfg.tau_shift * (1 - u))).astype(np.float32))
+    noise = rng.standard_normal((cfg.flow_draws, cfg.flow_tokens, cfg.flow_rank), dtype=np.float32)
+    sample["noise"] = torch.from_numpy(noise)
+    return sample
+
+
 class ClipDataset(torch.utils.data.Dataset):
     """Sample i is a pure function of (seed, i): video, window, crop, flip, masks and flow noise.
 
@@ -1158,21 +1201,6 @@ class NoiseDataset(ClipDataset):
     def decode(self, index, height, width):
         rng = sample_rng(self.cfg.seed, self.stream, index, 2)
         return rng.integers(0, 256, (self.cfg.num_frames, height, width, 3), dtype=np.uint8), index % len(self.videos), {}, [], False
-
-
-def mask_and_noise(cfg, stream, index):
-    """Masks [R, K], [R, M] per family and flow draws of sample `index`: noise [R, N, k], tau [R] -> dict of tensors."""
-    rng = sample_rng(cfg.seed, stream, index, 3)
-    sample = {}
-    for family in MASK_FAMILIES:
-        draws = [sample_mask(rng, cfg, family) for _ in range(cfg.mask_draws)]
-        sample[f"keep_{family}"] = torch.from_numpy(np.stack([keep_idx for keep_idx, _ in draws]))
-        sample[f"mask_{family}"] = torch.from_numpy(np.stack([mask_idx for _, mask_idx in draws]))
-    u = 1 / (1 + np.exp(-rng.standard_normal(cfg.flow_draws)))
-    sample["tau"] = torch.from_numpy((u / (u + cfg.tau_shift * (1 - u))).astype(np.float32))
-    noise = rng.standard_normal((cfg.flow_draws, cfg.flow_tokens, cfg.flow_rank), dtype=np.float32)
-    sample["noise"] = torch.from_numpy(noise)
-    return sample
 
 
 class StepSampler:
@@ -1261,7 +1289,7 @@ def open_data(cfg, videos, is_main, barrier):
             write_scenes(root, cfg)
         barrier()
         videos = find_videos(root, "*")
-    train, val = split_videos(videos, cfg.val_fraction)
+    train, val = split_videos(videos, cfg.val_fraction) if kind == "random" else split_readable(cfg, videos)
     held_out = bool(val) and bool(train)
     maneuvers = maneuver_names(videos, root) if cfg.lambda_supcon else []
     return DataSource(kind, root, train or videos, val or videos, maneuvers, held_out)
@@ -1305,6 +1333,17 @@ def rotate(x, cos, sin):
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = torch.stack([-odd, even], -1).flatten(-2)
     return (x * cos + turned * sin).to(x.dtype)
+
+
+def init_weights(module):
+    """Truncated normal 0.02 on every matrix, zero biases, unit norms: the one rule for all networks of this file."""
+    for child in module.modules():
+        if isinstance(child, (nn.Linear, nn.Conv3d)):
+            nn.init.trunc_normal_(child.weight, std=0.02)
+            nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.LayerNorm) and child.elementwise_affine:
+            nn.init.ones_(child.weight)
+            nn.init.zeros_(child.bias)
 
 
 class Attention(nn.Module):
@@ -1388,17 +1427,6 @@ class Trunk(nn.Module):
             else:
                 x = block(x, rope)
         return self.norm(x)
-
-
-def init_weights(module):
-    """Truncated normal 0.02 on every matrix, zero biases, unit norms: the one rule for all networks of this file."""
-    for child in module.modules():
-        if isinstance(child, (nn.Linear, nn.Conv3d)):
-            nn.init.trunc_normal_(child.weight, std=0.02)
-            nn.init.zeros_(child.bias)
-        elif isinstance(child, nn.LayerNorm) and child.elementwise_affine:
-            nn.init.ones_(child.weight)
-            nn.init.zeros_(child.bias)
 
 
 def gather_tokens(tokens, idx):
@@ -1544,6 +1572,16 @@ def flow_velocity(y_hat, x_tau, tau):
     return (y_hat - x_tau) / (1 - tau).clamp_min(0.05)[..., None, None]
 
 
+def flow_positions(cfg, dim):
+    """Position code of the noised tokens, pooled SOON grid then chunks -> [N, dim]; zeros for the one joint token."""
+    if cfg.flow_joint:
+        return torch.zeros(1, dim)
+    soon_t = cfg.soon_frames // cfg.tubelet_t
+    soon = grid_positions((soon_t, cfg.flow_pool, cfg.flow_pool))
+    chunks = torch.tensor([[soon_t + 4 * (number + 1), 0, 0] for number in range(cfg.flow_chunks)])  # a time of their own
+    return sincos_table(torch.cat([soon, chunks]), dim)
+
+
 class FlowBlock(nn.Module):
     """Self-attention over noised tokens, cross-attention to NOW, MLP, each gated by tau (AdaLN-zero)."""
 
@@ -1599,16 +1637,6 @@ class FlowNet(nn.Module):
             x = block(x, condition, keys, values)
         shift, scale = self.modulate(F.silu(condition))[:, :, None].chunk(2, -1)
         return self.out(self.norm(x) * (1 + scale) + shift).float()
-
-
-def flow_positions(cfg, dim):
-    """Position code of the noised tokens, pooled SOON grid then chunks -> [N, dim]; zeros for the one joint token."""
-    if cfg.flow_joint:
-        return torch.zeros(1, dim)
-    soon_t = cfg.soon_frames // cfg.tubelet_t
-    soon = grid_positions((soon_t, cfg.flow_pool, cfg.flow_pool))
-    chunks = torch.tensor([[soon_t + 4 * (number + 1), 0, 0] for number in range(cfg.flow_chunks)])  # a time of their own
-    return sincos_table(torch.cat([soon, chunks]), dim)
 
 
 class FutureSpace(nn.Module):
@@ -1777,6 +1805,8 @@ def effective_rank(targets, max_tokens=2048):
     """exp(entropy of the normalised singular values) of centred tokens (RankMe, Garrido et al. 2023). [B, L, D] -> scalar."""
     tokens = targets.flatten(0, 1)
     tokens = tokens[:: max(1, len(tokens) // max_tokens)].float().cpu()
+    if not torch.isfinite(tokens).all():
+        return torch.tensor(float("nan"))  # a skipped step is logged as well; the SVD would raise
     singular = torch.linalg.svdvals(tokens - tokens.mean(0))
     share = singular / singular.sum().clamp_min(1e-12)
     return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
@@ -2236,6 +2266,16 @@ RESUME_MUST_MATCH = (
 )
 
 
+@dataclass
+class Progress:
+    """How far a run is: optimizer steps and samples of all ranks done, seconds spent over all restarts, steps skipped."""
+
+    step: int = 0
+    consumed: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+
+
 def write_atomic(path, write):
     """Write through a temporary file, fsync, rename, fsync of the folder: at any moment the old or the new file is whole."""
     path = Path(path)
@@ -2253,17 +2293,21 @@ def write_atomic(path, write):
     os.close(folder)
 
 
-def checkpoint_state(model, optimizer, scaler, cfg, process, step, consumed, seconds):
+CHECKPOINT_KEYS = {"step", "cfg", "online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target", "opt", "scaler", "flow_stats",
+                   "outcome_queue", "rng", "consumed", "world_size", "seconds", "skipped", "data", "source"}
+
+
+def checkpoint_state(model, optimizer, scaler, source, process, progress):
     """Everything a restart needs as one dict of tensors and plain values; collective, since every rank adds its RNG."""
     cuda_rng = torch.cuda.get_rng_state(process.device) if process.device.type == "cuda" else None
     rng = process.collect({"torch": torch.get_rng_state(), "cuda": cuda_rng})
     return {
-        "step": step, "cfg": asdict(cfg), "online": model.online.state_dict(), "predictor": model.predictor.state_dict(),
+        **asdict(progress), "cfg": asdict(model.cfg), "online": model.online.state_dict(), "predictor": model.predictor.state_dict(),
         "outcome": model.outcome.state_dict(), "flow": model.flow.state_dict(), "flow_ema": model.flow_ema.state_dict(),
         "read_out": model.read_out.state_dict(), "target": model.target.state_dict(), "opt": optimizer.state_dict(),
         "scaler": scaler.state_dict(), "flow_stats": model.space.state_dict(),
-        "outcome_queue": {"keys": model.queue, "filled": model.queue_filled}, "rng": rng, "consumed": consumed,
-        "world_size": process.world_size, "seconds": seconds, "source": Path(__file__).read_text(encoding="utf-8"),
+        "outcome_queue": {"keys": model.queue, "filled": model.queue_filled}, "rng": rng,
+        "world_size": process.world_size, "data": {"kind": source.kind, "root": source.root}, "source": Path(__file__).read_text(encoding="utf-8"),
     }
 
 
@@ -2294,10 +2338,14 @@ def load_checkpoint(path):
     if not os.path.isfile(path):
         raise UsageError(f"resume {path}: no such checkpoint")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare the checksums: flipped bits would become weights
+        if damaged:
+            raise zipfile.BadZipFile(f"checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file can make the unpickler raise anything; it is named and refused
         raise UserError(f"checkpoint {path}: not readable ({type(error).__name__}); delete it to go on from an older one, or --resume never") from error
-    missing = {"step", "cfg", "online", "target", "opt", "consumed"} - (state.keys() if isinstance(state, dict) else set())
+    missing = CHECKPOINT_KEYS - (state.keys() if isinstance(state, dict) else set())
     if missing:
         raise UserError(f"checkpoint {path}: not a VJepa_AUTO_V2 checkpoint (it lacks {', '.join(sorted(missing))})")
     return state
@@ -2308,6 +2356,9 @@ def check_same_run(state, cfg, path):
     plain = json.loads(json.dumps(asdict(cfg)))
     saved = json.loads(json.dumps(state["cfg"]))
     different = [f"{name} = {plain[name]} (checkpoint: {saved.get(name)})" for name in RESUME_MUST_MATCH if plain[name] != saved.get(name)]
+    for name in ("lambda_vjepa", "lambda_soon", "lambda_eventually", "lambda_flow", "lambda_supcon"):
+        if bool(plain[name]) != bool(saved.get(name)):  # decides which parameters the optimizer holds
+            different.append(f"{name} = {plain[name]} (checkpoint: {saved.get(name)})")
     if different:
         raise UsageError(f"resume {path}: made by another config: {'; '.join(different)}; use the same values, another --out_dir, or --resume never")
 
@@ -2365,6 +2416,9 @@ class RunLog:
         self.bar_width = 0
         if not is_main:
             return
+        for package in filter(None, cfg.track.split(",")):
+            if importlib.util.find_spec(package) is None:
+                raise UsageError(f"track = {cfg.track}: {package} is not installed (pip install {package}), or leave --track out")
         if "tensorboard" in cfg.track:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -2400,7 +2454,7 @@ class RunLog:
         if not self.is_main:
             return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(values) + "\n")
+            handle.write(json.dumps({key: value if value == value else None for key, value in values.items()}) + "\n")
         self.line(mark + " ".join(f"{key}:{format_number(value)}" for key, value in values.items()))
         for kind, tracker in self.trackers:
             numbers = {key: value for key, value in values.items() if key != "step"}
@@ -2422,7 +2476,7 @@ class RunLog:
                     handle.write(json.dumps({"path": name, "reason": reason}) + "\n")
                 self.line(f"bad file: {name}: {reason}")
 
-    def forget_after(self, step):
+    def forget_after(self, step, finished):
         """Drop records beyond a resumed step, so that metrics.jsonl holds no step twice; read the bad files known so far."""
         for name in ("metrics.jsonl", "bad_files.jsonl"):
             path = self.folder / name
@@ -2437,7 +2491,7 @@ class RunLog:
             if name == "bad_files.jsonl":
                 self.bad = {row["path"]: row["reason"] for row in rows}
             elif self.is_main:
-                kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+                kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] < step or row["step"] == step and not (finished and "val_loss_soon" in row))
                 write_atomic(path, lambda handle: handle.write(kept.encode()))
 
 
@@ -2459,11 +2513,9 @@ def put_aside(cfg):
     folder = Path(cfg.out_dir)
     names = ("checkpoints", "metrics.jsonl", "train.log", "bad_files.jsonl", "config.json", "futures.png")
     old = [folder / name for name in names if (folder / name).exists()]
-    if not checkpoint_files(folder):
-        for path in old:
-            path.unlink() if path.is_file() else shutil.rmtree(path)
-    else:
-        number = 1 + len(list(folder.glob("previous_*")))
+    old = [path for path in old if path.is_file() or any(path.iterdir())]
+    if old:
+        number = next(k for k in itertools.count(1) if not (folder / f"previous_{k}").exists())
         (folder / f"previous_{number}").mkdir()
         for path in old:
             path.rename(folder / f"previous_{number}" / path.name)
@@ -2654,6 +2706,20 @@ def print_summary(cfg, overrides, model, source, process, log):
              + ("; THAT IS DAYS: think of --preset small or tiny, fewer --steps, or a faster device" if estimate > 2 * 86400 else ""))
 
 
+def retire_later(cfg, step, resumed_from):
+    """Going on from a checkpoint that is not the last of its folder: move later ones to previous_<k>, where `auto` does not
+    find them. A final checkpoint that the run is extended from becomes a numbered one."""
+    folder = Path(cfg.out_dir)
+    for saved_step, path in checkpoint_files(folder):
+        if path.resolve() == Path(resumed_from).resolve():
+            if saved_step == math.inf and step < cfg.steps:
+                path.rename(path.with_name(f"ckpt_{step}.pt"))
+        elif saved_step > step:
+            aside = next(name for k in itertools.count(1) if not ((name := folder / f"previous_{k}") / path.name).exists())
+            aside.mkdir(exist_ok=True)
+            path.rename(aside / path.name)
+
+
 def open_run(cfg, process):
     """Prepare out_dir on rank 0 and find what to resume from -> (state or None, its path). Refuses another run's checkpoint."""
     if process.is_main:
@@ -2696,15 +2762,18 @@ def apply_step(model, optimizer, scaler, carries, step, cfg):
     model.absorb(carries)
 
 
-def log_values(metrics, carries, model, step, cfg, process, speed, wait, log, skipped, seconds):
+def log_values(metrics, carries, model, process, log, clock, progress):
     """The record of one logged step, losses and gauges as means over ranks, in the order of LOG_KEYS."""
+    cfg = model.cfg
     targets = torch.cat([carry["targets"][:, :: max(1, cfg.num_tokens // 128)] for carry in carries])
     values = {name: float(value) for name, value in metrics.items() if name in LOG_KEYS}
     values |= {"target_std": float(target_std(targets)), "target_std_clips": float(target_std_clips(targets)), "effective_rank": float(effective_rank(targets))}
     means = dict(zip(values, process.mean(list(values.values()))))
     means |= {
-        "step": step + 1, "lr": lr_at(step, cfg, cfg.lr), "ema_momentum": ema_momentum_at(step, cfg), "flow_explained": float(model.space.explained),
-        "clips_per_s": speed, "data_wait": wait, "mem_gb": peak_memory_gb(process.device), "bad_files": len(log.bad), "skipped_steps": skipped, "time": seconds,
+        "step": progress.step, "lr": lr_at(progress.step - 1, cfg, cfg.lr), "ema_momentum": ema_momentum_at(progress.step - 1, cfg),
+        "flow_explained": float(model.space.explained), "clips_per_s": cfg.batch_size * cfg.grad_accum * process.world_size / clock.seconds_per_step,
+        "data_wait": clock.data_wait, "mem_gb": peak_memory_gb(process.device), "bad_files": len(log.bad), "skipped_steps": progress.skipped,
+        "time": progress.seconds,
     }
     return {key: means[key] for key in LOG_KEYS if key in means}
 
@@ -2712,6 +2781,10 @@ def log_values(metrics, carries, model, step, cfg, process, speed, wait, log, sk
 def check_bad_files(log, entries, source, cfg, process):
     """Name new bad files of all ranks; stop when too large a share of the data is bad."""
     log.add_bad([entry for part in process.collect(entries) for entry in part])
+    for side, videos in (("training", source.train), ("validation", source.val)):
+        if all(video.name in log.bad for video in videos):  # blank frames would stand in for them
+            raise UserError(f"all {len(videos)} {side} files cannot be decoded; the first is {videos[0].name}: {log.bad[videos[0].name]}; "
+                            f"all are in {cfg.out_dir}/bad_files.jsonl")
     total = len({video.name for video in source.train + source.val})
     if len(log.bad) / total > cfg.max_bad_fraction:
         name, reason = next(iter(log.bad.items()))
@@ -2720,9 +2793,10 @@ def check_bad_files(log, entries, source, cfg, process):
 
 
 class Clock:
-    """Clips per second and loader share since the last log line. The first steps after a start do not count."""
+    """Seconds per step and loader share since the last log line. The first steps after a start do not count."""
 
     def __init__(self, warmup_steps=3):
+        self.seconds_per_step, self.data_wait = float("nan"), float("nan")  # of the last full interval
         self.skip, self.steps, self.waited, self.since = warmup_steps, 0, 0.0, time.perf_counter()
 
     def tick(self, waited):
@@ -2733,12 +2807,35 @@ class Clock:
         else:
             self.steps, self.waited = self.steps + 1, self.waited + waited
 
-    def read(self):
-        """-> (seconds per step, share of waiting), NaN before anything was counted; starts a new interval."""
+    def close(self):
+        """End an interval: set seconds_per_step and data_wait where a step was counted, NaN before the first, and start anew."""
         passed = time.perf_counter() - self.since
-        result = (passed / self.steps, self.waited / passed) if self.steps else (float("nan"), float("nan"))
+        if self.steps:
+            self.seconds_per_step, self.data_wait = passed / self.steps, self.waited / passed
         self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
-        return result
+
+    def skip_pause(self, began):
+        """Leave out what has passed since `began` (a perf_counter reading): evaluations and saves are no training time."""
+        self.since += time.perf_counter() - began
+
+
+def finish(model, optimizer, scaler, source, process, log, mark, progress):
+    """Save ckpt_final.pt, evaluate on held-out clips, draw futures.png -> exit code."""
+    cfg = model.cfg
+    state = checkpoint_state(model, optimizer, scaler, source, process, progress)
+    if process.is_main:
+        save_checkpoint(state, cfg.out_dir, cfg, final=True)
+    values, bad = validate(model, source, process)
+    check_bad_files(log, bad, source, cfg, process)
+    log.record({"step": progress.step, **values}, mark)
+    log.line("verdict: " + verdict(values, cfg))
+    if cfg.picture and process.is_main:
+        model.eval()
+        draw_futures(model, source, process, values, Path(cfg.out_dir) / "futures.png")
+        log.line(f"picture: {cfg.out_dir}/futures.png")
+    process.barrier()
+    log.line(f"done: {progress.step} steps in {describe_time(progress.seconds)}; checkpoint {cfg.out_dir}/checkpoints/ckpt_final.pt")
+    return EXIT_OK
 
 
 def train(cfg, overrides=None, argv=()):
@@ -2770,25 +2867,31 @@ def train(cfg, overrides=None, argv=()):
         wrapped = nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # -- resume
-    step, consumed, seconds_before, skipped, skipped_in_row = 0, 0, 0.0, 0, 0
+    progress, skipped_in_row, told = Progress(), 0, False
     if process.is_main:
         config = {**run_info(argv, source), "config": asdict(cfg)}
         write_atomic(Path(cfg.out_dir) / "config.json", lambda handle: handle.write(json.dumps(config, indent=2).encode()))
     print_summary(cfg, overrides or {}, model, source, process, log)
     if state is not None:
-        restore_model(state, model)
-        restore_run(state, optimizer, scaler, process)
-        step, consumed, seconds_before = state["step"], state["consumed"], state["seconds"]
-        log.line(f"resumed from {resumed_from} at step {step}")
+        try:
+            restore_model(state, model)
+            restore_run(state, optimizer, scaler, process)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"checkpoint {resumed_from}: does not fit this model ({str(error).splitlines()[0]})") from error
+        progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})
+        log.line(f"resumed from {resumed_from} at step {progress.step}")
+        if process.is_main:
+            retire_later(cfg, progress.step, resumed_from)
         del state
-    log.forget_after(step)
+    log.forget_after(progress.step, progress.step >= cfg.steps)
+    began -= progress.seconds
 
     # -- loop
     stop, clock, bad, last = StopFlag(), Clock(), [], {}
     model.train()
-    sampler = StepSampler(consumed, (cfg.steps - step) * cfg.grad_accum, cfg.batch_size, process.rank, process.world_size)
+    sampler = StepSampler(progress.consumed, (cfg.steps - progress.step) * cfg.grad_accum, cfg.batch_size, process.rank, process.world_size)
     loader = iter(build_loader(source.dataset(cfg, "train"), sampler, cfg.num_workers, process.device.type == "cuda"))
-    while step < cfg.steps:
+    while progress.step < cfg.steps:
         # -- batch
         waiting = time.perf_counter()
         batches = [next(loader) for _ in range(cfg.grad_accum)]
@@ -2798,66 +2901,50 @@ def train(cfg, overrides=None, argv=()):
             check_bad_files(log, bad, source, cfg, process)
             bad = []
         # -- update
-        metrics, carries, finite = take_step(model, wrapped, optimizer, scaler, [to_device(batch, process.device) for batch in batches], step, cfg, process)
+        step, batches = progress.step, [to_device(batch, process.device) for batch in batches]
+        metrics, carries, finite = take_step(model, wrapped, optimizer, scaler, batches, step, cfg, process)
         broken, stopping = process.any(not finite, bool(stop.signal_name))
+        skipped_in_row = skipped_in_row + 1 if broken else 0
         if broken:
-            skipped, skipped_in_row = skipped + 1, skipped_in_row + 1
+            progress.skipped += 1
             log.line(f"step {step + 1} skipped: loss or gradient not finite")
             if skipped_in_row >= cfg.max_skipped_steps:
                 raise UserError(f"{skipped_in_row} steps in a row were not finite; lower --lr or --flow_lr, or look at the data; the last checkpoint stands")
         else:
-            skipped_in_row = 0
             apply_step(model, optimizer, scaler, carries, step, cfg)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        step, consumed = step + 1, consumed + cfg.batch_size * cfg.grad_accum * process.world_size
+        progress.step, progress.consumed = step + 1, progress.consumed + cfg.batch_size * cfg.grad_accum * process.world_size
+        progress.seconds = time.perf_counter() - began
         clock.tick(waited)
-        seconds = seconds_before + time.perf_counter() - began
-        log.bar(step, cfg.steps, f"{describe_time(seconds)} {' '.join(f'{key}:{format_number(value)}' for key, value in last.items())}")
+        log.bar(progress.step, cfg.steps, f"{describe_time(progress.seconds)} {' '.join(f'{key}:{format_number(value)}' for key, value in last.items())}")
         # -- log
-        if step % cfg.log_every == 0 or step == cfg.steps or stopping:
-            per_step, wait = clock.read()
-            speed = cfg.batch_size * cfg.grad_accum * process.world_size / per_step
-            record = log_values(metrics, carries, model, step - 1, cfg, process, speed, wait, log, skipped, seconds)
+        if progress.step % cfg.log_every == 0 or progress.step == cfg.steps or stopping:
+            clock.close()
+            record = log_values(metrics, carries, model, process, log, clock, progress)
             log.record(record, mark)
-            if not last and per_step == per_step:
-                log.line(f"{per_step:.3g} s per step: {describe_time(per_step * (cfg.steps - step))} to go")
+            if not told and math.isfinite(clock.seconds_per_step):
+                told = True
+                log.line(f"{clock.seconds_per_step:.3g} s per step: {describe_time(clock.seconds_per_step * (cfg.steps - progress.step))} to go")
             last = {key: record[key] for key in ("loss_total", "soon_skill", "clips_per_s")}
         # -- evaluate and save
-        if cfg.val_every and step % cfg.val_every == 0 and step < cfg.steps and not stopping:
+        pause = time.perf_counter()
+        if cfg.val_every and progress.step % cfg.val_every == 0 and progress.step < cfg.steps and not stopping:
             values, bad = validate(model, source, process)
-            log.record({"step": step, **values}, mark)
-            clock.read()
-        if stopping or (step % cfg.ckpt_every == 0 and step < cfg.steps):
-            state = checkpoint_state(model, optimizer, scaler, cfg, process, step, consumed, seconds)
+            log.record({"step": progress.step, **values}, mark)
+        if stopping or (progress.step % cfg.ckpt_every == 0 and progress.step < cfg.steps):
+            state = checkpoint_state(model, optimizer, scaler, source, process, progress)
             if process.is_main:
                 save_checkpoint(state, cfg.out_dir, cfg, final=False)
-            clock.read()
+        clock.skip_pause(pause)
         if stopping:
-            log.line(f"stopped by {stop.signal_name or 'a signal on another rank'} at step {step}, saved; run the same command to go on")
+            log.line(f"stopped by {stop.signal_name or 'a signal on another rank'} at step {progress.step}, saved; run the same command to go on")
+            stop.restore()
             return EXIT_STOPPED
 
     # -- end
-    return finish(model, optimizer, scaler, source, process, log, mark, step, consumed, seconds_before + time.perf_counter() - began)
-
-
-def finish(model, optimizer, scaler, source, process, log, mark, step, consumed, seconds):
-    """Save ckpt_final.pt, evaluate on held-out clips, draw futures.png -> exit code."""
-    cfg = model.cfg
-    state = checkpoint_state(model, optimizer, scaler, cfg, process, step, consumed, seconds)
-    if process.is_main:
-        save_checkpoint(state, cfg.out_dir, cfg, final=True)
-    values, bad = validate(model, source, process)
-    check_bad_files(log, bad, source, cfg, process)
-    log.record({"step": step, **values}, mark)
-    log.line("verdict: " + verdict(values, cfg))
-    if cfg.picture and process.is_main:
-        model.eval()
-        draw_futures(model, source, process, values, Path(cfg.out_dir) / "futures.png")
-        log.line(f"picture: {cfg.out_dir}/futures.png")
-    process.barrier()
-    log.line(f"done: {step} steps in {describe_time(seconds)}; checkpoint {cfg.out_dir}/checkpoints/ckpt_final.pt")
-    return EXIT_OK
+    stop.restore()
+    return finish(model, optimizer, scaler, source, process, log, mark, progress)
 
 
 def main(argv=None):
@@ -2875,6 +2962,9 @@ def main(argv=None):
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory ({str(error).splitlines()[0]}); in order of effect: lower --batch_size (raise --grad_accum), --grad_checkpoint, "
               "--amp, smaller --image_size or --num_frames, --preset small", file=sys.stderr)
+        return EXIT_ERROR
+    except OSError as error:
+        print(f"error: {' '.join(str(error).split())}; nothing saved before is harmed, run the same command to go on", file=sys.stderr)
         return EXIT_ERROR
     finally:
         if dist.is_available() and dist.is_initialized():

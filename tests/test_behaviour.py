@@ -9,7 +9,7 @@ from training import new_model, train_steps
 def test_thirty_steps_on_one_batch_cut_the_losses():
     """NOW and SOON fall below the stated share of their start on a batch seen 30 times; EVENTUALLY below chance.
 
-    Seen red with the optimizer's learning rate left at 0, and with the predictor's context shuffled over clips.
+    Seen red with the optimizer's learning rate left at 0.
     """
     cfg = small_config(batch_size=4, steps=30, warmup_steps=0, lr=3e-3, ema_momentum=0.9995, outcome_queue=0)
     model, batch = new_model(cfg), random_batch(cfg, 4)

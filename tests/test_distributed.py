@@ -194,7 +194,7 @@ def test_grad_accum_sees_fewer_negatives():
 def test_ranks_equal_one_process(tmp_path, world_size, num_clips, maneuvers):
     """Ten steps with all losses on: losses, weights, EMA, queue and flow statistics are those of one process.
 
-    Seen red with the mean over ranks dropped (DDP left out), and with gather_rows in rank order.
+    Seen red with the mean of gradients over ranks dropped, and with gather_rows in rank order.
     """
     cfg = small_config(**SUPCON)
     result = run_ranks(world_size, cfg, 10, num_clips, maneuvers, tmp_path)

@@ -44,6 +44,8 @@ def test_targets_are_normalised_over_channels():
     """LayerNorm without affine: each token has mean 0 and variance 1. Seen red with the LayerNorm left out of make_targets."""
     cfg = small_config()
     model, batch = new_model(cfg), random_batch(cfg, 2)
+    torch.nn.init.normal_(model.target.trunk.norm.weight)  # a fresh encoder's own last norm would hide a missing one
+    torch.nn.init.normal_(model.target.trunk.norm.bias)
     targets = model.make_targets(model.normalise(batch["frames"]))
     close(targets, targets_by_hand(model, batch), rtol=0, atol=1e-4)  # raw outputs near 0 leave few digits after the mean is taken off
     assert targets.mean(-1).abs().max() < 1e-5
@@ -271,7 +273,7 @@ def test_flow_loss_by_hand():
 
 
 def test_total_is_the_weighted_sum():
-    """loss_total = sum of lambda * loss. Seen red with lambda_eventually applied to SOON."""
+    """loss_total = sum of lambda * loss. Seen red with one lambda used for all."""
     cfg = small_config(lambda_vjepa=0.3, lambda_soon=0.7, lambda_eventually=0.11, lambda_flow=1.9, lambda_supcon=0.5)
     model, batch = new_model(cfg), random_batch(cfg, 3)
     batch["maneuver"] = torch.zeros_like(batch["maneuver"])

@@ -92,7 +92,7 @@ def sincos_by_hand(position, dim):
 
 @pytest.mark.parametrize("dim", [24, 48, 50, 128])
 def test_sincos_table_by_hand(dim):
-    """Seen red with w and h exchanged and with base 1000."""
+    """Seen red with base 1000."""
     positions = V.grid_positions((6, 4, 5))
     table = V.sincos_table(positions, dim)
     reference = torch.tensor([sincos_by_hand(position, dim) for position in positions.tolist()], dtype=torch.float64)
@@ -343,7 +343,7 @@ def pixels_of(cfg, idx):
 def test_context_ignores_hidden_pixels(family, pos_embed):
     """Other pixels under the mask leave the context bit-identical; other visible ones do not.
 
-    Seen red with one hidden token added to keep_idx, and with a context taken from the whole clip.
+    Seen red with one hidden token added to keep_idx.
     """
     cfg = small_config(pos_embed=pos_embed, image_size=(32, 48))
     model, batch = new_model(cfg), random_batch(cfg, 2)
