@@ -844,8 +844,11 @@ def can_read(cfg, video):
 def split_readable(cfg, videos):
     """split_videos, but while none of a handful of held-out files can be decoded, one more is held out -> (train, val)."""
     train, val = split_videos(videos, cfg.val_fraction)
-    while val and len(val) <= 8 and len(train) > 1 and not any(can_read(cfg, video) for video in val):
-        train, val = split_videos(videos, cfg.val_fraction, at_least=len(val) + 1)
+    most = min(len(val) + 8, len(videos) - 1)
+    for at_least in range(len(val), most + 1):
+        wider = split_videos(videos, cfg.val_fraction, at_least)
+        if len(val) > 8 or any(can_read(cfg, video) for video in wider[1]):
+            return wider
     return train, val
 
 

@@ -159,7 +159,7 @@ def fresh_dynamo():
 def test_one_graph_for_ten_steps(fresh_dynamo, mode):
     """The whole forward is one graph with all attention in it, and new masks, queue fill and statistics compile nothing new.
 
-    Seen red with the encoder's attention behind torch.compiler.disable, and with mask lengths that vary by one.
+    Seen red with attention behind torch.compiler.disable.
     """
     cfg = small_config(**mode)
     model, backend = new_model(cfg), CountingBackend()
