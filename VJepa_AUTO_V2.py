@@ -254,9 +254,9 @@ class VJepaAutoV2Config:
 PRESETS = {
     "tiny": dict(
         image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=96, enc_depth=4,
-        pred_dim=96, pred_depth=3, num_heads=2, batch_size=8, steps=700, lr=1.5e-3, warmup_steps=70, ema_momentum=0.992,
+        pred_dim=96, pred_depth=3, num_heads=2, batch_size=8, steps=500, lr=1.5e-3, warmup_steps=50, ema_momentum=0.992,
         ema_momentum_end=0.998, flow_dim=256, flow_depth=3, flow_heads=4, flow_chunks=2, flow_draws=16, flow_lr=1e-3,
-        num_workers=2, log_every=25, ckpt_every=175, val_every=175, outcome_queue=256, scene_clips=768, scene_size=96,
+        num_workers=2, log_every=25, ckpt_every=125, val_every=125, outcome_queue=256, scene_clips=768, scene_size=96,
         crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
     ),
     "small": dict(
@@ -1782,16 +1782,17 @@ def sup_con(outcome, others, maneuver, other_maneuver, file, other_file, tempera
     """Supervised contrast (Khosla et al. 2020, eq. 2): positives share a maneuver and come from other files.
 
     outcome [B, D] against others [A, D], with maneuver and file numbers of both; maneuver -1 is unknown and takes no part.
-    Clips without a positive contribute nothing -> scalar, 0 when no clip has one.
+    `others` are the clips of all ranks, these included. Clips without a positive contribute nothing -> scalar, 0 if none has one.
     """
     with full_precision(outcome):
         logits = F.normalize(outcome.float(), dim=-1) @ F.normalize(others.float(), dim=-1).T / temperature  # [B, A]
     other = (file[:, None] != other_file[None]) & (other_maneuver >= 0)[None]
     positive = (other & (maneuver[:, None] == other_maneuver[None]) & (maneuver >= 0)[:, None]).float()
     log_share = logits - torch.logsumexp(logits.masked_fill(~other, -1e4), 1, keepdim=True)
-    count = positive.sum(1)
-    per_clip = -(positive * log_share).sum(1) / count.clamp_min(1)
-    return per_clip.sum() / (count > 0).sum().clamp_min(1)
+    per_clip = -(positive * log_share).sum(1) / positive.sum(1).clamp_min(1)
+    pairs = (other_file[:, None] != other_file[None]) & (other_maneuver[:, None] == other_maneuver[None]) & (other_maneuver >= 0)[None]
+    anchors = pairs.any(1).sum().clamp_min(1)  # of all ranks: each rank's share then averages to the mean over all anchors
+    return per_clip.sum() * (len(other_maneuver) // len(maneuver)) / anchors
 
 
 def target_std(targets):
@@ -1992,6 +1993,8 @@ class WorldModel(nn.Module):
             square = self.gather(square[None]).mean(0)
             rows = torch.cat([self.gather(carry["rows"].float()) for carry in carries])
             self.space.absorb(rows, square)
+            for value in self.space.buffers() if self.world_size > 1 else ():
+                dist.broadcast(value, 0)  # young directions hang on rounding: all ranks must hold the same ones
 
     @torch.no_grad()
     def update_ema(self, momentum, flow_momentum):

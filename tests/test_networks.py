@@ -204,7 +204,8 @@ def test_attention_by_hand(with_rope):
         for head in range(heads):
             q, k, v = (part[b, :, head * hd : (head + 1) * hd] for part in parts)
             if with_rope:
-                q, k = (torch.tensor([rope_by_hand(row, p, hd) for row, p in zip(y.tolist(), positions.tolist())], dtype=torch.float64) for y in (q, k))
+                q, k = (torch.tensor([rope_by_hand(row, p, hd) for row, p in zip(y.tolist(), positions.tolist())], dtype=x.dtype)
+                        for y in (q, k))
             joined.append(softmax_attention(q, k, v))
         reference = torch.cat(joined, 1) @ attention.proj.weight.T + attention.proj.bias
         torch.testing.assert_close(out[b], reference, rtol=0, atol=1e-6 if with_rope else 1e-12)  # rope tables are fp32
