@@ -711,17 +711,30 @@ def pyav_picture(frame, plan, pixel_aspect):
     return np.rot90(picture, quarter_turns)[y : y + plan.height, x : x + plan.width]
 
 
-def pyav_walk(container, stream, plan, seek):
+def pyav_frames(container, stream, times, fast):
+    """Decoded frames in display order. `fast` leaves out frames that nobody refers to and that lie half a frame or more away
+    from every requested time, by the packets' own times and durations: the frames that are kept come out bit for bit the same."""
+    start, unit = stream.start_time or 0, float(stream.time_base)
+    for packet in container.demux(stream):
+        if fast and packet.pts is not None and packet.duration:
+            begin, length = (packet.pts - start) * unit, packet.duration * unit
+            near = np.searchsorted(times, begin - length / 2)  # first request that this packet's frame could serve
+            wanted = near < len(times) and times[near] < begin + 1.5 * length
+            stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
+        yield from packet.decode()
+
+
+def pyav_walk(container, stream, plan, fast):
     """Decode forward and keep the frame shown at each requested time -> uint8 [T, H, W, 3]."""
     duration, fps = pyav_timing(container, stream)
     times = frame_times(plan, duration, fps)
     start, aspect = stream.start_time or 0, float(stream.sample_aspect_ratio or 1)
-    if seek and times[0] > 1:
+    if fast and times[0] > 1:
         container.seek(start + int(times[0] / stream.time_base), stream=stream)
     frames, shown, shown_end, count = [], None, 0.0, 0
-    for frame in container.decode(stream):
+    for frame in pyav_frames(container, stream, times, fast):
         now = count / fps if frame.pts is None else float((frame.pts - start) * stream.time_base)
-        if count == 0 and seek and times[0] > 1 and now > times[0]:
+        if count == 0 and fast and times[0] > 1 and now > times[0]:
             raise BadFile(f"seek landed at {now:.2f} s, past {times[0]:.2f} s")
         count += 1
         picture = None
@@ -742,8 +755,9 @@ def pyav_walk(container, stream, plan, seek):
     return np.stack(frames + [last] * (len(times) - len(frames)))
 
 
-def read_pyav(path, plan, seek=True):
-    """Frames through PyAV, strict about damage: it stops at broken data instead of painting over it."""
+def read_pyav(path, plan, fast=True):
+    """Frames through PyAV, strict about damage: it stops at broken data instead of painting over it. `fast` seeks to the window
+    and leaves out frames that are not needed; a file on which that fails is read plainly from its start."""
     try:
         container = open_pyav(f"file:{path}")
     except DECODE_ERRORS as error:
@@ -755,10 +769,10 @@ def read_pyav(path, plan, seek=True):
             stream = container.streams.video[0]
             stream.thread_type, stream.thread_count = "NONE", 1
             stream.codec_context.options = {"err_detect": "explode"}
-            return pyav_walk(container, stream, plan, seek)
+            return pyav_walk(container, stream, plan, fast)
     except (BadFile, *DECODE_ERRORS) as error:
-        if seek:  # an open GOP cannot be entered at its key frame: read such a file from its start before it counts as bad
-            return read_pyav(path, plan, seek=False)
+        if fast:  # an open GOP cannot be entered at its key frame, and frame durations may be wrong
+            return read_pyav(path, plan, fast=False)
         if isinstance(error, BadFile):
             raise
         raise BadFile(f"pyav stopped decoding ({getattr(error, 'strerror', None) or error})") from error

@@ -710,3 +710,25 @@ def test_real_clips_decode(decoder):
             frames = V.read_frames(str(path), replace(PLAN, u_start=u_start), decoder).astype(float)
             assert frames.shape == (8, 32, 32, 3) and frames.mean() > 2 and frames.std() > 2
             assert np.abs(np.diff(frames, axis=0)).mean() > 0.1
+
+
+def test_the_fast_path_gives_the_plain_paths_frames(tmp_path):
+    """Seeking and leaving out unneeded B-frames changes no pixel. Seen red with wanted = False (every such frame left out)."""
+    path = tmp_path / "b_frames.mp4"
+    write_coded(path, 700, 30, options={"bf": "3", "g": "250"})
+    for u_start in (0.0, 0.31, 0.77, 1.0):
+        plan = replace(PLAN, num_frames=12, fps=4.0, u_start=u_start)
+        assert np.array_equal(V.read_pyav(str(path), plan), V.read_pyav(str(path), plan, fast=False))
+
+
+def test_the_fast_path_leaves_frames_out(tmp_path):
+    """Fewer frames are decoded than shown by the file; otherwise the equality above would prove nothing."""
+    path = tmp_path / "b_frames.mp4"
+    write_coded(path, 120, 30, options={"bf": "3"})
+    counts = []
+    for fast in (True, False):
+        with V.open_pyav(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"
+            counts.append(sum(1 for _ in V.pyav_frames(container, stream, np.array([1.0, 3.0]), fast)))
+    assert counts[0] < 0.8 * counts[1] == 0.8 * 120

@@ -6,7 +6,8 @@ A 720p H.264 file at 30 fps with key frames 250 frames apart (x264's default) an
 temporary folder. Then, interleaved over the rounds so that a busy machine hurts all alike, one thread reads
 
     pyav, decord, torchcodec   V.read_frames with the base config's plan: 84 frames at 4 fps, 224 px, window drawn at random
-    whole file                 every frame decoded, turned to float32, resized to 224 x 224 by torch (bilinear), 84 of them kept
+    whole file                 every frame decoded, turned to float32, resized to 224 x 224 as torchvision does (bilinear, antialiased),
+                               84 of them kept
 
 `whole file` stands for the naive way of decoding a video before sampling it. It runs frame by frame, so that it fits in
 memory: kinder than holding the file as float32, which for 60 s of 720p would take 20 GB. Decoders that are not installed
@@ -46,8 +47,8 @@ def installed_decoders():
     return [name for name, module in modules.items() if importlib.util.find_spec(module)]
 
 
-def write_bench_video(path, seconds):
-    """Write `seconds` of 720p at 30 fps, a textured ground that pans under grain, as H.264 with a GOP of 250."""
+def write_bench_video(path, seconds, preset):
+    """Write `seconds` of 720p at 30 fps, a textured ground that pans under grain, as H.264 of an x264 preset with a GOP of 250."""
     import av
 
     rng = np.random.default_rng(0)
@@ -59,7 +60,7 @@ def write_bench_video(path, seconds):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        stream.options = {"preset": "ultrafast", "crf": "23", "g": str(GOP)}
+        stream.options = {"preset": preset, "crf": "23", "g": str(GOP)}
         for number in range(round(seconds * FPS)):
             top = round(80 + 79 * np.sin(number / 40))
             left = round(160 + 159 * np.sin(number / 65))
@@ -85,7 +86,7 @@ def read_whole(path, plan):
         wanted = set(np.linspace(0, stream.frames - 1, plan.num_frames).round().astype(int).tolist())
         for number, frame in enumerate(container.decode(stream)):
             picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)[None].float() / 255
-            picture = F.interpolate(picture, size=(plan.height, plan.width), mode="bilinear", align_corners=False)[0]
+            picture = F.interpolate(picture, size=(plan.height, plan.width), mode="bilinear", antialias=True)[0]
             if number in wanted:
                 kept.append(picture)
     return torch.stack(kept)
@@ -148,6 +149,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=60.0, help="length of the video written for the bench [60]")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, medians are reported [5]")
     parser.add_argument("--clips", type=int, default=3, help="clips per decoder and round [3]")
+    parser.add_argument("--x264_preset", default="veryfast", help="how the video is coded; ultrafast has no B-frames [veryfast]")
     parser.add_argument("--out", default="", help="JSON file to write")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     parser.add_argument("--video", default="", help=argparse.SUPPRESS)
@@ -158,7 +160,7 @@ def main():
         return
     with tempfile.TemporaryDirectory() as folder:
         path, begin = Path(folder) / "bench.mp4", time.perf_counter()
-        write_bench_video(path, args.seconds)
+        write_bench_video(path, args.seconds, args.x264_preset)
         size_mb = path.stat().st_size / 1e6
         print(f"video: {args.seconds:g} s of {WIDTH} x {HEIGHT} at {FPS} fps, {size_mb:.1f} MB, written in {time.perf_counter() - begin:.0f} s")
         ways = [*installed_decoders(), "whole file"]
