@@ -1,9 +1,11 @@
 """What training does as a whole: losses fall on a fixed batch, and a collapsed model is seen on the gauges."""
 
+import math
+
 import pytest
 import torch
 from conftest import V, random_batch, small_config
-from training import new_model, train_steps
+from training import cpu_process, new_model, train_steps
 
 
 def test_thirty_steps_on_one_batch_cut_the_losses():
@@ -49,3 +51,16 @@ def test_collapse_is_seen_on_the_gauges(position_only):
         assert V.target_std(targets) > 0.2
     else:
         assert V.target_std(targets) < 1e-3 and V.effective_rank(targets) < 1.5
+
+
+def test_one_short_held_out_file_is_not_called_a_collapse(tmp_path, scene_folder):
+    """A single held-out clip, seen again and again, has no deviation across clips: nan, and a verdict from the tokens instead."""
+    one = tmp_path / "one.mp4"
+    one.write_bytes(sorted((scene_folder / "videos").glob("*.mp4"))[0].read_bytes())
+    cfg = small_config()
+    source = V.open_data(cfg, [V.VideoFile("one.mp4", str(one))], True, None)
+    values, bad = V.validate(new_model(cfg), source, cpu_process())
+    assert bad == [] and not source.held_out and math.isnan(values["val_target_std_clips"]) and values["val_target_std"] > 0.2
+    assert "no sign of collapse" in V.verdict(values, cfg)
+    values["val_target_std_clips"] = 0.01
+    assert "COLLAPSED" in V.verdict(values, cfg)
