@@ -2413,14 +2413,15 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), cfg
 
 
-def run_info(argv, source):
-    """Versions, commit and data of a run for config.json -> dict."""
+def run_info(cfg, argv, source):
+    """Versions, commit, data and decoders (in the order in which they are tried) of a run for config.json -> dict."""
     git = shutil.which("git")
     head = subprocess.run([git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True) if git else None
     commit = head.stdout.strip() if head is not None and head.returncode == 0 else "unknown"
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "numpy", "av")}
     return {"versions": {"python": platform.python_version(), **versions}, "commit": commit, "command": list(argv),
-            "data": {"kind": source.kind, "root": source.root, "train_files": len(source.train), "val_files": len(source.val)}}
+            "data": {"kind": source.kind, "root": source.root, "train_files": len(source.train), "val_files": len(source.val)},
+            "decoders": [name for name in DECODERS[cfg.decoder] if importlib.util.find_spec({"pyav": "av"}.get(name, name))]}
 
 
 def format_number(value):
@@ -2673,8 +2674,8 @@ def draw_futures(model, source, process, metrics, path, num_clips=3, num_samples
                 x = 130 + column * (side[1] + 4) + (12 if column >= len(now) else 0)
                 image.paste(Image.fromarray(np.ascontiguousarray(shown[frame])), (x, y))
                 if row == 0:
-                    seconds = (frame - cfg.now_frames + 1) / cfg.clip_fps if cfg.clip_fps else frame
-                    draw.text((x, y - 18), ("NOW " if column < len(now) else "SOON ") + f"{seconds:+.2g} s", fill="black", font=font)
+                    title = f"NOW {frame + 1}" if column < len(now) else f"SOON {frame + 1 - cfg.now_frames}"
+                    draw.text((x, y - 18), title, fill="black", font=font)  # frames, not seconds: short files are sampled denser
     image.save(path)
 
 
@@ -2892,7 +2893,7 @@ def train(cfg, overrides=None, argv=()):
     # -- resume
     progress, skipped_in_row, told = Progress(), 0, False
     if process.is_main:
-        config = {**run_info(argv, source), "config": asdict(cfg)}
+        config = {**run_info(cfg, argv, source), "config": asdict(cfg)}
         write_atomic(Path(cfg.out_dir) / "config.json", lambda handle: handle.write(json.dumps(config, indent=2).encode()))
     print_summary(cfg, overrides or {}, model, source, process, log)
     if state is not None:
