@@ -228,7 +228,7 @@ def test_cross_attention_by_hand():
 
 
 def test_initialisation_rules():
-    """Std 0.02 everywhere, the two last matrices of block n by 1 / sqrt(2 n), zero biases, unit norms.
+    """Std 0.02, in the flow net 1 / sqrt(inputs), the two last matrices of block n by 1 / sqrt(2 n), zero biases, unit norms.
 
     Seen red with the division by sqrt(2 n) removed.
     """
@@ -244,7 +244,7 @@ def test_initialisation_rules():
         if parameter.ndim == 1:
             assert (parameter == 1).all(), name
             continue
-        expected = 0.02
+        expected = parameter.shape[1] ** -0.5 if name.startswith("flow.") else 0.02
         parts = name.split(".")
         if "trunk" in parts and name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
             expected /= math.sqrt(2 * (int(parts[parts.index("blocks") + 1]) + 1))
