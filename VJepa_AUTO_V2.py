@@ -1812,6 +1812,11 @@ def sup_con(outcome, others, maneuver, other_maneuver, file, other_file, tempera
     return per_clip.sum() * (len(other_maneuver) // len(maneuver)) / anchors
 
 
+def gauge_tokens(targets, per_clip=128):
+    """About `per_clip` tokens of every clip, evenly spaced: enough for the gauges below. [B, L, D] -> [B, <= 2 * per_clip, D]."""
+    return targets[:, :: max(1, targets.shape[1] // per_clip)]
+
+
 def target_std(targets):
     """Standard deviation of each channel over all tokens of all clips, averaged over channels. targets [B, L, D]."""
     return targets.flatten(0, 1).std(0).mean()
@@ -2587,7 +2592,7 @@ def validate(model, source, process):
         if not targets and cfg.lambda_flow:
             context = model.encode_now(model.online.tokenizer(model.normalise(batch["frames"][:, : cfg.now_frames])))
             spread = flow_spread(model, context, model.future_target(carry["targets"]))
-        targets.append(carry["targets"][:, :: max(1, cfg.num_tokens // 128)])  # 128 tokens a clip are enough for the gauges
+        targets.append(gauge_tokens(carry["targets"]))
         looks.append(batch["frames"].float().flatten(1).mean(1))
     model.train(was_training)
     targets, looks = torch.cat(targets), torch.cat(looks)
@@ -2792,7 +2797,7 @@ def apply_step(model, optimizer, scaler, carries, step, cfg):
 def log_values(metrics, carries, model, process, log, clock, progress):
     """The record of one logged step, losses and gauges as means over ranks, in the order of LOG_KEYS."""
     cfg = model.cfg
-    targets = torch.cat([carry["targets"][:, :: max(1, cfg.num_tokens // 128)] for carry in carries])
+    targets = torch.cat([gauge_tokens(carry["targets"]) for carry in carries])
     values = {name: float(value) for name, value in metrics.items() if name in LOG_KEYS}
     values |= {"target_std": float(target_std(targets)), "target_std_clips": float(target_std_clips(targets)), "effective_rank": float(effective_rank(targets))}
     means = dict(zip(values, process.mean(list(values.values()))))

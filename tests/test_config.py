@@ -431,14 +431,11 @@ def test_random_configs_are_refused_or_run():
         if number % 6:
             continue
         assert all(math.isfinite(value) and value >= 0 for value in V.flops_per_clip(cfg).values()) and V.memory_estimate_gb(cfg, 1) > 0
-        try:
-            losses, _, carry = model(random_batch(cfg, 2))
-            losses["loss_total"].backward()
-            model.absorb([carry])
-            futures = model.eval().sample_futures(torch.zeros(1, cfg.now_frames, 3, cfg.height, cfg.width), 2, num_steps=2)
-        except Exception as error:
-            changed = {name: value for name, value in asdict(cfg).items() if value != getattr(small_config(), name)}
-            raise AssertionError(f"a valid config failed with {type(error).__name__}: {error}\n{changed}") from error
+        print({name: value for name, value in asdict(cfg).items() if value != getattr(small_config(), name)})  # shown when it fails
+        losses, _, carry = model(random_batch(cfg, 2))
+        losses["loss_total"].backward()
+        model.absorb([carry])
+        futures = model.eval().sample_futures(torch.zeros(1, cfg.now_frames, 3, cfg.height, cfg.width), 2, num_steps=2)
         assert futures.shape == (1, 2, cfg.soon_tokens + cfg.flow_chunks, cfg.enc_dim) and torch.isfinite(losses["loss_total"])
     assert refused > 30 and ran > 60, (refused, ran)
 
