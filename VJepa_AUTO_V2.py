@@ -95,7 +95,7 @@ class VJepaAutoV2Config:
     """Edit a default here to change it for every run; pass `--field value` to change one run. Units stand in the comments."""
 
     # -- run
-    preset: str = "base"  # tiny | small | base | large: a named set of overrides (base = these defaults)
+    preset: str = "base"  # tiny | proof | small | base | large: a named set of overrides (base = these defaults)
     data_root: str = ""  # folder of videos, one video, or a list file (csv, txt, jsonl); empty = built-in driving scenes
     video_glob: str = "*"  # which files count, matched on the name or on the path below data_root
     out_dir: str = "runs/vjepa_auto_v2"  # everything the run writes
@@ -120,6 +120,8 @@ class VJepaAutoV2Config:
     num_workers: int = 4  # loader processes per rank
     scene_clips: int = 512  # built-in scenes written as mp4 when there is no data_root
     scene_size: int = 0  # side of the written scenes in pixels; 0 = image_size
+    scene_mix: str = "default"  # kinds of built-in scenes: default | fork_only | shares like fork=3,brake=1
+    scenes: str = "files"  # files (scene_clips mp4s, read back like any video) | render (a new scene for every sample)
     # -- clip and grid
     image_size: int | tuple = 224  # pixels, one number or H,W
     num_frames: int = 84  # frames per clip = now + soon + eventually
@@ -173,6 +175,10 @@ class VJepaAutoV2Config:
     flow_context_grad: float = 0.0  # share of the flow gradient that reaches the encoder
     flow_lr: float = 5e-4  # learning rate of the flow net, same schedule
     flow_ema: float = 0.999  # highest momentum of the flow net's own EMA
+    flow_fit_clips: int = 0  # clips whose frozen latents the flow net is fitted on after the last step; 0 = no flow phase, it learns along
+    flow_fit_steps: int = 2000  # optimizer steps of that flow phase
+    flow_fit_batch: int = 128  # clips per step of the flow phase and process, flow_draws draws each
+    flow_fit_lr: float = 1e-3  # peak learning rate of the flow phase
     # -- optimisation
     batch_size: int = 8  # clips per process and micro-step
     grad_accum: int = 1  # micro-steps per optimizer step
@@ -264,6 +270,13 @@ PRESETS = {
         pred_dim=192, pred_depth=6, num_heads=6, batch_size=32, lr=3e-4, ema_momentum=0.998, ema_momentum_end=0.9998,
         flow_dim=384, flow_heads=6, amp=True,
     ),
+    "proof": dict(
+        image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=96, enc_depth=4,
+        pred_dim=96, pred_depth=3, num_heads=2, batch_size=8, steps=2000, lr=1.5e-3, warmup_steps=50, ema_momentum=0.992,
+        ema_momentum_end=0.998, scenes="render", flow_dim=512, flow_depth=3, flow_heads=8, flow_rank=256, flow_chunks=2, flow_draws=4,
+        flow_shift=3.0, flow_fit_clips=24000, flow_fit_steps=2000, num_workers=2, log_every=50, ckpt_every=500, val_every=500,
+        outcome_queue=256, crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
+    ),
     "base": {},
     "large": dict(enc_dim=1024, enc_depth=24, num_heads=16, flow_dim=1024, flow_heads=16, batch_size=4, grad_checkpoint=True, amp=True),
 }
@@ -273,6 +286,24 @@ PRESETS = {
 def preset_config(preset, **overrides):
     """The config of a named preset with some fields replaced, for use from Python."""
     return VJepaAutoV2Config(**{**PRESETS[preset], "preset": preset, **overrides})
+
+
+SCENE_KINDS = ("fork", "brake", "lane", "occluder", "steady")
+SCENE_MIXES = {"default": "fork=3,brake=2,lane=2,occluder=1,steady=2", "fork_only": "fork=1"}
+
+
+def mix_shares(scene_mix):
+    """A value of scene_mix -> share of every kind in SCENE_KINDS, summing to 1. ValueError when it cannot be read."""
+    shares = dict.fromkeys(SCENE_KINDS, 0.0)
+    for part in SCENE_MIXES.get(scene_mix, scene_mix).split(","):
+        kind, _, weight = part.partition("=")
+        if kind.strip() not in shares:
+            raise ValueError(f"{kind.strip()!r} is not one of {', '.join((*SCENE_MIXES, *SCENE_KINDS))}")
+        shares[kind.strip()] = float(weight)
+    total = sum(shares.values())
+    if not (0 < total < math.inf) or min(shares.values()) < 0:
+        raise ValueError("shares must be zero or above, one of them above")
+    return [share / total for share in shares.values()]
 
 
 # field -> (smallest, largest) value allowed; None leaves a side open
@@ -290,7 +321,8 @@ RANGES = {
     "outcome_temperature": (1e-4, None), "outcome_queue": (0, 10**7), "flow_dim": (2, None), "flow_depth": (1, 1000),
     "flow_heads": (1, None), "flow_rank": (1, None), "flow_chunks": (1, None), "flow_joint_max": (0, None),
     "flow_pool": (1, None), "flow_draws": (1, 4096), "flow_shift": (0, 1000), "flow_steps": (1, 10000),
-    "flow_context_grad": (0, 1), "flow_lr": (0, None), "flow_ema": (0, 1), "batch_size": (1, None), "grad_accum": (1, None),
+    "flow_context_grad": (0, 1), "flow_lr": (0, None), "flow_ema": (0, 1), "flow_fit_clips": (0, 10**9),
+    "flow_fit_steps": (1, None), "flow_fit_batch": (1, None), "flow_fit_lr": (0, None), "batch_size": (1, None), "grad_accum": (1, None),
     "lr": (0, None), "min_lr": (0, None), "weight_decay": (0, None), "warmup_steps": (0, None), "grad_clip": (0, None),
     "ema_momentum": (0, 1), "ema_momentum_end": (0, 1), "max_skipped_steps": (1, None), "log_every": (1, None),
     "ckpt_every": (1, None), "keep_last": (1, None), "val_every": (0, None), "val_clips": (2, None), "dist_timeout_s": (1, None),
@@ -298,7 +330,7 @@ RANGES = {
 CHOICES = {
     "preset": tuple(PRESETS), "device": ("auto", "cuda", "mps", "cpu"), "decoder": ("auto", "pyav", "decord", "torchcodec"),
     "missing_data": ("scenes", "error", "random"), "pos_embed": ("sincos", "rope"), "outcome_target": ("mean", "delta"),
-    "flow_rest": ("mean", "gaussian"),
+    "flow_rest": ("mean", "gaussian"), "scenes": ("files", "render"),
 }
 
 
@@ -315,6 +347,10 @@ def value_problems(cfg):
             problems.append(f"{name} = {getattr(cfg, name)!r}: must be one of {', '.join(allowed)} (--{name})")
     if min(cfg.height, cfg.width) < 1:
         problems.append(f"image_size = {cfg.image_size}: must be positive (--image_size)")
+    try:
+        mix_shares(cfg.scene_mix)
+    except ValueError as error:
+        problems.append(f"scene_mix = {cfg.scene_mix!r}: {error} (--scene_mix)")
     unknown = sorted({t for t in cfg.track.split(",") if t} - {"tensorboard", "wandb"})
     if unknown:
         problems.append(f"track = {cfg.track!r}: {', '.join(unknown)} is not one of tensorboard, wandb (--track)")
@@ -869,14 +905,23 @@ def split_readable(cfg, videos):
 # ---------------------------------------------------------------------------------------------------------------------
 # 4  Built-in driving scenes: seed -> clip + labels
 # ---------------------------------------------------------------------------------------------------------------------
-# Road coordinates: s metres along the road, x metres to the right of its centre. A fork leaves the centre line at s_fork
-# on two mirrored arcs that straighten after ARC metres. Everything up to the last NOW frame uses scene_seed alone.
+# Road coordinates: s metres along the road, x metres to the right of its centre; tau seconds since the last NOW frame.
+# Everything up to tau = 0 uses scene_seed alone; future_seed decides what happens after, with odds that the picture shows.
 
+TWIN_KINDS = ("teleport", "vanish", "pass_through", "recolour", "reverse")  # physics broken after an instant
 CAMERA_HEIGHT, HORIZON, FOCAL = 1.4, 0.42, 0.9  # metres; share of the height; share of the width (about 58 degrees)
-LANE, ROAD_HALF = 3.5, 3.9  # lane width and half of the paved width in metres
-ARC, BEND = 22.0, 0.028  # metres until a branch runs straight, curvature in 1/m
+LANE, DASH, BONNET = 3.5, 6.0, 0.93  # metres of a lane, of a dash and of the space after it; where the own bonnet begins, share of the height
+ROADS = {2: (3.9, 3.4, 0.0, LANE / 2), 3: (5.65, 5.25, LANE / 2, 0.0)}  # lanes -> paved half width, edge line, dashed line, own lane
+ARC, BEND = 22.0, 0.028  # metres until a branch of a fork runs straight, curvature in 1/m
 FORK_ODDS = (0.5, 0.5, 0.5, 0.1, 0.3, 0.7, 0.9)  # p(right branch), drawn evenly: half is the common case
 SIGN_COLOURS = {0.1: (40, 90, 220), 0.3: (60, 200, 220), 0.5: (240, 240, 240), 0.7: (250, 170, 40), 0.9: (220, 40, 40)}
+HAZARDS = {False: 0.2, True: 1.0}  # beacon of the lead car lit -> braking rate per second
+BRAKE, REACTION, CRAWL = 6.0, 0.8, 0.3  # m/s2 of lead and own car, own delay in seconds, share of the speed that is kept
+LANE_ODDS = {"none": (0.1, 0.8, 0.1), "left": (0.8, 0.2, 0.0), "right": (0.0, 0.2, 0.8)}  # indicator -> left, keep, right
+TRUCK_AT = 4.9  # metres, centre of the parked truck
+STOP_ODDS = 0.15  # a car that passes behind the parked truck stops there
+SIDE_NAMES = {-1: "left", 0: "keep", 1: "right"}
+SCENE_MANEUVERS = ("brake", "fork_left", "fork_right", "keep", "lane_change_left", "lane_change_right")
 
 
 def branch_offset(ahead):
@@ -886,139 +931,330 @@ def branch_offset(ahead):
     return 0.5 * BEND * bent**2 + BEND * ARC * (ahead - bent)
 
 
-def draw_scene(scene_seed):
-    """Everything that the present decides -> dict of parameters in metres and seconds."""
-    rng = np.random.default_rng([scene_seed, 0])
-    is_fork = bool(rng.random() < 0.7)
+def scene_seed_at(cfg, index, stream="train"):
+    """Scene seed number `index` of a run: training's and validation's ranges never meet, nor do those of two run seeds."""
+    return cfg.seed * 1_000_003 + index + (5 * 10**15 if stream == "val" else 0)
+
+
+def draw_scene(scene_seed, cfg, kind=""):
+    """Everything that the present decides -> dict of parameters in metres and seconds. An empty kind is drawn from scene_mix."""
+    shares = mix_shares(cfg.scene_mix)
+    kind = kind or str(np.random.default_rng([scene_seed, 3]).choice(SCENE_KINDS, p=shares))
+    rng = np.random.default_rng([scene_seed, 0, SCENE_KINDS.index(kind)])
+    plot = {"brake": "lead", "occluder": "cross", "steady": str(rng.choice(("lead", "cross", "barrier")))}.get(kind, "")
+    slow = plot in ("cross", "barrier")
     scene = dict(
-        is_fork=is_fork, prob=float(rng.choice(FORK_ODDS)) if is_fork else 0.0, speed=float(rng.uniform(9, 15)),
-        reach=float(rng.uniform(0.3, 0.8)),  # seconds from the last NOW frame to the fork
-        lane=float(rng.uniform(-0.3, 0.3)), phase=float(rng.uniform(0, 6)), sway=float(rng.uniform(0, 2 * np.pi)),
+        kind=kind, plot=plot, lanes=3 if kind == "lane" else 2, speed=float(rng.uniform(1.5, 3) if slow else rng.uniform(9, 14)),
+        lane=float(rng.uniform(-0.3, 0.3)), phase=float(rng.uniform(0, 2 * DASH)), sway=float(rng.uniform(0, 2 * np.pi)),
         sky=rng.uniform((90, 130, 170), (170, 200, 245)), ground=rng.uniform((60, 90, 40), (150, 150, 90)),
-        asphalt=rng.uniform(70, 120), clouds=rng.uniform(0, 2 * np.pi, 3),
+        asphalt=float(rng.uniform(70, 120)), clouds=rng.uniform(0, 2 * np.pi, 3), paint=rng.uniform(40, 230, 3),
+        prob=float(rng.choice(FORK_ODDS)), reach=float(rng.uniform(0.3, 0.8)), beacon=bool(rng.random() < 0.5),
+        indicator=str(rng.choice(tuple(LANE_ODDS))), gap=float(rng.uniform(8, 13) if kind == "steady" else rng.uniform(11, 18)), drift=float(rng.choice((-1, 1)) * rng.uniform(1.5, 3)),
+        cross_speed=float(rng.uniform(5, 7)), cross_from=float(rng.uniform(0.4, 0.9)), cross_gap=float(rng.uniform(16, 20)),
+        truck_gap=float(rng.uniform(9, 11)), broken_after=float(rng.uniform(0.15, 0.5)), jump=float(rng.choice((-1, 1)) * rng.uniform(5, 7)),
     )
-    num_trees = int(rng.integers(10, 22))
-    scene["trees"] = np.stack([rng.uniform(-10, 130, num_trees), rng.choice([-1, 1], num_trees) * rng.uniform(6.5, 16, num_trees),
-                               rng.uniform(2.5, 6, num_trees), rng.uniform(0.6, 1.1, num_trees)], 1)  # s, x, height, brightness
-    num_cars = int(rng.integers(1, 4))
-    scene["cars"] = [(float(rng.uniform(25, 150)), -LANE / 2, -float(rng.uniform(8, 14)), rng.uniform(40, 230, 3)) for _ in range(num_cars)]
-    if rng.random() < 0.6:  # a car ahead in our lane, a little faster or slower
-        scene["cars"].append((float(rng.uniform(12, 30)), LANE / 2, scene["speed"] + float(rng.uniform(-1, 1.5)), rng.uniform(40, 230, 3)))
+    metres = int(scene["speed"] * cfg.num_frames / (cfg.clip_fps or 4.0)) + 110
+    num_trees = max(4, int(metres * rng.uniform(0.06, 0.13)))
+    scene["trees"] = np.stack([rng.uniform(0, metres, num_trees), rng.choice([-1, 1], num_trees) * rng.uniform(7.5, 17, num_trees),
+                               rng.uniform(2.5, 6, num_trees), rng.uniform(0.6, 1.1, num_trees)])  # s, x, height, brightness
+    others = [(float(rng.uniform(30, 150)), float(rng.uniform(-1, 2)), float(rng.uniform(8, 14)), rng.uniform(40, 230, 3)) for _ in range(int(rng.integers(1, 4)))]
+    if kind == "lane":  # ahead in a lane beside ours, about as fast as we are
+        beside = LANE * float(rng.choice([-1, 1]))
+        scene["cars"] = [(s, beside, scene["speed"] + faster, paint) for s, faster, _, paint in others]
+    else:
+        scene["cars"] = [(s, -LANE / 2, -speed, paint) for s, _, speed, paint in others if not slow]
     return scene
 
 
-def ego_path(scene, side, times, fork_at):
-    """Pose over time -> (s, x, heading in rad, yaw rate in rad/s), each [T]. side is -1, +1, or 0 on a road that does not fork."""
-    s = scene["speed"] * times
-    ahead = np.clip(s - fork_at, 0, None)
-    slope = side * BEND * np.minimum(ahead, ARC)
-    x = LANE / 2 + scene["lane"] + 0.15 * np.sin(0.8 * times + scene["sway"]) + side * branch_offset(ahead)
-    heading = np.arctan(slope)
-    yaw_rate = np.where((ahead > 0) & (ahead < ARC), side * BEND * scene["speed"] / (1 + slope**2), 0.0)
-    return s, x, heading, yaw_rate
+def scene_odds(scene_seed, cfg, kind=""):
+    """The exact odds of what may happen after NOW -> dict with `kind`. Rates per second, the rest probabilities."""
+    scene = draw_scene(scene_seed, cfg, kind)
+    left, keep, right = LANE_ODDS[scene["indicator"]]
+    rate, seconds = HAZARDS[scene["beacon"]], cfg.soon_frames / (cfg.clip_fps or 4.0)
+    odds = {"fork": {"right": scene["prob"]}, "brake": {"hazard": rate, "brake_in_soon": 1 - math.exp(-rate * seconds)},
+            "lane": {"left": left, "keep": keep, "right": right}, "occluder": {"stops": STOP_ODDS}, "steady": {"barrier": scene["plot"] == "barrier"}}
+    return {"kind": scene["kind"], **odds[scene["kind"]]}
 
 
-def paint_ground(scene, pose, height, width, fork_at):
-    """Sky, grass, road and markings for every frame -> float32 [T, H, W, 3]."""
-    s, x, heading, _ = pose
-    v = (np.arange(height) + 0.5) / height - HORIZON
-    u = ((np.arange(width) + 0.5) / width - 0.5) / FOCAL
-    depth = CAMERA_HEIGHT / np.maximum(v * height / width / FOCAL, 1e-3)  # [H] metres
-    pixel = depth / (FOCAL * width)  # [H] metres that one pixel covers sideways
-    cos, sin = np.cos(heading)[:, None, None], np.sin(heading)[:, None, None]
-    across = depth[:, None] * u[None]  # [H, W]
-    ground_s = s[:, None, None] + depth[:, None] * cos - across * sin  # [T, H, W]
-    ground_x = x[:, None, None] + depth[:, None] * sin + across * cos
-    spread = branch_offset(ground_s - fork_at) if scene["is_fork"] else np.zeros_like(ground_s)
-    lateral = np.abs(ground_x) - spread  # a fork mirrors its two roads, so one distance serves both
-    lateral = np.where(spread > 0, lateral, np.abs(ground_x))
-    blur = (pixel / 1.0)[None, :, None]
-    road = np.clip((ROAD_HALF - np.abs(lateral)) / blur + 0.5, 0, 1)
-    edge = np.clip((0.15 - np.abs(np.abs(lateral) - 3.4)) / blur + 0.5, 0, 1)
-    dash = np.clip(np.sin((ground_s + scene["phase"]) * np.pi / 3) * 4 + 0.5, 0, 1) * np.clip(8 / np.maximum(depth, 1e-3), 0, 1)[None, :, None]
-    centre = np.clip((0.13 - np.abs(lateral)) / blur + 0.5, 0, 1) * dash
-    texture = 8 * np.sin(ground_s * 1.3) * np.sin(ground_x * 0.9) * np.clip(12 / depth, 0, 1)[None, :, None]
-    image = np.broadcast_to(scene["ground"], (*ground_s.shape, 3)) + texture[..., None]
-    for alpha, colour in ((road, scene["asphalt"]), (edge, 225.0), (centre, 235.0)):
-        image = image + alpha[..., None] * (colour - image)
-    sky = scene["sky"] + 50 * np.clip(1 + v / HORIZON, 0, 1)[:, None, None] * np.ones((1, width, 1))
-    drift = u[None] * 3 + 2 * heading[:, None]
-    bands = sum(np.sin((k + 1) * drift + scene["clouds"][k]) for k in range(3))[:, None, :, None] * np.sin(np.clip(-v, 0, None) * 14)[None, :, None, None]
-    return np.where((v > 0)[None, :, None, None], image, sky[None] + 12 * bands).astype(np.float32)
+def draw_future(scene, future_seed, scene_seed):
+    """Everything that the present leaves open -> dict: choice (-1, 0, 1), brake_at, stops, and small differences of driving."""
+    rng = np.random.default_rng([scene_seed, 1, future_seed])
+    choice, chance = 0, float(rng.random())
+    if scene["kind"] == "fork":
+        choice = 1 if chance < scene["prob"] else -1
+    elif scene["kind"] == "lane":
+        choice = int(np.searchsorted(np.cumsum(LANE_ODDS[scene["indicator"]]), chance, side="right")) - 1
+    loose = scene["kind"] not in ("brake", "steady")
+    future = dict(
+        choice=min(choice, 1), stops=scene["kind"] == "occluder" and chance < STOP_ODDS,
+        brake_at=-math.log(1 - chance) / HAZARDS[scene["beacon"]] if scene["kind"] == "brake" else math.inf,
+        push=float(np.clip(rng.normal(0, 0.04), -0.1, 0.1)) * scene["speed"] * loose, wander=float(rng.normal(0, 0.12)) * loose,
+        start=float(rng.uniform(0.1, 0.5)), duration=float(rng.uniform(1.6, 2.2)),
+    )
+    return future, rng
 
 
-def draw_box(image, left, right, top, bottom, colour):
-    """Fill a box given in pixels, clipped to the picture. image [H, W, 3] changes in place."""
-    height, width = image.shape[:2]
-    x0, x1, y0, y1 = (int(round(value)) for value in (left, right, top, bottom))
-    image[max(y0, 0) : max(min(max(y1, y0 + 1), height), 0), max(x0, 0) : max(min(max(x1, x0 + 1), width), 0)] = colour
+def slowed(since, speed):
+    """Metres lost `since` seconds after a braking began at `speed`: constant deceleration down to a crawl, which is kept."""
+    ramp = (1 - CRAWL) * speed / BRAKE
+    held = np.clip(since, 0, ramp)
+    return 0.5 * BRAKE * held**2 + (1 - CRAWL) * speed * np.maximum(since - ramp, 0)
 
 
-def draw_objects(image, scene, pose, now, fork_at, side):
-    """Trees, cars and the fork's sign on one frame, far ones first. image [H, W, 3]; pose (s, x, heading); now in seconds."""
-    height, width = image.shape[:2]
-    s, x, heading = pose
-    things = [(ts, tx + np.sign(tx) * branch_offset(ts - fork_at) * scene["is_fork"], "tree", (size, shade)) for ts, tx, size, shade in scene["trees"]]
-    for car_s, car_x, car_speed, colour in scene["cars"]:
-        where = car_s + car_speed * now
-        side_of_car = side if car_speed > 0 else -1  # oncoming cars come from the left branch, the car ahead goes where we go
-        things.append((where, car_x + side_of_car * branch_offset(where - fork_at) * scene["is_fork"], "car", (car_speed, colour)))
-    if scene["is_fork"]:
-        things.append((fork_at + 9, 0.0, "sign", SIGN_COLOURS[scene["prob"]]))
-    placed = []
-    for thing_s, thing_x, kind, look in things:
-        ds, dx = thing_s - s, thing_x - x
-        depth = ds * np.cos(heading) + dx * np.sin(heading)
-        if 1.5 < depth < 120:
-            placed.append((depth, (dx * np.cos(heading) - ds * np.sin(heading)), kind, look))
-    for depth, across, kind, look in sorted(placed, key=lambda item: -item[0]):
-        scale = FOCAL * width / depth  # pixels per metre
-        u, v = width / 2 + across * scale, HORIZON * height + CAMERA_HEIGHT * scale
-        if kind == "tree":
-            draw_box(image, u - 0.25 * scale, u + 0.25 * scale, v - look[0] * 0.5 * scale, v, (70, 50, 35))
-            draw_box(image, u - 1.3 * scale, u + 1.3 * scale, v - look[0] * scale, v - look[0] * 0.35 * scale, np.array((35, 95, 35)) * look[1])
-        elif kind == "car":
-            draw_box(image, u - 0.95 * scale, u + 0.95 * scale, v - 1.4 * scale, v - 0.25 * scale, look[1])
-            draw_box(image, u - 0.75 * scale, u + 0.75 * scale, v - 1.3 * scale, v - 0.85 * scale, (30, 35, 45))
-            draw_box(image, u - 0.9 * scale, u + 0.9 * scale, v - 0.3 * scale, v, (20, 20, 20))
-            lamps = (255, 245, 200) if look[0] < 0 else (200, 30, 30)
-            for lamp in (-0.7, 0.7):
-                draw_box(image, u + (lamp - 0.15) * scale, u + (lamp + 0.15) * scale, v - 0.75 * scale, v - 0.5 * scale, lamps)
-        else:
-            draw_box(image, u - 0.1 * scale, u + 0.1 * scale, v - 2.2 * scale, v, (60, 60, 60))
-            draw_box(image, u - 1.1 * scale, u + 1.1 * scale, v - 3.6 * scale, v - 1.9 * scale, look)
+def ego_path(scene, future, times, tau, fork_at):
+    """Pose over time -> dict of arrays [T]: s, x (m), heading (rad), speed (m/s), yaw_rate (rad/s), offset (m from the own lane)."""
+    speed, side, fine = scene["speed"], future["choice"], 1e-3
+    states = []
+    for t, u in ((times, tau), (times + fine, tau + fine)):  # two close instants give the derivatives
+        u = np.maximum(u, 0) * (tau > 0)  # nothing of the future reaches a NOW frame, not even its heading
+        held = np.minimum(u, 3.0)
+        s = speed * t + future["push"] * (0.5 * held**2 + 3.0 * (u - held)) - slowed(u - future["brake_at"] - REACTION, speed)
+        offset = scene["lane"] + 0.15 * np.sin(0.8 * t + scene["sway"]) + future["wander"] * (1 - np.cos(np.pi * np.minimum(u / 2, 1))) / 2
+        if scene["kind"] == "lane":
+            share = np.clip((u - future["start"]) / future["duration"], 0, 1)
+            offset = offset + side * LANE * share**2 * (3 - 2 * share)
+        bend = side * branch_offset(s - fork_at) if scene["kind"] == "fork" else np.zeros_like(s)
+        states.append((s, ROADS[scene["lanes"]][3] + offset + bend, offset))
+    (s, x, offset), (s_next, x_next, _) = states
+    # the car points where the road goes; the small wander inside the lane does not turn the camera
+    bent = np.minimum(np.maximum(s - fork_at, 0), ARC) * (scene["kind"] == "fork")
+    heading = np.arctan(side * BEND * bent) if scene["kind"] != "lane" else np.arctan((x_next - x) / np.maximum(s_next - s, 1e-9)) * (tau > 0)
+    rate = (s_next - s) / fine
+    turning = np.gradient(heading, times) * (tau > 0)  # NOW runs straight
+    return dict(s=s, x=x, heading=heading, speed=rate, yaw_rate=turning, offset=offset)
 
 
-def scene(scene_seed, future_seed, cfg):
+def mover_path(scene, future, tau, now_s, twin, broken):
+    """The main mover: lead car, crossing car or none -> (s [T], x [T], shown [T], repainted [T]) or None. broken [T]: frames after the break."""
+    speed, plot = scene["speed"], scene["plot"]
+    if not plot:
+        return None
+    since = np.where(broken, tau - tau[broken][0] if broken.any() else 0.0, 0.0)  # seconds after the break
+    if plot == "lead":
+        drift = scene["drift"] if scene["kind"] == "steady" else 0.0
+        gap = scene["gap"] + drift * tau
+        if twin == "teleport":
+            gap = gap + np.where(broken, np.where(gap - 7 < 5, 1, np.sign(scene["jump"])) * abs(scene["jump"]), 0)
+        if twin == "reverse":
+            gap = gap - 2 * drift * since
+        gap = np.maximum(gap, 4.0)  # a slower car is followed in the end
+        s, x = now_s + speed * tau + gap - slowed(tau - future["brake_at"], speed), np.full_like(tau, LANE / 2)
+    else:
+        # from the right behind the truck (occluder), or from the left (steady), as car centres
+        toward = -1.0 if scene["kind"] == "occluder" else 1.0
+        meets = 6.3 if scene["kind"] == "occluder" else 1.9
+        way = scene["cross_speed"] * (tau - scene["cross_from"])  # metres from the meeting point, negative before it
+        if (plot == "barrier" and twin != "pass_through") or future["stops"]:
+            way = np.minimum(way, 0.0)
+        if twin == "reverse" and broken.any():
+            way = np.where(broken, way[broken][0] - scene["cross_speed"] * since, way)
+        if twin == "teleport":
+            way = way + np.where(broken, scene["jump"], 0)
+        s, x = np.full_like(tau, now_s + scene["cross_gap"]), meets + toward * way
+    return s, x, ~(broken & (twin == "vanish")), broken & (twin == "recolour")
+
+
+def car_parts(view, paint, lit=""):
+    """Boxes of a car seen from `rear`, `front` or `side` -> rows (left, right, bottom, top, r, g, b) in metres round its base."""
+    dark, glass = (20, 20, 20), (30, 35, 45)
+    if view == "side":
+        return [(-2.1, 2.1, 0.3, 0.95, *paint), (-1.2, 1.2, 0.9, 1.5, *paint), (-1.0, 1.0, 1.0, 1.4, *glass), (-1.6, -0.9, 0, 0.55, *dark), (0.9, 1.6, 0, 0.55, *dark)]
+    lamp = (255, 245, 200) if view == "front" else (200, 30, 30)
+    parts = [(-0.95, 0.95, 0.2, 1.45, *paint), (-0.75, 0.75, 0.85, 1.35, *glass), (-0.9, 0.9, 0, 0.3, *dark)]
+    parts += [(place - 0.18, place + 0.18, 0.5, 0.78, *lamp) for place in (-0.7, 0.7)]
+    if lit == "beacon":
+        parts.append((-0.8, 0.8, 1.45, 1.95, 255, 180, 0))
+    if lit == "brake":
+        parts.append((-0.95, 0.95, 0.4, 0.8, 255, 20, 20))
+    return parts
+
+
+def thing_list(scene, pose, mover, times, tau, fork_at, future):
+    """Everything that stands or drives on the road -> list of (s, x, parts, shown), arrays [T] or scalars."""
+    is_fork, things = scene["kind"] == "fork", []
+    for ts, tx, size, shade in scene["trees"].T:
+        crown = np.array((35, 95, 35)) * shade
+        parts = [(-0.25, 0.25, 0, 0.5 * size, 70, 50, 35), (-1.3, 1.3, 0.35 * size, size, *crown)]
+        things.append((ts, tx + np.sign(tx) * branch_offset(ts - fork_at) * is_fork, parts, True))
+    for car_s, car_x, car_speed, paint in scene["cars"]:
+        where = car_s + car_speed * times  # oncoming cars come from the left branch of a fork
+        things.append((where, car_x - branch_offset(where - fork_at) * is_fork, car_parts("front" if car_speed < 0 else "rear", paint), True))
+    if is_fork:
+        things.append((fork_at + 9, 0.0, [(-0.1, 0.1, 0, 2.2, 60, 60, 60), (-1.2, 1.2, 1.9, 3.8, *SIGN_COLOURS[scene["prob"]])], True))
+    now_s = float(scene["speed"] * times[np.argmin(np.abs(tau))])
+    if scene["kind"] == "occluder":
+        for depth in (6, 4, 2, 0):
+            paint = (225, 225, 215) if depth == 0 else (150, 150, 145)
+            things.append((now_s + scene["truck_gap"] + depth, TRUCK_AT, [(-1.2, 1.2, 0.4, 3.1, *paint), (-1.1, 1.1, 0, 0.5, 25, 25, 25)], True))
+    if scene["plot"] == "barrier":
+        parts = [(-0.6, 0.6, 0, 1.8, 235, 235, 235), (-0.6, 0.6, 0.25, 0.7, 220, 40, 40), (-0.6, 0.6, 1.1, 1.55, 220, 40, 40)]
+        things.append((now_s + scene["cross_gap"] - 0.2, 4.6, parts, True))
+    if mover is not None:
+        s, x, shown, repainted = mover
+        view = "rear" if scene["plot"] == "lead" else "side"
+        beacon = "beacon" if scene["kind"] == "brake" and scene["beacon"] else ""
+        things.append((s, x, car_parts(view, scene["paint"], beacon), shown & ~repainted))
+        if repainted.any():
+            things.append((s, x, car_parts(view, np.where(scene["paint"] > 135, scene["paint"] - 110, scene["paint"] + 110), beacon), repainted))
+        braking = (tau > 0) & (tau >= future["brake_at"])
+        if braking.any():
+            things.append((s - 0.01, x, car_parts(view, scene["paint"], "brake")[-1:], braking))
+    return things
+
+
+def paint_ground(scene, pose, height, width, fork_at, now):
+    """Grass, road, crossing road and markings below the horizon -> float32 [T, rows, W, 3]. now: time of the last NOW frame."""
+    paved, edge_at, line_at, _ = ROADS[scene["lanes"]]
+    rows = np.arange(int(np.ceil(HORIZON * height - 0.5)), height, dtype=np.float32)
+    depth = (CAMERA_HEIGHT * FOCAL * width / (rows + 0.5 - HORIZON * height)).astype(np.float32)  # metres ahead of each row
+    across = depth[:, None] * (((np.arange(width, dtype=np.float32) + 0.5) / width - 0.5) / FOCAL)  # [rows, W]
+    cos, sin, s, x = (value.astype(np.float32)[:, None, None] for value in (np.cos(pose["heading"]), np.sin(pose["heading"]), pose["s"], pose["x"]))
+    ground_s = s + depth[:, None] * cos - across * sin  # [T, rows, W]
+    ground_x = x + depth[:, None] * sin + across * cos
+    side = np.abs(ground_x)
+    if scene["kind"] == "fork":  # a fork mirrors its two roads, so one distance serves both
+        side = np.abs(side - branch_offset(ground_s - np.float32(fork_at)).astype(np.float32))
+    sharp = (FOCAL * width / depth)[:, None]  # pixels per metre sideways
+    near = np.clip(8 / depth, 0, 1)[:, None]
+    road = np.clip((paved - side) * sharp + 0.5, 0, 1)
+    if scene["plot"] in ("cross", "barrier"):
+        at = scene["speed"] * now + scene["cross_gap"]
+        road = np.maximum(road, np.clip(3 - np.abs(ground_s - np.float32(at)), 0, 1))
+    edge = np.clip((0.15 - np.abs(side - edge_at)) * sharp + 0.5, 0, 1) * np.clip(0.3 * sharp, 0, 1)
+    dash = np.clip(np.sin((ground_s + scene["phase"]) * np.float32(np.pi / DASH)) * 4 + 0.5, 0, 1) * near
+    line = np.clip((0.13 - np.abs(side - line_at)) * sharp + 0.5, 0, 1) * np.clip(0.3 * sharp, 0, 1) * dash
+    texture = 8 * np.sin(ground_s * 1.3) * np.sin(ground_x * 0.9) * near
+    image = texture[..., None] + scene["ground"].astype(np.float32)
+    for alpha, colour in ((road, scene["asphalt"]), (edge, 225.0), (line, 235.0)):
+        image += alpha[..., None] * (np.float32(colour) - image)
+    return image
+
+
+def paint_sky(scene, pose, height, width, times):
+    """Sky with a gradient and drifting clouds down to the horizon -> float32 [T, rows, W, 3]."""
+    v = (np.arange(int(np.ceil(HORIZON * height - 0.5)), dtype=np.float32) + 0.5) / height / HORIZON  # 0 above, 1 at the horizon
+    u = ((np.arange(width, dtype=np.float32) + 0.5) / width - 0.5) / FOCAL
+    drift = (3 * u[None] + 2 * pose["heading"][:, None] + 0.1 * times[:, None]).astype(np.float32)  # [T, W]
+    bands = sum(np.sin((k + 1) * drift + np.float32(scene["clouds"][k])) for k in range(3))[:, None] * np.sin(6 * (1 - v))[:, None]
+    return (scene["sky"].astype(np.float32) + 50 * v[:, None, None])[None] + 12 * bands[..., None]
+
+
+def draw_things(image, things, pose, break_order=90.0):
+    """Paint all parts of all things on every frame, far ones first, with soft edges. image [T, H, W, 3] changes in place."""
+    T, height, width, _ = image.shape
+    parts = np.array([part for _, _, rows, _ in things for part in rows], np.float32)  # [P, 7]
+    owner = np.repeat(np.arange(len(things)), [len(rows) for _, _, rows, _ in things])
+    ds = np.stack([np.broadcast_to(s, (T,)) for s, _, _, _ in things], 1) - pose["s"][:, None]  # [T, n]
+    dx = np.stack([np.broadcast_to(x, (T,)) for _, x, _, _ in things], 1) - pose["x"][:, None]
+    shown = np.stack([np.broadcast_to(seen, (T,)) for _, _, _, seen in things], 1)
+    cos, sin = np.cos(pose["heading"])[:, None], np.sin(pose["heading"])[:, None]
+    depth = ds * cos + dx * sin
+    scale = FOCAL * width / np.maximum(depth, 1.0)
+    u, v = width / 2 + (dx * cos - ds * sin) * scale, HORIZON * height + CAMERA_HEIGHT * scale
+    shown = shown & (depth > 1.5) & (depth < break_order)
+    left, right = (u[:, owner] + parts[:, side] * scale[:, owner] for side in (0, 1))  # [T, P] pixels
+    low, high = (v[:, owner] - parts[:, side] * scale[:, owner] for side in (2, 3))
+    x0, x1 = np.floor(np.clip(left, 0, width)).astype(int), np.ceil(np.clip(right, 0, width)).astype(int)
+    y0, y1 = np.floor(np.clip(high, 0, height)).astype(int), np.ceil(np.clip(low, 0, height)).astype(int)
+    visible = shown[:, owner] & (x1 > x0) & (y1 > y0)
+    columns, rows = np.arange(width), np.arange(height)
+    cover_x = np.clip(np.minimum(right[..., None], columns + 1) - np.maximum(left[..., None], columns), 0, 1).astype(np.float32)
+    cover_y = np.clip(np.minimum(low[..., None], rows + 1) - np.maximum(high[..., None], rows), 0, 1).astype(np.float32)
+    order = np.argsort(-depth[:, owner], axis=1, kind="stable")
+    for frame in range(T):
+        picture = image[frame]
+        for part in order[frame][visible[frame, order[frame]]]:
+            ys, xs = slice(y0[frame, part], y1[frame, part]), slice(x0[frame, part], x1[frame, part])
+            alpha = (cover_y[frame, part, ys, None] * cover_x[frame, part, None, xs])[..., None]
+            spot = picture[ys, xs]
+            spot += alpha * (parts[part, 4:] - spot)
+
+
+def scene_noise(scene_seed, rng, cfg, rows, width):
+    """Per-frame noise of the sky: the NOW frames' share is drawn from scene_seed, the rest from the future -> [T, rows, W, 1]."""
+    now = np.random.default_rng([scene_seed, 2]).standard_normal((cfg.now_frames, rows, width, 1), dtype=np.float32)
+    later = rng.standard_normal((cfg.num_frames - cfg.now_frames, rows, width, 1), dtype=np.float32)
+    return 4 * np.concatenate([now, later])
+
+
+def draw_bonnet(image, scene):
+    """Own bonnet with the two indicator lamps at the lower edge of every frame. image [T, H, W, 3] changes in place."""
+    _, height, width, _ = image.shape
+    top, lamp = int(BONNET * height), max(2, width // 8)
+    image[:, top:] = (38, 40, 46)
+    for name, columns in (("left", slice(0, lamp)), ("right", slice(width - lamp, width))):
+        lit = scene["kind"] == "lane" and scene["indicator"] == name
+        image[:, top:, columns] = (70, 255, 90) if lit else (18, 20, 24)
+
+
+def scene_labels(scene, future, pose, mover, tau, fork_at, cfg):
+    """What is true of a clip -> dict: per-clip values and per-frame lists in SI units, None where a thing is not there."""
+    side, kind = future["choice"], scene["kind"]
+    moves = {"fork": f"fork_{SIDE_NAMES[side]}", "lane": f"lane_change_{SIDE_NAMES[side]}" if side else "keep"}
+    braked = math.isfinite(future["brake_at"]) and future["brake_at"] < tau[-1]
+    lead_gap = mover_u = mover_depth = [None] * len(tau)
+    event = np.full(len(tau), "", object)
+    if mover is not None:
+        s, x, shown, _ = mover
+        ds, dx, cos, sin = s - pose["s"], x - pose["x"], np.cos(pose["heading"]), np.sin(pose["heading"])
+        depth = ds * cos + dx * sin
+        column = 0.5 + FOCAL * (dx * cos - ds * sin) / np.maximum(depth, 1.0)
+        there = shown & (depth > 1.5) & (column > -0.05) & (column < 1.05)
+        mover_u, mover_depth = ([float(v) if ok else None for v, ok in zip(values, there)] for values in (column, depth))
+        if scene["plot"] == "lead":
+            lead_gap = mover_depth
+        if kind == "occluder":  # the truck's picture against the car's centre
+            now_s = pose["s"][cfg.now_frames - 1]
+            near, far = (now_s + scene["truck_gap"] + d - pose["s"] for d in (0, 6))
+            event[(near > 1.5) & ((TRUCK_AT - 1.2 - pose["x"]) / np.maximum(far, 1) < dx / depth) & (dx / depth < (TRUCK_AT + 1.2 - pose["x"]) / np.maximum(near, 1))] = "hidden"
+        event[(tau > 0) & (tau >= future["brake_at"])] = "braking"
+    if kind == "fork":
+        event[pose["s"] > fork_at] = "fork"
+    if kind == "lane" and side:
+        event[(tau > future["start"]) & (tau < future["start"] + future["duration"])] = "changing"
+    return dict(
+        kind=kind, maneuver="brake" if braked else moves.get(kind, "keep"), branch=side if kind == "fork" else 0, prob=scene["prob"] if kind == "fork" else 0.0,
+        brake_time=future["brake_at"] if braked else None, speed=pose["speed"].tolist(), yaw_rate=pose["yaw_rate"].tolist(),
+        steer=np.arctan(2.8 * pose["yaw_rate"] / np.maximum(pose["speed"], 1)).tolist(), lane_offset=pose["offset"].tolist(),
+        lead_gap=lead_gap, mover_u=mover_u, mover_depth=mover_depth, event=event.tolist(),
+    )
+
+
+def scene(scene_seed, future_seed, cfg, kind="", twin=""):
     """Render one built-in driving scene -> (frames uint8 [T, H, W, 3], labels dict with per-frame SI signals).
 
-    NOW frames are a function of scene_seed alone, bit for bit; future_seed draws the branch of a fork with the odds that
-    its sign shows. The picture is square-pixelled, `scene_size` on its short side where that is set.
+    NOW frames are a function of scene_seed (and a forced `kind`) alone, bit for bit; future_seed draws what happens after
+    with the odds of `scene_odds`. `twin` breaks physics in SOON, for steady scenes only: every frame before
+    labels["break_frame"] stays as it is without. Square pixels, `scene_size` on the short side where that is set.
     """
     grow = cfg.scene_size / min(cfg.height, cfg.width) if cfg.scene_size else 1.0
     height, width = (2 * max(round(side * grow / 2), 1) for side in (cfg.height, cfg.width))
-    fps = cfg.clip_fps or 4.0
-    params = draw_scene(scene_seed)
-    future = np.random.default_rng([scene_seed, 1, future_seed])
-    side = (1 if future.random() < params["prob"] else -1) if params["is_fork"] else 0
-    times = np.arange(cfg.num_frames) / fps
+    params = draw_scene(scene_seed, cfg, kind)
+    if twin and (twin not in TWIN_KINDS or params["kind"] != "steady" or (twin == "pass_through" and params["plot"] != "barrier")):
+        raise ValueError(f"twin {twin!r}: one of {', '.join(TWIN_KINDS)}, of a steady scene, pass_through of one with a barrier")
+    future, rng = draw_future(params, future_seed, scene_seed)
+    times = np.arange(cfg.num_frames) / (cfg.clip_fps or 4.0)
+    tau = times - times[cfg.now_frames - 1]
+    after = params["cross_from"] if twin == "pass_through" else params["broken_after"] * cfg.soon_frames / (cfg.clip_fps or 4.0)
+    broken = (tau > max(after, 0)) & bool(twin)
     fork_at = params["speed"] * (times[cfg.now_frames - 1] + params["reach"])
-    pose = ego_path(params, side, times, fork_at)
-    image = paint_ground(params, pose, height, width, fork_at)
-    for frame in range(cfg.num_frames):
-        # objects of a NOW frame are drawn with side 0: the branch must not show, not even in a car far ahead
-        shown_side = side if frame >= cfg.now_frames else 0
-        draw_objects(image[frame], params, [value[frame] for value in pose[:3]], times[frame], fork_at, shown_side)
-        noise = np.random.default_rng([scene_seed, 2, frame]) if frame < cfg.now_frames else future
-        rows = int(HORIZON * height)
-        image[frame, :rows] += noise.normal(0, 3, (rows, width, 1)).astype(np.float32)
-    maneuver = {0: "keep", 1: "fork_right", -1: "fork_left"}[side]
-    labels = dict(
-        maneuver=maneuver, branch=side, prob=params["prob"], fps=fps, scene_seed=int(scene_seed), future_seed=int(future_seed),
-        speed=[params["speed"]] * cfg.num_frames, yaw_rate=pose[3].tolist(), steer=np.arctan(2.8 * pose[3] / params["speed"]).tolist(),
-        lane_offset=(pose[1] - side * branch_offset(pose[0] - fork_at) - LANE / 2).tolist(),
-    )
+    pose = ego_path(params, future, times, tau, fork_at)
+    mover = mover_path(params, future, tau, pose["s"][cfg.now_frames - 1], twin, broken)
+    sky = paint_sky(params, pose, height, width, times)
+    sky += scene_noise(scene_seed, rng, cfg, sky.shape[1], width)
+    image = np.concatenate([sky, paint_ground(params, pose, height, width, fork_at, times[cfg.now_frames - 1])], 1)
+    draw_things(image, thing_list(params, pose, mover, times, tau, fork_at, future), pose)
+    draw_bonnet(image, params)
+    labels = scene_labels(params, future, pose, mover, tau, fork_at, cfg)
+    labels |= dict(fps=cfg.clip_fps or 4.0, scene_seed=int(scene_seed), future_seed=int(future_seed), twin=twin,
+                   break_frame=int(broken.argmax()) if broken.any() else -1)
     return np.clip(image, 0, 255).astype(np.uint8), labels
+
+
+def siblings(scene_seed, num, cfg, kind=""):
+    """`num` futures of one present, future seeds 0, 1, 2, ... -> generator of (frames, labels); NOW frames are bit-identical."""
+    for future_seed in range(num):
+        yield scene(scene_seed, future_seed, cfg, kind)
 
 
 def write_video(path, frames, fps):
@@ -1036,9 +1272,17 @@ def write_video(path, frames, fps):
         container.mux(stream.encode())
 
 
+def write_scene(folder, name, cfg, scene_seed, future_seed=0, kind="", twin=""):
+    """Render one scene into folder/videos/<name>.mp4 and folder/annotations/<name>.json -> labels."""
+    frames, labels = scene(scene_seed, future_seed, cfg, kind, twin)
+    write_video(Path(folder) / "videos" / f"{name}.mp4", frames, labels["fps"])
+    (Path(folder) / "annotations" / f"{name}.json").write_text(json.dumps(labels))
+    return labels
+
+
 def write_scenes(folder, cfg):
-    """Write `scene_clips` scenes as mp4 with annotations, once per folder and setting; seeds are 0, 1, 2, ... of the run's seed."""
-    names = ("seed", "scene_clips", "scene_size", "image_size", "num_frames", "now_frames", "clip_fps")
+    """Write `scene_clips` scenes as mp4 with annotations, once per folder and setting."""
+    names = ("seed", "scene_clips", "scene_size", "scene_mix", "image_size", "num_frames", "now_frames", "soon_frames", "clip_fps")
     setting = json.dumps({name: getattr(cfg, name) for name in names})
     done = Path(folder) / "scenes.json"
     if done.is_file() and done.read_text() == setting:
@@ -1047,9 +1291,7 @@ def write_scenes(folder, cfg):
     (Path(folder) / "videos").mkdir(parents=True)
     (Path(folder) / "annotations").mkdir()
     for index in range(cfg.scene_clips):
-        frames, labels = scene(cfg.seed * 1_000_003 + index, 0, cfg)
-        write_video(Path(folder) / "videos" / f"scene_{index:06d}.mp4", frames, labels["fps"])
-        (Path(folder) / "annotations" / f"scene_{index:06d}.json").write_text(json.dumps(labels))
+        write_scene(folder, f"scene_{index:06d}", cfg, scene_seed_at(cfg, index))
     done.write_text(setting)
 
 
@@ -1143,6 +1385,12 @@ def mirror_label(label):
     return re.sub(r"(?<![a-z])(left|right)(?![a-z])", lambda word: "right" if word[0] == "left" else "left", label)
 
 
+def shifted_tau(normal, shift):
+    """Standard normal draws -> times in (0, 1): logit-normal, shifted towards noise by `shift`. Arrays or tensors."""
+    u = 1 / (1 + (torch.exp if torch.is_tensor(normal) else np.exp)(-normal))
+    return u / (u + shift * (1 - u))
+
+
 def mask_and_noise(cfg, stream, index):
     """Masks [R, K], [R, M] per family and flow draws of sample `index`: noise [R, N, k], tau [R] -> dict of tensors."""
     rng = sample_rng(cfg.seed, stream, index, 3)
@@ -1151,8 +1399,8 @@ def mask_and_noise(cfg, stream, index):
         draws = [sample_mask(rng, cfg, family) for _ in range(cfg.mask_draws)]
         sample[f"keep_{family}"] = torch.from_numpy(np.stack([keep_idx for keep_idx, _ in draws]))
         sample[f"mask_{family}"] = torch.from_numpy(np.stack([mask_idx for _, mask_idx in draws]))
-    u = 1 / (1 + np.exp(-rng.standard_normal(cfg.flow_draws)))
-    sample["tau"] = torch.from_numpy((u / (u + cfg.tau_shift * (1 - u))).astype(np.float32))
+    tau = shifted_tau(rng.standard_normal(cfg.flow_draws), cfg.tau_shift)
+    sample["tau"] = torch.from_numpy(tau.astype(np.float32))
     noise = rng.standard_normal((cfg.flow_draws, cfg.flow_tokens, cfg.flow_rank), dtype=np.float32)
     sample["noise"] = torch.from_numpy(noise)
     return sample
@@ -1220,6 +1468,19 @@ class NoiseDataset(ClipDataset):
         return rng.integers(0, 256, (self.cfg.num_frames, height, width, 3), dtype=np.uint8), index % len(self.videos), {}, [], False
 
 
+class SceneDataset(ClipDataset):
+    """Built-in scenes drawn when they are asked for: every training sample is a scene that was never seen before.
+
+    Scene i is the one that `write_scenes` writes as file i. Crops are not drawn: the camera of a scene varies little.
+    """
+
+    def decode(self, index, height, width):
+        cfg = replace(self.cfg, image_size=(height, width), scene_size=0)
+        frames, labels = scene(scene_seed_at(cfg, index, self.stream), 0, cfg)
+        flip = bool(cfg.hflip and self.stream == "train" and sample_rng(cfg.seed, self.stream, index, 2).random() < 0.5)
+        return (frames[:, :, ::-1] if flip else frames), index % len(self.videos), labels, [], flip
+
+
 class StepSampler:
     """Sample numbers of this rank, micro-step after micro-step: rank r of W takes start + i*W + r. Holds no state."""
 
@@ -1271,7 +1532,7 @@ def maneuver_names(videos, data_root):
 
 @dataclass
 class DataSource:
-    """What a run trains on. kind: videos | scenes | random, printed on every log line when it is not videos."""
+    """What a run trains on. kind: videos | scenes | render | random, printed on every log line when it is not videos."""
 
     kind: str
     root: str
@@ -1283,7 +1544,7 @@ class DataSource:
     def dataset(self, cfg, stream):
         """The dataset of a stream: train files for `train` and `bank`, held-out files for `val`."""
         videos = self.val if stream == "val" else self.train
-        kind = NoiseDataset if self.kind == "random" else ClipDataset
+        kind = {"random": NoiseDataset, "render": SceneDataset}.get(self.kind, ClipDataset)
         return kind(cfg, videos, self.root, stream, self.maneuvers)
 
 
@@ -1300,15 +1561,18 @@ def open_data(cfg, videos, is_main, barrier):
     kind, root = "videos", cfg.data_root
     if not videos and cfg.data_root and cfg.missing_data == "random":
         kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
+    elif not videos and cfg.scenes == "render":
+        kind, videos = "render", [VideoFile(f"scene_{number}", "") for number in range(cfg.scene_clips)]
     elif not videos:
         kind, root = "scenes", os.path.join(cfg.out_dir, "scenes")
         if is_main:
             write_scenes(root, cfg)
         barrier()
         videos = find_videos(root, "*")
-    train, val = split_videos(videos, cfg.val_fraction) if kind == "random" else split_readable(cfg, videos)
+    made_up = kind in ("random", "render")
+    train, val = split_videos(videos, cfg.val_fraction) if made_up else split_readable(cfg, videos)
     held_out = bool(val) and bool(train)
-    maneuvers = maneuver_names(videos, root) if cfg.lambda_supcon else []
+    maneuvers = [] if not cfg.lambda_supcon else list(SCENE_MANEUVERS) if kind == "render" else maneuver_names(videos, root)
     return DataSource(kind, root, train or videos, val or videos, maneuvers, held_out)
 
 
@@ -1575,7 +1839,7 @@ class OutcomeHead(nn.Module):
 # 11  Flow: context + noise -> future latents
 # ---------------------------------------------------------------------------------------------------------------------
 # A future is [F, D]: all SOON tokens, then `flow_chunks` means over equal stretches of EVENTUALLY. The point forecast
-# says what NOW tells; FutureSpace holds the rest, the residual, in a few whitened directions; FlowNet samples there.
+# says what NOW tells; FutureSpace holds the rest, the residual, in its leading directions; FlowNet samples there.
 
 
 def flow_path(noise, y, tau):
@@ -1589,6 +1853,13 @@ def flow_velocity(y_hat, x_tau, tau):
     return (y_hat - x_tau) / (1 - tau).clamp_min(0.05)[..., None, None]
 
 
+def velocity_loss(flow, projected, y, noise, tau):
+    """Mean squared velocity error of a flow net: y, noise [B, R, N, k], tau [B, R], projected from the NOW context -> scalar."""
+    x_tau = flow_path(noise, y, tau)
+    y_hat = flow(x_tau, tau, projected)
+    return (flow_velocity(y_hat, x_tau, tau) - flow_velocity(y, x_tau, tau)).square().mean()
+
+
 def flow_positions(cfg, dim):
     """Position code of the noised tokens, pooled SOON grid then chunks -> [N, dim]; zeros for the one joint token."""
     if cfg.flow_joint:
@@ -1600,39 +1871,47 @@ def flow_positions(cfg, dim):
 
 
 class FlowBlock(nn.Module):
-    """Self-attention over noised tokens, cross-attention to NOW, MLP, each gated by tau (AdaLN-zero)."""
+    """MLP, and where several tokens are noised before it self-attention over them and cross-attention to NOW, each gated
+    by the condition (AdaLN-zero)."""
 
-    def __init__(self, dim, context_dim, num_heads, mix_tokens):
+    def __init__(self, dim, context_dim, num_heads, joint):
         super().__init__()
-        self.attn = Attention(dim, num_heads, 0.0) if mix_tokens else None
-        self.cross, self.mlp = CrossAttention(dim, context_dim, num_heads), MLP(dim, 4 * dim)
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(3))
-        self.modulate = nn.Linear(dim, 9 * dim)
+        self.attn = None if joint else Attention(dim, num_heads, 0.0)
+        self.cross = None if joint else CrossAttention(dim, context_dim, num_heads)
+        self.mlp = MLP(dim, 4 * dim)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(1 if joint else 3))
+        self.modulate = nn.Linear(dim, 3 * len(self.norms) * dim)
 
     def forward(self, x, condition, keys, values):
-        """x [B, R, N, W], condition [B, R, W], keys and values of the NOW context -> [B, R, N, W]."""
+        """x [B, R, N, W], condition [B, R, W], keys and values of the NOW context or None -> [B, R, N, W]."""
         B, R, N, W = x.shape
-        shift_a, scale_a, gate_a, shift_c, scale_c, gate_c, shift_m, scale_m, gate_m = (
-            self.modulate(F.silu(condition))[:, :, None].chunk(9, -1))  # each [B, R, 1, W]
+        parts = self.modulate(F.silu(condition))[:, :, None].chunk(3 * len(self.norms), -1)  # each [B, R, 1, W]
         if self.attn is not None:
-            h = self.norms[0](x) * (1 + scale_a) + shift_a
-            x = x + gate_a * self.attn(h.reshape(B * R, N, W)).reshape(B, R, N, W)
-        h = self.norms[1](x) * (1 + scale_c) + shift_c
-        x = x + gate_c * self.cross(h.reshape(B, R * N, W), keys, values).reshape(B, R, N, W)
-        h = self.norms[2](x) * (1 + scale_m) + shift_m
-        return x + gate_m * self.mlp(h)
+            shift, scale, gate = parts[3:6]
+            h = self.norms[1](x) * (1 + scale) + shift
+            x = x + gate * self.attn(h.reshape(B * R, N, W)).reshape(B, R, N, W)
+            shift, scale, gate = parts[6:9]
+            h = self.norms[2](x) * (1 + scale) + shift
+            x = x + gate * self.cross(h.reshape(B, R * N, W), keys, values).reshape(B, R, N, W)
+        shift, scale, gate = parts[:3]
+        return x + gate * self.mlp(self.norms[0](x) * (1 + scale) + shift)
 
 
 class FlowNet(nn.Module):
-    """Predicts the clean residual y from its noised version, the time tau and the NOW context."""
+    """Predicts the clean residual y from its noised version, the time tau and the NOW context.
+
+    Where the whole future is one noised token, the flattened context conditions it through an MLP: a single query that
+    cross-attends read the geometry of a fork far worse. Several tokens cross-attend to the context.
+    """
 
     def __init__(self, cfg):
         super().__init__()
-        W = cfg.flow_dim
+        W, joint = cfg.flow_dim, cfg.flow_joint
         self.embed, self.out = nn.Linear(cfg.flow_rank, W), nn.Linear(W, cfg.flow_rank)
         self.tau_mlp = nn.Sequential(nn.Linear(64, W), nn.SiLU(), nn.Linear(W, W))
         self.norm_context = nn.LayerNorm(cfg.enc_dim, eps=1e-6)
-        self.blocks = nn.ModuleList(FlowBlock(W, cfg.enc_dim, cfg.flow_heads, cfg.flow_tokens > 1) for _ in range(cfg.flow_depth))
+        self.whole = nn.Sequential(nn.Linear(cfg.now_tokens * cfg.enc_dim, W), nn.SiLU(), nn.Linear(W, W)) if joint else None
+        self.blocks = nn.ModuleList(FlowBlock(W, cfg.enc_dim, cfg.flow_heads, joint) for _ in range(cfg.flow_depth))
         self.norm, self.modulate = nn.LayerNorm(W, eps=1e-6, elementwise_affine=False), nn.Linear(W, 2 * W)
         for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
             # at 0.02 what comes from NOW is a product of small numbers: 500 steps of `tiny` sampled as if NOW were not there
@@ -1644,28 +1923,35 @@ class FlowNet(nn.Module):
         self.register_buffer("frequencies", torch.exp(torch.linspace(math.log(0.1), math.log(10.0), 32)), persistent=False)
 
     def project(self, context):
-        """Keys and values of the NOW context [B, K, D] for every block: computed once, used for all samples and steps."""
+        """What every sample and step reuses of the NOW context [B, K, D]: its summary [B, W], or keys and values per block."""
         context = self.norm_context(context)
-        return [block.cross.project(context) for block in self.blocks]
+        if self.whole is not None:
+            return self.whole(context.flatten(1)), [(None, None)] * len(self.blocks)
+        return None, [block.cross.project(context) for block in self.blocks]
 
     def forward(self, x_tau, tau, projected):
         """x_tau [B, R, N, k], tau [B, R] -> y_hat [B, R, N, k]."""
+        summary, keys_values = projected
         time = torch.logit(tau.float(), eps=1e-4)[..., None] * self.frequencies  # [B, R, 32], resolves both ends
         condition = self.tau_mlp(torch.cat([time.sin(), time.cos()], -1))  # [B, R, W]
         x = self.embed(x_tau) + self.code  # [B, R, N, W]
-        for block, (keys, values) in zip(self.blocks, projected):
+        if summary is not None:
+            condition, x = condition + summary[:, None], x + summary[:, None, None]
+        for block, (keys, values) in zip(self.blocks, keys_values):
             x = block(x, condition, keys, values)
         shift, scale = self.modulate(F.silu(condition))[:, :, None].chunk(2, -1)
         return self.out(self.norm(x) * (1 + scale) + shift).float()
 
 
 class FutureSpace(nn.Module):
-    """Running linear map between a residual future [B, F, D] and its whitened coordinates y [B, N, k].
+    """Running linear map between a residual future [B, F, D] and its coordinates y [B, N, k].
 
     Small grids: N = 1 and the k directions span all tokens jointly. Large grids: SOON is pooled to flow_pool x flow_pool
     sites per tubelet, and the k directions span the channels of single pooled tokens. The directions are the leading ones
     of a forgetting covariance, followed by incremental PCA and turned as little as possible from update to update, so
-    that the flow net's coordinates do not jump; whitening by the symmetric root keeps them where they are.
+    that the flow net's coordinates do not jump. One scale for all directions makes the mean variance of y 1: what NOW leaves
+    open most stands out most. Whitened directions gave all of them, noise included, the same say (62 % against 52 % of fork
+    samples between the branches after 600 steps on frozen latents).
     """
 
     def __init__(self, cfg):
@@ -1675,10 +1961,10 @@ class FutureSpace(nn.Module):
         D, num_future = cfg.enc_dim, cfg.soon_tokens + cfg.flow_chunks
         span = num_future * D if self.joint else D
         for name, shape in (("variance", (D,)), ("rest_variance", (D,)), ("mean", (cfg.flow_tokens, span)), ("basis", (span, self.rank)),
-                            ("covariance", (self.rank, self.rank)), ("whiten", (self.rank, self.rank)),
-                            ("unwhiten", (self.rank, self.rank)), ("explained", ()), ("updates", ())):
+                            ("covariance", (self.rank, self.rank)), ("scale", ()), ("explained", ()), ("updates", ())):
             self.register_buffer(name, torch.zeros(shape))
         self.variance.fill_(1.0)
+        self.scale.fill_(1.0)
 
     def pool(self, residual):
         """Residual [B, F, D], in units of its channels' deviation, as rows of the space -> [B, N, span]."""
@@ -1703,20 +1989,25 @@ class FutureSpace(nn.Module):
         return torch.cat([soon, chunks], 1) * self.variance.sqrt()
 
     def encode(self, rows):
-        """Rows [B, N, span] -> whitened coordinates y [B, N, k]."""
-        return (rows - self.mean) @ self.basis @ self.whiten
+        """Rows [B, N, span] -> coordinates y [B, N, k]."""
+        return (rows - self.mean) @ self.basis / self.scale
 
     def decode(self, y):
-        """Whitened coordinates y [B, N, k] -> residual [B, F, D]; what lies outside the directions comes back as its mean."""
-        return self.unpool(y @ self.unwhiten @ self.basis.T + self.mean)
+        """Coordinates y [B, N, k] -> residual [B, F, D]; what lies outside the directions comes back as its mean."""
+        return self.unpool(y * self.scale @ self.basis.T + self.mean)
+
+    def gaussian(self, noise):
+        """Standard normal noise [B, N, k] -> coordinates with the residual's own covariance: the control `mean + noise`."""
+        values, vectors = torch.linalg.eigh(self.covariance.double())
+        return noise @ (vectors * values.clamp_min(0).sqrt()).float().T / self.scale
 
     @torch.no_grad()
     def absorb(self, rows, square):
-        """Update all statistics from one step's rows [n, N, span] of all ranks and the mean squared residual [D]."""
+        """Update all statistics from one step's rows [n, N, span] of all ranks, or None, and the mean squared residual [D]."""
         self.updates += 1
         rate = max(1.0 / float(self.updates), 0.01)
         self.variance.lerp_(square.clamp_min(1e-6), rate)
-        if self.updates < 2:
+        if rows is None or self.updates < 2:
             return  # the first step only sets the scale; its rows were made without one
         rate = max(1.0 / (float(self.updates) - 1), 0.01)
         self.mean.lerp_(rows.mean(0), rate)
@@ -1742,14 +2033,29 @@ class FutureSpace(nn.Module):
         inverse = torch.where(solid, values.clamp_min(1e-30).rsqrt(), 0)
         fresh = stacked.T @ (vectors * inverse).float()  # [span, k], orthonormal where solid, else zero
         values = values * solid
+        self.turn_to(fresh, values)
+
+    def fit(self, rows):
+        """Set all statistics but the channel scale to those of rows [n, N, span], which one frozen encoder made."""
+        self.mean.copy_(rows.mean(0))
+        centred = (rows - self.mean).flatten(0, 1)
+        few = centred[:: math.ceil(len(centred) / 4096)]
+        values, vectors = torch.linalg.eigh((few @ few.T).double() / len(few))
+        values, vectors = values.flip(0)[: self.rank].clamp_min(0), vectors.flip(1)[:, : self.rank]
+        fresh = few.T @ (vectors * torch.where(values > 1e-7 * values[0], values.clamp_min(1e-30).rsqrt(), 0)).float() / math.sqrt(len(few))
+        pad = self.rank - len(values)  # fewer rows than directions
+        self.turn_to(F.pad(fresh, (0, pad)), F.pad(values, (0, pad)))
+        outside = centred - centred @ self.basis @ self.basis.T
+        self.explained.copy_(1 - outside.square().sum() / centred.square().sum().clamp_min(1e-12))
+        self.rest_variance.copy_(outside.square().reshape(-1, len(self.variance)).mean(0))
+
+    def turn_to(self, fresh, values):
+        """Take in orthonormal directions [span, k] with their variances [k], turned as little as possible from the old ones."""
         left, _, right = torch.linalg.svd((fresh.T @ self.basis).double())
         turn = (left @ right).float()  # the orthogonal matrix that brings the fresh basis closest to the old one
         self.basis.copy_(fresh @ turn)
         self.covariance.copy_(turn.T @ torch.diag(values.float()) @ turn)
-        values, vectors = torch.linalg.eigh(self.covariance.double())
-        floor = values[-1].clamp_min(1e-12) * 1e-4
-        self.whiten.copy_((vectors * torch.where(values > floor, values.clamp_min(1e-30).rsqrt(), 0)) @ vectors.T)
-        self.unwhiten.copy_((vectors * torch.where(values > floor, values.clamp_min(0).sqrt(), 0)) @ vectors.T)
+        self.scale.copy_(values.sum().div(self.rank).clamp_min(1e-12).sqrt())
 
 
 @torch.no_grad()
@@ -1877,6 +2183,8 @@ class WorldModel(nn.Module):
         frozen = [self.target, self.flow_ema]
         if not cfg.lambda_flow:
             frozen += [self.flow, self.read_out]
+        elif cfg.flow_fit_clips:
+            frozen.append(self.flow)  # it waits for the flow phase
         if not cfg.lambda_eventually and not cfg.lambda_supcon:
             frozen.append(self.outcome)
         if not cfg.lambda_vjepa and not cfg.lambda_soon:
@@ -1953,20 +2261,22 @@ class WorldModel(nn.Module):
         return torch.cat([soon_preds.float(), chunks.float()], 1)
 
     def flow_loss(self, context, soon_preds, targets, batch):
-        """Velocity L2 in whitened residual space plus L2 of the chunk read-out -> (loss, residual rows, squared residual)."""
+        """Velocity L2 in residual space plus L2 of the chunk read-out -> (loss, residual rows, squared residual).
+
+        Where a flow phase is to come, the read-out and the residual's scale alone: no rows.
+        """
         grad = self.cfg.flow_context_grad
         context = context.detach() + grad * (context - context.detach()) if grad else context.detach()
         future = self.future_target(targets)  # [B, F, D]
         point = self.forecast(context, soon_preds.detach())
         residual = future - point.detach()
+        read_out_loss = (future - point)[:, -self.cfg.flow_chunks :].square().mean()
+        if self.cfg.flow_fit_clips:
+            return read_out_loss, None, residual.square().mean((0, 1))
         with full_precision(residual):
             rows = self.space.pool(residual)  # [B, N, span]
             y = self.space.encode(rows)[:, None].expand_as(batch["noise"])  # [B, R, N, k]
-        x_tau = flow_path(batch["noise"], y, batch["tau"])
-        y_hat = self.flow(x_tau, batch["tau"], self.flow.project(context))
-        velocity_error = flow_velocity(y_hat, x_tau, batch["tau"]) - flow_velocity(y, x_tau, batch["tau"])
-        read_out_error = (future - point)[:, -self.cfg.flow_chunks :]
-        loss = velocity_error.square().mean() + read_out_error.square().mean()
+        loss = velocity_loss(self.flow, self.flow.project(context), y, batch["noise"], batch["tau"]) + read_out_loss
         return loss, rows, residual.square().mean((0, 1))
 
     def forward(self, batch):
@@ -1992,7 +2302,9 @@ class WorldModel(nn.Module):
         carry["key"] = self.outcome_key(targets)
         losses["loss_eventually"], gauges["outcome_top1"] = self.eventually_loss(outcome, carry["key"])
         if cfg.lambda_flow:
-            losses["loss_flow"], carry["rows"], carry["square"] = self.flow_loss(context, soon_preds, targets, batch)
+            losses["loss_flow"], rows, carry["square"] = self.flow_loss(context, soon_preds, targets, batch)
+            if rows is not None:
+                carry["rows"] = rows
         weights = {name: getattr(cfg, f"lambda_{name.removeprefix('loss_')}") for name in losses}
         total = sum((weights[name] * loss for name, loss in losses.items() if weights[name]), zero)
         if cfg.lambda_supcon:
@@ -2013,7 +2325,7 @@ class WorldModel(nn.Module):
         if self.cfg.lambda_flow:
             square = torch.stack([carry["square"] for carry in carries]).mean(0)
             square = self.gather(square[None]).mean(0)
-            rows = torch.cat([self.gather(carry["rows"].float()) for carry in carries])
+            rows = torch.cat([self.gather(carry["rows"].float()) for carry in carries]) if "rows" in carries[0] else None
             self.space.absorb(rows, square)
             for value in self.space.buffers() if self.world_size > 1 else ():
                 dist.broadcast(value, 0)  # young directions hang on rounding: all ranks must hold the same ones
@@ -2058,7 +2370,8 @@ def flops_per_clip(cfg):
     online = cfg.mask_draws * sum(cfg.enc_depth * block_flops(k, D, ratio) for k in kept) + cfg.enc_depth * block_flops(cfg.now_tokens, D, ratio) + tokenizer
     predictor = cfg.pred_depth * (cfg.mask_draws * len(kept) * block_flops(L, P, ratio) + block_flops(cfg.now_tokens + cfg.soon_tokens, P, ratio))
     W, N, R = cfg.flow_dim, cfg.flow_tokens, cfg.flow_draws
-    flow = cfg.flow_depth * (R * N * 2 * W * W * (2 + 8 + 4 * (N > 1)) + 4 * cfg.now_tokens * W * D + 4 * R * N * (cfg.now_tokens + N) * W)
+    mixing = 0 if cfg.flow_joint else R * N * 2 * W * W * 6 + 4 * cfg.now_tokens * W * D + 4 * R * N * (cfg.now_tokens + N) * W
+    flow = cfg.flow_depth * (R * N * 2 * W * W * 8 + mixing) + 2 * cfg.now_tokens * D * W * cfg.flow_joint
     again = 4 if cfg.grad_checkpoint else 3
     return {"online": again * online, "target": cfg.enc_depth * block_flops(L, D, ratio) + tokenizer, "predictor": again * predictor, "flow": 3 * flow * bool(cfg.lambda_flow)}
 
@@ -2255,7 +2568,7 @@ LOG_KEYS = {
     "loss_vjepa": "NOW: L1 on masked target latents, mean of the short and long masks",
     "loss_soon": "SOON: L1 on near-future target latents predicted from NOW alone",
     "loss_eventually": "EVENTUALLY: InfoNCE of the outcome embedding; ln(batch x ranks + filled queue) is chance",
-    "loss_flow": "FLOW: squared velocity error in whitened residual space, plus the squared error of the chunk read-out",
+    "loss_flow": "FLOW: squared velocity error in residual space, plus the squared error of the chunk read-out",
     "loss_supcon": "supervised contrast on maneuvers; only with lambda_supcon",
     "lr": "learning rate of the world model",
     "ema_momentum": "momentum of the target encoder",
@@ -2296,12 +2609,13 @@ RESUME_MUST_MATCH = (
 
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps and samples of all ranks done, seconds spent over all restarts, steps skipped."""
+    """How far a run is: optimizer steps and samples of all ranks done, seconds over all restarts, steps skipped, flow phase."""
 
     step: int = 0
     consumed: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    flow_fitted: bool = False  # the flow phase is done
 
 
 def write_atomic(path, write):
@@ -2851,6 +3165,85 @@ class Clock:
         self.since += time.perf_counter() - began
 
 
+@torch.no_grad()
+def cache_futures(model, source, process, start, num_clips):
+    """Frozen latents of this rank's clips, from sample `start` on -> (contexts [n, K, D], y [n, N, k]) on the CPU.
+
+    The space is first fitted to the futures of the first clips, gathered over ranks; after that it stays as it is.
+    """
+    cfg, size = model.cfg, 4 * model.cfg.batch_size
+    num_batches = math.ceil(num_clips / (size * process.world_size))
+    fit_batches = min(num_batches, math.ceil(2048 / (size * process.world_size)))
+    sampler = StepSampler(start, num_batches, size, process.rank, process.world_size)
+    contexts, rows, ys = [], [], []
+    for number, batch in enumerate(build_loader(source.dataset(cfg, "train"), sampler, cfg.num_workers, False)):
+        with autocast(process):
+            clip = model.normalise(batch["frames"].to(process.device))
+            context = model.encode_now(model.online.tokenizer(clip[:, : cfg.now_frames]))
+            residual = model.future_target(model.make_targets(clip)) - model.forecast(context, model.predict_soon(context))
+        contexts.append(context.to("cpu", torch.bfloat16 if cfg.amp else torch.float32))
+        with full_precision(residual):
+            rows.append(model.space.pool(residual))
+            if number + 1 == fit_batches:
+                model.space.fit(model.gather(torch.cat(rows)))
+                for value in model.space.buffers() if process.world_size > 1 else ():
+                    dist.broadcast(value, 0)
+            if number + 1 >= fit_batches:
+                ys += [model.space.encode(part).cpu() for part in rows]
+                rows = []
+    return torch.cat(contexts), torch.cat(ys)
+
+
+def draw_pairs(cfg, contexts, y, chosen, rng, device):
+    """Cached pairs `chosen` with fresh noise and times from a CPU generator -> (contexts [b, K, D], y and noise [b, R, N, k], tau [b, R])."""
+    shape = (len(chosen), cfg.flow_draws)
+    noise = torch.randn((*shape, *y.shape[1:]), generator=rng).to(device)
+    tau = shifted_tau(torch.randn(shape, generator=rng), cfg.tau_shift).to(device)
+    return contexts[chosen].to(device), y[chosen, None].to(device).expand_as(noise), noise, tau
+
+
+def fit_flow(model, source, process, log, stop, progress):
+    """The flow phase: all but the flow net stands still, so latents are made once and seen often -> False when stopped by a signal.
+
+    One clip in twenty is held out; when its loss rises while the other falls, the net learns clips by heart: more flow_fit_clips.
+    """
+    cfg, began, net, slow = model.cfg, time.perf_counter(), model.flow, model.flow_ema
+    model.eval()
+    contexts, y = cache_futures(model, source, process, progress.consumed, cfg.flow_fit_clips)
+    kept = max(1, len(y) - len(y) // 20)
+    log.line(f"flow phase: latents of {len(y) * process.world_size} clips in {describe_time(time.perf_counter() - began)}, "
+             f"{float(model.space.explained):.0%} of the residual in {cfg.flow_rank} directions; {cfg.flow_fit_steps} steps")
+    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    slow.load_state_dict(net.requires_grad_(True).state_dict())
+    schedule = replace(cfg, steps=cfg.flow_fit_steps, warmup_steps=cfg.flow_fit_steps)  # capped at a tenth
+    for step in range(cfg.flow_fit_steps):
+        rng = torch.Generator().manual_seed((cfg.seed * 1_000_003 + step) * 4096 + process.rank)
+        chosen = torch.randint(kept, (cfg.flow_fit_batch,), generator=rng)
+        context, clean, noise, tau = draw_pairs(cfg, contexts, y, chosen, rng, process.device)
+        with autocast(process):
+            loss = velocity_loss(net, net.project(context), clean, noise, tau)
+        loss.backward()
+        for parameter in net.parameters() if process.world_size > 1 else ():
+            dist.all_reduce(parameter.grad.div_(process.world_size))
+        torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
+        optimizer.param_groups[0]["lr"] = lr_at(step, schedule, cfg.flow_fit_lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(slow.parameters()), list(net.parameters()), 1 - flow_momentum_at(step, cfg))
+        log.bar(step + 1, cfg.flow_fit_steps, "flow phase")
+        if (step + 1) % (4 * cfg.log_every) == 0 or step + 1 == cfg.flow_fit_steps:
+            held_rng = torch.Generator().manual_seed(cfg.seed)
+            context, clean, noise, tau = draw_pairs(cfg, contexts, y, torch.arange(kept, len(y))[:512], held_rng, process.device)
+            with torch.no_grad(), autocast(process):
+                held = float(velocity_loss(slow, slow.project(context), clean, noise, tau)) if len(clean) else float("nan")
+            log.line(f"flow phase step:{step + 1} loss_flow:{float(loss.detach()):.4g} held_out:{held:.4g} time:{time.perf_counter() - began:.0f}")
+            if process.any(bool(stop.signal_name))[0]:
+                break
+    net.requires_grad_(False)
+    return not process.any(bool(stop.signal_name))[0]
+
+
 def finish(model, optimizer, scaler, source, process, log, mark, progress):
     """Save ckpt_final.pt, evaluate on held-out clips, draw futures.png -> exit code."""
     cfg = model.cfg
@@ -2911,6 +3304,7 @@ def train(cfg, overrides=None, argv=()):
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"checkpoint {resumed_from}: does not fit this model ({str(error).splitlines()[0]})") from error
         progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})
+        progress.flow_fitted &= progress.step >= cfg.steps  # a run that is extended fits its flow anew at its new end
         log.line(f"resumed from {resumed_from} at step {progress.step}")
         if process.is_main:
             retire_later(cfg, progress.step, resumed_from)
@@ -2973,6 +3367,18 @@ def train(cfg, overrides=None, argv=()):
             log.line(f"stopped by {stop.signal_name or 'a signal on another rank'} at step {progress.step}, saved; run the same command to go on")
             stop.restore()
             return EXIT_STOPPED
+
+    # -- flow phase
+    if cfg.flow_fit_clips and cfg.lambda_flow and not progress.flow_fitted:
+        state = checkpoint_state(model, optimizer, scaler, source, process, progress)
+        if process.is_main:
+            save_checkpoint(state, cfg.out_dir, cfg, final=False)  # a stop in the flow phase costs the flow phase alone
+        progress.flow_fitted = fit_flow(model, source, process, log, stop, progress)
+        if not progress.flow_fitted:
+            log.line(f"stopped by {stop.signal_name or 'a signal on another rank'} in the flow phase; run the same command to start that phase again")
+            stop.restore()
+            return EXIT_STOPPED
+        progress.seconds = time.perf_counter() - began
 
     # -- end
     stop.restore()

@@ -83,7 +83,7 @@ def test_zero_initialised_net_has_the_exact_loss():
     fill_space(model)
     losses, _, carry, seen = watch(model, batch)
     assert not seen["flow"][0][1].any()
-    y = ((carry["rows"] - model.space.mean) @ model.space.basis @ model.space.whiten).double()  # [B, 1, k]
+    y = ((carry["rows"] - model.space.mean) @ model.space.basis / model.space.scale).double()  # [B, 1, k]
     weight = (1 - batch["tau"].double()).clamp(min=0.05) ** -2  # [B, R]
     context = seen["predictor"][-1][0][0]
     chunks = model.future_target(carry["targets"])[:, -cfg.flow_chunks :] - model.read_out(context.mean(1)).view(2, cfg.flow_chunks, -1)
@@ -204,23 +204,45 @@ def test_encode_decode_round_trip(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_whitened_coordinates_have_unit_covariance(mode):
-    """Fresh rows of the same Gaussian come out with covariance I and mean 0. Seen red with whitening by the full inverse."""
+def test_coordinates_have_unit_mean_variance_and_the_true_shape(mode):
+    """Fresh rows of the same Gaussian: mean 0, mean variance 1, one scale for all directions; `gaussian` draws the same covariance."""
     space, cfg = space_of(**mode)
     fresh, _ = feed(space, 400, 64 if cfg.flow_joint else 8, rank=8)
-    y = space.encode(fresh(4000)).flatten(0, 1)
+    rows = fresh(4000)
+    y = space.encode(rows).flatten(0, 1)
     # the statistics forget over 100 updates of 64 rows: relative error sqrt(2 / 12800) = 1.3 % per entry, five of them
-    torch.testing.assert_close(torch.cov(y.T), torch.eye(8), rtol=0, atol=0.07)
-    assert y.mean(0).abs().max() < 0.06
+    assert float(torch.cov(y.T).diagonal().mean()) == pytest.approx(1.0, abs=0.07)
+    assert y.mean(0).abs().max() < 0.1
+    values = torch.linalg.eigvalsh(torch.cov((rows - space.mean).flatten(0, 1).T))[-8:]
+    own = torch.linalg.eigvalsh(torch.cov(y.T))
+    torch.testing.assert_close(own / own.sum(), values / values.sum(), rtol=0.02, atol=0)
+    drawn = space.gaussian(torch.randn(20000, 1, 8, generator=torch.Generator().manual_seed(0))).flatten(0, 1)
+    torch.testing.assert_close(torch.cov(drawn.T), torch.cov(y.T), rtol=0, atol=0.08 * float(own[-1]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fit_agrees_with_the_running_statistics(mode):
+    """One exact fit spans what many updates found, and turns the directions as little as they had to. Seen red with `turn_to` left out."""
+    space, _ = space_of(**mode)
+    fresh, mixing = feed(space, 300, 32, rank=8, noise=0.01)
+    before = space.basis.clone()
+    space.fit(fresh(512))
+    directions = torch.nn.functional.normalize(mixing, dim=1)
+    assert (directions @ space.basis).square().sum(1).min() > 0.99
+    torch.testing.assert_close(space.basis.T @ space.basis, torch.eye(8), rtol=0, atol=1e-3)
+    torch.testing.assert_close(before.T @ space.basis, torch.eye(8), rtol=0, atol=0.02)
+    y = space.encode(fresh(2000)).flatten(0, 1)
+    assert float(torch.cov(y.T).diagonal().mean()) == pytest.approx(1.0, abs=0.1)
+    assert float(space.explained) > 0.99
 
 
 def test_fewer_true_directions_than_coordinates():
-    """With rank 3 data in 8 coordinates, three carry unit variance, the rest is silent, and nothing blows up."""
+    """With rank 3 data in 8 coordinates, three carry all the variance, the rest is silent, and nothing blows up."""
     space, _ = space_of()
     fresh, _ = feed(space, 200, 32, rank=3)
     y = space.encode(fresh(2000)).flatten(0, 1)
     values = torch.linalg.eigvalsh(torch.cov(y.T))
-    torch.testing.assert_close(values[-3:], torch.ones(3), rtol=0, atol=0.15)
+    assert float(values[-3:].sum()) == pytest.approx(8.0, rel=0.15)
     assert values[:-3].max() < 1e-3
     assert float(space.explained) > 0.98
 
@@ -350,7 +372,7 @@ def test_batch_of_one_keeps_the_statistics_finite(mode):
     space, cfg = space_of(**mode)
     feed(space, 30, 1, rank=4)
     assert all(torch.isfinite(value).all() for value in space.state_dict().values())
-    assert space.whiten.any()
+    assert space.basis.any()
 
 
 # -- gradient

@@ -244,9 +244,9 @@ def test_supcon_without_positives_is_zero(maneuver, file):
 
 
 def test_flow_loss_by_hand():
-    """Velocity error in whitened residual space, cut at 1 - tau = 0.05, plus the read-out's error.
+    """Velocity error in residual space, cut at 1 - tau = 0.05, plus the read-out's error.
 
-    Seen red with the forecast not taken off, with whitening left out, and with the cut at 0.01.
+    Seen red with the forecast not taken off, with the scale left out, and with the cut at 0.01.
     """
     cfg = small_config(num_frames=18, eventually_frames=10)  # 5 tubelets in 2 chunks of 3 and 2
     model, batch = new_model(cfg), random_batch(cfg, 3)
@@ -262,7 +262,7 @@ def test_flow_loss_by_hand():
     chunks = context.double().mean(1) @ model.read_out.weight.double().T + model.read_out.bias.double()
     residual = future - torch.cat([preds.double(), chunks.view(3, 2, -1)], 1)
     rows = (residual / model.space.variance.double().sqrt()).reshape(3, -1)
-    y = (rows - model.space.mean[0].double()) @ model.space.basis.double() @ model.space.whiten.double()
+    y = (rows - model.space.mean[0].double()) @ model.space.basis.double() / model.space.scale.double()
     tau = batch["tau"].double()
     x_tau = (1 - tau)[:, :, None] * batch["noise"][:, :, 0].double() + tau[:, :, None] * y[:, None]
     close(seen["flow"][0][0][0][:, :, 0], x_tau, atol=1e-4)

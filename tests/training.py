@@ -45,7 +45,7 @@ def watch(model, batch):
 
 
 def fill_space(model, num_updates=4, rows_each=16, seed=5):
-    """Feed the flow's statistics with random rows, so that its directions and whitening are no longer zero."""
+    """Feed the flow's statistics with random rows, so that its directions are no longer zero."""
     generator = torch.Generator().manual_seed(seed)
     tokens, span = model.space.mean.shape
     channels = len(model.space.variance)

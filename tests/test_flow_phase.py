@@ -1,0 +1,121 @@
+"""The flow phase: after the last step the flow net alone is fitted on frozen latents, once, and again after a stop."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPT, V, small_config
+from training import cpu_process, new_model
+
+STILL = ("online", "predictor", "outcome", "target", "read_out")  # what the flow phase must not touch
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """A run that died in a test must not keep the handlers of the next one."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    held = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in held.items():
+        signal.signal(number, handler)
+
+
+def phase_config(out_dir, **overrides):
+    """Three steps on rendered scenes, then six steps of the flow phase on 24 clips."""
+    base = dict(out_dir=str(out_dir), steps=3, scenes="render", flow_fit_clips=24, flow_fit_steps=6, flow_fit_batch=4, picture=False, val_every=0)
+    return small_config(**{**base, **overrides})
+
+
+def checkpoint(out_dir, name="ckpt_final.pt"):
+    return torch.load(out_dir / "checkpoints" / name, map_location="cpu", weights_only=True)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_only_the_flow_moves(tmp_path):
+    """The flow net waits while the rest learns, then learns while the rest waits. Seen red with the flow left in the optimizer's care."""
+    cfg = phase_config(tmp_path / "run")
+    assert V.train(cfg) == V.EXIT_OK
+    before, after = checkpoint(tmp_path / "run", "ckpt_3.pt"), checkpoint(tmp_path / "run")
+    torch.manual_seed(cfg.seed)
+    fresh = V.WorldModel(cfg)
+    assert equal(before["flow"], fresh.flow.state_dict()) and not equal(before["online"], fresh.online.state_dict())
+    assert all(equal(before[name], after[name]) for name in STILL)
+    assert not equal(before["flow"], after["flow"]) and not equal(before["flow_ema"], after["flow_ema"])
+    assert not before["flow_stats"]["basis"].any() and after["flow_stats"]["basis"].any()
+    assert (before["flow_fitted"], after["flow_fitted"]) == (False, True)
+
+
+def test_a_finished_phase_is_not_repeated_and_an_extended_run_repeats_it(tmp_path, capsys):
+    """The same command again: no second phase, the same weights. More steps: the flow is fitted anew at the new end."""
+    cfg = phase_config(tmp_path / "run")
+    assert V.train(cfg) == V.EXIT_OK
+    first = checkpoint(tmp_path / "run")
+    capsys.readouterr()
+    assert V.train(cfg) == V.EXIT_OK
+    assert "flow phase" not in capsys.readouterr().out and equal(first["flow"], checkpoint(tmp_path / "run")["flow"])
+    assert V.train(V.replace(cfg, steps=4)) == V.EXIT_OK
+    assert "flow phase" in capsys.readouterr().out and not equal(first["flow"], checkpoint(tmp_path / "run")["flow"])
+
+
+def test_a_stop_in_the_phase_costs_the_phase_alone(tmp_path, monkeypatch):
+    """Exit code 75 with the step checkpoint on disk; the same command then gives the bits of a run that was never stopped."""
+    whole = phase_config(tmp_path / "whole")
+    assert V.train(whole) == V.EXIT_OK
+    cfg, plain = phase_config(tmp_path / "cut"), V.cache_futures
+    monkeypatch.setattr(V, "cache_futures", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), plain(*args))[1])
+    assert V.train(cfg) == V.EXIT_STOPPED
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["ckpt_3.pt"]
+    monkeypatch.setattr(V, "cache_futures", plain)
+    assert V.train(cfg) == V.EXIT_OK
+    one, two = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
+    assert all(equal(one[name], two[name]) for name in (*STILL, "flow", "flow_ema", "flow_stats"))
+
+
+def test_cached_pairs_are_what_the_loss_would_see(tmp_path):
+    """Context and coordinates of cached clip i are those of training sample i, made the plain way, one clip at a time."""
+    cfg = phase_config(tmp_path / "run")
+    model, process = new_model(cfg).eval(), cpu_process()
+    source = V.open_data(cfg, [], True, lambda: None)
+    contexts, y = V.cache_futures(model, source, process, 5, 10)
+    assert contexts.shape == (16, cfg.now_tokens, cfg.enc_dim) and y.shape == (16, 1, cfg.flow_rank)  # full batches of four times batch_size
+    data = source.dataset(cfg, "train")
+    for place in (0, 3, 15):
+        frames = data[5 + place]["frames"][None]
+        with torch.no_grad():
+            clip = model.normalise(frames)
+            context = model.encode_now(model.online.tokenizer(clip))
+            residual = model.future_target(model.make_targets(clip)) - model.forecast(context, model.predict_soon(context))
+            expected = model.space.encode(model.space.pool(residual))
+        torch.testing.assert_close(contexts[place : place + 1], context, rtol=0, atol=1e-5)
+        torch.testing.assert_close(y[place : place + 1], expected, rtol=0, atol=1e-3 * float(y.abs().max()))
+
+
+def test_fewer_clips_than_directions(tmp_path):
+    """A handful of clips for eight directions: silent directions, finite samples."""
+    cfg = phase_config(tmp_path / "run", flow_fit_clips=4, batch_size=1)
+    assert V.train(cfg) == V.EXIT_OK
+    model, _ = V.load_model(tmp_path / "run" / "checkpoints" / "ckpt_final.pt")
+    frames = torch.randint(0, 256, (1, cfg.now_frames, 3, cfg.height, cfg.width), dtype=torch.uint8)
+    assert torch.isfinite(model.sample_futures(frames, 3)).all()
+
+
+@pytest.mark.slow
+def test_ranks_share_one_flow(tmp_path):
+    """Two ranks fit one net on their shares of the clips, over pooled tokens, and the run ends with one checkpoint."""
+    flags = dict(image_size=32, patch=8, num_frames=12, now_frames=4, soon_frames=4, eventually_frames=4, enc_dim=48, enc_depth=2, pred_dim=24,
+                 pred_depth=2, num_heads=4, outcome_queue=16, flow_dim=32, flow_depth=2, flow_heads=4, flow_rank=8, flow_chunks=2, flow_draws=3,
+                 flow_joint_max=0, flow_pool=2, batch_size=2, num_workers=0, steps=2, scenes="render", flow_fit_clips=32, flow_fit_steps=4,
+                 flow_fit_batch=4, device="cpu", val_clips=4, log_every=1, out_dir=str(tmp_path / "run"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), "--no-picture"]
+    command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "flow phase: latents of 32 clips" in done.stdout
+    state = V.load_checkpoint(tmp_path / "run" / "checkpoints" / "ckpt_final.pt")
+    assert state["flow_fitted"] and state["flow"]["out.weight"].any()

@@ -1,0 +1,105 @@
+"""Train on built-in scenes and evaluate on held-out ones, once per seed, and write down what came out.
+
+    python tools/prove.py --out records/proof --seeds 1337 1338 1339
+
+For every seed: `VJepa_AUTO_V2.py --preset proof --seed SEED`, then `tools/evaluate.py` on its last checkpoint. Flags that are
+not named here go to the training script as they are (`--steps 100 --flow_fit_clips 500`). Written under --out:
+
+    seed_<SEED>/config.json, train.log, metrics.jsonl, evaluation.json    the record of one run
+    summary.json, summary.md    every figure: threshold, mean, standard deviation and n over the seeds, how many met it
+
+Checkpoints and pages stay in --run_dir, outside the record. A run that was interrupted goes on where it stopped; a seed whose
+record is complete is not run again. Exit code 0 says that the record is complete, not that every threshold was met.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ("config.json", "train.log", "metrics.jsonl", "evaluation.json")
+
+
+def run(command):
+    """Run a command with this Python from the project's root, its output passed through -> seconds. SystemExit with its code when it fails."""
+    print("+ python " + " ".join(map(str, command)), flush=True)
+    began = time.perf_counter()
+    code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode
+    if code:
+        print(f"error: {command[0]} ended with exit code {code}", file=sys.stderr)
+        raise SystemExit(code)
+    return time.perf_counter() - began
+
+
+def prove_seed(seed, run_dir, record, preset, flags, quick):
+    """Train and evaluate one seed and copy its record -> {"train_s", "evaluate_s", "cores"}. Nothing is done twice."""
+    times = record / "times.json"
+    if times.is_file():
+        return json.loads(times.read_text())
+    train_s = run(["VJepa_AUTO_V2.py", "--preset", preset, "--seed", seed, "--out_dir", run_dir, *flags])
+    checkpoint = run_dir / "checkpoints" / "ckpt_final.pt"
+    evaluate_s = run(["tools/evaluate.py", "--ckpt", checkpoint, "--out", run_dir, *(["--quick"] if quick else [])])
+    record.mkdir(parents=True, exist_ok=True)
+    for name in RECORD:
+        shutil.copyfile(run_dir / name, record / name)
+    spent = {"train_s": round(train_s, 1), "evaluate_s": round(evaluate_s, 1), "cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
+    times.write_text(json.dumps(spent))
+    return spent
+
+
+def summarise(evaluations):
+    """{seed: evaluation.json's content} -> {figure: {"expect", "n", "mean", "std", "met", "values"}} over the seeds."""
+    names = list(dict.fromkeys(name for evaluation in evaluations.values() for name in evaluation["figures"]))
+    summary = {}
+    for name in names:
+        rows = [evaluation["figures"][name] for evaluation in evaluations.values() if name in evaluation["figures"]]
+        values = [row["value"] for row in rows if row["value"] is not None]
+        summary[name] = {
+            "expect": rows[0].get("expect"), "n": len(values), "mean": statistics.fmean(values) if values else None,
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+            "met": sum(bool(row.get("passed")) for row in rows) if rows[0].get("expect") else None, "values": values,
+        }
+    return summary
+
+
+def table(summary, times):
+    """The summary as a Markdown table, figures with a threshold first."""
+    number = "{:.3f}".format
+    lines = ["| figure | threshold | mean | std | n | met |", "|---|---|---|---|---|---|"]
+    for name, row in sorted(summary.items(), key=lambda item: not item[1]["expect"]):
+        mean, std = (number(row[key]) if row[key] is not None else "" for key in ("mean", "std"))
+        met = f"{row['met']} of {row['n']}" if row["expect"] else ""
+        lines.append(f"| {name} | {row['expect'] or ''} | {mean} | {std} | {row['n']} | {met} |")
+    spent = ", ".join(f"seed {seed}: {value['train_s'] / 60:.1f} min training + {value['evaluate_s'] / 60:.1f} min evaluation on {value['cores']} cores"
+                      for seed, value in times.items())
+    return "\n".join([*lines, "", f"Time: {spent}.", ""])
+
+
+def main(argv=None):
+    """Command line -> exit code."""
+    parser = argparse.ArgumentParser(description="Train and evaluate the proof run over seeds.", allow_abbrev=False)
+    parser.add_argument("--out", required=True, help="folder of the record")
+    parser.add_argument("--run_dir", default="", help="folder of the runs themselves; default runs/<name of --out>")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338, 1339])
+    parser.add_argument("--preset", default="proof")
+    parser.add_argument("--quick", action="store_true", help="the short evaluation")
+    args, flags = parser.parse_known_args(argv)
+    out = Path(args.out).resolve()
+    runs = Path(args.run_dir).resolve() if args.run_dir else ROOT / "runs" / out.name
+    times = {seed: prove_seed(seed, runs / f"seed_{seed}", out / f"seed_{seed}", args.preset, flags, args.quick) for seed in args.seeds}
+    summary = summarise({seed: json.loads((out / f"seed_{seed}" / "evaluation.json").read_text()) for seed in args.seeds})
+    (out / "summary.json").write_text(json.dumps({"seeds": args.seeds, "flags": flags, "times": times, "figures": summary}, indent=1))
+    (out / "summary.md").write_text(table(summary, times))
+    print(table(summary, times))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
