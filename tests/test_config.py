@@ -145,7 +145,7 @@ def test_presets_validate_and_are_applied(preset):
 
 def test_base_preset_is_the_dataclass():
     """base = these defaults, so that editing the dataclass reaches everyone."""
-    assert V.PRESETS["base"] == {} and set(V.PRESETS) == {"tiny", "small", "base", "large"}
+    assert V.PRESETS["base"] == {} and set(V.PRESETS) == {"tiny", "proof", "small", "base", "large"}
 
 
 def test_precedence(tmp_path):
@@ -351,7 +351,7 @@ def test_every_range_is_enforced(name):
 def test_every_word_has_a_list_or_is_free_text():
     """A text field is a path or a pattern, has a list of words, or a rule of its own. Seen red with `decoder` taken out of CHOICES."""
     words = {name for name, kind in V.FIELD_TYPES.items() if kind is str}
-    assert words - set(V.CHOICES) == {"data_root", "video_glob", "out_dir", "resume", "track"}
+    assert words - set(V.CHOICES) == {"data_root", "video_glob", "out_dir", "resume", "track", "scene_mix"}
 
 
 @pytest.mark.parametrize("name", list(V.CHOICES))

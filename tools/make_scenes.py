@@ -1,0 +1,182 @@
+"""Write built-in driving scenes as videos with annotations and a split, or draw a contact sheet of them.
+
+    python tools/make_scenes.py --out DIR --num N --size S --seed K [--num_frames 20] [--now_frames 4] [--soon_frames 8] [--fps 4]
+                                [--mix default|fork_only|fork=3,brake=1] [--siblings n] [--workers 2]
+    python tools/make_scenes.py --sheet FILE.png
+
+Written under --out: videos/*.mp4, annotations/*.json (labels of `scene`), split.json (the files that training will hold out)
+and scenes.json (the settings). Scene i is the one that training with the same seed writes or renders itself. With --siblings n every
+scene has n futures, scene_<i>_future_<k>, whose NOW frames are bit-identical. The same command goes on where it was
+interrupted; a folder with other settings or other contents is refused.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import VJepa_AUTO_V2 as V  # noqa: E402
+
+SHEET_ROWS = (  # kind, scene number, future seeds that show the wanted choice, title
+    ("fork", "choice", 1, "fork, white sign: right 0.5"), ("fork", "choice", -1, "the same present, other future"),
+    ("brake", "braked", True, "lead car with beacon: brakes at 1.0 per second"), ("lane", "choice", 1, "indicator right: changes lane with 0.8"),
+    ("occluder", "stops", False, "car behind a truck: comes out with 0.85"), ("steady", "barrier", True, "car before a barrier: it must stop"),
+)
+
+
+def make_config(args):
+    """Command line -> a valid config of the script; UsageError names what is wrong."""
+    eventually = args.num_frames - args.now_frames - args.soon_frames
+    patch = next((p for p in (16, 8, 4, 2) if args.size % p == 0), 0)
+    cfg = V.preset_config("tiny", seed=args.seed, scene_clips=max(args.num, 4), image_size=args.size, scene_size=0, num_frames=args.num_frames,
+                          now_frames=args.now_frames, soon_frames=args.soon_frames, eventually_frames=eventually, clip_fps=args.fps,
+                          scene_mix=args.mix, patch=patch or 1, tubelet_t=1, val_fraction=args.val_fraction)
+    if not patch or args.num < 1 or args.siblings < 1 or args.workers < 1:
+        raise V.UsageError("--size must be even, --num, --siblings and --workers at least 1")
+    V.validate_config(cfg)
+    return cfg
+
+
+def settings_of(cfg, args):
+    """What decides the contents of the folder -> dict."""
+    names = ("seed", "image_size", "num_frames", "now_frames", "soon_frames", "clip_fps", "scene_mix", "val_fraction")
+    return {**{name: getattr(cfg, name) for name in names}, "siblings": args.siblings}
+
+
+def open_folder(folder, settings):
+    """Make the folder, or take up one of the same settings. UserError for any other that is not empty."""
+    done = folder / "scenes.json"
+    if done.is_file():
+        if json.loads(done.read_text()) != settings:
+            raise V.UserError(f"{folder} holds scenes of other settings ({done}); use another --out or delete it")
+    elif folder.exists() and any(folder.iterdir()):
+        raise V.UserError(f"{folder} is not empty and holds no scenes.json; use another --out")
+    for name in ("videos", "annotations"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    done.write_text(json.dumps(settings))
+
+
+def scene_name(index, future_seed, num_siblings):
+    """File stem of a scene."""
+    return f"scene_{index:06d}" + (f"_future_{future_seed}" if num_siblings > 1 else "")
+
+
+def write_one(job):
+    """Render and write one (folder, cfg, index, future seed, name) unless it is there: video first, under a temporary name, then annotation."""
+    folder, cfg, index, future_seed, name = job
+    if (folder / "videos" / f"{name}.mp4").is_file() and (folder / "annotations" / f"{name}.json").is_file():
+        return
+    temporary = f".{name}.{os.getpid()}"
+    V.write_scene(folder, temporary, cfg, V.scene_seed_at(cfg, index), future_seed)
+    for part, suffix in (("videos", "mp4"), ("annotations", "json")):
+        os.replace(folder / part / f"{temporary}.{suffix}", folder / part / f"{name}.{suffix}")
+
+
+def write_all(folder, cfg, args):
+    """Write every scene with `workers` processes and a progress line."""
+    jobs = [(folder, cfg, index, k, scene_name(index, k, args.siblings)) for index in range(args.num) for k in range(args.siblings)]
+    began, shown = time.perf_counter(), sys.stderr.isatty()
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+        for count, _ in enumerate(pool.imap_unordered(write_one, jobs, chunksize=8), 1):
+            if shown:
+                filled = round(24 * count / len(jobs))
+                print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {count}/{len(jobs)} scenes", end="" if count < len(jobs) else "\n", file=sys.stderr)
+    return len(jobs), time.perf_counter() - began
+
+
+def write_split(folder, cfg, num_siblings):
+    """split.json: the files that training on the folder holds out, by the script's own rule -> (train, val) counts.
+
+    Siblings share a scene: where one of them is held out, the others would tell its present, so they are named as well.
+    """
+    train, val = V.split_videos(V.find_videos(str(folder), "*"), cfg.val_fraction)
+    split = {"train": [video.name for video in train], "val": [video.name for video in val]}
+    if num_siblings > 1:
+        held = {name.split("_future_")[0] for name in split["val"]}
+        split["train_shares_a_scene_with_val"] = [name for name in split["train"] if name.split("_future_")[0] in held]
+    (folder / "split.json").write_text(json.dumps(split, indent=1))
+    return len(train), len(val)
+
+
+def sheet_scene(kind, key, wanted, cfg, sign=0.5):
+    """The first scene and future of a kind that show what a row of the sheet is about -> frames [T, H, W, 3]."""
+    for scene_seed in range(12, 4000):
+        params = V.draw_scene(scene_seed, cfg, kind)
+        fits = {"fork": params["prob"] == sign, "brake": params["beacon"], "lane": params["indicator"] == "right",
+                "occluder": True, "steady": params["plot"] == "barrier"}[kind]
+        for future_seed in range(40 if fits else 0):
+            future, _ = V.draw_future(params, future_seed, scene_seed)
+            shown = {**future, "braked": 0.1 < future["brake_at"] < 0.6, "barrier": True}[key]
+            if shown == wanted:
+                return V.scene(scene_seed, future_seed, cfg, kind)[0]
+    raise V.UserError(f"no {kind} scene shows {key} = {wanted}")
+
+
+def draw_sheet(path, cfg, columns=(0, 3, 5, 7, 9, 11)):
+    """Contact sheet: a row per kind, NOW to the left of the gap and SOON to the right of it."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    side, gap, text = cfg.height, 14, 34
+    rows = [(title, sheet_scene(kind, key, wanted, cfg)) for kind, key, wanted, title in SHEET_ROWS]
+    sheet = Image.new("RGB", (len(columns) * (side + 4) + gap + 8, len(rows) * (side + text) + 30), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    for column, frame in enumerate(columns):
+        left = 4 + column * (side + 4) + (gap if frame >= cfg.now_frames else 0)
+        seconds = (frame - cfg.now_frames + 1) / cfg.clip_fps
+        draw.text((left, 4), f"NOW {seconds:+.2f} s" if frame < cfg.now_frames else f"SOON {seconds:+.2f} s", fill=(90, 90, 90), font=font)
+        for row, (_, frames) in enumerate(rows):
+            sheet.paste(Image.fromarray(np.ascontiguousarray(frames[frame])), (left, 28 + row * (side + text) + 24))
+    for row, (title, _) in enumerate(rows):
+        draw.text((4, 28 + row * (side + text)), title, fill="black", font=font)
+    sheet.quantize(128).save(path, optimize=True)  # a third of the bytes
+
+
+def parse(argv):
+    """Command line -> namespace."""
+    parser = argparse.ArgumentParser(description="Write built-in driving scenes as videos with annotations.", allow_abbrev=False)
+    for name, default in (("num", 100), ("size", 96), ("seed", 1337), ("num_frames", 20), ("now_frames", 4), ("soon_frames", 8), ("siblings", 1), ("workers", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", default="", help="folder to write")
+    parser.add_argument("--fps", type=float, default=4.0)
+    parser.add_argument("--mix", default="default", help="kinds of scenes, as --scene_mix of the script")
+    parser.add_argument("--val_fraction", type=float, default=0.1)
+    parser.add_argument("--sheet", default="", help="draw a contact sheet to this png")
+    args = parser.parse_args(argv)
+    if not args.out and not args.sheet:
+        parser.error("one of --out and --sheet is needed")
+    return args
+
+
+def main(argv=None):
+    """Command line -> exit code."""
+    args = parse(argv)
+    try:
+        cfg = make_config(args)
+        if args.sheet:
+            draw_sheet(args.sheet, replace(cfg, image_size=184, num_frames=12, eventually_frames=0, clip_fps=4.0, now_frames=4, soon_frames=8))
+            print(f"written: {args.sheet}")
+        if args.out:
+            folder = Path(args.out)
+            open_folder(folder, settings_of(cfg, args))
+            count, seconds = write_all(folder, cfg, args)
+            train, val = write_split(folder, cfg, args.siblings)
+            print(f"{count} scenes in {seconds:.1f} s under {folder}: {train} train, {val} val files")
+    except V.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return V.EXIT_ERROR
+    return V.EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
