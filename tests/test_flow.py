@@ -222,7 +222,7 @@ def test_coordinates_have_unit_mean_variance_and_the_true_shape(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_fit_agrees_with_the_running_statistics(mode):
-    """One exact fit spans what many updates found, and turns the directions as little as they had to. Seen red with `turn_to` left out."""
+    """One exact fit spans what many updates found, and turns the directions as little as they had to."""
     space, _ = space_of(**mode)
     fresh, mixing = feed(space, 300, 32, rank=8, noise=0.01)
     before = space.basis.clone()

@@ -38,7 +38,7 @@ def equal(a, b):
 
 
 def test_only_the_flow_moves(tmp_path):
-    """The flow net waits while the rest learns, then learns while the rest waits. Seen red with the flow left in the optimizer's care."""
+    """The flow net waits while the rest learns, then learns while the rest waits."""
     cfg = phase_config(tmp_path / "run")
     assert V.train(cfg) == V.EXIT_OK
     before, after = checkpoint(tmp_path / "run", "ckpt_3.pt"), checkpoint(tmp_path / "run")

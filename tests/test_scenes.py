@@ -1,36 +1,17 @@
-"""Built-in driving scenes: a present that tells nothing, a future that keeps the odds, files that hold both."""
+"""Built-in driving scenes: a present that tells nothing, futures that keep their exact odds, files that hold both."""
 
 import importlib.util
 import json
+import math
 
 import numpy as np
 import pytest
+import torch
 from conftest import V, small_config
 
 TINY = small_config(image_size=16, patch=8, num_frames=6, now_frames=2, soon_frames=2, eventually_frames=2, flow_chunks=1)
 DECODER_NAMES = ["pyav", pytest.param("decord", marks=pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="no decord"))]
-
-
-def fork_seeds(count, prob=None):
-    """The first scene seeds whose road forks, with the given odds if any."""
-    found, seed = [], 0
-    while len(found) < count:
-        params = V.draw_scene(seed)
-        if params["is_fork"] and prob in (None, params["prob"]):
-            found.append(seed)
-        seed += 1
-    return found
-
-
-def both_branches(scene_seed, cfg):
-    """One left and one right future of a forking scene -> {-1: frames, 1: frames}."""
-    found = {}
-    for future_seed in range(200):
-        frames, labels = V.scene(scene_seed, future_seed, cfg)
-        found.setdefault(labels["branch"], frames)
-        if len(found) == 2:
-            return found
-    raise AssertionError(f"scene {scene_seed} shows one branch only in 200 futures")
+EVALUATION_SEED = 10**16  # tools/evaluate.py takes its scenes from here upwards
 
 
 def plan_of(cfg, height, width):
@@ -38,32 +19,55 @@ def plan_of(cfg, height, width):
     return V.ClipPlan(cfg.num_frames, cfg.clip_fps, height, width, 0.0, 1.0, 1.0, 0.5, 0.5)
 
 
+def futures(kind, count, cfg=TINY, first=0, **fixed):
+    """One drawn future for each of `count` scenes whose parameters are as `fixed` says -> list of (scene, future)."""
+    found, seed = [], first
+    while len(found) < count:
+        scene = V.draw_scene(seed, cfg, kind)
+        if all(scene[name] == value for name, value in fixed.items()):
+            found.append((scene, V.draw_future(scene, 0, seed)[0]))
+        seed += 1
+    return found
+
+
+def future_seeds(scene_seed, cfg, kind, choices=(-1, 1)):
+    """{choice: the first future seed that makes it} of a scene."""
+    scene, found = V.draw_scene(scene_seed, cfg, kind), {}
+    for future_seed in range(400):
+        found.setdefault(V.draw_future(scene, future_seed, scene_seed)[0]["choice"], future_seed)
+    return {choice: found[choice] for choice in choices}
+
+
+def close_to_odds(count, total, odds):
+    """Whether a count lies within four standard deviations of its expectation."""
+    return abs(count - total * odds) <= 4 * math.sqrt(total * odds * (1 - odds)) + 1e-9
+
+
 # -- the present
 
 
-def test_now_is_bit_identical_over_futures():
-    """NOW pixels are a function of scene_seed alone.
-
-    Seen red with the car ahead drawn on the future's branch, and with NOW's noise drawn from the future.
-    """
-    cfg = small_config(image_size=48)
-    for scene_seed in range(25):
-        first, _ = V.scene(scene_seed, 0, cfg)
-        for future_seed in (1, 2, 3):
-            other, _ = V.scene(scene_seed, future_seed, cfg)
-            assert np.array_equal(first[: cfg.now_frames], other[: cfg.now_frames])
-            assert not np.array_equal(first[cfg.now_frames :], other[cfg.now_frames :])
+@pytest.mark.parametrize("shape", [dict(image_size=48), dict(image_size=(32, 64), clip_fps=10), dict(image_size=32, clip_fps=0),
+                                   dict(image_size=16, patch=8, num_frames=84, soon_frames=16, eventually_frames=64)])
+@pytest.mark.parametrize("kind", V.SCENE_KINDS)
+def test_now_is_bit_identical_over_futures(kind, shape):
+    """NOW pixels are a function of scene_seed alone, whatever the size, rate and length."""
+    cfg = small_config(**shape)
+    for scene_seed in range(4):
+        clips = [frames for frames, _ in V.siblings(scene_seed, 3, cfg, kind)]
+        for clip in clips[1:]:
+            assert np.array_equal(clips[0][: cfg.now_frames], clip[: cfg.now_frames])
+            assert not np.array_equal(clips[0][cfg.now_frames :], clip[cfg.now_frames :])
 
 
 @pytest.mark.parametrize("decoder", DECODER_NAMES)
 def test_now_is_bit_identical_after_the_file(tmp_path, decoder):
     """Written to mp4 and read back, NOW still holds no bit of the branch. Seen red with the encoder's look-ahead and B-frames on."""
     cfg = small_config(image_size=64)
-    for scene_seed in fork_seeds(4):
+    for scene_seed in range(3):
         read = []
-        for branch, frames in both_branches(scene_seed, cfg).items():
-            path = tmp_path / f"{scene_seed}_{branch}.mp4"
-            V.write_video(path, frames, cfg.clip_fps)
+        for side, future_seed in future_seeds(scene_seed, cfg, "fork").items():
+            path = tmp_path / f"{scene_seed}_{side}.mp4"
+            V.write_video(path, V.scene(scene_seed, future_seed, cfg, "fork")[0], cfg.clip_fps)
             read.append(np.ascontiguousarray(V.READERS[decoder](str(path), plan_of(cfg, 64, 64))))
         assert np.array_equal(read[0][: cfg.now_frames], read[1][: cfg.now_frames])
         assert not np.array_equal(read[0][cfg.now_frames :], read[1][cfg.now_frames :])
@@ -76,90 +80,201 @@ def test_scene_is_a_pure_function():
     assert not np.array_equal(one[0][:2], other[0][:2])
 
 
-def test_present_of_a_fork_shows_its_odds():
-    """Two forks that differ in their odds only differ in the sign's colour: the present tells how likely each branch is."""
-    cfg = small_config(image_size=64)
-    seen = 0
-    for scene_seed in fork_seeds(20):
-        frames, labels = V.scene(scene_seed, 0, cfg)
-        colour = np.array(V.SIGN_COLOURS[labels["prob"]])
-        seen += bool((np.abs(frames[: cfg.now_frames].astype(int) - colour).max(-1) <= 12).sum() >= 2)  # sky noise has a deviation of 3
-    # the sign stands some 15 m ahead in the last NOW frame; a tree or a car may hide it now and then
-    assert seen >= 17
+def test_the_picture_shows_the_odds():
+    """The sign's colour, the lit lamp and the beacon are in the NOW frames, and nothing of the kind where they are not."""
+    cfg, signs, beacons = small_config(image_size=64), 0, {True: [], False: []}
+    for scene_seed in range(30):
+        now = V.scene(scene_seed, 0, cfg, "fork")[0][: cfg.now_frames].astype(int)
+        colour = np.array(V.SIGN_COLOURS[V.scene_odds(scene_seed, cfg, "fork")["right"]])
+        signs += bool((np.abs(now - colour).max(-1) <= 14).sum() >= 3)  # sky noise has a deviation of 4
+        scene = V.draw_scene(scene_seed, cfg, "lane")
+        corner = V.scene(scene_seed, 0, cfg, "lane")[0][0, -1]
+        lit = {name: corner[column].tolist() == [70, 255, 90] for name, column in (("left", 0), ("right", -1))}
+        assert lit == {name: scene["indicator"] == name for name in lit}
+        now = V.scene(scene_seed, 0, cfg, "brake")[0][: cfg.now_frames, 20:36, 24:44].astype(int)
+        beacons[V.draw_scene(scene_seed, cfg, "brake")["beacon"]].append(np.abs(now - (255, 180, 0)).max(-1).min())
+    assert signs >= 26  # a tree or an oncoming car may hide one
+    assert np.median(beacons[True]) < 60 < np.median(beacons[False])
+
+
+def test_seeds_of_training_validation_and_evaluation_never_meet():
+    """The ranges of two streams, two run seeds and the evaluation are apart for any realistic number of clips."""
+    largest = V.RANGES["seed"][1]
+    last = [V.scene_seed_at(small_config(seed=seed), 10**6, stream) for stream in ("train", "val") for seed in (0, 1, largest)]
+    first = [V.scene_seed_at(small_config(seed=seed), 0, stream) for stream in ("train", "val") for seed in (0, 1, largest)]
+    assert all(a < b for a, b in zip(last[:-1], first[1:])) and last[-1] < EVALUATION_SEED
+
+
+# -- the odds
+
+
+def test_forks_keep_the_odds_of_their_sign():
+    """Sign by sign the share of right branches is its probability; half is the common case."""
+    drawn = futures("fork", 4000)
+    for odds in set(V.FORK_ODDS):
+        sides = [future["choice"] for scene, future in drawn if scene["prob"] == odds]
+        assert set(sides) == {-1, 1} and close_to_odds(sides.count(1), len(sides), odds)
+        assert close_to_odds(len(sides), len(drawn), V.FORK_ODDS.count(odds) / len(V.FORK_ODDS))
+
+
+@pytest.mark.parametrize("indicator", V.LANE_ODDS)
+def test_lane_changes_keep_the_odds_of_the_indicator(indicator):
+    """Left, keep and right as often as LANE_ODDS says, never where it says 0."""
+    drawn = [future["choice"] for _, future in futures("lane", 1500, indicator=indicator)]
+    for choice, odds in zip((-1, 0, 1), V.LANE_ODDS[indicator]):
+        assert close_to_odds(drawn.count(choice), len(drawn), odds)
+
+
+@pytest.mark.parametrize("beacon", [True, False])
+def test_braking_starts_at_its_hazard_rate(beacon):
+    """The starts are exponential: Kolmogorov's distance to the law stays below its 1e-4 quantile."""
+    starts = np.sort([future["brake_at"] for _, future in futures("brake", 2000, beacon=beacon)])
+    law = 1 - np.exp(-V.HAZARDS[beacon] * starts)
+    assert np.abs(law - (np.arange(2000) + 0.5) / 2000).max() < 2.23 / math.sqrt(2000)
+
+
+def test_stops_and_mixes_keep_their_odds():
+    """Cars stop behind the truck in STOP_ODDS of the cases; kinds of scenes come in the shares of scene_mix."""
+    stops = [future["stops"] for _, future in futures("occluder", 2000)]
+    assert close_to_odds(sum(stops), 2000, V.STOP_ODDS)
+    kinds = [V.draw_scene(seed, TINY)["kind"] for seed in range(2000)]
+    for kind, share in zip(V.SCENE_KINDS, V.mix_shares("default")):
+        assert close_to_odds(kinds.count(kind), 2000, share)
+    only = small_config(scene_mix="fork_only")
+    assert {V.draw_scene(seed, only)["kind"] for seed in range(50)} == {"fork"}
+    assert V.mix_shares("fork=3,brake=1") == [0.75, 0.25, 0, 0, 0]
+
+
+def test_scene_odds_names_every_open_event():
+    """The API's odds are those that the draws keep; the chance to brake within SOON follows from rate and length."""
+    for seed in range(20):
+        assert V.scene_odds(seed, TINY, "fork") == {"kind": "fork", "right": V.draw_scene(seed, TINY, "fork")["prob"]}
+        left, keep, right = V.LANE_ODDS[V.draw_scene(seed, TINY, "lane")["indicator"]]
+        assert V.scene_odds(seed, TINY, "lane") == {"kind": "lane", "left": left, "keep": keep, "right": right}
+        odds = V.scene_odds(seed, TINY, "brake")
+        assert odds["brake_in_soon"] == pytest.approx(1 - math.exp(-odds["hazard"] * TINY.soon_frames / TINY.clip_fps))
+    assert V.scene_odds(3, TINY)["kind"] == V.draw_scene(3, TINY)["kind"]
+
+
+@pytest.mark.parametrize("mix", ["forks=1", "fork=a", "fork=0", "fork=-1,brake=2", "", "fork=inf"])
+def test_bad_mixes_are_refused(mix):
+    """One line that names the field."""
+    with pytest.raises(V.UsageError, match="scene_mix"):
+        V.validate_config(small_config(scene_mix=mix))
 
 
 # -- the future
 
 
-def test_branches_keep_the_odds_of_their_sign(monkeypatch):
-    """Over 2000 futures the share of right branches is the sign's probability, sign by sign; painting is left out."""
-    monkeypatch.setattr(V, "draw_objects", lambda *_: None)
-    monkeypatch.setattr(V, "paint_ground", lambda scene, pose, height, width, fork_at: np.zeros((len(pose[0]), height, width, 3), np.float32))
-    for prob in sorted(set(V.FORK_ODDS)):
-        seeds = fork_seeds(8, prob)
-        sides = np.array([V.scene(seeds[number % 8], number, TINY)[1]["branch"] for number in range(400)])
-        assert set(sides) == {-1, 1}
-        # five signs of 400 futures; four standard deviations of a share, so one false alarm in 3000 sets of seeds
-        assert abs((sides == 1).mean() - prob) < 4 * np.sqrt(prob * (1 - prob) / 400)
-
-
-def test_written_scenes_keep_the_odds(monkeypatch):
-    """One future per scene, as written to disk: over 2000 scenes each sign's share holds too, and 70 % of the roads fork."""
-    monkeypatch.setattr(V, "draw_objects", lambda *_: None)
-    monkeypatch.setattr(V, "paint_ground", lambda scene, pose, height, width, fork_at: np.zeros((len(pose[0]), height, width, 3), np.float32))
-    labels = [V.scene(seed, 0, TINY)[1] for seed in range(2000)]
-    forks = [row for row in labels if row["branch"]]
-    assert abs(len(forks) / 2000 - 0.7) < 4 * np.sqrt(0.7 * 0.3 / 2000)
-    for prob in set(V.FORK_ODDS):
-        sides = np.array([row["branch"] for row in forks if row["prob"] == prob])
-        assert len(sides) > 100
-        assert abs((sides == 1).mean() - prob) < 4 * np.sqrt(prob * (1 - prob) / len(sides))
-
-
 def test_branch_changes_the_pixels_after_now():
-    """Left and right differ more from SOON on than two futures of the same branch do, and not at all before."""
+    """Left and right differ clearly once the roads part."""
     cfg = small_config(image_size=48)
-    for scene_seed in fork_seeds(5):
-        left, right = (frames.astype(float) for _, frames in sorted(both_branches(scene_seed, cfg).items()))
-        gap = np.abs(left - right).mean((1, 2, 3))
-        assert (gap[: cfg.now_frames] == 0).all()
-        # noise of deviation 3 on the sky alone gives less than 2 grey levels; the roads part within a second of the last NOW frame
-        assert gap[-4:].mean() > 8
+    for scene_seed in range(5):
+        left, right = (V.scene(scene_seed, future_seed, cfg, "fork")[0].astype(float) for future_seed in future_seeds(scene_seed, cfg, "fork").values())
+        assert np.abs(left - right).mean((1, 2, 3))[-4:].mean() > 8  # noise on the sky alone gives 2
 
 
-def test_straight_roads_have_one_future():
-    """Where the road does not fork every future keeps the lane, and only noise differs."""
-    seeds = [seed for seed in range(40) if not V.draw_scene(seed)["is_fork"]]
-    for seed in seeds[:5]:
-        one, labels = V.scene(seed, 0, TINY)
-        two, _ = V.scene(seed, 1, TINY)
-        assert (labels["maneuver"], labels["branch"], labels["prob"]) == ("keep", 0, 0.0)
-        assert np.abs(one.astype(int) - two).max() < 40  # the difference of two noises of deviation 3
+def test_steady_scenes_have_one_future():
+    """Below the horizon two futures are equal, bit for bit; above it they differ by noise alone."""
+    cfg = small_config(image_size=32)
+    for scene_seed in range(6):
+        (one, labels), (two, _) = V.siblings(scene_seed, 2, cfg, "steady")
+        ground = int(np.ceil(V.HORIZON * 32 - 0.5))
+        assert labels["maneuver"] == "keep" and np.array_equal(one[:, ground:], two[:, ground:])
+        assert np.abs(one.astype(int) - two).max() < 50  # the difference of two noises of deviation 4
+
+
+def test_brake_scenes_differ_in_the_braking_alone():
+    """Before either of two futures brakes their labels are equal; the gap then falls and stays above 3 m."""
+    for scene_seed in range(40):
+        (_, one), (_, two) = V.siblings(scene_seed, 2, small_config(image_size=16, patch=8), "brake")
+        times = (np.arange(12) - 3) / 4
+        quiet = times < min(value if value is not None else math.inf for value in (one["brake_time"], two["brake_time"]))
+        assert np.allclose(np.array(one["lead_gap"])[quiet], np.array(two["lead_gap"])[quiet])
+        assert (one["maneuver"] == "brake") == (one["brake_time"] is not None)
+
+
+def test_the_truck_hides_the_passing_car():
+    """In most scenes the car's paint is seen, then, while the label says hidden, hardly, and where it does not stop it comes out again."""
+    cfg = small_config(image_size=96, num_frames=20, soon_frames=8, eventually_frames=8)
+    hidden = emerged = checked = 0
+    for scene_seed in range(30):
+        frames, labels = V.scene(scene_seed, 0, cfg, "occluder")
+        stops = V.draw_future(V.draw_scene(scene_seed, cfg, "occluder"), 0, scene_seed)[0]["stops"]
+        out = [u is not None and u < 0.45 for u in labels["mover_u"]]
+        hidden += "hidden" in labels["event"]
+        emerged += any(out[cfg.now_frames : cfg.now_frames + cfg.soon_frames]) != stops
+        checked += 1
+    assert hidden == checked and emerged >= checked - 2
+
+
+@pytest.mark.parametrize("twin", V.TWIN_KINDS)
+def test_twins_break_physics_once(twin):
+    """Equal to the possible clip, bit for bit, up to break_frame; different in SOON after it."""
+    cfg, seen = small_config(image_size=48, num_frames=20, soon_frames=8, eventually_frames=8), 0
+    for scene_seed in range(12):
+        if twin == "pass_through" and not V.scene_odds(scene_seed, cfg, "steady")["barrier"]:
+            with pytest.raises(ValueError, match="barrier"):
+                V.scene(scene_seed, 0, cfg, "steady", twin)
+            continue
+        possible, _ = V.scene(scene_seed, 0, cfg, "steady")
+        impossible, labels = V.scene(scene_seed, 0, cfg, "steady", twin)
+        start = labels["break_frame"]
+        assert cfg.now_frames <= start < cfg.now_frames + cfg.soon_frames and labels["twin"] == twin
+        assert np.array_equal(possible[:start], impossible[:start])
+        assert not np.array_equal(possible[start : cfg.now_frames + cfg.soon_frames], impossible[start : cfg.now_frames + cfg.soon_frames])
+        seen += 1
+    assert seen >= 2
+
+
+def test_twins_of_other_scenes_are_refused():
+    """Only steady scenes have an exact future to break."""
+    for kind in V.SCENE_KINDS[:-1]:
+        with pytest.raises(ValueError, match="steady"):
+            V.scene(0, 0, TINY, kind, "vanish")
+    with pytest.raises(ValueError, match="one of"):
+        V.scene(0, 0, TINY, "steady", "melt")
 
 
 # -- labels and files
 
 
-def test_labels_are_finite_complete_and_signed():
-    """Per-frame signals are as long as the clip; yaw rate and steering share the branch's sign and vanish up to NOW's end."""
-    cfg = small_config(image_size=16, patch=8)
-    sides = set()
-    for scene_seed in range(60):
-        frames, labels = V.scene(scene_seed, 3, cfg)
+@pytest.mark.parametrize("kind", V.SCENE_KINDS)
+def test_labels_are_complete_and_consistent(kind):
+    """Signals as long as the clip, finite or None, in agreement with each other: speed is the distance's rate, turns have the
+    branch's sign, a lane change ends a lane further, and no car is driven through, in 21 s as in 5 s."""
+    long = dict(num_frames=84, soon_frames=16, eventually_frames=64)
+    for scene_seed in range(40):
+        cfg = small_config(image_size=16, patch=8, **(long if scene_seed % 4 == 0 else {}))
+        frames, labels = V.scene(scene_seed, 3, cfg, kind)
         assert frames.shape == (cfg.num_frames, 16, 16, 3) and frames.dtype == np.uint8
+        assert json.loads(json.dumps(labels)) == labels and labels["kind"] == kind and labels["maneuver"] in V.SCENE_MANEUVERS
         for name in ("speed", "yaw_rate", "steer", "lane_offset"):
             assert len(labels[name]) == cfg.num_frames and np.isfinite(labels[name]).all()
-        assert labels["maneuver"] == {0: "keep", 1: "fork_right", -1: "fork_left"}[labels["branch"]]
-        assert labels["fps"] == cfg.clip_fps and 9 <= labels["speed"][0] <= 15
-        for name in ("yaw_rate", "steer"):
-            signal = np.array(labels[name])
-            assert (signal[: cfg.now_frames] == 0).all()
-            assert (np.sign(signal[signal != 0]) == labels["branch"]).all()
-            assert labels["branch"] == 0 or signal.any()
-        assert np.abs(labels["yaw_rate"]).max() < 0.6  # rad/s: curvature 0.028 at 15 m/s is 0.42
-        assert np.abs(labels["lane_offset"]).max() < 0.5
-        sides.add(labels["branch"])
-    assert sides == {-1, 0, 1}
+        for name in ("lead_gap", "mover_u", "mover_depth", "event"):
+            assert len(labels[name]) == cfg.num_frames
+        gaps = [gap for gap in labels["lead_gap"] if gap is not None]
+        assert all(gap >= 3 for gap in gaps) and (bool(gaps) or kind in ("fork", "lane", "occluder", "steady"))
+        turn = np.array(labels["yaw_rate"])
+        assert (turn[: cfg.now_frames] == 0).all() and np.abs(turn).max() < 1.0 and min(labels["speed"]) > 0.5
+        if kind == "fork":
+            assert (np.sign(turn[np.abs(turn) > 0.01]) == labels["branch"]).all() and labels["maneuver"] == f"fork_{'left' if labels['branch'] < 0 else 'right'}"
+        if kind == "lane" and cfg.num_frames == 84:
+            ends = {"lane_change_left": -3.5, "keep": 0.0, "lane_change_right": 3.5}[labels["maneuver"]]
+            assert labels["lane_offset"][-1] == pytest.approx(ends, abs=1.2)
+
+
+def test_speed_is_the_rate_of_the_way():
+    """Between two frames the car covers the mean of their speeds."""
+    cfg = small_config(num_frames=20, soon_frames=8, eventually_frames=8)
+    times = np.arange(20) / 4
+    for kind in V.SCENE_KINDS:
+        for scene_seed in range(10):
+            scene = V.draw_scene(scene_seed, cfg, kind)
+            future, _ = V.draw_future(scene, 0, scene_seed)
+            pose = V.ego_path(scene, future, times, times - times[3], 40.0)
+            way = np.diff(pose["s"])
+            assert np.abs(way - (pose["speed"][1:] + pose["speed"][:-1]) / 8).max() < 0.3  # a braking that starts between two frames
 
 
 def test_scene_size_and_shape():
@@ -173,13 +288,49 @@ def test_scene_size_and_shape():
 def test_files_hold_the_frames(tmp_path):
     """Through the mp4 and back: every frame at its place, with a mean error of a few grey levels."""
     cfg = small_config(image_size=96)
-    frames, _ = V.scene(fork_seeds(1)[0], 0, cfg)
+    frames, _ = V.scene(0, 0, cfg, "fork")
     V.write_video(tmp_path / "scene.mp4", frames, cfg.clip_fps)
     read = V.read_frames(str(tmp_path / "scene.mp4"), plan_of(cfg, 96, 96), "auto").astype(float)
     errors = np.abs(read[:, None] - frames[None].astype(float)).mean((2, 3, 4))
     assert (errors.argmin(1) == np.arange(cfg.num_frames)).all()
     # crf 16 alone leaves about one level; halved colour resolution costs the rest on sharp coloured edges
     assert np.diag(errors).max() < 4
+
+
+def test_rendered_and_written_scenes_agree(scene_folder):
+    """Sample i drawn on the fly is file i up to the codec, with the same labels; two epochs of drawing never repeat a scene."""
+    cfg = small_config(scenes="render")
+    source = V.open_data(cfg, [], True, lambda: None)
+    data = source.dataset(cfg, "train")
+    for index in range(cfg.scene_clips):
+        drawn, _, labels, bad, _ = data.decode(index, cfg.height, cfg.width)
+        read = V.read_frames(str(scene_folder / "videos" / f"scene_{index:06d}.mp4"), plan_of(cfg, cfg.height, cfg.width), "auto")
+        error = np.square(drawn.astype(float) - read).mean()
+        assert 10 * np.log10(255**2 / error) > 26 and bad == []
+        assert labels == json.loads((scene_folder / "annotations" / f"scene_{index:06d}.json").read_text())
+    seeds = [V.scene_seed_at(cfg, index) for index in range(3 * cfg.scene_clips)]
+    assert len(set(seeds)) == len(seeds)
+    assert not np.array_equal(data.decode(0, 32, 32)[0], data.decode(cfg.scene_clips, 32, 32)[0])
+    assert not np.array_equal(data.decode(0, 32, 32)[0], source.dataset(cfg, "val").decode(0, 32, 32)[0])
+
+
+def test_rendered_scenes_are_mirrored_with_their_maneuver():
+    """hflip turns half of the training clips, and left into right; validation stays as it is."""
+    cfg = small_config(scenes="render", hflip=True, lambda_supcon=1.0, scene_mix="fork_only")
+    plain = small_config(scenes="render", lambda_supcon=1.0, scene_mix="fork_only")
+    sources = [V.open_data(c, [], True, lambda: None) for c in (cfg, plain)]
+    flipped, straight = (source.dataset(c, "train") for source, c in zip(sources, (cfg, plain)))
+    turned = 0
+    for index in range(16):
+        one, two = flipped[index], straight[index]
+        if not torch.equal(one["frames"], two["frames"]):
+            assert torch.equal(one["frames"], two["frames"].flip(-1))
+            names = [V.SCENE_MANEUVERS[int(sample["maneuver"])] for sample in (one, two)]
+            assert names[0] == V.mirror_label(names[1]) != names[1]
+            turned += 1
+    assert 2 <= turned <= 14
+    val = [source.dataset(c, "val")[0]["frames"] for source, c in zip(sources, (cfg, plain))]
+    assert torch.equal(*val)
 
 
 def test_annotations_are_read_back(scene_folder):

@@ -142,9 +142,15 @@ def draw_sheet(path, cfg, columns=(0, 3, 5, 7, 9, 11)):
 def parse(argv):
     """Command line -> namespace."""
     parser = argparse.ArgumentParser(description="Write built-in driving scenes as videos with annotations.", allow_abbrev=False)
-    for name, default in (("num", 100), ("size", 96), ("seed", 1337), ("num_frames", 20), ("now_frames", 4), ("soon_frames", 8), ("siblings", 1), ("workers", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", default="", help="folder to write")
+    parser.add_argument("--num", type=int, default=100, help="scenes")
+    parser.add_argument("--size", type=int, default=96, help="side in pixels, even")
+    parser.add_argument("--seed", type=int, default=1337, help="run seed: scene i is training's scene i of that seed")
+    parser.add_argument("--num_frames", type=int, default=20)
+    parser.add_argument("--now_frames", type=int, default=4, help="frames that a scene's future does not touch")
+    parser.add_argument("--soon_frames", type=int, default=8)
+    parser.add_argument("--siblings", type=int, default=1, help="futures of every scene")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--fps", type=float, default=4.0)
     parser.add_argument("--mix", default="default", help="kinds of scenes, as --scene_mix of the script")
     parser.add_argument("--val_fraction", type=float, default=0.1)

@@ -1,0 +1,1973 @@
+"""Measure a checkpoint: how well it forecasts, samples futures, reads the road and is surprised, each figure beside its controls.
+
+    python tools/evaluate.py --ckpt runs/x/checkpoints/ckpt_final.pt [--data_root DIR] [--split val|all] [--out DIR] [--quick]
+
+Without --data_root the built-in scenes are rendered, from seeds that no training reaches; scenes that fit probes and scenes
+that test are never the same. Their true odds are known, so sampled futures are held against them. With --data_root the
+held-out videos of the run's own split are used: point skill, retrieval, rank histogram, spread, collapse gauges, and, where
+DIR/annotations/ holds signals, probes fitted on the training files.
+
+Written under --out (default: the run's folder):
+
+    evaluation.json    every figure: value, 95 % bootstrap interval, n, controls, threshold, whether it was met; curves
+    evaluation.html    the same as one page with charts and pictures; opens from disk, needs no network
+
+From Python: `evaluate(model, sizes, source=None, seed=0)` -> the content of evaluation.json. Needs scikit-learn (extra `eval`).
+"""
+
+import argparse
+import base64
+import hashlib
+import html
+import importlib.util
+import io
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import VJepa_AUTO_V2 as V  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1  Sizes, thresholds, what every figure says
+# ---------------------------------------------------------------------------------------------------------------------
+
+EVAL_SEED = 10**16  # scene seeds from here upwards belong to evaluation
+SETS = ("fit", "forks", "signs", "brake", "steady", "lane", "occluder", "mix", "twins", "rare", "picture")  # ranges of their own
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured: scenes, samples and fitting steps."""
+
+    fit_forks: int = 120  # fork scenes that fit spaces and probes, two siblings of each branch
+    fit_clips: int = 240  # clips of every other kind that fit probes
+    fork_scenes: int = 96  # test forks at odds 0.5
+    siblings: int = 10  # real futures of each
+    sign_scenes: int = 40  # test forks of each other odds, two siblings of each branch
+    brake_scenes: int = 80  # test scenes with a lead car that may brake
+    brake_siblings: int = 8  # real futures of each
+    kind_scenes: int = 80  # test scenes of steady, lane and occluder, each
+    mix_clips: int = 320  # test clips of the run's own mix, or of the user's videos
+    twin_scenes: int = 64  # steady scenes with impossible twins, half of them with a barrier
+    rare_scenes: int = 48  # forks whose rare branch comes true
+    fit_videos: int = 600  # clips of training files that fit probes, with --data_root
+    num_samples: int = 32  # K futures per scene
+    surprise_steps: int = 8  # Euler steps per sample where windows are many
+    shuffled_steps: int = 300  # steps of the flow net that learns permuted targets
+    shuffled_batch: int = 64  # clips per such step
+    probe_epochs: int = 12  # epochs of the attentive probe
+    components: int = 1024  # most principal components under a linear probe; at most half as many as clips
+    resamples: int = 1000  # bootstrap draws
+    batch: int = 32  # clips encoded at once
+
+
+FULL = Sizes()
+QUICK = Sizes(fit_forks=40, fit_clips=72, fork_scenes=32, siblings=6, sign_scenes=12, brake_scenes=24, brake_siblings=6, kind_scenes=24, mix_clips=96,
+              twin_scenes=16, rare_scenes=12, fit_videos=160, shuffled_steps=100, shuffled_batch=32, probe_epochs=8, resamples=400)
+
+# figure -> (smallest, largest) value asked for; None leaves a side open
+THRESHOLDS = {
+    "branch_gate": (0.97, None), "fork_share": (0.45, 0.55), "fork_deviation": (None, 0.12), "between_share": (None, 0.10),
+    "near_real": (0.85, None), "calibration_slope": (0.85, 1.15), "calibration_intercept": (-0.07, 0.07), "calibration_ece": (None, 0.06),
+    "hedging": (0.8, None), "es_skill_point": (0.35, None), "es_skill_noise": (0.25, None), "es_vs_oracle": (None, 1.10),
+    "gap_crps_ratio": (None, 1.15), "gap_coverage80": (0.74, 0.86), "steady_spread": (None, 1.5), "skill_persistence": (0.1, None),
+    "skill_linear": (0.05, None), "probe_speed_r2": (0.9, None), "probe_lane_offset_r2": (0.8, None), "probe_maneuver_f1": (0.8, None),
+    "surprise_teleport": (0.9, None), "surprise_vanish": (0.9, None), "surprise_pass_through": (0.9, None),
+    "surprise_recolour": (0.75, None), "surprise_reverse": (0.75, None), "surprise_auroc": (0.9, None),
+}
+# figure -> what it says, without its verdict
+READINGS = {
+    "branch_gate": "Share of real SOON latents from which a linear probe names the branch of the fork: too low, and the encoder is at fault, not the sampler",
+    "no_leak": "Share of even forks whose realised branch the point forecast is nearer to: NOW cannot know it, so only chance is right, "
+               "and the NOW frames of all siblings must be equal bit for bit",
+    "fork_share": "Share of sampled futures that turn right where right and left are equally likely: 0.5 is right",
+    "fork_deviation": "How far that share lies from 0.5 in a single scene, on average: a perfect sampler shows only its binomial noise",
+    "between_share": "Share of samples that stand between the two real branches, where no future lies: 0 is right",
+    "near_real": "Share of samples as close to a real branch as real futures are (1.5 times their 95th percentile): 1 is right",
+    "calibration_slope": "Slope of the sampled share over the true odds of the five signs: 1 means that signs are read, 0 that they are ignored",
+    "calibration_intercept": "Where that line starts, 0 without a preference for one side",
+    "calibration_ece": "Distance between sampled share and true odds, averaged over the signs: 0 is right",
+    "hedging": "Share of even forks whose point forecast stands between the branches, as an honest median must",
+    "es_skill_point": "Energy score on the branch axis, share saved against the point forecast: at most 0.5 at an even fork",
+    "es_skill_noise": "The same against point forecast plus noise of the right covariance, which knows no branches",
+    "es_vs_oracle": "Energy score over that of real futures of the same present: 1 is as good as reality",
+    "gap_crps_ratio": "Error of the sampled distance to the lead car at the end of SOON (CRPS) over that of real futures: 1 is as good as reality",
+    "gap_coverage80": "How often the true distance lies in the sampled 80 % interval: 0.8 is right, less is overconfident",
+    "gap_rank_chi2": "Probability of ranks as uneven as these if truth and samples came from one law: near 0 is bad",
+    "steady_spread": "Deviation of the sampled position of a steady car over the probe's own error: where nothing is open, samples must agree",
+    "skill_persistence": "Error saved against a world that stands still, on the fifth of the tokens that moves most, from the second SOON tubelet on",
+    "skill_linear": "Error saved against going on in a straight line through latent space, on the same tokens",
+    "skill_persistence_all": "Error saved against a world that stands still, on all SOON tokens",
+    "skill_linear_all": "Error saved against linear extrapolation, on all SOON tokens",
+    "retrieval_r1": "Share of clips whose own future is the nearest of all candidates to the point forecast",
+    "retrieval_r5": "Share of clips whose own future is among the five nearest candidates",
+    "retrieval_median_rank": "Median rank of the own future among all candidates, 1 is best",
+    "best_of_k": "Error of the best of all K samples over that of the point forecast: below the same figure of mean + noise, samples go where futures go",
+    "spread_ratio": "Deviation among sampled futures over the deviation of real futures from the point forecast: 1 is right, 0 means one mode",
+    "pooled_rank_chi2": "Probability of ranks as uneven as these in pooled latent space if truth and samples came from one law: near 0 is bad",
+    "effective_rank": "exp(entropy) of the singular values of target tokens: 1 means collapse",
+    "target_std": "Deviation of target channels over all tokens: near 0 means collapse",
+    "lane_odds_error": "Distance between the sampled shares of left, keep and right and the odds of the indicator shown: 0 is right",
+    "occluder_stops": "Share of samples in which the car stops behind the truck",
+    "probe_branch_accuracy": "Share of forks whose branch a frozen linear probe names from NOW and SOON latents",
+    "probe_maneuver_f1": "Macro-F1 of a frozen linear probe of the maneuver on NOW and SOON latents",
+    "surprise_auroc": "How well surprise (nearest of K samples) tells impossible clips from legal but rare branches, which it must not flag: 0.5 is chance",
+    "surprise_auroc_matched": "The same when every clip is measured against another future of its own present, so that kinds of scenes do not matter",
+}
+# control -> figures made to catch it; it must fail at least one of them
+CONTROL_TESTS = {
+    "untrained encoder": ("skill_persistence", "skill_linear", "fork_share", "fork_deviation", "calibration_slope", "es_skill_point", "es_vs_oracle"),
+    "shuffled targets": ("calibration_slope", "calibration_ece", "near_real", "between_share", "es_vs_oracle"),
+    "mean + noise": ("between_share", "near_real", "es_vs_oracle"),
+}
+SIGNALS = ("speed", "yaw_rate", "lane_offset", "lead_gap", "steer", "mover_u")  # per-frame signals that probes read at the end of SOON
+
+
+def expectation(limits):
+    """(low, high) -> '>= 0.9', '<= 0.1' or '0.45..0.55'."""
+    low, high = limits
+    if low is None:
+        return f"<= {high:g}"
+    return f">= {low:g}" if high is None else f"{low:g}..{high:g}"
+
+
+def meets(value, limits):
+    """Whether a value lies within (low, high); None for no value."""
+    if value is None or not math.isfinite(value):
+        return None
+    low, high = limits
+    return bool((low is None or value >= low) and (high is None or value <= high))
+
+
+def reading_of(name):
+    """What a figure says, without its verdict."""
+    if name in READINGS:
+        return READINGS[name]
+    if name.startswith("surprise_"):
+        return f"Accuracy at telling an impossible from the possible future of one present, twin '{name[9:].replace('_', ' ')}': 0.5 is chance"
+    return f"R2 of a frozen linear probe of {name[6:-3].replace('_', ' ')} on NOW and SOON latents: 1 is perfect"
+
+
+def make_figure(name, value, interval=None, n=0, controls=None, limits=None, also=None):
+    """One entry of evaluation.json: the measured value with all that is needed to judge it. also: other facts to keep beside it."""
+    limits = limits or THRESHOLDS.get(name)
+    value = None if value is None or not math.isfinite(value) else float(value)
+    passed = meets(value, limits) if limits else None
+    if value is None:
+        verdict = "not measurable here"
+    elif limits is None:
+        verdict = f"{value:.3g} here, to be read beside its controls"
+    else:
+        verdict = f"{value:.3g} is {'good' if passed else 'not good enough'}, {expectation(limits)} is asked for"
+    return {"value": value, "interval": interval, "n": int(n), "controls": controls or {}, "expect": expectation(limits) if limits else None,
+            "passed": passed, "reading": f"{reading_of(name)}; {verdict}.", **(also or {})}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2  Scores: arrays -> numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ratio(part, whole):
+    """part / whole, NaN where whole is 0."""
+    return float(part) / float(whole) if whole else math.nan
+
+
+def bootstrap(table, statistic, groups=None, num=1000, seed=0):
+    """95 % interval of statistic(rows) under resampling of rows [n, ...], or of whole groups [n] -> [low, high], None when it has none."""
+    table, rng = np.asarray(table), np.random.default_rng(seed)
+    names = np.zeros(0) if groups is None else np.unique(groups)
+    members = None if len(names) in (0, len(table)) else [np.flatnonzero(groups == name) for name in names]  # one row each: rows are drawn
+    count = len(table) if members is None else len(members)
+    if count < 2:
+        return None
+    values = []
+    for _ in range(num):
+        drawn = rng.integers(0, count, count)
+        values.append(statistic(table[drawn if members is None else np.concatenate([members[i] for i in drawn])]))
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    return [float(v) for v in np.quantile(values, (0.025, 0.975))] if len(values) else None
+
+
+def energy_score(samples, truth, fair=True):
+    """Energy score per row (Gneiting and Raftery 2007), lower is better: samples [n, K, d], truth [n, d] -> [n]. d = 1: the CRPS.
+
+    fair: the mean distance between samples is taken over pairs of different ones, so that K does not matter on average.
+    """
+    K = samples.shape[1]
+    error = np.linalg.norm(samples - truth[:, None], axis=-1).mean(1)
+    if K == 1:
+        return error
+    apart = np.linalg.norm(samples[:, :, None] - samples[:, None], axis=-1).sum((1, 2))
+    return error - 0.5 * apart / (K * (K - 1) if fair else K * K)
+
+
+def score_against(samples, truths):
+    """Mean fair energy score of one set of samples [K, d] against several truths [n, d] -> float."""
+    return float(energy_score(np.broadcast_to(samples, (len(truths), *samples.shape)), truths).mean())
+
+
+def oracle_score(real):
+    """Mean fair energy score of real futures [n, d], each one scored by all others -> float, NaN below three."""
+    if len(real) < 3:
+        return math.nan
+    return float(np.mean([energy_score(np.delete(real, i, 0)[None], real[i : i + 1])[0] for i in range(len(real))]))
+
+
+def branch_coordinate(points, left, right):
+    """Place on the line between two branch means, 0 left and 1 right: points [..., d], left, right [d] -> [...]."""
+    axis = right - left
+    return (points - left) @ axis / max(axis @ axis, 1e-30)
+
+
+def branch_distance(points, left, right):
+    """Distance to the nearer branch mean: points [..., d] -> [...]."""
+    return np.minimum(np.linalg.norm(points - left, axis=-1), np.linalg.norm(points - right, axis=-1))
+
+
+def real_radii(real, side):
+    """Distance of every real future [n, d] to the mean of the others on its own side (-1, 1) -> [m], sides with one future left out."""
+    radii = []
+    for which in (-1, 1):
+        own = real[side == which]
+        if len(own) > 1:
+            radii.append(np.linalg.norm(own - own.mean(0), axis=1) * len(own) / (len(own) - 1))
+    return np.concatenate(radii) if radii else np.zeros(0)
+
+
+def binomial_deviation(K):
+    """Mean |share - 0.5| of a perfect sampler with K draws at even odds."""
+    return sum(math.comb(K, k) * abs(k / K - 0.5) for k in range(K + 1)) / 2**K
+
+
+def calibration(share, odds):
+    """Sampled shares [n] against true odds [n] -> (slope, intercept, ece). The odds themselves are the bins of the ece:
+    a sampler that always says 0.5 would look calibrated in bins of its own predictions."""
+    if len(np.unique(odds)) < 2:
+        return math.nan, math.nan, math.nan
+    slope, intercept = np.polyfit(odds, share, 1)
+    ece = np.mean([abs(share[odds == p].mean() - p) for p in np.unique(odds)])
+    return float(slope), float(intercept), float(ece)
+
+
+def coverage(samples, truth, level=0.8):
+    """Whether truth [n] lies in the central interval of samples [n, K] -> bool [n]. Weibull quantiles: exact for a truth of the same law."""
+    low, high = np.quantile(samples, ((1 - level) / 2, (1 + level) / 2), axis=1, method="weibull")
+    return (truth >= low) & (truth <= high)
+
+
+def truth_ranks(samples, truth, seed=0):
+    """How many of the samples [n, K] lie below truth [n], ties split at random -> int [n] in 0..K."""
+    below, ties = (samples < truth[:, None]).sum(1), (samples == truth[:, None]).sum(1)
+    return below + np.random.default_rng(seed).integers(0, ties + 1)
+
+
+def rank_test(ranks, K, num_bins=11):
+    """Ranks in 0..K -> (share per bin, chi-squared probability of such unevenness if all ranks are equally likely)."""
+    from scipy.stats import chi2
+
+    edges = np.linspace(0, K + 1, min(num_bins, K + 1) + 1) - 0.5
+    counts = np.histogram(ranks, edges)[0]
+    expected = np.histogram(np.arange(K + 1), edges)[0] / (K + 1) * len(ranks)
+    return counts / max(len(ranks), 1), float(chi2.sf(((counts - expected) ** 2 / np.maximum(expected, 1e-12)).sum(), len(counts) - 1))
+
+
+def best_of(distances, ks):
+    """Expected smallest of k out of K distances [n, K], exact over all choices -> [n, len(ks)]."""
+    ordered, K = np.sort(distances, 1), distances.shape[1]
+    weights = np.array([[math.comb(K - 1 - i, k - 1) / math.comb(K, k) for k in ks] for i in range(K)])
+    return ordered @ weights
+
+
+def auroc(positive, negative):
+    """Probability that a positive scores above a negative, ties count half. [n], [m] -> float."""
+    difference = np.asarray(positive)[:, None] - np.asarray(negative)[None]
+    return float((difference > 0).mean() + 0.5 * (difference == 0).mean()) if difference.size else math.nan
+
+
+def pair_accuracy(impossible, possible):
+    """1 where the impossible twin scores above the possible one, 0.5 for a tie: [n], [n] -> [n]."""
+    return (impossible > possible) + 0.5 * (impossible == possible)
+
+
+def retrieval_ranks(queries, candidates):
+    """Rank of candidate i for query i by L1 distance, 1 = nearest, ties count half: [n, d], [n, d] -> [n]."""
+    ranks = []
+    for i, query in enumerate(queries):
+        distance = np.abs(candidates - query).mean(1)
+        ranks.append(1 + (distance < distance[i]).sum() + 0.5 * ((distance == distance[i]).sum() - 1))
+    return np.asarray(ranks, float)
+
+
+def r2(rows):
+    """Coefficient of determination of rows [n, 2] = (truth, prediction)."""
+    truth, pred = rows[:, 0], rows[:, 1]
+    return 1 - ratio(((truth - pred) ** 2).sum(), ((truth - truth.mean()) ** 2).sum())
+
+
+def macro_f1(rows):
+    """Mean F1 over the classes that truth names: rows [n, 2] = (truth, prediction)."""
+    truth, pred = rows[:, 0], rows[:, 1]
+    return float(np.mean([2 * ((truth == c) & (pred == c)).sum() / max((truth == c).sum() + (pred == c).sum(), 1) for c in np.unique(truth)]))
+
+
+def accuracy(rows):
+    """Share of rows [n, 2] whose two entries agree."""
+    return float((rows[:, 0] == rows[:, 1]).mean())
+
+
+def mean_ratio(rows):
+    """Sum of the first over sum of the second column."""
+    return ratio(rows[:, 0].sum(), rows[:, 1].sum())
+
+
+def rms_ratio(rows):
+    """Root of mean_ratio: of squares, a ratio of deviations."""
+    return math.sqrt(mean_ratio(rows))
+
+
+def saved(rows):
+    """1 - mean_ratio: the share of an error that is saved against a reference, a ratio of means."""
+    return 1 - mean_ratio(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3  Fork tests: readings of scenes -> figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reading:
+    """One present in a space of d numbers: real futures [n, d], the point forecast [d], sampled futures by name [K, d]."""
+
+    odds: float  # true probability of the right branch, 0 where there is no fork
+    real: np.ndarray
+    side: np.ndarray  # -1 or 1 per real future, 0 without a fork
+    natural: int  # the first so many real futures were drawn with the true odds
+    point: np.ndarray
+    samples: dict
+    truth: list = field(default_factory=list)  # labels of the real futures
+    same_now: bool = True  # NOW frames of all real futures are equal bit for bit
+
+
+def choose(readings, columns):
+    """The same readings in some of their d numbers: columns is a slice -> [Reading]."""
+    return [replace(r, real=r.real[:, columns], point=r.point[columns], samples={name: s[:, columns] for name, s in r.samples.items()}) for r in readings]
+
+
+FORK_COLUMNS = ("odds", "share", "between", "near", "point", "picked", "es", "es_point", "es_noise", "es_oracle", "real_between", "real_near")
+
+
+def fork_rows(readings, variant):
+    """Per fork: odds, share of samples to the right, between and near the branches, place of the point forecast, energy scores -> {column: [n]}."""
+    usable = [r for r in readings if min((r.side == -1).sum(), (r.side == 1).sum()) > 1]
+    radius = 1.5 * np.quantile(np.concatenate([real_radii(r.real, r.side) for r in usable]), 0.95) if usable else math.nan
+    rows = []
+    for r in usable:
+        left, right = r.real[r.side == -1].mean(0), r.real[r.side == 1].mean(0)
+        place, real, noise = (branch_coordinate(points, left, right) for points in (r.samples[variant], r.real, r.samples["mean + noise"]))
+        point, natural, scores = float(branch_coordinate(r.point, left, right)), real[: r.natural, None], [math.nan] * 4
+        if r.natural > 2:
+            scores = [*(score_against(np.reshape(x, (-1, 1)), natural) for x in (place, point, noise)), oracle_score(natural)]
+        between, real_between = (float(((x > 0.25) & (x < 0.75)).mean()) for x in (place, real))
+        near, real_near = (float((x <= radius).mean()) for x in (branch_distance(r.samples[variant], left, right), real_radii(r.real, r.side)))
+        rows.append((r.odds, (place > 0.5).mean(), between, near, point, (point > 0.5) == (r.side[0] > 0), *scores, real_between, real_near))
+    return dict(zip(FORK_COLUMNS, np.asarray(rows, float).reshape(len(rows), len(FORK_COLUMNS)).T))
+
+
+def fork_scores(readings, variant, resamples=1000):
+    """Readings in branch space -> {figure: (value, interval, n)} of one kind of samples."""
+    rows = fork_rows(readings, variant)
+    if not len(rows["odds"]):
+        return {}
+    even, scores = rows["odds"] == 0.5, {}
+    means = {"fork_share": rows["share"], "fork_deviation": abs(rows["share"] - 0.5), "between_share": rows["between"], "near_real": rows["near"],
+             "hedging": (rows["point"] >= 0.25) & (rows["point"] <= 0.75)}
+    for name, values in means.items():
+        scores[name] = (float(values[even].mean()) if even.any() else math.nan, bootstrap(values[even], np.mean, num=resamples), even.sum())
+    scored = even & np.isfinite(rows["es_oracle"])
+    for name, reference, statistic in (("es_skill_point", "es_point", saved), ("es_skill_noise", "es_noise", saved), ("es_vs_oracle", "es_oracle", mean_ratio)):
+        table = np.stack([rows["es"], rows[reference]], 1)[scored]
+        scores[name] = (statistic(table), bootstrap(table, statistic, num=resamples), scored.sum())
+    table, count = np.stack([rows["share"], rows["odds"]], 1), len(even)
+    for column, name in enumerate(("calibration_slope", "calibration_intercept", "calibration_ece")):
+        drawn = bootstrap(table, lambda picked, column=column: calibration(picked[:, 0], picked[:, 1])[column], num=resamples)
+        scores[name] = (calibration(rows["share"], rows["odds"])[column], drawn, count)
+    return scores
+
+
+def real_scores(rows, num_samples):
+    """What real futures, or samples of the same law, would score in the fork tests: the best that can be asked -> {figure: value}."""
+    even = rows["odds"] == 0.5
+    oracle, point, noise = (np.nansum(rows[name][even]) for name in ("es_oracle", "es_point", "es_noise"))
+    return {"fork_deviation": binomial_deviation(num_samples), "es_skill_point": 1 - ratio(oracle, point), "es_skill_noise": 1 - ratio(oracle, noise),
+            **({"between_share": rows["real_between"][even].mean(), "near_real": rows["real_near"][even].mean()} if even.any() else {})}
+
+
+def fork_figures(readings, sizes, controls):
+    """Figures of the fork tests: the model's own samples, each beside the same test of the control samples -> dict.
+
+    controls: {name: readings or None}; None takes the samples of that name from the model's readings.
+    """
+    others = {name: fork_scores(own or readings, "model" if own else name, 2) for name, own in controls.items()}
+    rows, figures = fork_rows(readings, "model"), {}
+    even, best = rows["odds"] == 0.5, real_scores(rows, sizes.num_samples)
+    for name, (value, interval, n) in fork_scores(readings, "model", sizes.resamples).items():
+        beside = {control: scores[name][0] for control, scores in others.items() if name in scores}
+        figures[name] = make_figure(name, value, interval, n, beside | ({"perfect sampler": best[name]} if name in best else {}))
+    if even.any():
+        picked, band = rows["picked"][even], 3 * math.sqrt(0.25 / even.sum())
+        same = all(r.same_now for r in readings)
+        figure = make_figure("no_leak", picked.mean(), bootstrap(picked, np.mean, num=sizes.resamples), even.sum(), {"chance": 0.5}, (0.5 - band, 0.5 + band),
+                             {"now_frames_equal": same})
+        figures["no_leak"] = figure | {"passed": figure["passed"] and same}
+    return figures
+
+
+def fork_curves(readings, names):
+    """What the charts of the fork tests show -> dict of plain lists."""
+    rows, bins = fork_rows(readings, "model"), np.linspace(-0.5, 1.5, 41)
+    if not len(rows["odds"]):
+        return {}
+    odds = np.unique(rows["odds"])
+    curves = {"calibration": {"odds": odds.tolist(), "share": [float(rows["share"][rows["odds"] == p].mean()) for p in odds],
+                              "std": [float(rows["share"][rows["odds"] == p].std()) for p in odds], "n": [int((rows["odds"] == p).sum()) for p in odds],
+                              "point": [float(np.median(rows["point"][rows["odds"] == p])) for p in odds]}}
+    places = {name: [] for name in ("real futures", *names, "point forecast")}
+    for r in readings:
+        if r.odds == 0.5 and min((r.side == -1).sum(), (r.side == 1).sum()) > 1:
+            ends = r.real[r.side == -1].mean(0), r.real[r.side == 1].mean(0)
+            places["real futures"].append(branch_coordinate(r.real, *ends))
+            places["point forecast"].append(branch_coordinate(r.point[None], *ends))
+            for name in names:
+                places[name].append(branch_coordinate(r.samples[name], *ends))
+    counts = {name: np.histogram(np.clip(np.concatenate(values), -0.5, 1.5), bins)[0] for name, values in places.items() if values}
+    curves["branch_coordinate"] = {"edges": bins.tolist(), **{name: (count / count.sum()).tolist() for name, count in counts.items()}}
+    return curves
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4  Probes: latents and labels -> linear read-outs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Principal:
+    """Leading principal directions of rows [n, R], by the Gram matrix: R may be large. Scores have mean square 1 over all directions."""
+
+    def __init__(self, rows, rank, centre=True):
+        rows = torch.as_tensor(rows).float()
+        self.mean = rows.mean(0) if centre else torch.zeros(rows.shape[1])
+        centred = rows - self.mean
+        values, vectors = torch.linalg.eigh((centred @ centred.T).double())
+        values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+        solid = values > 1e-9 * values[0].clamp_min(1e-30)
+        self.basis = centred.T @ (vectors[:, solid] * values[solid].rsqrt()).float()  # [R, k] orthonormal
+        self.scale = float((values[solid].sum() / max(len(rows), 1) / max(int(solid.sum()), 1)).clamp_min(1e-30).sqrt())
+
+    def scores(self, rows):
+        """Rows [n, R] -> float64 [n, k]."""
+        return (((torch.as_tensor(rows).float() - self.mean) @ self.basis) / self.scale).double().numpy()
+
+    def pull_back(self, weight, bias):
+        """A linear map of scores, weight [k, d] and bias [d], as one of rows -> (weight [R, d], bias [d])."""
+        weight = self.basis @ torch.as_tensor(weight).float() / self.scale
+        return weight, torch.as_tensor(bias).float() - self.mean @ weight
+
+
+def fit_ridge(scores, values):
+    """Ridge regression with its strength chosen by leave-one-out error: scores [n, k], values [n] with NaN for unknown -> (weight [k, 1], bias [1])."""
+    from sklearn.linear_model import RidgeCV
+
+    known = np.isfinite(values)
+    if known.sum() < 8:
+        return None
+    ridge = RidgeCV(alphas=np.logspace(-2, 5, 15)).fit(scores[known], values[known])
+    return ridge.coef_[:, None], np.array([ridge.intercept_])
+
+
+def fit_logistic(scores, classes, groups, num_classes):
+    """Logistic regression, its strength chosen on a fifth of the groups: scores [n, k], classes [n] with -1 for unknown -> (weight [k, c], bias [c]).
+
+    The largest of the c outputs names the class; a class that is missing among the rows can never be named.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    known = classes >= 0
+    if len(np.unique(classes[known])) < 2:
+        return None
+    held = known & (np.random.default_rng(0).permutation(int(groups.max()) + 1)[groups] % 5 == 0)
+    inner, chosen = known & ~held, 0.1
+    if held.any() and len(np.unique(classes[inner])) > 1:
+        fits = {C: LogisticRegression(C=C, max_iter=300).fit(scores[inner], classes[inner]) for C in (0.001, 0.01, 0.1, 1.0)}
+        chosen = max(fits, key=lambda C: fits[C].score(scores[held], classes[held]))
+    fitted = LogisticRegression(C=chosen, max_iter=300).fit(scores[known], classes[known])
+    weight, bias = np.zeros((scores.shape[1], num_classes)), np.full(num_classes, -1e6)
+    if len(fitted.classes_) == 2:  # one column in scikit-learn: the second class against the first
+        weight[:, fitted.classes_[1]], bias[fitted.classes_] = fitted.coef_[0], (0.0, fitted.intercept_[0])
+    else:
+        weight[:, fitted.classes_], bias[fitted.classes_] = fitted.coef_.T, fitted.intercept_
+    return weight, bias
+
+
+@dataclass
+class Tasks:
+    """What probes read: values {signal: float [n], NaN unknown}, classes {task: int [n], -1 unknown}, num_classes {task: c}, groups [n] (scene or file)."""
+
+    values: dict
+    classes: dict
+    num_classes: dict
+    groups: np.ndarray
+
+    def names(self):
+        return [*self.values, *self.classes]
+
+    def rows(self, task, pred):
+        """Known (truth, prediction) rows [m, 2] of a task and the groups they belong to."""
+        truth = self.values.get(task, self.classes.get(task)).astype(float)
+        known = np.isfinite(truth) if task in self.values else truth >= 0
+        return np.stack([truth[known], np.asarray(pred, float)[known]], 1), self.groups[known]
+
+    def shuffled(self, seed):
+        """The same labels dealt to other clips: what a probe finds here, it found by luck. Unknown ones stay unknown."""
+        rng, dealt = np.random.default_rng(seed), []
+        for labels in (self.values, self.classes):
+            dealt.append({name: column.copy() for name, column in labels.items()})
+            for column in dealt[-1].values():
+                known = np.flatnonzero(np.isfinite(column) if column.dtype.kind == "f" else column >= 0)
+                column[known] = column[rng.permutation(known)]
+        return replace(self, values=dealt[0], classes=dealt[1])
+
+
+def fit_probes(rows, tasks, rank):
+    """One linear probe per task on principal components of rows [n, R] -> {task: (weight [R, c], bias [c])}; tasks without labels are left out."""
+    space = Principal(rows, min(rank, max(len(rows) // 2, 1)))
+    scores, probes = space.scores(rows), {}
+    for name, values in tasks.values.items():
+        probes[name] = fit_ridge(scores, values)
+    for name, classes in tasks.classes.items():
+        probes[name] = fit_logistic(scores, classes, tasks.groups, tasks.num_classes[name])
+    return {name: space.pull_back(*fitted) for name, fitted in probes.items() if fitted is not None}
+
+
+def predict(probes, rows, tasks):
+    """Probes on rows [n, R] -> {task: values or class numbers [n]}."""
+    rows = torch.as_tensor(rows).float()
+    outputs = {name: (rows @ weight + bias).numpy() for name, (weight, bias) in probes.items()}
+    return {name: out[:, 0] if name in tasks.values else out.argmax(1) for name, out in outputs.items()}
+
+
+class AttentiveProbe(nn.Module):
+    """One block of cross-attention with a learned query per task, then a linear head each (V-JEPA's probe with one block)."""
+
+    def __init__(self, dim, widths):
+        super().__init__()
+        heads = max(h for h in range(1, max(dim // 32, 1) + 1) if dim % h == 0)
+        self.queries = nn.Parameter(torch.randn(len(widths), dim))
+        self.norm_tokens, self.norm, self.cross, self.mlp = nn.LayerNorm(dim), nn.LayerNorm(dim), V.CrossAttention(dim, dim, heads), V.MLP(dim, 4 * dim)
+        self.heads = nn.ModuleList(nn.Linear(dim, width) for width in widths)
+        for linear in (self.cross.q, self.cross.kv, self.cross.proj):
+            nn.init.trunc_normal_(linear.weight, std=dim**-0.5)
+
+    def forward(self, tokens):
+        """tokens [B, L, D] -> list of [B, width]."""
+        x = self.queries.expand(len(tokens), -1, -1)  # [B, tasks, D]
+        x = x + self.cross(x, *self.cross.project(self.norm_tokens(tokens)))
+        x = x + self.mlp(self.norm(x))
+        return [head(x[:, task]) for task, head in enumerate(self.heads)]
+
+
+def attentive_loss(outputs, labels, scales):
+    """Sum over tasks: squared error in units of the deviation, or cross-entropy; unknown labels count nothing."""
+    total = outputs[0].new_zeros(())
+    for out, label, scale in zip(outputs, labels, scales):
+        if scale is None:
+            total = total + F.cross_entropy(out, label, ignore_index=-1, reduction="sum") / (label >= 0).sum().clamp_min(1)
+        else:
+            known = torch.isfinite(label)
+            total = total + (out[:, 0] - (torch.nan_to_num(label) - scale[0]) / scale[1])[known].square().sum() / known.sum().clamp_min(1)
+    return total
+
+
+def attentive_predictions(tokens, tasks, test_tokens, epochs, device, seed=0):
+    """Train an attentive probe of all tasks on tokens [n, L, D], apply it to test tokens -> {task: predictions}."""
+    names = [name for name in tasks.names() if name in tasks.classes or np.isfinite(tasks.values[name]).sum() > 7]
+    values = {name: torch.as_tensor(tasks.values[name]).float().to(device) for name in names if name in tasks.values}
+    scales = [(values[name].nanmean(), values[name][~values[name].isnan()].std().clamp_min(1e-6)) if name in values else None for name in names]
+    labels = [values[name] if name in values else torch.as_tensor(tasks.classes[name]).to(device) for name in names]
+    torch.manual_seed(seed)
+    probe = AttentiveProbe(tokens.shape[-1], [1 if name in values else tasks.num_classes[name] for name in names]).to(device)
+    size, rng = min(32, len(tokens)), torch.Generator().manual_seed(seed)
+    steps = epochs * (len(tokens) // size)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=4e-3, weight_decay=0.01)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / 20)
+        drawn = torch.randint(len(tokens), (size,), generator=rng)
+        loss = attentive_loss(probe(tokens[drawn].to(device).float()), [label[drawn.to(device)] for label in labels], scales)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    with torch.inference_mode():
+        parts = [probe(part.to(device).float()) for part in test_tokens.split(64)]
+    outputs = [torch.cat(column).cpu() for column in zip(*parts)]
+    return {name: (out[:, 0] * scale[1].cpu() + scale[0].cpu()).numpy() if scale else out.argmax(1).numpy() for name, out, scale in zip(names, outputs, scales)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5  Clips: held-out scenes or videos -> frames and labels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """One rewritten line of stderr on a terminal, one plain line per stage elsewhere; silent when `quiet`."""
+
+    def __init__(self, quiet=False):
+        self.quiet, self.began, self.width, self.name, self.total, self.done = quiet, time.perf_counter(), 0, "", 1, 0
+
+    def stage(self, name, total=1):
+        """Begin a stage of `total` parts."""
+        self.name, self.total, self.done = name, max(total, 1), 0
+        if not self.quiet and not sys.stderr.isatty():
+            print(f"{time.perf_counter() - self.began:6.0f} s  {name}", file=sys.stderr, flush=True)
+        self.step(0)
+
+    def step(self, count=1):
+        """Count parts of the stage."""
+        self.done += count
+        if not self.quiet and sys.stderr.isatty():
+            filled = round(24 * self.done / self.total)
+            line = f"[{'#' * filled}{'.' * (24 - filled)}] {self.done}/{self.total} {self.name} ({time.perf_counter() - self.began:.0f} s)"
+            print("\r" + line.ljust(self.width), end="", file=sys.stderr, flush=True)
+            self.width = len(line)
+
+    def close(self):
+        """Leave the line empty."""
+        if self.width:
+            print("\r" + " " * self.width + "\r", end="", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip to render."""
+
+    scene_seed: int
+    future_seed: int
+    kind: str = ""
+    twin: str = ""
+
+
+def set_seed(seed, name, number):
+    """Scene seed `number` of a set: no two sets, nor any training, share one."""
+    return EVAL_SEED + seed * 10**12 + SETS.index(name) * 10**9 + number
+
+
+def future_of(job, cfg):
+    """What happens after NOW in a job, without drawing it -> dict with choice, brake_at, stops."""
+    return V.draw_future(V.draw_scene(job.scene_seed, cfg, job.kind), job.future_seed, job.scene_seed)[0]
+
+
+def futures_where(scene_seed, cfg, kind, key, value, count, most=400):
+    """Future seeds in which key has this value, the first `count` of them -> list, shorter when `most` seeds hold no more."""
+    found, scene = [], V.draw_scene(scene_seed, cfg, kind)
+    for future_seed in range(most):
+        if len(found) < count and V.draw_future(scene, future_seed, scene_seed)[0][key] == value:
+            found.append(future_seed)
+    return found
+
+
+def fork_seeds(seed, name, cfg, odds, count):
+    """Scene seeds of a set whose fork has these odds -> list of `count`."""
+    found, number = [], 0
+    while len(found) < count:
+        scene_seed, number = set_seed(seed, name, number), number + 1
+        if V.scene_odds(scene_seed, cfg, "fork")["right"] == odds:
+            found.append(scene_seed)
+    return found
+
+
+def scene_pictures(job, cfg):
+    """Render a job in the size that the model sees -> (frames uint8 [T, 3, H, W], labels). Scenes of runs that learned from files
+    are drawn in the files' size and averaged down, as a decoder does; those of runs that rendered are drawn as they are."""
+    drawn = cfg if cfg.scenes == "files" else replace(cfg, scene_size=0)
+    frames, labels = V.scene(job.scene_seed, job.future_seed, drawn, job.kind, job.twin)
+    clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    if clip.shape[-2:] != (cfg.height, cfg.width):
+        clip = F.interpolate(clip.float(), size=(cfg.height, cfg.width), mode="area").round().byte()
+    labels["stops"] = bool(future_of(job, cfg)["stops"])
+    return clip.contiguous(), labels
+
+
+class SceneJobs(torch.utils.data.Dataset):
+    """Rendered jobs."""
+
+    def __init__(self, jobs, cfg):
+        self.jobs, self.cfg = jobs, cfg
+
+    def __len__(self):
+        return len(self.jobs)
+
+    def __getitem__(self, index):
+        return scene_pictures(self.jobs[index], self.cfg)
+
+
+def timed_annotation(annotation, video, plan):
+    """Per-frame signals of an annotation at the times of a clip's frames -> dict of lists [T] and the maneuver."""
+    labels = {"maneuver": str(annotation.get("maneuver", ""))}
+    signals = {name: annotation[name] for name in SIGNALS if isinstance(annotation.get(name), list) and annotation[name]}
+    if not signals:
+        return labels
+    with V.open_pyav(video.path) as container:
+        duration, native_fps = V.pyav_timing(container, container.streams.video[0])
+    times = V.frame_times(plan, duration, native_fps)
+    for name, signal in signals.items():
+        try:
+            values = np.array([math.nan if value is None else float(value) for value in signal])
+        except (TypeError, ValueError) as error:
+            raise V.UserError(f"annotation of {video.name}: {name} must be a list of numbers") from error
+        at = np.clip((times * float(annotation.get("fps") or native_fps)).astype(int), 0, len(values) - 1)
+        labels[name] = [None if math.isnan(value) else float(value) for value in values[at]]
+    return labels
+
+
+class VideoClips(torch.utils.data.Dataset):
+    """Clips of real videos by the script's own dataset, with annotations at the clip's times. labels: file, maneuver, signals, bad."""
+
+    def __init__(self, dataset, count):
+        self.dataset, self.count = dataset, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        data, cfg = self.dataset, self.dataset.cfg
+        frames, number, annotation, bad, _ = data.decode(index, cfg.height, cfg.width)
+        labels = {}
+        if number >= 0:
+            plan = V.draw_plan(V.sample_rng(cfg.seed, data.stream, index, 2), cfg, data.stream)
+            labels = timed_annotation(annotation, data.videos[number], plan)
+        clip = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
+        return clip, {**labels, "file": number, "bad": bad}
+
+
+def collate_clips(pairs):
+    """List of (frames, labels) -> (frames [B, T, 3, H, W], list of labels)."""
+    return torch.stack([frames for frames, _ in pairs]), [labels for _, labels in pairs]
+
+
+def stream(clips, sizes, num_workers, progress, name):
+    """Batches of a dataset in order, made by worker processes -> generator of (frames uint8 on the host, labels)."""
+    progress.stage(name, len(clips))
+    loader = torch.utils.data.DataLoader(clips, batch_size=sizes.batch, num_workers=num_workers, collate_fn=collate_clips,
+                                         worker_init_fn=V.init_worker, prefetch_factor=4 if num_workers else None)
+    for frames, labels in loader:
+        yield frames, labels
+        progress.step(len(labels))
+
+
+def soon_end(values, cfg):
+    """Mean over the frames of the last SOON tubelet of a per-frame list, NaN where it is unknown."""
+    if not values:
+        return math.nan
+    end = cfg.now_frames + cfg.soon_frames
+    known = [value for value in values[end - cfg.tubelet_t : end] if value is not None]
+    return float(np.mean(known)) if known else math.nan
+
+
+def window_maneuver(labels, cfg):
+    """The maneuver as far as NOW and SOON show it: a braking that begins later is none yet."""
+    late = labels.get("brake_time") is not None and labels["brake_time"] > cfg.soon_frames / (cfg.clip_fps or 4.0)
+    return "keep" if late and labels.get("maneuver") == "brake" else labels.get("maneuver", "")
+
+
+def make_tasks(labels, cfg, maneuvers, scenes):
+    """Labels of clips -> Tasks. Scenes also have a branch, a lane choice and a car that stops; groups are scenes or files."""
+    values = {name: np.array([soon_end(label.get(name), cfg) for label in labels]) for name in SIGNALS}
+    values = {name: column for name, column in values.items() if np.isfinite(column).any() and not (scenes and name == "steer")}
+    numbers = {name: number for number, name in enumerate(maneuvers)}
+    classes = {"maneuver": np.array([numbers.get(window_maneuver(label, cfg), -1) for label in labels])} if maneuvers else {}
+    counts = {"maneuver": len(maneuvers)}
+    if scenes:
+        lanes = {"lane_change_left": 0, "keep": 1, "lane_change_right": 2}
+        classes["branch"] = np.array([-1 if label["kind"] != "fork" else int(label["branch"] > 0) for label in labels])
+        classes["lane"] = np.array([lanes[label["maneuver"]] if label["kind"] == "lane" else -1 for label in labels])
+        classes["stops"] = np.array([int(label["stops"]) if label["kind"] == "occluder" else -1 for label in labels])
+        counts |= {"branch": 2, "lane": 3, "stops": 2}
+    _, groups = np.unique([label["scene_seed"] if scenes else label["file"] for label in labels], return_inverse=True)
+    return Tasks(values, classes, counts, groups)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6  Subjects: a model and what was fitted on its latents
+# ---------------------------------------------------------------------------------------------------------------------
+
+POOL_SIDE, POOL_CHANNELS = 8, 128  # larger token grids and wider tokens are reduced to this before they are kept
+
+
+class Reducer:
+    """Fixed linear map that makes tokens small enough to keep: grids are averaged to at most 8 x 8 sites, channels cut to 128 principal ones."""
+
+    def __init__(self, cfg):
+        self.grid, self.side, self.basis = cfg.grid[1:], tuple(min(side, POOL_SIDE) for side in cfg.grid[1:]), None
+
+    def fit(self, tokens):
+        """Choose the channels from the first tokens seen [n, L, D]; they stay as they are when they are few."""
+        if tokens.shape[-1] > POOL_CHANNELS and self.basis is None:
+            rows = tokens.flatten(0, 1)
+            self.basis = torch.linalg.eigh((rows.T @ rows).double())[1].flip(1)[:, :POOL_CHANNELS].float()
+
+    def __call__(self, tokens):
+        """[..., L, D] -> [..., L', D']."""
+        if self.side != self.grid:
+            lead, (_, D) = tokens.shape[:-2], tokens.shape[-2:]
+            maps = tokens.reshape(-1, *self.grid, D).permute(0, 3, 1, 2)
+            tokens = F.adaptive_avg_pool2d(maps, self.side).permute(0, 2, 3, 1).reshape(*lead, -1, D)
+        return tokens if self.basis is None else tokens @ self.basis
+
+
+class ResidualNoise(nn.Module):
+    """Stands in for a flow net and knows nothing of NOW: in one step it turns noise into coordinates with the residual's own covariance.
+
+    Sampling with it gives the point forecast plus noise of the right size and shape, but without branches.
+    """
+
+    def __init__(self, space):
+        super().__init__()
+        self.space = space
+
+    def project(self, context):
+        """Nothing of the context is used."""
+        return None
+
+    def forward(self, x_tau, tau, projected):
+        """Noise [B, R, N, k] -> y [B, R, N, k]; right for a single step from tau 0 alone."""
+        return self.space.gaussian(x_tau)
+
+
+class Subject:
+    """A model with the flow nets that sample from it, and linear read-outs of SOON latents fitted on it."""
+
+    def __init__(self, model, device, steps=None):
+        self.model, self.cfg, self.device, self.steps, self.reduce = model, model.cfg, device, steps or model.cfg.flow_steps, Reducer(model.cfg)
+        self.sampled = steps is None  # whether its samples can differ
+        self.flows, self.probes, self.weight, self.bias, self.columns = {"model": model.flow_ema}, {}, None, None, {}
+
+    def autocast(self):
+        """The precision that the run was trained in."""
+        dtype = V.amp_dtype(self.cfg, self.device)
+        return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def soon(self, tokens):
+        """SOON part of targets [B, L, D]."""
+        return tokens[:, self.cfg.now_tokens : self.cfg.now_tokens + self.cfg.soon_tokens]
+
+    @torch.no_grad()
+    def encode(self, frames):
+        """uint8 frames [B, T, 3, H, W] on the host -> fp32 (context [B, K, D], targets [B, L, D], point forecast [B, F, D])."""
+        model = self.model
+        with self.autocast():
+            clip = model.normalise(frames.to(self.device))
+            targets = model.make_targets(clip)
+            context = model.encode_now(model.online.tokenizer(clip[:, : self.cfg.now_frames]))
+            point = model.forecast(context, model.predict_soon(context))
+        return context.float(), targets.float(), point.float()
+
+    @torch.no_grad()
+    def sample(self, context, flow, num_samples, num_steps, seed):
+        """Sampled SOON latents of contexts [B, K, D] by a flow net, in parts that fit the memory -> generator of (first row, [b, S, M, D])."""
+        cfg, own, num_steps = self.cfg, self.model.flow_ema, 1 if isinstance(flow, ResidualNoise) else num_steps
+        size = max(1, 2**26 // (num_samples * (cfg.soon_tokens + cfg.flow_chunks) * cfg.enc_dim))
+        for first in range(0, len(context), size):
+            generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + first)
+            self.model.flow_ema = flow
+            try:
+                with self.autocast():
+                    futures = self.model.sample_futures(context[first : first + size], num_samples, num_steps, generator)
+            finally:
+                self.model.flow_ema = own
+            yield first, futures[:, :, : cfg.soon_tokens].float()
+
+    def set_readings(self, maps):
+        """Take in linear maps of reduced SOON latents {name: (weight [R, d], bias [d])}: `read` applies all of them at once."""
+        edges = np.cumsum([0, *(weight.shape[1] for weight, _ in maps.values())])
+        self.columns = {name: slice(int(a), int(b)) for name, a, b in zip(maps, edges, edges[1:])}
+        self.weight = torch.cat([weight for weight, _ in maps.values()], 1).to(self.device)
+        self.bias = torch.cat([bias for _, bias in maps.values()]).to(self.device)
+
+    def read(self, soon):
+        """SOON latents [..., M, D] -> all read-outs [..., d] as a float64 array."""
+        return (self.reduce(soon).flatten(-2) @ self.weight + self.bias).double().cpu().numpy()
+
+
+@dataclass
+class Latents:
+    """What is kept of a set of clips: reduced latents in half precision on the host, and labels."""
+
+    labels: list
+    now: torch.Tensor  # targets of NOW [n, L', D']
+    soon: torch.Tensor  # targets of SOON
+    context: torch.Tensor  # online encoder on NOW alone
+    point: torch.Tensor  # point forecast of SOON
+    flow: tuple  # full contexts and whitened residuals of the first clips, what a flow net learns from
+
+    def real(self):
+        """NOW and SOON targets as rows [n, R]."""
+        return torch.cat([self.now, self.soon], 1).flatten(1)
+
+
+def pixel_rows(frames, cfg):
+    """NOW and SOON frames averaged to 8 x 8 -> half precision rows [n, R]: what a probe finds without any encoder."""
+    shown = frames[:, : cfg.now_frames + cfg.soon_frames].flatten(0, 1).float() / 255
+    return F.adaptive_avg_pool2d(shown, 8).reshape(len(frames), -1).half()
+
+
+def usable(frames, labels, bad):
+    """Drop clips of which no file could be decoded; `bad` collects (file, reason) -> (frames, labels)."""
+    bad.update(entry for label in labels for entry in label.get("bad", ()))
+    keep = [label.get("file", 0) >= 0 for label in labels]
+    return frames[torch.tensor(keep)], [label for label, ok in zip(labels, keep) if ok]
+
+
+def collect(subjects, batches, bad, flow_clips=0, meter=None):
+    """Encode batches by every subject -> ([Latents], pixel rows [n, R]), (None, None) without a clip that can be decoded.
+
+    The first batch chooses a subject's kept channels. meter: a Meter that sees everything at full size.
+    """
+    parts, pixels, labels = [[] for _ in subjects], [], []
+    for frames, batch_labels in batches:
+        frames, batch_labels = usable(frames, batch_labels, bad)
+        if not batch_labels:
+            continue
+        for subject, part in zip(subjects, parts):
+            context, targets, point = subject.encode(frames)
+            subject.reduce.fit(targets)
+            now, soon = targets[:, : subject.cfg.now_tokens], subject.soon(targets)
+            kept = [subject.reduce(tokens).half().cpu() for tokens in (now, soon, context, point[:, : subject.cfg.soon_tokens])]
+            with torch.no_grad():
+                space = subject.model.space
+                y = space.encode(space.pool(subject.model.future_target(targets) - point)) if len(labels) < flow_clips else None
+            if meter is not None:
+                meter.see(subject, context, targets, point)
+            part.append((*kept, (context.half().cpu(), y.cpu()) if y is not None else None))
+        pixels.append(pixel_rows(frames, subjects[0].cfg))
+        labels += batch_labels
+    if not labels:
+        return None, None
+    latents = []
+    for part in parts:
+        *kept, flows = zip(*part)
+        flows = [pair for pair in flows if pair is not None]
+        latents.append(Latents(labels, *(torch.cat(column) for column in kept), tuple(torch.cat(column) for column in zip(*flows))))
+    return latents, torch.cat(pixels)
+
+
+def train_shuffled(subject, latents, sizes, seed):
+    """A fresh flow net trained on residuals dealt to other clips: it learns the futures there are, not which belong to a present."""
+    contexts, y = latents.flow
+    cfg, device = subject.cfg, subject.device
+    torch.manual_seed(seed)
+    net, rng = V.FlowNet(cfg).to(device), torch.Generator().manual_seed(seed)
+    y, optimizer = y[torch.randperm(len(y), generator=rng)], torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    size, draws = min(sizes.shuffled_batch, len(y)), 4
+    for step in range(sizes.shuffled_steps):
+        optimizer.param_groups[0]["lr"] = 5e-4 * (1 + math.cos(math.pi * step / sizes.shuffled_steps)) * min(1.0, (step + 1) / 20)
+        chosen = torch.randint(len(y), (size,), generator=rng)
+        noise = torch.randn((size, draws, *y.shape[1:]), generator=rng).to(device)
+        tau = V.shifted_tau(torch.randn((size, draws), generator=rng), cfg.tau_shift).to(device)
+        with subject.autocast():
+            projected = net.project(contexts[chosen].to(device).float())
+            loss = V.velocity_loss(net, projected, y[chosen, None].to(device).expand_as(noise), noise, tau)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+    return net.eval()
+
+
+def branch_map(soon, labels):
+    """Reduced SOON latents of fork siblings [n, L', D'] -> linear map onto the branch space, eight numbers in which siblings differ.
+
+    The leading directions of differences: per scene, right mean minus left mean and every future minus the mean of its own
+    branch; not centred, as differences are. One unit is the scatter of real futures within a branch, whatever the direction:
+    in latent units the distance between the branches lets anything in between pass for near.
+    """
+    seeds, sides = np.array([label["scene_seed"] for label in labels]), np.array([label["branch"] for label in labels])
+    rows, between, within, free = soon.flatten(1).float(), [], [], 0
+    for seed in np.unique(seeds[sides != 0]):
+        left, right = (rows[torch.from_numpy((seeds == seed) & (sides == side))] for side in (-1, 1))
+        if min(len(left), len(right)) > 1:
+            between.append((right.mean(0) - left.mean(0))[None])
+            within += [left - left.mean(0), right - right.mean(0)]
+            free += len(left) + len(right) - 2
+    basis, within = Principal(torch.cat([*between, *within]), 8, centre=False).basis, torch.cat(within)
+    values, vectors = torch.linalg.eigh(((within @ basis).T @ (within @ basis)).double() / free)
+    whiten = (vectors * values.clamp_min(1e-6 * float(values[-1])).rsqrt()) @ vectors.T
+    return basis @ whiten.float(), torch.zeros(basis.shape[1])
+
+
+def pooled_map(latents, num=4):
+    """Leading directions of the mean SOON token's residual, truth minus point forecast, as a linear map of reduced SOON latents."""
+    residual = (latents.soon.float() - latents.point.float()).mean(1)
+    basis = Principal(residual, num).basis  # [D', k]
+    weight = basis.repeat(latents.soon.shape[1], 1) / latents.soon.shape[1]
+    return weight, torch.zeros(weight.shape[1])
+
+
+def look_of(frames):
+    """Digest of uint8 frames: equal for frames that are equal bit for bit."""
+    return hashlib.sha256(frames.numpy().tobytes()).digest()
+
+
+def measure(subjects, groups, sizes, workers, progress, name, seed, variants=None):
+    """Render groups of jobs, encode them, sample from the first of each -> one [Reading] per subject, in group order.
+
+    groups: list of (odds, jobs, natural). variants: names of the flow nets to sample with; all of a subject's by default.
+    """
+    owner = [number for number, (_, jobs, _) in enumerate(groups) for _ in jobs]
+    first = {owner.index(number) for number in range(len(groups))}
+    clips = SceneJobs([job for _, jobs, _ in groups for job in jobs], subjects[0].cfg)
+    real, labels = [[[] for _ in groups] for _ in subjects], [[] for _ in groups]
+    points, samples, looks, position = [{} for _ in subjects], [[{} for _ in groups] for _ in subjects], [[] for _ in groups], 0
+    for frames, batch_labels in stream(clips, sizes, workers, progress, name):
+        numbers = [owner[position + i] for i in range(len(frames))]
+        leads = [i for i in range(len(frames)) if position + i in first]
+        for which, subject in enumerate(subjects):
+            context, targets, point = subject.encode(frames)
+            for number, row in zip(numbers, subject.read(subject.soon(targets))):
+                real[which][number].append(row)
+            places = subject.read(point[leads, : subject.cfg.soon_tokens])
+            points[which].update({numbers[i]: row for i, row in zip(leads, places)})
+            for variant, flow in subject.flows.items() if leads else ():
+                if variants is not None and variant not in variants:
+                    continue
+                for begin, soon in subject.sample(context[leads], flow, sizes.num_samples, subject.steps, seed + position):
+                    for i, row in enumerate(subject.read(soon)):
+                        samples[which][numbers[leads[begin + i]]][variant] = row
+        for number, picture, label in zip(numbers, frames, batch_labels):
+            labels[number].append(label)
+            looks[number].append(look_of(picture[: subjects[0].cfg.now_frames]))
+        position += len(frames)
+    readings = []
+    for which in range(len(subjects)):
+        readings.append([Reading(odds, np.stack(real[which][n]), np.array([label["branch"] for label in labels[n]]), natural, points[which][n],
+                                 samples[which][n], labels[n], len(set(looks[n])) == 1) for n, (odds, _, natural) in enumerate(groups)])
+    return readings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7  Forecasts of any clips: skill, retrieval, spread, collapse
+# ---------------------------------------------------------------------------------------------------------------------
+
+KS = (1, 2, 4, 8, 16, 32)
+
+
+def forecast_errors(point, targets, cfg, share=0.2):
+    """L1 of three forecasts of SOON per clip and tubelet: point [B, M, D], targets [B, L, D] -> [B, 3, 2, H].
+
+    Forecasts: the model's, the last NOW tubelet repeated, a straight line through the last two (NaN with a single one).
+    Tokens: all, and the `share` of each tubelet's that lie farthest from the last NOW tubelet.
+    """
+    sites, n = cfg.sites, cfg.now_tokens
+    soon, pred = (tokens.unflatten(1, (-1, sites)) for tokens in (targets[:, n : n + cfg.soon_tokens], point))  # [B, H, s, D]
+    last, before = targets[:, n - sites : n], targets[:, n - 2 * sites : n - sites] if n >= 2 * sites else None
+    steps = torch.arange(1, soon.shape[1] + 1, device=soon.device)[:, None, None]
+    line = V.layer_norm(last[:, None] + steps * (last - before)[:, None]) if before is not None else torch.full_like(soon, math.nan)
+    moving = (soon - last[:, None]).abs().mean(-1).topk(math.ceil(share * sites), dim=-1).indices
+    errors = []
+    for forecast in (pred, last[:, None], line):
+        error = (forecast - soon).abs().mean(-1)  # [B, H, s]
+        errors.append(torch.stack([error.mean(-1), error.gather(-1, moving).mean(-1)], 1))
+    return torch.stack(errors, 1)
+
+
+class Meter:
+    """Takes the measures of clips that need latents at full size, batch by batch, and keeps only numbers."""
+
+    def __init__(self, subjects, sizes, seed):
+        self.main, self.sizes, self.seed, self.seen = subjects[0], sizes, seed, 0
+        self.ks = [k for k in KS if k <= sizes.num_samples]
+        self.errors, self.gauge, self.residual = {id(subject): [] for subject in subjects}, [], []
+        self.distance, self.mean_distance, self.spread, self.reads = ({name: [] for name in ("model", "mean + noise")} for _ in range(4))
+
+    def see(self, subject, context, targets, point):
+        """One batch of one subject; sampled futures are measured for the first subject alone."""
+        cfg, soon = subject.cfg, subject.soon(targets)
+        point = point[:, : cfg.soon_tokens]
+        self.errors[id(subject)].append(forecast_errors(point, targets, cfg).cpu().numpy())
+        if subject is not self.main:
+            return
+        self.gauge.append(V.gauge_tokens(targets).half().cpu())
+        self.residual.append((soon - point).square().mean((1, 2)).cpu().numpy())
+        for name in self.distance:
+            for first, futures in subject.sample(context, subject.flows[name], self.sizes.num_samples, subject.steps, self.seed + self.seen):
+                truth = soon[first : first + len(futures), None]
+                self.distance[name].append((futures - truth).square().mean((2, 3)).sqrt().cpu().numpy())
+                means = [(futures[:, :k].mean(1) - truth[:, 0]).square().mean((1, 2)).sqrt() for k in self.ks]
+                self.mean_distance[name].append(torch.stack(means, 1).cpu().numpy())
+                self.spread[name].append(futures.var(1).mean((1, 2)).cpu().numpy())
+                self.reads[name].append(subject.read(futures))
+        self.seen += len(targets)
+
+
+def skill_figures(meter, subjects, groups, resamples):
+    """Point skill against two references, on moving and on all tokens -> (figures, curve per tubelet)."""
+    errors = [np.concatenate(meter.errors[id(subject)]) for subject in subjects]
+    begin, figures = min(1, errors[0].shape[-1] - 1), {}
+    curve = {"tubelet": list(range(1, errors[0].shape[-1] + 1))}
+    for row, reference in ((1, "persistence"), (2, "linear")):
+        for column, ending in ((1, ""), (0, "_all")):
+            table, control = (np.stack([e[:, 0, column, begin:].mean(1), e[:, row, column, begin:].mean(1)], 1) for e in errors)
+            name = f"skill_{reference}{ending}"
+            if np.isfinite(table).all():
+                figures[name] = make_figure(name, saved(table), bootstrap(table, saved, groups, resamples), len(table), {"untrained encoder": saved(control)})
+                curve[f"{reference}, {'moving' if column else 'all'} tokens"] = [saved(errors[0][:, [0, row], column, h]) for h in range(errors[0].shape[-1])]
+    return figures, curve
+
+
+def retrieval_figures(latents, sites, groups, resamples):
+    """Rank of the true future among those of all clips for the point forecast, beside persistence and chance -> dict. sites: kept tokens of a tubelet."""
+    candidates, count = latents.soon.flatten(1).float().numpy(), len(latents.soon)
+    repeated = latents.now[:, -sites:].repeat(1, latents.soon.shape[1] // sites, 1).flatten(1).float().numpy()
+    ranks, still = (retrieval_ranks(queries, candidates) for queries in (latents.point.flatten(1).float().numpy(), repeated))
+    figures = {}
+    for name, most in (("retrieval_r1", 1), ("retrieval_r5", 5)):
+        beside = {"persistence": float((still <= most).mean()), "chance": min(1.0, most / count)}
+        figures[name] = make_figure(name, (ranks <= most).mean(), bootstrap(ranks <= most, np.mean, groups, resamples), count, beside)
+    beside = {"persistence": float(np.median(still)), "chance": (count + 1) / 2}
+    figures["retrieval_median_rank"] = make_figure("retrieval_median_rank", np.median(ranks), bootstrap(ranks, np.median, groups, resamples), count, beside)
+    return figures
+
+
+def sampling_figures(meter, columns, latents, groups, resamples):
+    """What sampled futures of mixed clips say without known odds: best of K, spread, ranks in pooled space -> (figures, curves)."""
+    joined = {name: np.concatenate(parts) for name, parts in meter.distance.items()}
+    point = np.concatenate(meter.residual) ** 0.5
+    spread, K = {name: np.concatenate(parts) for name, parts in meter.spread.items()}, meter.sizes.num_samples
+    tables = {name: np.stack([distance.min(1), point], 1) for name, distance in joined.items()}
+    figures = {"best_of_k": make_figure("best_of_k", mean_ratio(tables["model"]), bootstrap(tables["model"], mean_ratio, groups, resamples), len(point),
+                                        {"mean + noise": mean_ratio(tables["mean + noise"]), "point forecast": 1.0})}
+    tables = {name: np.stack([values, point**2], 1) for name, values in spread.items()}
+    figures["spread_ratio"] = make_figure("spread_ratio", rms_ratio(tables["model"]), bootstrap(tables["model"], rms_ratio, groups, resamples), len(point),
+                                          {"mean + noise": rms_ratio(tables["mean + noise"]), "point forecast": 0.0})
+    truth = latents.soon.flatten(1).float().to(meter.main.device) @ meter.main.weight[:, columns] + meter.main.bias[columns]
+    truth, shares, chances = truth.double().cpu().numpy(), {}, {}
+    for name, parts in meter.reads.items():
+        ranks = np.concatenate([truth_ranks(np.concatenate(parts)[:, :, columns][..., d], truth[:, d]) for d in range(truth.shape[1])])
+        shares[name], chances[name] = rank_test(ranks, K)
+    figures["pooled_rank_chi2"] = make_figure("pooled_rank_chi2", chances["model"], None, len(point), {"mean + noise": chances["mean + noise"]})
+    curves = {"best_of_k": {"k": meter.ks, "point forecast": [float(point.mean())] * len(meter.ks)},
+              "pooled_ranks": {"bin": list(range(1, len(shares["model"]) + 1)), **{name: share.tolist() for name, share in shares.items()}}}
+    for name in joined:
+        curves["best_of_k"][f"best of k, {name}"] = best_of(joined[name], meter.ks).mean(0).tolist()
+        curves["best_of_k"][f"mean of k, {name}"] = np.concatenate(meter.mean_distance[name]).mean(0).tolist()
+    return figures, curves
+
+
+def gauge_figures(meter, subjects):
+    """Collapse gauges on targets -> dict."""
+    tokens = torch.cat(meter.gauge).float()
+    most = float(subjects[0].cfg.enc_dim)
+    return {"effective_rank": make_figure("effective_rank", float(V.effective_rank(tokens)), None, len(tokens), {"most possible": most}),
+            "target_std": make_figure("target_std", float(V.target_std(tokens)), None, len(tokens), {"most possible": 1.0})}
+
+
+def probe_scores(tasks, task, pred):
+    """Value and rows of a task's own score: R2 of a signal, macro-F1 of maneuvers, accuracy of other classes -> (value, rows, groups, statistic)."""
+    rows, groups = tasks.rows(task, pred)
+    statistic = r2 if task in tasks.values else macro_f1 if task == "maneuver" else accuracy
+    return (statistic(rows) if len(rows) > 1 else math.nan), rows, groups, statistic
+
+
+def sample_votes(subject, reads, tasks):
+    """Sampled futures read by the SOON probes: mean over samples of a signal, the class most samples name -> {task: [n]}."""
+    votes = {}
+    for task in tasks.names():
+        if task in subject.columns:
+            outputs = reads[:, :, subject.columns[task]]  # [n, K, c]
+            named = outputs.argmax(-1)
+            votes[task] = outputs[..., 0].mean(1) if task in tasks.values else np.stack([(named == c).sum(1) for c in range(outputs.shape[-1])], 1).argmax(1)
+    return votes
+
+
+def probe_predictions(subjects, fit, test, fit_pixels, test_pixels, fit_tasks, tasks, meter, sizes, seed, progress):
+    """Frozen probes in all their places -> {place: {task: predictions on the test clips}}; the first place is the headline."""
+    main, places, rank = subjects[0], {}, sizes.components
+    progress.stage("linear probes", 5)
+    latents = [(part.real(), other.real()) for part, other in zip(fit, test)]
+    for name, (rows, test_rows), own in (("NOW + SOON", latents[0], fit_tasks), ("shuffled labels", latents[0], fit_tasks.shuffled(seed)),
+                                         ("untrained encoder", latents[1], fit_tasks), ("raw pixels", (fit_pixels, test_pixels), fit_tasks),
+                                         ("encoded NOW alone", (fit[0].context.flatten(1), test[0].context.flatten(1)), fit_tasks)):
+        places[name] = predict(fit_probes(rows, own, rank), test_rows, tasks)
+        progress.step()
+    places["SOON alone"] = predict(main.probes, test[0].soon.flatten(1), tasks)
+    places["SOON probe on the point forecast"] = predict(main.probes, test[0].point.flatten(1), tasks)
+    places["SOON probe on sampled futures"] = sample_votes(main, np.concatenate(meter.reads["model"]), tasks)
+    progress.stage("attentive probes", 3)
+    for name, own, other in (("attentive, NOW + SOON", torch.cat([fit[0].now, fit[0].soon], 1), torch.cat([test[0].now, test[0].soon], 1)),
+                             ("attentive, untrained encoder", torch.cat([fit[1].now, fit[1].soon], 1), torch.cat([test[1].now, test[1].soon], 1)),
+                             ("attentive, encoded NOW alone", fit[0].context, test[0].context)):
+        places[name] = attentive_predictions(own, fit_tasks, other, sizes.probe_epochs, main.device, seed)
+        progress.step()
+    return places
+
+
+def probe_figures(places, tasks, resamples):
+    """Predictions by place -> {figure}: the linear probe on NOW + SOON targets, all other places as its controls."""
+    figures, (headline, *others) = {}, places
+    for task in tasks.names():
+        if task not in places[headline]:
+            continue
+        value, rows, groups, statistic = probe_scores(tasks, task, places[headline][task])
+        if len(rows) < 2:
+            continue
+        name = f"probe_{task}_" + {r2: "r2", macro_f1: "f1", accuracy: "accuracy"}[statistic]
+        beside = {place: probe_scores(tasks, task, places[place][task])[0] for place in others if task in places[place]}
+        figures[name] = make_figure(name, value, bootstrap(rows, statistic, groups, resamples), len(np.unique(groups)), beside)
+    return figures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8  Scenes with known odds other than forks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gap_figures(readings, column, cfg, sizes):
+    """Braking lead car: the sampled gap at the end of SOON against the gap probed on real futures -> (figures, curves)."""
+    names, K, n = ("model", "mean + noise"), sizes.num_samples, len(readings)
+    real = [r.real[:, column] for r in readings]
+    scores = {name: np.array([score_against(r.samples[name][:, column], gaps) for r, gaps in zip(readings, real)]) for name in names}
+    oracle, point = np.array([oracle_score(gaps) for gaps in real]), np.array([score_against(r.point[None, column], gaps) for r, gaps in zip(readings, real)])
+    drawn = {name: np.stack([r.samples[name][:, column][:, 0] for r in readings]) for name in names}
+    inside = {name: np.array([coverage(own[None].repeat(len(gaps), 0), gaps[:, 0]).mean() for own, gaps in zip(drawn[name], real)]) for name in names}
+    ranks = {name: rank_test(truth_ranks(drawn[name], np.array([gaps[0, 0] for gaps in real])), K) for name in names}
+    told = np.array([soon_end(label["lead_gap"], cfg) for r in readings for label in r.truth])
+    error = float(np.sqrt(np.nanmean((np.concatenate(real)[:, 0] - told) ** 2)))
+    table, whole = np.stack([scores["model"], oracle], 1), oracle.mean()
+    beside = {"mean + noise": ratio(scores["mean + noise"].mean(), whole), "point forecast": ratio(point.mean(), whole), "perfect sampler": 1.0}
+    figures = {
+        "gap_crps_ratio": make_figure("gap_crps_ratio", mean_ratio(table), bootstrap(table, mean_ratio, num=sizes.resamples), n, beside,
+                                      also={"probe_rmse_m": error}),
+        "gap_coverage80": make_figure("gap_coverage80", inside["model"].mean(), bootstrap(inside["model"], np.mean, num=sizes.resamples), n,
+                                      {"mean + noise": float(inside["mean + noise"].mean()), "perfect sampler": 0.8}),
+        "gap_rank_chi2": make_figure("gap_rank_chi2", ranks["model"][1], None, n, {"mean + noise": ranks["mean + noise"][1]}),
+    }
+    shares = {name: share.tolist() for name, (share, _) in ranks.items()}
+    return figures, {"gap_ranks": {"bin": list(range(1, len(shares["model"]) + 1)), **shares}}
+
+
+def steady_figures(readings, column, cfg, sizes):
+    """Steady movers: deviation of the probed position over samples against the probe's error on the same scenes -> dict."""
+    rows = []
+    for r in readings:
+        truth = soon_end(r.truth[0].get("mover_u"), cfg)
+        if math.isfinite(truth):
+            rows.append((r.samples["model"][:, column].var(ddof=1), (r.real[0, column].item() - truth) ** 2, r.samples["mean + noise"][:, column].var(ddof=1)))
+    if len(rows) < 2:
+        return {}
+    rows = np.asarray(rows)
+    beside = {"mean + noise": rms_ratio(rows[:, [2, 1]]), "point forecast": 0.0}
+    return {"steady_spread": make_figure("steady_spread", rms_ratio(rows), bootstrap(rows, rms_ratio, num=sizes.resamples), len(rows), beside,
+                                         also={"probe_rmse_picture_widths": float(rows[:, 1].mean() ** 0.5)})}
+
+
+def odds_error(rows):
+    """Mean distance between sampled shares and true odds over the presents that differ in their odds. rows [n, 2 * c] = (shares, odds)."""
+    shares, odds = np.split(rows, 2, axis=1)
+    kinds = np.unique(odds, axis=0)
+    return float(np.mean([abs(shares[(odds == kind).all(1)].mean(0) - kind) for kind in kinds]))
+
+
+def lane_figures(readings, column, cfg, sizes):
+    """Lane scenes: sampled shares of left, keep, right against the odds of the indicator -> (figures, curves)."""
+    odds = []
+    for r in readings:
+        told = V.scene_odds(r.truth[0]["scene_seed"], cfg, "lane")
+        odds.append([told["left"], told["keep"], told["right"]])
+    odds, outputs = np.asarray(odds), {name: [r.samples[name][:, column] for r in readings] for name in ("model", "mean + noise", "shuffled targets")}
+    outputs |= {"real futures": [r.real[:1, column] for r in readings], "point forecast": [r.point[None, column] for r in readings]}
+    shares = {name: np.stack([(out.argmax(1)[:, None] == np.arange(3)).mean(0) for out in own]) for name, own in outputs.items()}
+    tables = {name: np.concatenate([share, odds], 1) for name, share in shares.items()}
+    value = odds_error(tables["model"])
+    beside = {name: odds_error(table) for name, table in tables.items() if name != "model"}
+    curves = {}
+    for kind in np.unique(odds, axis=0):
+        here = (odds == kind).all(1)
+        curves["odds " + " / ".join(f"{p:g}" for p in kind)] = {"n": int(here.sum()), **{name: share[here].mean(0).tolist() for name, share in shares.items()}}
+    figures = {"lane_odds_error": make_figure("lane_odds_error", value, bootstrap(tables["model"], odds_error, num=sizes.resamples), len(readings), beside)}
+    return figures, {"lane_odds": curves}
+
+
+def occluder_figures(readings, column, sizes):
+    """Cars behind a truck: sampled share that stops there against the true odds -> dict."""
+    shares = {name: np.array([(r.samples[name][:, column].argmax(1) == 1).mean() for r in readings]) for name in ("model", "mean + noise")}
+    rows = np.array([(label["stops"], real[column].argmax()) for r in readings for label, real in zip(r.truth, r.real)], float)
+    beside = {"true odds": V.STOP_ODDS, "mean + noise": float(shares["mean + noise"].mean()), "real futures, probed": float(rows[:, 1].mean()),
+              "probe accuracy on real futures": accuracy(rows)}
+    own = shares["model"]
+    return {"occluder_stops": make_figure("occluder_stops", own.mean(), bootstrap(own, np.mean, num=sizes.resamples), len(readings), beside)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9  Surprise: impossible twins against possible and rare futures
+# ---------------------------------------------------------------------------------------------------------------------
+# Headline: the twentieth of the SOON tokens that the nearest of K samples misses most, since a break is a large error in
+# few tokens; not a choice by motion, which the very frames that are judged would make. Twins are compared where their NOW is
+# the same: once NOW shows the break, a clip from which a car has vanished is simply a clip with less in it.
+
+SCORES = ("worst tokens of the nearest sample", "nearest sample, RMS", "nearest sample, L1", "point forecast, L1")
+
+
+def window_surprise(subject, clips, sizes, seed):
+    """Surprise of every window of clips uint8 [V, T, 3, H, W]: NOW + SOON frames from each tubelet on -> [4, V, W], rows as SCORES.
+
+    Targets are the target encoder's on the window alone. Windows with the same NOW frames share their samples; where a clip's
+    NOW is not that of the group's first clip, the window is NaN.
+    """
+    cfg = subject.cfg
+    length = cfg.now_frames + cfg.soon_frames
+    starts = range(0, clips.shape[1] - length + 1, cfg.tubelet_t)
+    windows = torch.stack([clips[:, start : start + length] for start in starts], 1).flatten(0, 1)  # [V * W, n, 3, H, W]
+    looks = [look_of(window[: cfg.now_frames]) for window in windows]
+    numbers = {look: number for number, look in enumerate(dict.fromkeys(looks))}
+    owner = torch.tensor([numbers[look] for look in looks])
+    first = [looks.index(look) for look in numbers]
+    encoded = [subject.encode(part) for part in windows.split(sizes.batch)]
+    context, targets, point = (torch.cat(parts) for parts in zip(*encoded))
+    soon = subject.soon(targets)
+    scores, worst = torch.zeros(4, len(windows)), max(1, cfg.soon_tokens // 20)
+    scores[3] = (point[:, : cfg.soon_tokens] - soon).abs().mean((1, 2)).cpu()
+    steps = min(sizes.surprise_steps, subject.steps)
+    for begin, futures in subject.sample(context[first], subject.flows["model"], sizes.num_samples if subject.sampled else 1, steps, seed):
+        for row in ((owner >= begin) & (owner < begin + len(futures))).nonzero()[:, 0].tolist():
+            error = futures[owner[row] - begin] - soon[row]  # [S, M, D]
+            by_token = error.abs().mean(-1)  # [S, M]
+            measured = (by_token.topk(worst, -1)[0].mean(-1), error.square().mean((1, 2)).sqrt(), by_token.mean(-1))
+            scores[:3, row] = torch.stack([values.min() for values in measured]).cpu()
+    shared = [look == looks[place % len(starts)] for place, look in enumerate(looks)]
+    scores[:, ~torch.tensor(shared)] = math.nan
+    return scores.view(4, len(clips), len(starts)).numpy()
+
+
+def surprise_of(subjects, groups, sizes, workers, progress, name, seed):
+    """Surprise of groups of jobs that share a scene -> per subject a list over groups of arrays [4, V, W]."""
+    cfg, results, pending = subjects[0].cfg, [[] for _ in subjects], []
+    sizes_left = [len(jobs) for jobs in groups]
+    for frames, _ in stream(SceneJobs([job for jobs in groups for job in jobs], cfg), sizes, workers, progress, name):
+        pending += list(frames)
+        while len(results[0]) < len(groups) and len(pending) >= sizes_left[len(results[0])]:
+            number = len(results[0])
+            clips, pending = torch.stack(pending[: sizes_left[number]]), pending[sizes_left[number] :]
+            for subject, result in zip(subjects, results):
+                result.append(window_surprise(subject, clips, sizes, seed + number))
+    return results
+
+
+def over_shared(scores, place):
+    """Surprise of clip `place` and of its group's first clip, means over the windows whose NOW both share: [4, V, W] -> ([4], [4])."""
+    windows = np.isfinite(scores[0, place])
+    return scores[:, place, windows].mean(-1), scores[:, 0, windows].mean(-1)
+
+
+def twin_groups(seed, cfg, count):
+    """Steady scenes, every other one with a barrier, as groups of jobs: the possible clip, then its impossible twins -> list."""
+    chosen, number = {True: [], False: []}, 0
+    while min(len(chosen[True]), len(chosen[False])) < count // 2 and number < 100 * count:
+        scene_seed, number = set_seed(seed, "twins", number), number + 1
+        chosen[V.scene_odds(scene_seed, cfg, "steady")["barrier"]].append(scene_seed)
+    groups = []
+    for barrier, seeds in chosen.items():
+        twins = [twin for twin in V.TWIN_KINDS if barrier or twin != "pass_through"]
+        groups += [[Job(scene_seed, 0, "steady", twin) for twin in ("", *twins)] for scene_seed in seeds[: count // 2]]
+    return groups
+
+
+def rare_groups(seed, cfg, count):
+    """Forks at odds 0.1 and 0.9 as groups of two jobs: the likely branch, then the rare one -> list."""
+    groups = []
+    for odds, rare in ((0.1, 1), (0.9, -1)):
+        for scene_seed in fork_seeds(seed, "rare", cfg, odds, count // 2):
+            groups.append([Job(scene_seed, futures_where(scene_seed, cfg, "fork", "choice", side, 1)[0], "fork") for side in (-rare, rare)])
+    return groups
+
+
+def auroc_rows(rows):
+    """AUROC of rows [n, 2] = (score, 1 for impossible)."""
+    return auroc(rows[rows[:, 1] == 1, 0], rows[rows[:, 1] == 0, 0])
+
+
+def surprise_auroc(twins, rare, sizes):
+    """Impossible twins against rare legal branches: single clips by their largest window, and each against its own present -> figures."""
+    figures = {}
+    for name, matched in (("surprise_auroc", False), ("surprise_auroc_matched", True)):
+        values = []
+        for twin_scores, rare_scores in zip(twins, rare):
+            rows, groups = [], []
+            for number, (impossible, scores) in enumerate([(1, s) for s in twin_scores] + [(0, s) for s in rare_scores]):
+                for place in range(1, scores.shape[1]):
+                    own, first = over_shared(scores, place)
+                    rows.append((*(own - first if matched else np.nanmax(scores[:, place], -1)), impossible))
+                groups += [number] * (scores.shape[1] - 1)
+            values.append((np.asarray(rows), np.asarray(groups)))
+        (rows, groups), (others, _) = values
+        main = [auroc_rows(rows[:, [score, -1]]) for score in range(len(SCORES))]
+        beside = {**dict(zip(SCORES[1:], main[1:])), "untrained encoder": auroc_rows(others[:, [0, -1]]), "chance": 0.5}
+        interval = bootstrap(rows[:, [0, -1]], auroc_rows, groups, sizes.resamples)
+        figures[name] = make_figure(name, main[0], interval, len(np.unique(groups)), beside)
+    return figures
+
+
+def surprise_figures(subjects, cfg, shares, sizes, seed, workers, progress):
+    """Pairwise accuracy for every twin, and AUROC of impossible clips against rare legal branches -> (figures, curves)."""
+    groups = twin_groups(seed, cfg, sizes.twin_scenes)
+    results = surprise_of(subjects, groups, sizes, workers, progress, "surprise: impossible twins", seed)
+    pairs = {twin: [[] for _ in subjects] for twin in V.TWIN_KINDS}
+    for which, result in enumerate(results):
+        for jobs, scores in zip(groups, result):
+            for place, job in enumerate(jobs[1:], 1):
+                pairs[job.twin][which].append(pair_accuracy(*over_shared(scores, place)))
+    figures, curves = {}, {"surprise": {}}
+    for twin, by_subject in pairs.items():
+        main, untrained = (np.asarray(rows).reshape(-1, len(SCORES)) for rows in by_subject)
+        values = main.mean(0)
+        beside = {**dict(zip(SCORES[1:], values[1:].tolist())), "untrained encoder": float(untrained[:, 0].mean()), "chance": 0.5}
+        figures[f"surprise_{twin}"] = make_figure(f"surprise_{twin}", values[0], bootstrap(main[:, 0], np.mean, num=sizes.resamples), len(main), beside)
+        curves["surprise"][twin] = {SCORES[0]: float(values[0]), SCORES[3]: float(values[3]), "untrained encoder": beside["untrained encoder"]}
+    if not shares["fork"]:
+        return figures, curves
+    rare = surprise_of(subjects, rare_groups(seed, cfg, sizes.rare_scenes), sizes, workers, progress, "surprise: rare branches", seed + 10**6)
+    figures |= surprise_auroc(results, rare, sizes)
+    return figures, curves
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10  Evaluation: model -> figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fit_jobs(seed, cfg, sizes, kinds):
+    """Clips that fit spaces and probes: forks with two siblings of each branch, as many stopping as passing cars, and one clip of each other scene -> [Job]."""
+    jobs = []
+    for place, kind in enumerate(kinds):
+        for number in range(sizes.fit_forks if kind == "fork" else sizes.fit_clips):
+            scene_seed = set_seed(seed, "fit", place * 10**6 + number)
+            if kind == "fork":
+                futures = [s for side in (-1, 1) for s in futures_where(scene_seed, cfg, kind, "choice", side, 2)]
+            else:
+                futures = futures_where(scene_seed, cfg, kind, "stops", bool(number % 2), 1) if kind == "occluder" else [0]
+            jobs += [Job(scene_seed, future, kind) for future in futures]
+    return jobs
+
+
+def fork_groups(seed, cfg, sizes):
+    """Test forks: at even odds `siblings` natural futures and more until each branch has two; at the other odds two of each -> groups for `measure`."""
+    groups = []
+    for scene_seed in fork_seeds(seed, "forks", cfg, 0.5, sizes.fork_scenes):
+        futures = list(range(sizes.siblings))
+        more = [s for side in (-1, 1) for s in futures_where(scene_seed, cfg, "fork", "choice", side, 2) if s >= sizes.siblings]
+        groups.append((0.5, [Job(scene_seed, s, "fork") for s in futures + more], sizes.siblings))
+    for odds in sorted(set(V.FORK_ODDS) - {0.5}):
+        for scene_seed in fork_seeds(seed, "signs", cfg, odds, sizes.sign_scenes):
+            futures = [s for side in (-1, 1) for s in futures_where(scene_seed, cfg, "fork", "choice", side, 2)]
+            groups.append((odds, [Job(scene_seed, s, "fork") for s in futures], 0))
+    return groups
+
+
+def pick(tasks, names, rows=slice(None)):
+    """Some tasks of Tasks, on some rows."""
+    values, classes = ({name: column[rows] for name, column in columns.items() if name in names} for columns in (tasks.values, tasks.classes))
+    return Tasks(values, classes, tasks.num_classes, tasks.groups[rows])
+
+
+def fit_readings(subject, latents, tasks, sizes):
+    """Fit everything that is read from SOON latents: probes, the branch space, the pooled space. Sets subject.probes and its readings."""
+    rows = latents.soon.flatten(1)
+    subject.probes = fit_probes(rows, tasks, sizes.components)
+    maps = dict(subject.probes)
+    if "branch" in tasks.classes and (tasks.classes["branch"] >= 0).any():
+        forks = tasks.classes["branch"] >= 0
+        gate = fit_probes(rows[torch.from_numpy(forks)], pick(tasks, ("branch",), forks), sizes.components)
+        maps |= {"gate": gate["branch"], "axes": branch_map(latents.soon, latents.labels)}
+    maps["pooled"] = pooled_map(latents)
+    subject.set_readings(maps)
+
+
+def gate_figure(readings, subjects, sizes):
+    """Accuracy of the branch probe on the real futures of test forks, beside the untrained encoder -> figure."""
+    values = []
+    for subject, own in zip(subjects, readings):
+        column = subject.columns["gate"]
+        values.append(np.array([(r.real[:, column].argmax(1) == (r.side > 0)).mean() for r in own]))
+    return make_figure("branch_gate", values[0].mean(), bootstrap(values[0], np.mean, num=sizes.resamples), len(values[0]),
+                       {"untrained encoder": float(values[1].mean()), "chance": 0.5})
+
+
+def odds_figures(subjects, shares, sizes, seed, workers, progress):
+    """Everything that is held against known odds, for the kinds that the run's mix has -> (figures, curves)."""
+    main, cfg, figures, curves = subjects[0], subjects[0].cfg, {}, {}
+    two = ("model", "mean + noise")
+    if shares["fork"]:
+        readings = measure(subjects, fork_groups(seed, cfg, sizes), sizes, workers, progress, "forks", seed)
+        figures["branch_gate"] = gate_figure(readings, subjects, sizes)
+        own, untrained = (choose(r, subject.columns["axes"]) for r, subject in zip(readings, subjects))
+        for reading in untrained:
+            reading.samples["mean + noise"] = reading.samples["model"]
+        figures |= fork_figures(own, sizes, {"untrained encoder": untrained, "shuffled targets": None, "mean + noise": None})
+        curves |= fork_curves(own, ("model", "mean + noise", "shuffled targets"))
+    if shares["brake"]:
+        seeds = [set_seed(seed, "brake", number) for number in range(sizes.brake_scenes)]
+        groups = [(0, [Job(s, future, "brake") for future in range(sizes.brake_siblings)], sizes.brake_siblings) for s in seeds]
+        readings = measure(subjects[:1], groups, sizes, workers, progress, "braking cars", seed + 1, two)[0]
+        more, curve = gap_figures(readings, main.columns["lead_gap"], cfg, sizes)
+        figures, curves = figures | more, curves | curve
+    for kind in ("steady", "lane", "occluder"):
+        if not shares[kind]:
+            continue
+        groups = [(0, [Job(set_seed(seed, kind, number), 0, kind)], 1) for number in range(sizes.kind_scenes)]
+        readings = measure(subjects[:1], groups, sizes, workers, progress, f"{kind} scenes", seed + 2, None if kind == "lane" else two)[0]
+        if kind == "steady" and "mover_u" in main.columns:
+            figures |= steady_figures(readings, main.columns["mover_u"], cfg, sizes)
+        elif kind == "lane" and "lane" in main.columns:
+            more, curve = lane_figures(readings, main.columns["lane"], cfg, sizes)
+            figures, curves = figures | more, curves | curve
+        elif kind == "occluder" and "stops" in main.columns:
+            figures |= occluder_figures(readings, main.columns["stops"], sizes)
+    return figures, curves
+
+
+def clip_figures(subjects, meter, fit, test, fit_pixels, test_pixels, fit_tasks, tasks, sizes, seed, progress):
+    """Figures of mixed test clips, of scenes or videos: skill, retrieval, sampling, gauges, probes -> (figures, curves)."""
+    progress.stage("scores")
+    figures, skill = skill_figures(meter, subjects, tasks.groups, sizes.resamples)
+    side = subjects[0].reduce.side
+    figures |= retrieval_figures(test[0], side[0] * side[1], tasks.groups, sizes.resamples)
+    more, curves = sampling_figures(meter, subjects[0].columns["pooled"], test[0], tasks.groups, sizes.resamples)
+    figures |= more | gauge_figures(meter, subjects)
+    if tasks.names():
+        places = probe_predictions(subjects, fit, test, fit_pixels, test_pixels, fit_tasks, tasks, meter, sizes, seed, progress)
+        figures |= probe_figures(places, tasks, sizes.resamples)
+    return figures, {"skill": skill, **curves}
+
+
+def scene_evaluation(subjects, sizes, seed, workers, progress):
+    """All figures on built-in scenes -> (figures, curves, what was measured on)."""
+    main, cfg, bad = subjects[0], subjects[0].cfg, {}
+    shares = dict(zip(V.SCENE_KINDS, V.mix_shares(cfg.scene_mix)))
+    kinds = [kind for kind, share in shares.items() if share]
+    jobs = fit_jobs(seed, cfg, sizes, kinds)
+    clips = SceneJobs([jobs[i] for i in np.random.default_rng(0).permutation(len(jobs))], cfg)  # mixed: the first ones choose channels and fit a flow net
+    fit, fit_pixels = collect(subjects, stream(clips, sizes, workers, progress, "fitting scenes"), bad, flow_clips=1024)
+    fit_tasks = make_tasks(fit[0].labels, cfg, V.SCENE_MANEUVERS, True)
+    progress.stage("spaces and probes", 2)
+    for subject, latents in zip(subjects, fit):
+        fit_readings(subject, latents, fit_tasks, sizes)
+        progress.step()
+    progress.stage("flow net on shuffled targets")
+    main.flows |= {"mean + noise": ResidualNoise(main.model.space), "shuffled targets": train_shuffled(main, fit[0], sizes, seed)}
+    figures, curves = odds_figures(subjects, shares, sizes, seed, workers, progress)
+    meter = Meter(subjects, sizes, seed)
+    jobs = [Job(set_seed(seed, "mix", number), 0) for number in range(sizes.mix_clips)]
+    test, test_pixels = collect(subjects, stream(SceneJobs(jobs, cfg), sizes, workers, progress, "mixed scenes"), bad, meter=meter)
+    tasks = make_tasks(test[0].labels, cfg, V.SCENE_MANEUVERS, True)
+    both = [name for name in (*SIGNALS, "maneuver", "branch") if name != "mover_u" and name in fit_tasks.names() and name in tasks.names()]
+    more, curve = clip_figures(subjects, meter, fit, test, fit_pixels, test_pixels, pick(fit_tasks, both), pick(tasks, both), sizes, seed, progress)
+    figures, curves = figures | more, curves | curve
+    if shares["steady"]:
+        more, curve = surprise_figures(subjects, cfg, shares, sizes, seed, workers, progress)
+        figures, curves = figures | more, curves | curve
+    return figures, curves, {"kind": "scenes", "scene_mix": cfg.scene_mix, "first_seed": EVAL_SEED + seed * 10**12}
+
+
+def video_evaluation(subjects, sizes, source, split, seed, workers, progress):
+    """Figures on real videos: everything that needs no known odds -> (figures, curves, what was measured on)."""
+    main, cfg, bad = subjects[0], subjects[0].cfg, {}
+    dataset = source.dataset(cfg, "val")
+    if split == "all":
+        dataset.videos = source.train + [video for video in source.val if source.held_out]
+    fit_files = source.dataset(cfg, "bank")
+    clips = VideoClips(fit_files, min(sizes.fit_videos, 32 * len(fit_files.videos)))
+    fit, fit_pixels = collect(subjects, stream(clips, sizes, workers, progress, "training videos"), bad)
+    if fit is None:
+        raise V.UserError(f"data_root {source.root}: no training file can be decoded; the first: {'; '.join(next(iter(bad.items())))}")
+    maneuvers = V.maneuver_names(source.train + source.val, source.root)
+    fit_tasks = make_tasks(fit[0].labels, cfg, maneuvers, False)
+    for subject, latents in zip(subjects, fit):
+        fit_readings(subject, latents, fit_tasks, sizes)
+    main.flows["mean + noise"] = ResidualNoise(main.model.space)
+    meter, clips = Meter(subjects, sizes, seed), VideoClips(dataset, min(sizes.mix_clips, 32 * len(dataset.videos)))
+    test, test_pixels = collect(subjects, stream(clips, sizes, workers, progress, "test videos"), bad, meter=meter)
+    if test is None:
+        raise V.UserError(f"data_root {source.root}: no {split} file can be decoded; the first: {'; '.join(next(iter(bad.items())))}")
+    tasks = make_tasks(test[0].labels, cfg, maneuvers, False)
+    if split == "all":  # probes are tested on files that they were not fitted on
+        seen = np.array([label["file"] < len(source.train) for label in test[0].labels])
+        for column in (*tasks.values.values(), *tasks.classes.values()):
+            column[seen] = math.nan if column.dtype.kind == "f" else -1
+    both = [name for name in fit_tasks.names() if name in tasks.names() and name in main.probes]
+    figures, curves = clip_figures(subjects, meter, fit, test, fit_pixels, test_pixels, pick(fit_tasks, both), pick(tasks, both), sizes, seed, progress)
+    return figures, curves, {"kind": "videos", "root": source.root, "split": split, "files": len(dataset.videos), "clips": len(test[0].labels),
+                             "held_out": source.held_out and split == "val", "bad_files": bad}
+
+
+def controls_must_fail(figures):
+    """Which of the figures made to catch a control it fails -> {control: {tests, failed, passed}}; passed says that it fails at least one."""
+    verdicts = {}
+    for control, names in CONTROL_TESTS.items():
+        tested = {name: figures[name]["controls"][control] for name in names if control in figures.get(name, {}).get("controls", {})}
+        met = {name: meets(value, THRESHOLDS[name]) for name, value in tested.items()}
+        met = {name: ok for name, ok in met.items() if ok is not None}
+        if met:
+            failed = [name for name, ok in met.items() if not ok]
+            verdicts[control] = {"tests": list(met), "failed": failed, "passed": bool(failed)}
+    return verdicts
+
+
+def without_nan(value):
+    """The same nested value with every number that is not finite replaced by None, arrays and numpy numbers as plain ones."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(entry) for entry in value]
+    if isinstance(value, (np.bool_, np.integer, np.floating)):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def evaluate(model, sizes=FULL, source=None, split="val", seed=0, num_workers=2, progress=None):
+    """Measure a WorldModel on its device -> the content of evaluation.json, less the checkpoint's path and step.
+
+    source: a V.DataSource of real videos; built-in scenes without one. Global random state is left as it was.
+    """
+    progress, device = progress or Progress(quiet=True), model.image_mean.device
+    if importlib.util.find_spec("sklearn") is None:
+        raise V.UserError('scikit-learn is not installed: pip install "vjepa-auto-v2[eval]"')
+    model.eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        fresh = V.WorldModel(model.cfg).to(device).eval()
+        subjects = [Subject(model, device), Subject(fresh, device, steps=1)]  # a fresh flow net returns the point forecast in any number of steps
+        if source is None:
+            figures, curves, data = scene_evaluation(subjects, sizes, seed, num_workers, progress)
+        else:
+            figures, curves, data = video_evaluation(subjects, sizes, source, split, seed, num_workers, progress)
+    progress.close()
+    judged = [figure["passed"] for figure in figures.values() if figure["passed"] is not None]
+    report = {"data": data, "seed": seed, "sizes": asdict(sizes), "figures": figures, "controls_must_fail": controls_must_fail(figures), "curves": curves,
+              "summary": f"{sum(judged)} of {len(judged)} thresholds met"}
+    return without_nan(report)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 11  Page: evaluation.json's content -> one HTML file
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#222222")  # told apart by most colour-blind readers
+STYLE = """
+body { font: 16px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+td, th { text-align: left; padding: .25rem .5rem .25rem 0; border-bottom: 1px solid #eee; vertical-align: top; overflow-wrap: anywhere; }
+.num { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.met { color: #00734f; font-weight: 600; } .missed { color: #b03a00; font-weight: 600; } .plain { color: #666; }
+.figure { margin: 1rem 0; } .figure h3 { font-size: 1rem; margin: 0; } .figure p { margin: .2rem 0; } .beside { color: #555; font-size: .88rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.2rem; }
+figure { margin: 0 0 1rem; } figcaption { font-size: .88rem; color: #444; } svg { width: 100%; height: auto; } img { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; } .wide img { min-width: 44rem; }
+.key { display: inline-block; margin-right: .8rem; font-size: .85rem; white-space: nowrap; }
+.key i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
+"""
+NAMED = {"model": "#0072B2", "sampled share": "#0072B2", "best of k, model": "#0072B2", "real futures": "#222222", "true odds": "#222222",
+         "mean + noise": "#E69F00", "best of k, mean + noise": "#E69F00", "point forecast": "#009E73", "point forecast's place": "#009E73",
+         "shuffled targets": "#CC79A7", "untrained encoder": "#777777"}  # the same thing has the same colour in every chart
+CHART = (52, 392, 10, 218)  # left, right, top, bottom of the axes inside 400 x 256 units
+
+
+def short(value):
+    """A number for the page, a dash for none."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def safe(text):
+    """Text with everything escaped that HTML would read."""
+    return html.escape(str(text))
+
+
+def nice_ticks(low, high, count=5):
+    """About `count` round numbers between low and high."""
+    if high <= low:
+        return [low]
+    raw = (high - low) / count
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)
+    return [round(step * number, 10) for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def svg_line(x1, y1, x2, y2, colour, dashed=False):
+    """A straight line."""
+    pattern = ' stroke-dasharray="4 4"' if dashed else ""
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"{pattern}/>'
+
+
+def svg_text(x, y, text, anchor="middle", size=11, turned=False):
+    """Text at a place, turned by a quarter for the vertical axis."""
+    place = f'transform="translate({x:.1f} {y:.1f}) rotate(-90)"' if turned else f'x="{x:.1f}" y="{y:.1f}"'
+    return f'<text {place} text-anchor="{anchor}" font-size="{size}">{safe(text)}</text>'
+
+
+def chart_frame(x_range, y_range, x_ticks, x_label, y_label):
+    """Axes of a chart -> (SVG parts, (x0, x_scale, y0, y_scale)): a value v stands at x0 + v * x_scale."""
+    left, right, top, bottom = CHART
+    x_scale, y_scale = (right - left) / max(x_range[1] - x_range[0], 1e-12), (bottom - top) / max(y_range[1] - y_range[0], 1e-12)
+    x0, y0, parts = left - x_range[0] * x_scale, bottom + y_range[0] * y_scale, [svg_line(left, bottom, right, bottom, "#999")]
+    for tick in nice_ticks(*y_range):
+        y = y0 - tick * y_scale
+        parts += [svg_line(left, y, right, y, "#eee"), svg_text(left - 5, y + 4, f"{tick:g}", "end")]
+    parts += [svg_text(x0 + place * x_scale, bottom + 15, text) for place, text in x_ticks]
+    parts += [svg_text((left + right) / 2, 250, x_label, size=12), svg_text(13, (top + bottom) / 2, y_label, size=12, turned=True)]
+    return parts, (x0, x_scale, y0, -y_scale)
+
+
+def colours_of(names):
+    """One colour per series: its own where it has one, else the next free one -> list."""
+    free = iter([colour for colour in COLOURS if colour not in {NAMED.get(name) for name in names}])
+    return [NAMED.get(name) or next(free) for name in names]
+
+
+def figure_tag(parts, names, caption):
+    """SVG parts, the names of its series and a caption as one <figure>."""
+    keys = "".join(f'<span class="key"><i style="background:{colour}"></i>{safe(name)}</span>' for name, colour in zip(names, colours_of(names)))
+    picture = f'<svg viewBox="0 0 400 256" role="img" aria-label="{safe(caption)}">{"".join(parts)}</svg>'
+    return f"<figure>{picture}<div>{keys}</div><figcaption>{safe(caption)}</figcaption></figure>"
+
+
+def line_chart(x, series, labels, caption, diagonal=False, level=None, steps=False, log_x=False):
+    """Lines over x {name: [y], None where unknown} with labels of both axes -> <figure>.
+
+    diagonal: dashed y = x; level: dashed height; steps: the outline of a histogram; log_x: equal steps per doubling.
+    """
+    known = [value for values in series.values() for value in values if value is not None]
+    known += [0, 1] if diagonal else [] if level is None else [level]
+    low, high = min(0.0, *known), max(known)
+    places = [math.log2(value) for value in x] if log_x else list(x)
+    ticks = [(place, f"{value:g}") for place, value in zip(places, x)] if len(x) <= 10 else [(tick, f"{tick:g}") for tick in nice_ticks(min(x), max(x))]
+    x_range = (0, 1) if diagonal else (min(places), max(places))
+    parts, (x0, x_scale, y0, y_scale) = chart_frame(x_range, (low, high + 0.05 * (high - low)), ticks, *labels)
+    if diagonal:
+        parts.append(svg_line(x0, y0, x0 + x_scale, y0 + y_scale, "#999", True))
+    if level is not None:
+        parts.append(svg_line(CHART[0], y0 + level * y_scale, CHART[1], y0 + level * y_scale, "#999", True))
+    for colour, values in zip(colours_of(series), series.values()):
+        points = [(x0 + place * x_scale, y0 + value * y_scale) for place, value in zip(places, values) if value is not None]
+        corners = [(a, y) for (left, y), (right, _) in zip(points, points[1:]) for a in (left, right)] if steps else points
+        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in corners)}"/>')
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in (() if steps else points)]
+    return figure_tag(parts, series, caption)
+
+
+def bar_chart(categories, series, y_label, caption, level=None):
+    """Groups of bars, one per category, one bar per series {name: [y]} -> <figure>. level: dashed height."""
+    known = [value for values in series.values() for value in values if value is not None] + ([level] if level is not None else [])
+    ticks = [(number + 0.5, name) for number, name in enumerate(categories)]
+    parts, (x0, x_scale, y0, y_scale) = chart_frame((0, len(categories)), (min(0.0, *known), 1.05 * max(known)), ticks, "", y_label)
+    width = 0.8 / len(series)
+    for place, (colour, values) in enumerate(zip(colours_of(series), series.values())):
+        for number, value in enumerate(values):
+            if value is not None:
+                x, (top, bottom) = x0 + (number + 0.1 + place * width) * x_scale, sorted((y0 + value * y_scale, y0))
+                parts.append(f'<rect x="{x:.1f}" y="{top:.1f}" width="{width * x_scale * 0.92:.1f}" height="{bottom - top:.1f}" fill="{colour}"/>')
+    if level is not None:
+        parts.append(svg_line(CHART[0], y0 + level * y_scale, CHART[1], y0 + level * y_scale, "#333", True))
+    return figure_tag(parts, series, caption)
+
+
+def fork_charts(curves):
+    """Calibration curve and histogram of branch coordinates -> list of <figure>."""
+    if "calibration" not in curves:
+        return []
+    told, places = curves["calibration"], dict(curves["branch_coordinate"])
+    edges, series = places.pop("edges"), {"sampled share": told["share"], "point forecast's place": told["point"]}
+    return [line_chart(told["odds"], series, ("true odds of the right branch", "share to the right"),
+                       "Calibration over the five signs: samples belong on the dashed line.", diagonal=True),
+            line_chart(edges, {name: [*values, values[-1]] for name, values in places.items()}, ("place between the branches (0 left, 1 right)", "share"),
+                       "Even forks: real futures stand at 0 and 1, and so must samples; mean + noise fills the middle.", steps=True)]
+
+
+def charts(curves):
+    """All charts that the curves allow -> list of <figure>."""
+    skill, found = dict(curves["skill"]), []
+    caption = "Point skill per tubelet: above 0 the forecast beats the reference."
+    found.append(line_chart(skill.pop("tubelet"), skill, ("SOON tubelet", "error saved"), caption, level=0))
+    found += fork_charts(curves)
+    for name, what in (("pooled_ranks", "pooled latent space"), ("gap_ranks", "the distance to a braking car")):
+        if name in curves:
+            shares = dict(curves[name])
+            bins = shares.pop("bin")
+            caption = f"Rank of the truth among samples in {what}: flat is right, a U too narrow, a hill too wide."
+            found.append(bar_chart(bins, shares, "share", caption, level=1 / len(bins)))
+    best = dict(curves["best_of_k"])
+    caption = "Best of K samples, and mean of K: the model's best should fall below that of mean + noise."
+    found.append(line_chart(best.pop("k"), best, ("K", "error"), caption, log_x=True))
+    if "surprise" in curves:
+        twins, rows = [twin.replace("_", " ") for twin in curves["surprise"]], list(curves["surprise"].values())
+        series = {name: [row[name] for row in rows] for name in rows[0]}
+        found.append(bar_chart(twins, series, "accuracy", "Telling impossible from possible twins: the dashed line is chance.", level=0.5))
+    for kind, shares in curves.get("lane_odds", {}).items():
+        told = [float(p) for p in kind.removeprefix("odds ").split(" / ")]
+        series = {"true odds": told, "sampled share": shares["model"], "mean + noise": shares["mean + noise"]}
+        found.append(bar_chart(("left", "keep", "right"), series, "share", f"Lane scenes with {kind} of left / keep / right ({shares['n']} scenes)."))
+    return found
+
+
+def fork_strip(cfg, seed):
+    """NOW and SOON of one even fork, with its left and its right future, as a PNG -> <figure>."""
+    from PIL import Image
+
+    scene_seed = fork_seeds(seed, "picture", cfg, 0.5, 1)[0]
+    end, rows, buffer = cfg.now_frames + cfg.soon_frames, [], io.BytesIO()
+    drawn = replace(cfg, scene_size=max(112, min(cfg.height, cfg.width)))
+    shown = np.linspace(0, end - 1, min(end, 8)).round().astype(int)
+    for side in (-1, 1):
+        frames, _ = V.scene(scene_seed, futures_where(scene_seed, cfg, "fork", "choice", side, 1)[0], drawn, "fork")
+        rows.append(np.concatenate([np.pad(frames[t], ((3, 3), (3, 3), (0, 0)), constant_values=255 if t >= cfg.now_frames else 120) for t in shown], 1))
+    Image.fromarray(np.concatenate(rows)).save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    caption = (f"One present, two futures at odds 0.5: the first {int((shown < cfg.now_frames).sum())} pictures of each row (grey border) are NOW "
+               "and equal bit for bit; then SOON, left branch above, right branch below.")
+    picture = f'<img alt="two futures of one fork" src="data:image/png;base64,{data}">'
+    return f'<figure><div class="wide">{picture}</div><figcaption>{safe(caption)}</figcaption></figure>'
+
+
+def figure_card(name, figure):
+    """One figure with its sentence and what stands beside it -> HTML."""
+    interval = f" [{short(figure['interval'][0])}, {short(figure['interval'][1])}]" if figure["interval"] else ""
+    beside = "; ".join(f"{control} {short(value)}" for control, value in figure["controls"].items())
+    return (f'<div class="figure" id="{safe(name)}"><h3>{safe(name)}: {short(figure["value"])}{interval}</h3><p>{safe(figure["reading"])}</p>'
+            + (f'<p class="beside">Beside it: {safe(beside)}.</p>' if beside else "") + f'<p class="beside">n = {figure["n"]}</p></div>')
+
+
+def summary_table(figures):
+    """Figures with a threshold, then the rest -> <table>."""
+    rows = []
+    for name, figure in sorted(figures.items(), key=lambda item: item[1]["expect"] is None):
+        word, mark = {True: ("met", "&#10003; met"), False: ("missed", "&#10007; missed"), None: ("plain", "")}[figure["passed"]]
+        rows.append(f'<tr><td><a href="#{safe(name)}">{safe(name)}</a></td><td class="num">{short(figure["value"])}</td>'
+                    f'<td class="num">{safe(figure["expect"] or "")}</td><td class="num {word}">{mark}</td></tr>')
+    return f"<table><tr><th>figure</th><th>value</th><th>asked for</th><th></th></tr>{''.join(rows)}</table>"
+
+
+def control_table(verdicts):
+    """Which tests every control fails -> <table>."""
+    rows = []
+    for control, verdict in verdicts.items():
+        word, mark = ("met", "&#10003; fails, as it must") if verdict["passed"] else ("missed", "&#10007; passes everything")
+        failed = f"{len(verdict['failed'])} of {len(verdict['tests'])}: {', '.join(verdict['failed'])}"
+        rows.append(f'<tr><td>{safe(control)}</td><td class="{word}">{mark}</td><td>{safe(failed)}</td></tr>')
+    return f"<table>{''.join(rows)}</table>"
+
+
+def write_page(report, cfg, path):
+    """The report as one self-contained HTML file."""
+    where = {"scenes": "built-in scenes that no training saw", "videos": "real videos"}[report["data"]["kind"]]
+    strip = fork_strip(cfg, report["seed"]) if "branch_coordinate" in report["curves"] else ""
+    body = [f"<h1>Evaluation: {safe(report['summary'])}</h1>",
+            f"<p>Checkpoint {safe(report.get('checkpoint', ''))}, step {safe(report.get('step', ''))}, on {where}. "
+            "Intervals are 95 % bootstrap intervals over scenes or files. A figure says little alone: read it with what stands beside it.</p>",
+            f"<h2>Summary</h2>{summary_table(report['figures'])}",
+            f"<h2>Controls that must fail</h2>{control_table(report['controls_must_fail'])}" if report["controls_must_fail"] else "",
+            f'<h2>Charts</h2>{strip}<div class="charts">{"".join(charts(report["curves"]))}</div>',
+            f"<h2>Every figure</h2>{''.join(figure_card(name, figure) for name, figure in report['figures'].items())}"]
+    page = ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>Evaluation</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>")
+    V.write_atomic(Path(path), lambda handle: handle.write(page.encode()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 12  Command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+    """Command line -> namespace."""
+    parser = argparse.ArgumentParser(description="Measure a checkpoint and write evaluation.json and evaluation.html.", allow_abbrev=False)
+    parser.add_argument("--ckpt", required=True, help="checkpoint file of VJepa_AUTO_V2.py")
+    parser.add_argument("--data_root", default="", help="real videos (folder, video or list) instead of built-in scenes")
+    parser.add_argument("--split", choices=("val", "all"), default="val", help="with --data_root: held-out files, or all of them [val]")
+    parser.add_argument("--out", default="", help="folder to write into [the run's folder]")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the scenes: wide intervals, about a minute")
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    parser.add_argument("--seed", type=int, default=0, help="other scenes, other samples [0]")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that render or decode [2]")
+    args = parser.parse_args(argv)
+    if args.seed < 0 or args.num_workers < 0:
+        parser.error("--seed and --num_workers must not be negative")
+    return args
+
+
+def run_folder(checkpoint):
+    """Folder of the run that a checkpoint belongs to: above checkpoints/, else the file's own."""
+    folder = Path(checkpoint).resolve().parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def print_table(report):
+    """Figures with thresholds on standard output, then the summary."""
+    for name, figure in report["figures"].items():
+        if figure["expect"]:
+            mark = {True: "met", False: "MISSED", None: "not measured"}[figure["passed"]]
+            print(f"{name:<24}{short(figure['value']):>10}  {figure['expect']:<14}{mark}")
+    for control, verdict in report["controls_must_fail"].items():
+        print(f"control {control}: {'fails ' + ', '.join(verdict['failed']) if verdict['passed'] else 'PASSES every test made for it'}")
+    print(report["summary"])
+
+
+def run(args, sizes):
+    """Load, measure, write, print -> exit code."""
+    state = V.load_checkpoint(args.ckpt)
+    step = int(state["step"])
+    del state
+    try:
+        model, cfg = V.load_model(args.ckpt, V.choose_device(args.device, 0))
+    except (RuntimeError, KeyError) as error:
+        raise V.UserError(f"checkpoint {args.ckpt}: does not fit this version of the model ({str(error).splitlines()[0]})") from error
+    source = None
+    if args.data_root:
+        cfg = model.cfg = replace(cfg, data_root=args.data_root, missing_data="error")
+        source = V.open_data(cfg, V.list_data(cfg), True, None)
+    elif cfg.data_root:
+        print("note: this run learned from videos; without --data_root it is measured on built-in scenes, which it never saw", file=sys.stderr)
+    out = Path(args.out) if args.out else run_folder(args.ckpt)
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    report = {"checkpoint": str(args.ckpt), "step": step, **evaluate(model, sizes, source, args.split, args.seed, args.num_workers, Progress())}
+    report["seconds"] = round(time.perf_counter() - began, 1)
+    V.write_atomic(out / "evaluation.json", lambda handle: handle.write(json.dumps(report, indent=1, allow_nan=False).encode()))
+    write_page(report, cfg, out / "evaluation.html")
+    print_table(report)
+    print(f"written: {out / 'evaluation.json'}, {out / 'evaluation.html'} ({report['seconds']:.0f} s)")
+    return V.EXIT_OK
+
+
+def main(argv=None):
+    """Command line -> exit code. Every error a user can cause ends in one line."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(args, QUICK if args.quick else FULL)
+    except V.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return V.EXIT_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())
