@@ -167,8 +167,8 @@ def test_one_graph_for_ten_steps(fresh_dynamo, mode):
     process = cpu_process(V.amp_dtype(cfg, torch.device("cpu")))
     train_steps(model, cfg, lambda step: [random_batch(cfg, 2, seed=step, first=2 * step)], 10, process)
     assert len(backend.graphs) == 1
-    # online on two masks and NOW, target once, predictor three times, outcome once, flow: cross, and self where tokens mix
-    expected = 4 * cfg.enc_depth + 3 * cfg.pred_depth + 1 + cfg.flow_depth * (2 if cfg.flow_tokens > 1 else 1)
+    # online on two masks and NOW, target once, predictor three times, outcome once, flow: self and cross where tokens mix
+    expected = 4 * cfg.enc_depth + 3 * cfg.pred_depth + 1 + cfg.flow_depth * (2 if cfg.flow_tokens > 1 else 0)
     assert backend.calls("scaled_dot_product_attention") == [expected]
 
 

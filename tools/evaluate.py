@@ -510,9 +510,9 @@ def fit_logistic(scores, classes, groups, num_classes):
     held = known & (np.random.default_rng(0).permutation(int(groups.max()) + 1)[groups] % 5 == 0)
     inner, chosen = known & ~held, 0.1
     if held.any() and len(np.unique(classes[inner])) > 1:
-        fits = {C: LogisticRegression(C=C, max_iter=300).fit(scores[inner], classes[inner]) for C in (0.001, 0.01, 0.1, 1.0)}
+        fits = {C: LogisticRegression(C=C, max_iter=3000).fit(scores[inner], classes[inner]) for C in (0.001, 0.01, 0.1, 1.0)}
         chosen = max(fits, key=lambda C: fits[C].score(scores[held], classes[held]))
-    fitted = LogisticRegression(C=chosen, max_iter=300).fit(scores[known], classes[known])
+    fitted = LogisticRegression(C=chosen, max_iter=3000).fit(scores[known], classes[known])
     weight, bias = np.zeros((scores.shape[1], num_classes)), np.full(num_classes, -1e6)
     if len(fitted.classes_) == 2:  # one column in scikit-learn: the second class against the first
         weight[:, fitted.classes_[1]], bias[fitted.classes_] = fitted.coef_[0], (0.0, fitted.intercept_[0])
