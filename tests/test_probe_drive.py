@@ -300,7 +300,8 @@ def test_command_reports_every_row_and_features_beat_shuffled_labels(tub, ckpt, 
     assert P.main([str(part) for part in command]) == 0
     printed, report = capsys.readouterr().out, json.loads((tmp_path / "probe_drive.json").read_text())
     rows = {(row["features"], row["probe"], row["window"]): row for row in report["rows"]}
-    both = [(name, probe, window) for name in ("trained", "untrained", "pixels", "pixels_grey") for probe in ("linear", "attentive") for window in ("now", "now+soon")]
+    names = ("trained", "untrained", "pixels", "pixels_grey")
+    both = [(name, probe, window) for name in names for probe in ("linear", "attentive") for window in ("now", "now+soon")]
     assert set(rows) == {*both, ("shuffled", "linear", "now"), ("shuffled", "linear", "now+soon"), ("mean", "", ""), ("persistence", "", "")}
     assert report["windows"] == 160 - 14
     assert all(row["mae_interval"][0] <= row["mae"] <= row["mae_interval"][1] for row in rows.values())
@@ -341,8 +342,9 @@ def spoil(folder, what):
 
 
 @pytest.mark.parametrize("what, words", [
-    ("picture gone", "1 pictures missing, the first is 9_cam.png"), ("picture torn", "picture 9_cam.png: cannot be decoded"), ("line torn", "line 5 is not JSON"),
-    ("no angle", "record 3 lacks one of"), ("angle nan", "record 3 lacks one of"), ("no stamps", "give the camera's rate with --fps"),
+    ("picture gone", "1 pictures missing, the first is 9_cam.png"), ("picture torn", "picture 9_cam.png: cannot be decoded"),
+    ("line torn", "line 5 is not JSON"), ("no angle", "record 3 lacks one of"), ("angle nan", "record 3 lacks one of"),
+    ("no stamps", "give the camera's rate with --fps"),
     ("catalog gone", "catalog_0.catalog: cannot be read"), ("no catalogs", "no line lists the catalogs"), ("no tub", "no Donkeycar tub"),
 ])
 def test_a_damaged_tub_ends_in_one_line(tmp_path, capsys, what, words):
@@ -365,8 +367,8 @@ def test_stamps_of_a_conversion_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize("flags, code, words", [
     (["--folds", "1"], 2, "folds = 1"), (["--gap_s", "nan"], 2, "gap_s = nan"), (["--signal", "speed"], 2, "invalid choice"), (["--fold", "3"], 2, "--fold"),
     (["--gap_s", "30"], 1, "drive too short"), (["--block_s", "10", "--gap_s", "1"], 1, "blocks of 10 s"),
-    (["--signal", "throttle", "--gap_s", "1"], 1, "throttle does not change"), (["--ckpt", "absent.pt"], 2, "no such checkpoint"), (["--ckpt", ""], 2, "give --ckpt"),
-    (["--drive", "absent"], 2, "no such folder"),
+    (["--signal", "throttle", "--gap_s", "1"], 1, "throttle does not change"), (["--ckpt", "absent.pt"], 2, "no such checkpoint"),
+    (["--ckpt", ""], 2, "give --ckpt"), (["--drive", "absent"], 2, "no such folder"),
 ])
 def test_wrong_flags_end_in_one_line(tub, ckpt, tmp_path, capsys, flags, code, words):
     """Usage errors leave with 2, a drive that does not suffice with 1; either way one line."""

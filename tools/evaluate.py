@@ -139,7 +139,7 @@ def expectation(limits):
     low, high = limits
     if low is None:
         return f"<= {high:g}"
-    return f">= {low:g}" if high is None else f"{low:g}..{high:g}"
+    return f">= {low:g}" if high is None else f"{low:.3g}..{high:.3g}"
 
 
 def meets(value, limits):
@@ -1923,7 +1923,7 @@ def print_table(report):
     for name, figure in report["figures"].items():
         if figure["expect"]:
             mark = {True: "met", False: "MISSED", None: "not measured"}[figure["passed"]]
-            print(f"{name:<24}{short(figure['value']):>10}  {figure['expect']:<14}{mark}")
+            print(f"{name:<24}{short(figure['value']):>10}  {figure['expect']:<16}{mark}")
     for control, verdict in report["controls_must_fail"].items():
         print(f"control {control}: {'fails ' + ', '.join(verdict['failed']) if verdict['passed'] else 'PASSES every test made for it'}")
     print(report["summary"])
