@@ -252,7 +252,7 @@ def test_corrupt_checkpoint(capsys, tmp_path, finished, scene_folder, how):
     assert code in (1, 2) and "ckpt_final.pt" in one_line(err)
     after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     changed = {file.name for file in before.keys() | after.keys() if before.get(file) != after.get(file)}
-    assert changed <= {"train.log", "config.json"} and not (tmp_path / "ran").exists()
+    assert changed <= {"train.log", "config.json", "status.json", ".lease"} and not (tmp_path / "ran").exists()
     assert (folder / "train.log").read_bytes().startswith(before[folder / "train.log"])
 
 

@@ -39,7 +39,7 @@ def dataset_of(folder, cfg, stream="train", maneuvers=()):
 
 def loaded(dataset, sampler, num_workers):
     """All batches of a loader."""
-    return list(V.build_loader(dataset, sampler, num_workers, False))
+    return list(V.ClipLoader(dataset, sampler, num_workers, False))
 
 
 # -- masks
