@@ -280,8 +280,8 @@ PRESETS = {
     "proof": dict(
         image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=96, enc_depth=4,
         pred_dim=96, pred_depth=3, num_heads=2, batch_size=8, steps=2000, lr=1.5e-3, warmup_steps=50, ema_momentum=0.992,
-        ema_momentum_end=0.998, lambda_soon=2.0, scenes="render", flow_dim=512, flow_depth=3, flow_heads=8, flow_rank=256, flow_chunks=2, flow_draws=4,
-        flow_shift=3.0, flow_fit_clips=24000, flow_fit_steps=2000, num_workers=2, log_every=50, ckpt_every=500, val_every=500,
+        ema_momentum_end=0.998, lambda_soon=2.0, scenes="render", flow_dim=512, flow_depth=3, flow_heads=8, flow_rank=512, flow_chunks=2, flow_draws=4,
+        flow_shift=3.0, flow_fit_clips=48000, flow_fit_steps=3000, num_workers=2, log_every=50, ckpt_every=500, val_every=500,
         outcome_queue=256, crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
     ),
     "base": {},
@@ -364,7 +364,7 @@ def fits(kind, value):
 def shown(value):
     """A value of any type for a message. Lists of anything but plain values are counted, not printed: they may be deep."""
     if isinstance(value, int) and not fits(int, value) and not isinstance(value, bool):
-        return f"a number of {value.bit_length()} bits"
+        return f"too large a number ({value.bit_length()} bits)"
     if isinstance(value, dict) or isinstance(value, (list, tuple)) and not all(fits(float, part) or isinstance(part, str) for part in value):
         return f"a {type(value).__name__} of {len(value)}"
     return one_line(repr(value), 100)
@@ -671,8 +671,9 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts", ".hevc
 CONTAINER_WHITELIST = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,hevc,h264"
 DECODERS = {"auto": ("pyav", "decord"), "pyav": ("pyav", "decord"), "decord": ("decord", "pyav"), "torchcodec": ("torchcodec", "pyav")}
 # What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing): not programming errors here.
-DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError)
-MAX_SCALED_PIXELS = 2**26  # frames stretched beyond this are refused instead of filling the memory
+DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError, ArithmeticError)
+MAX_PIXELS = 2**26  # frames larger than this (8K has half of it), or stretched beyond it, are refused instead of filling the memory
+SKIPPING_CODECS = ("h264", "hevc")  # decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file
 
 
 class BadFile(Exception):
@@ -832,7 +833,7 @@ def crop_box(plan, width, height):
     box_w, box_h = max(box_w * shrink, 1e-6), max(box_h * shrink, 1e-6)
     scaled_w = max(round(width * plan.width / box_w), plan.width)
     scaled_h = max(round(height * plan.height / box_h), plan.height)
-    if scaled_w * scaled_h > MAX_SCALED_PIXELS:
+    if scaled_w * scaled_h > MAX_PIXELS:
         raise BadFile(f"frame of {width} x {height} is too stretched for a {plan.width} x {plan.height} crop")
     return scaled_w, scaled_h, round((scaled_w - plan.width) * plan.u_x), round((scaled_h - plan.height) * plan.u_y)
 
@@ -850,10 +851,13 @@ def check_regular(path):
 
 
 def open_pyav(url):
-    """Open a file for PyAV with the allowed demuxers only -> container."""
+    """Open a file for PyAV with the allowed demuxers only -> container. CannotOpen with the reason when it is none of them."""
     import av
 
-    return av.open(url, options={"format_whitelist": CONTAINER_WHITELIST}, metadata_errors="ignore")
+    try:
+        return av.open(url, options={"format_whitelist": CONTAINER_WHITELIST, "max_pixels": str(MAX_PIXELS)}, metadata_errors="ignore")
+    except (av.FFmpegError, *DECODE_ERRORS) as error:  # PatchWelcomeError, UnknownError and some others are FFmpegError and nothing else
+        raise CannotOpen(f"pyav cannot open it ({getattr(error, 'strerror', None) or error})") from error
 
 
 def pyav_timing(container, stream):
@@ -872,6 +876,8 @@ def pyav_timing(container, stream):
 def pyav_picture(frame, plan, pixel_aspect):
     """One decoded frame -> uint8 [H, W, 3], rotated as the file asks, non-square pixels squared, cropped and resized."""
     quarter_turns = round(frame.rotation / 90) % 4
+    if abs((frame.rotation + 45) % 90 - 45) > 5:  # in degrees; a damaged display matrix, -2**31 where it holds no rotation at all
+        raise BadFile(f"its display matrix turns it by {frame.rotation} degrees")
     width, height = frame.width * pixel_aspect, frame.height
     if quarter_turns % 2:
         width, height = height, width
@@ -886,7 +892,7 @@ def pyav_frames(container, stream, times, fast):
     from every requested time, by the packets' own times and durations: the frames that are kept come out bit for bit the same."""
     start, unit = stream.start_time or 0, float(stream.time_base)
     for packet in container.demux(stream):
-        if fast and packet.pts is not None and packet.duration:
+        if fast and packet.pts is not None and packet.duration and stream.codec_context.name in SKIPPING_CODECS:
             begin, length = (packet.pts - start) * unit, packet.duration * unit
             near = np.searchsorted(times, begin - length / 2)  # first request that this packet's frame could serve
             wanted = near < len(times) and times[near] < begin + 1.5 * length
@@ -899,13 +905,15 @@ def pyav_walk(container, stream, plan, fast):
     duration, fps = pyav_timing(container, stream)
     times = frame_times(plan, duration, fps)
     start, aspect = stream.start_time or 0, float(stream.sample_aspect_ratio or 1)
+    if not 1 / 8 <= aspect <= 8:
+        raise BadFile(f"its pixels are {aspect:g} times as wide as high")
     if fast and times[0] > 1:
         container.seek(start + int(times[0] / stream.time_base), stream=stream)
     frames, shown, shown_end, count = [], None, 0.0, 0
     for frame in pyav_frames(container, stream, times, fast):
         now = count / fps if frame.pts is None else float((frame.pts - start) * stream.time_base)
-        if count == 0 and fast and times[0] > 1 and now > times[0]:
-            raise BadFile(f"seek landed at {now:.2f} s, past {times[0]:.2f} s")
+        if count == 0 and fast and times[0] > 1 and (now > times[0] or not frame.key_frame):
+            raise BadFile(f"seek to {times[0]:.2f} s landed at {now:.2f} s{'' if frame.key_frame else ', on no key frame'}")
         count += 1
         picture = None
         while len(frames) < len(times) and shown is not None and now > times[len(frames)]:
@@ -928,19 +936,18 @@ def pyav_walk(container, stream, plan, fast):
 def read_pyav(path, plan, fast=True):
     """Frames through PyAV, strict about damage: it stops at broken data instead of painting over it. `fast` seeks to the window
     and leaves out frames that are not needed; a file on which that fails is read plainly from its start."""
-    try:
-        container = open_pyav(f"file:{path}")
-    except DECODE_ERRORS as error:
-        raise CannotOpen(f"pyav cannot open it ({getattr(error, 'strerror', None) or error})") from error
+    import av
+
+    container = open_pyav(f"file:{path}")
     try:
         with container:
             if not container.streams.video:
                 raise BadFile("no video stream")
             stream = container.streams.video[0]
             stream.thread_type, stream.thread_count = "NONE", 1
-            stream.codec_context.options = {"err_detect": "explode"}
+            stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
             return pyav_walk(container, stream, plan, fast)
-    except (BadFile, *DECODE_ERRORS) as error:
+    except (BadFile, av.FFmpegError, *DECODE_ERRORS) as error:
         if fast:  # an open GOP cannot be entered at its key frame, and frame durations may be wrong
             return read_pyav(path, plan, fast=False)
         if isinstance(error, BadFile):

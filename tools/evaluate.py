@@ -50,8 +50,8 @@ SETS = ("fit", "forks", "signs", "brake", "steady", "lane", "occluder", "mix", "
 class Sizes:
     """How much is measured: scenes, samples and fitting steps."""
 
-    fit_forks: int = 120  # fork scenes that fit spaces and probes, two siblings of each branch
-    fit_clips: int = 240  # clips of every other kind that fit probes
+    fit_forks: int = 200  # fork scenes that fit spaces and probes, two siblings of each branch
+    fit_clips: int = 560  # clips of every other kind that fit probes
     fork_scenes: int = 96  # test forks at odds 0.5
     siblings: int = 10  # real futures of each
     sign_scenes: int = 40  # test forks of each other odds, two siblings of each branch
@@ -67,7 +67,7 @@ class Sizes:
     shuffled_steps: int = 300  # steps of the flow net that learns permuted targets
     shuffled_batch: int = 64  # clips per such step
     probe_epochs: int = 12  # epochs of the attentive probe
-    components: int = 1024  # most principal components under a linear probe; at most half as many as clips
+    components: int = 1536  # most principal components under a linear probe; at most half as many as clips
     resamples: int = 1000  # bootstrap draws
     batch: int = 32  # clips encoded at once
 
