@@ -392,16 +392,16 @@ def value_problems(cfg):
             problems.append(f"{name} = {value}: must lie in {span} (--{name})")
     for name, allowed in CHOICES.items():
         if getattr(cfg, name) not in allowed:
-            problems.append(f"{name} = {getattr(cfg, name)!r}: must be one of {', '.join(allowed)} (--{name})")
+            problems.append(f"{name} = {shown(getattr(cfg, name))}: must be one of {', '.join(allowed)} (--{name})")
     if not 1 <= min(cfg.height, cfg.width) <= max(cfg.height, cfg.width) <= 8192:
         problems.append(f"image_size = {cfg.image_size}: must lie in 1 to 8192 (--image_size)")
     try:
         mix_shares(cfg.scene_mix)
     except ValueError as error:
-        problems.append(f"scene_mix = {cfg.scene_mix!r}: {error} (--scene_mix)")
+        problems.append(f"scene_mix = {shown(cfg.scene_mix)}: {one_line(error)} (--scene_mix)")
     unknown = sorted({t for t in cfg.track.split(",") if t} - {"tensorboard", "wandb"})
     if unknown:
-        problems.append(f"track = {cfg.track!r}: {', '.join(unknown)} is not one of tensorboard, wandb (--track)")
+        problems.append(f"track = {shown(cfg.track)}: {one_line(', '.join(unknown))} is not one of tensorboard, wandb (--track)")
     return problems
 
 
@@ -594,11 +594,11 @@ def read_config_file(path, seen=None):
         raise UsageError(f"config {one_line(path)}: its name must hold no control characters, and only UTF-8")
     trail = [*(file for file, values in seen.items() if values is None), path]
     if path in trail[:-1]:
-        raise UsageError(f"config {path}: inherits itself through {' -> '.join(file.name for file in trail)}")
+        raise UsageError(f"config {one_line(path)}: inherits itself through {' -> '.join(file.name for file in trail)}")
     if not path.is_relative_to(trail[0].parent):
-        raise UsageError(f"config {trail[-2]}: inherits {path}, which lies outside {trail[0].parent}; move it there")
+        raise UsageError(f"config {one_line(trail[-2])}: inherits {one_line(path)}, which lies outside {one_line(trail[0].parent)}; move it there")
     if len(trail) > MAX_INHERITS + 1:
-        raise UsageError(f"config {path}: more than {MAX_INHERITS} files inherit from each other")
+        raise UsageError(f"config {one_line(path)}: more than {MAX_INHERITS} files inherit from each other")
     if path in seen:
         return seen[path]
     seen[path] = None
@@ -606,14 +606,14 @@ def read_config_file(path, seen=None):
     parents = data.pop("inherits", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise UsageError(f"config {path}: inherits = {shown(parents)} must be a file name or a list of them")
+        raise UsageError(f"config {one_line(path)}: inherits = {shown(parents)} must be a file name or a list of them")
     merged = {}
     for parent in parents:
         merged.update(read_config_file(path.parent / parent, seen))
     for key, value in data.items():
         if key not in FIELD_TYPES:
-            raise UsageError(f"config {path}: unknown key {shown(key)}{nearest(key, FIELD_TYPES)}")
-        merged[key] = coerce(key, value, f"config {path}")
+            raise UsageError(f"config {one_line(path)}: unknown key {shown(key)}{nearest(key, FIELD_TYPES)}")
+        merged[key] = coerce(key, value, f"config {one_line(path)}")
     seen[path] = merged
     return merged
 
@@ -891,8 +891,9 @@ def pyav_frames(container, stream, times, fast):
     """Decoded frames in display order. `fast` leaves out frames that nobody refers to and that lie half a frame or more away
     from every requested time, by the packets' own times and durations: the frames that are kept come out bit for bit the same."""
     start, unit = stream.start_time or 0, float(stream.time_base)
+    may_skip = fast and stream.codec_context.name in SKIPPING_CODECS
     for packet in container.demux(stream):
-        if fast and packet.pts is not None and packet.duration and stream.codec_context.name in SKIPPING_CODECS:
+        if may_skip and packet.pts is not None and packet.duration:
             begin, length = (packet.pts - start) * unit, packet.duration * unit
             near = np.searchsorted(times, begin - length / 2)  # first request that this packet's frame could serve
             wanted = near < len(times) and times[near] < begin + 1.5 * length
@@ -1669,6 +1670,13 @@ def collate(samples):
 QUARANTINED = "quarantined"  # how the reason of a file begins that must not be opened again
 
 
+def init_worker(worker_id):
+    """Loader workers leave signals to the main process, which saves first and then ends them; one thread each."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
 class WorkerWatch:
     """What each loader worker has in hand, in memory that the main process can read after the worker's death.
 
@@ -1680,10 +1688,8 @@ class WorkerWatch:
         self.rows[:, 1] = -1
 
     def start(self, worker_id):
-        """Called in the worker. It leaves signals to the main process, which saves first and then ends it; one thread."""
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(name, signal.SIG_IGN)
-        torch.set_num_threads(1)
+        """Called in the worker as it starts."""
+        init_worker(worker_id)
         self.own = self.rows[worker_id]
         self.own[0] = os.getpid()
 
@@ -3330,7 +3336,7 @@ class RunFolder:
     """
 
     def __init__(self, cfg, process):
-        self.folder, self.lease, self.step, self.reason = Path(cfg.out_dir), None, 0, ""
+        self.folder, self.lease, self.step, self.reason, self.closing = Path(cfg.out_dir), None, 0, "", []
         if not process.is_main:
             return
         open_folder(cfg)
@@ -3364,7 +3370,9 @@ class RunFolder:
         return self
 
     def __exit__(self, kind, error, trace):
-        """Leave the folder; an error on the way out is the run's, and a full disk must not hide it behind its own."""
+        """Leave the folder and close what is in `closing`; a full disk must not hide the error that ended the run behind its own."""
+        for thing in self.closing:
+            thing.close()
         if self.lease is None:
             return
         try:
@@ -3878,6 +3886,7 @@ def run(cfg, overrides, argv, videos, process, folder):
     model.train()
     sampler = StepSampler(progress.consumed, (cfg.steps - progress.step) * cfg.grad_accum, cfg.batch_size, process.rank, process.world_size)
     loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, process.device.type == "cuda")
+    folder.closing.append(loader)
     while progress.step < cfg.steps:
         # -- batch
         folder.step = progress.step
@@ -3927,7 +3936,6 @@ def run(cfg, overrides, argv, videos, process, folder):
             save_run(model, optimizer, scaler, source, process, progress, log, must=stopping)
         clock.skip_pause(pause)
         if stopping:
-            loader.close()
             folder.reason = stop.reason or "a signal on another rank"
             log.line(f"stopped by {stop.reason or 'a signal on another rank'} at step {progress.step}, saved; run the same command to go on")
             stop.restore()

@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPT, V, small_config
@@ -407,8 +408,8 @@ def group_members(group):
 
 
 def test_status_of_a_failed_run(scene_folder, tmp_path):
-    """A crash leaves state failed with its reason."""
-    code, output = finish(alone(run_config(scene_folder, tmp_path / "run"), tmp_path), environment(faults=[["exception", 0, 4, 0]]))
+    """A crash leaves state failed with its reason, and ends at once although loader workers ignore SIGTERM."""
+    code, output = finish(alone(run_config(scene_folder, tmp_path / "run", num_workers=2), tmp_path), environment(faults=[["exception", 0, 4, 0]]), 60)
     told = status(tmp_path / "run")
     assert code == 1 and told["state"] == "failed" and told["step"] == 4 and "planted exception" in told["reason"], output
 
@@ -669,3 +670,40 @@ def test_kill_at_random_moments(scene_folder, tmp_path):
 def test_script_is_what_users_start():
     """The faulty runner and the command share one file: nothing of the faults lives in the product."""
     assert "FAULTS" not in SCRIPT.read_text()
+
+
+# -- long files
+
+
+def write_long_video(path, hours, fps, side=64):
+    """An H.264 file whose picture tells its time: grey level by the minute."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "g": "20"})
+        stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+        for number in range(int(hours * 3600 * fps)):
+            level = 20 + number // (60 * fps) * 200 // (hours * 60)
+            frame = av.VideoFrame.from_ndarray(np.full((side, side, 3), level, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def resident_mb():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+@pytest.mark.faults
+def test_two_hours_are_sampled_by_seeking_with_flat_memory(tmp_path):
+    """10,000 clips from a two-hour file: as fast as from its first minutes, and no memory is kept. Seen red with frames kept in a list."""
+    write_long_video(tmp_path / "long.mp4", 2, 2)
+    cfg = small_config(clip_fps=2.0)
+    plan = V.ClipPlan(4, 2.0, 32, 32, 0.0, 1.0, 1.0, 0.5, 0.5)
+    rng, seen, marks = np.random.default_rng(0), [], []
+    for number in range(10_000):
+        frames = V.read_frames(str(tmp_path / "long.mp4"), V.replace(plan, u_start=float(rng.random())), cfg.decoder)
+        seen.append(int(frames.mean()))
+        if number in (999, 9999):
+            marks.append(resident_mb())
+    assert marks[1] - marks[0] < 10, marks  # MB over 9,000 clips
+    assert min(seen) < 40 and max(seen) > 200  # the whole file, not its start
