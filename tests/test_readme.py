@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import readme_tables  # noqa: E402
 
 # Flags of torchrun, pip and srun that a README may show, and --field, which stands for any of ours.
-FOREIGN_FLAGS = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--standalone", "--help",
+FOREIGN_FLAGS = {"--nproc_per_node", "--nnodes", "--node_rank", "--max_restarts", "--signals-to-handle", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--standalone", "--help",
                  "--upgrade", "--index-url", "--extra-index-url", "--ntasks", "--ntasks-per-node", "--field"}
 
 
