@@ -268,7 +268,7 @@ PRESETS = {
     "tiny": dict(
         image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=96, enc_depth=4,
         pred_dim=96, pred_depth=3, num_heads=2, batch_size=8, steps=500, lr=1.5e-3, warmup_steps=50, ema_momentum=0.992,
-        ema_momentum_end=0.998, flow_dim=256, flow_depth=3, flow_heads=4, flow_chunks=2, flow_draws=16, flow_lr=2e-3,
+        ema_momentum_end=0.998, lambda_soon=2.0, flow_dim=256, flow_depth=3, flow_heads=4, flow_chunks=2, flow_draws=16, flow_lr=2e-3,
         num_workers=2, log_every=25, ckpt_every=125, val_every=125, outcome_queue=256, scene_clips=768, scene_size=96,
         crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
     ),
@@ -718,10 +718,10 @@ def scan_folder(root, video_glob):
             continue
         visited.add((info.st_dev, info.st_ino))
         subfolders.sort()  # of several links to one folder the first name counts, on every machine
+        parent = "" if folder == root else os.path.relpath(folder, root).replace(os.sep, "/") + "/"  # once per folder: relpath is slow
         for name in names:
-            relative = os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
-            if name.lower().endswith(VIDEO_SUFFIXES) and (fnmatch.fnmatch(name, video_glob) or fnmatch.fnmatch(relative, video_glob)):
-                found.append(VideoFile(relative, os.path.join(folder, name)))
+            if name.lower().endswith(VIDEO_SUFFIXES) and (fnmatch.fnmatch(name, video_glob) or fnmatch.fnmatch(parent + name, video_glob)):
+                found.append(VideoFile(parent + name, os.path.join(folder, name)))
     return sorted(found, key=lambda video: video.name)
 
 
@@ -786,11 +786,11 @@ def name_hash(video):
 
 def split_videos(videos, val_fraction, at_least=1):
     """Hold out files by the hash of their name, never by window -> (train, val). Both are non-empty from two files up."""
-    ranked = sorted(videos, key=name_hash)
+    ranked = sorted((name_hash(video), video.name) for video in videos)
     threshold = f"{int(val_fraction * 16**8):08x}"
-    num_val = sum(name_hash(video)[:8] < threshold for video in ranked)
+    num_val = sum(hashed[:8] < threshold for hashed, _ in ranked)
     num_val = min(max(num_val, at_least if val_fraction > 0 else 0), len(ranked) - 1)
-    val = {video.name for video in ranked[:num_val]}
+    val = {name for _, name in ranked[:num_val]}
     return [v for v in videos if v.name not in val], [v for v in videos if v.name in val]
 
 
@@ -1048,7 +1048,7 @@ def split_readable(cfg, videos):
     train, val = split_videos(videos, cfg.val_fraction)
     most = min(len(val) + 8, len(videos) - 1)
     for at_least in range(len(val), most + 1):
-        wider = split_videos(videos, cfg.val_fraction, at_least)
+        wider = split_videos(videos, cfg.val_fraction, at_least) if at_least > len(val) else (train, val)
         if len(val) > 8 or any(can_read(cfg, video) for video in wider[1]):
             return wider
     return train, val

@@ -342,6 +342,23 @@ def test_resume_that_forgets_something_shows(straight, to_resume, scene_folder, 
     assert facts(to_resume) != facts(straight)
 
 
+@pytest.mark.parametrize("forget", [False, True])
+def test_loss_scale_survives_a_restart(scene_folder, tmp_path, monkeypatch, forget):
+    """fp16 on the CPU: the scaler's state after a stop and a resume is that of a run in one go, and is not when it is left out."""
+    monkeypatch.setattr(V, "amp_dtype", lambda cfg, device: torch.float16)
+    base = config(scene_folder, tmp_path / "one", amp=True)
+    assert V.train(base) == 0
+    cut = V.replace(base, out_dir=str(tmp_path / "cut"))
+    assert train_until(cut, 4) == 75
+    if forget:
+        monkeypatch.setattr(torch.amp.GradScaler, "load_state_dict", lambda self, state: None)
+    assert V.train(cut) == 0
+    whole, after = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "cut")
+    assert whole["scaler"]["scale"] < 65536  # it starts there, and the first steps overflow
+    assert (whole["scaler"] == after["scaler"]) is not forget
+    assert forget or same(whole["online"], after["online"])
+
+
 OF_THE_LAST_START = {"status.json", ".lease"}  # they tell of the start itself, a refused one included
 
 
