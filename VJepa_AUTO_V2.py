@@ -3733,8 +3733,8 @@ class Clock:
 
 
 @torch.no_grad()
-def cache_futures(model, source, process, start, num_clips):
-    """Frozen latents of this rank's clips, from sample `start` on -> (contexts [n, K, D], y [n, N, k]) on the CPU.
+def cache_futures(model, source, process, start, num_clips, log, stop):
+    """Frozen latents of this rank's clips, from sample `start` on -> (contexts [n, K, D], y [n, N, k]) on the CPU, None when stopped.
 
     The space is first fitted to the futures of the first clips, gathered over ranks; after that it stays as it is.
     """
@@ -3742,7 +3742,7 @@ def cache_futures(model, source, process, start, num_clips):
     num_batches = math.ceil(num_clips / (size * process.world_size))
     fit_batches = min(num_batches, math.ceil(2048 / (size * process.world_size)))
     sampler = StepSampler(start, num_batches, size, process.rank, process.world_size)
-    contexts, rows, ys = [], [], []
+    contexts, rows, ys, began, told = [], [], [], time.perf_counter(), 1
     for number, batch in enumerate(open_loader(source, cfg, "train", sampler, cfg.num_workers)):
         with autocast(process):
             clip = model.normalise(batch["frames"].to(process.device))
@@ -3758,6 +3758,12 @@ def cache_futures(model, source, process, start, num_clips):
             if number + 1 >= fit_batches:
                 ys += [model.space.encode(part).cpu() for part in rows]
                 rows = []
+        log.bar(number + 1, num_batches, "latents for the flow phase")
+        if time.perf_counter() - began > 60 * told:
+            told += 1
+            log.line(f"latents for the flow phase: {(number + 1) * size * process.world_size} of {num_clips} clips")
+        if number % 16 == 0 and process.any(bool(stop.reason))[0]:
+            return None
     return torch.cat(contexts), torch.cat(ys)
 
 
@@ -3776,7 +3782,10 @@ def fit_flow(model, source, process, log, stop, progress):
     """
     cfg, began, net, slow = model.cfg, time.perf_counter(), model.flow, model.flow_ema
     model.eval()
-    contexts, y = cache_futures(model, source, process, progress.consumed, cfg.flow_fit_clips)
+    cached = cache_futures(model, source, process, progress.consumed, cfg.flow_fit_clips, log, stop)
+    if cached is None:
+        return False
+    contexts, y = cached
     kept = max(1, len(y) - len(y) // 20)
     log.line(f"flow phase: latents of {len(y) * process.world_size} clips in {describe_time(time.perf_counter() - began)}, "
              f"{float(model.space.explained):.0%} of the residual in {cfg.flow_rank} directions; {cfg.flow_fit_steps} steps")

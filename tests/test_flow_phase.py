@@ -82,7 +82,7 @@ def test_cached_pairs_are_what_the_loss_would_see(tmp_path):
     cfg = phase_config(tmp_path / "run")
     model, process = new_model(cfg).eval(), cpu_process()
     source = V.open_data(cfg, [], True, lambda: None)
-    contexts, y = V.cache_futures(model, source, process, 5, 10)
+    contexts, y = V.cache_futures(model, source, process, 5, 10, V.RunLog(cfg, False), V.StopFlag(()))
     assert contexts.shape == (16, cfg.now_tokens, cfg.enc_dim) and y.shape == (16, 1, cfg.flow_rank)  # full batches of four times batch_size
     data = source.dataset(cfg, "train")
     for place in (0, 3, 15):
