@@ -317,8 +317,8 @@ def mix_shares(scene_mix):
 UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 # field -> (smallest, largest) value allowed; None leaves a side open
 RANGES = {
-    "steps": (1, 10**9), "seed": (0, 2**31 - 1), "clip_fps": (0, 1000), "val_fraction": (0, 0.9), "max_bad_fraction": (0, 0.99), "decode_timeout_s": (0.1, 10**6),
-    "crop_scale_min": (0.01, 1), "crop_scale_max": (0.01, 1), "crop_ratio_min": (0.1, 10), "crop_ratio_max": (0.1, 10),
+    "steps": (1, 10**9), "seed": (0, 2**31 - 1), "clip_fps": (0, 1000), "val_fraction": (0, 0.9), "max_bad_fraction": (0, 0.99),
+    "decode_timeout_s": (0.1, 10**6), "crop_scale_min": (0.01, 1), "crop_scale_max": (0.01, 1), "crop_ratio_min": (0.1, 10), "crop_ratio_max": (0.1, 10),
     "num_workers": (0, 512), "scene_clips": (4, 10**7), "scene_size": (0, 4096), "num_frames": (3, 100000),
     "channels": (3, 3), "now_frames": (1, None), "soon_frames": (1, None), "eventually_frames": (1, None),
     "tubelet_t": (1, None), "patch": (1, None), "enc_dim": (6, 65536), "enc_depth": (1, 1000), "pred_dim": (6, 65536),
@@ -913,7 +913,7 @@ def pyav_walk(container, stream, plan, fast):
     frames, shown, shown_end, count = [], None, 0.0, 0
     for frame in pyav_frames(container, stream, times, fast):
         now = count / fps if frame.pts is None else float((frame.pts - start) * stream.time_base)
-        if count == 0 and fast and times[0] > 1 and (now > times[0] or not frame.key_frame):
+        if count == 0 and fast and times[0] > 1 and (now > times[0] or now > 0 and not frame.key_frame):  # at 0 the key frame may be hidden
             raise BadFile(f"seek to {times[0]:.2f} s landed at {now:.2f} s{'' if frame.key_frame else ', on no key frame'}")
         count += 1
         picture = None

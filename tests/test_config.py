@@ -5,16 +5,15 @@ import functools
 import inspect
 import json
 import math
-import random
+import os
 import re
 import subprocess
 import sys
-import warnings
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
-import torch
-from conftest import SCRIPT, V, random_batch, small_config
+from conftest import SCRIPT, V, small_config
 
 FIELDS = [field.name for field in fields(V.VJepaAutoV2Config)]
 # People's scripts rely on these; lambda_flow and whatever else is new is not part of the promise.
@@ -172,10 +171,42 @@ def test_inherits_is_relative_to_the_file(tmp_path, monkeypatch):
     write(tmp_path / "a.json", {"seed": 1, "lr": 0.5, "min_lr": 0.5})
     write(tmp_path / "deep/b.json", {"inherits": "../a.json", "lr": 0.25})
     write(tmp_path / "c.json", {"min_lr": 0.125, "lr": 0.0625})
-    top = write(tmp_path / "deep/top.json", {"inherits": ["b.json", "../c.json"], "seed": 9})
+    top = write(tmp_path / "top.json", {"inherits": ["deep/b.json", str(tmp_path / "c.json")], "seed": 9})
     monkeypatch.chdir("/")
     assert V.read_config_file(top) == {"seed": 9, "lr": 0.0625, "min_lr": 0.125}
-    assert V.read_config_file(tmp_path / "deep/b.json") == {"seed": 1, "lr": 0.25, "min_lr": 0.5}
+    assert V.read_config_file(write(tmp_path / "left.json", {"inherits": "deep/b.json"})) == {"seed": 1, "lr": 0.25, "min_lr": 0.5}
+
+
+@pytest.mark.parametrize("way", ["../other.json", "deep/../../other.json", "{tmp}/other.json", "link.json", "folder/other.json", "middle.json"])
+def test_inherits_stays_in_the_folder_of_the_first_file(tmp_path, capsys, way):
+    """Neither ../, nor an absolute path, nor a symlink to a file or folder leads out, at any depth. Seen red with the check removed."""
+    inside = tmp_path / "inside"
+    (inside / "deep").mkdir(parents=True)
+    write(tmp_path / "other.json", {"seed": 1})
+    (inside / "link.json").symlink_to(tmp_path / "other.json")
+    (inside / "folder").symlink_to(tmp_path)
+    write(inside / "middle.json", {"inherits": "../other.json"})
+    line = fails(capsys, "--config", write(inside / "top.json", {"inherits": way.format(tmp=tmp_path)}))
+    assert f"inherits {tmp_path / 'other.json'}, which lies outside {inside}" in line
+
+
+def test_inherits_has_a_depth(tmp_path, capsys):
+    """Eight files may stand above the first one, not nine. Seen red with the limit at nine."""
+    for number in range(9):
+        write(tmp_path / f"{number}.json", {"inherits": f"{number + 1}.json"})
+    write(tmp_path / "9.json", {"seed": 5})
+    assert resolve("--config", str(tmp_path / "1.json")).seed == 5
+    assert "more than 8 files" in fails(capsys, "--config", str(tmp_path / "0.json"))
+
+
+def test_inherits_reads_a_file_once(tmp_path, monkeypatch):
+    """Eight levels of eight links would be 16 million reads. Seen red with the answers not kept."""
+    reads, parse = [], V.parse_config
+    monkeypatch.setattr(V, "parse_config", lambda path: reads.append(path.name) or parse(path))
+    for number in range(4):
+        write(tmp_path / f"{number}.json", {"inherits": [f"{number + 1}.json"] * 8})
+    write(tmp_path / "4.json", {"seed": 5})
+    assert V.read_config_file(tmp_path / "0.json") == {"seed": 5} and sorted(reads) == [f"{number}.json" for number in range(5)]
 
 
 def test_inherits_may_form_a_diamond(tmp_path):
@@ -216,6 +247,48 @@ def test_bad_yaml_is_one_line(tmp_path, capsys, text):
     assert "a.yml" in fails(capsys, "--config", write(tmp_path / "a.yml", text))
 
 
+@pytest.mark.parametrize("text, values", [
+    ("lr: 1e-4", {"lr": 1e-4}), ("lr: -1E+2", {"lr": -100.0}), ("lr: .5", {"lr": 0.5}), ("lr: 3", {"lr": 3.0}), ("lr: 5.e1", {"lr": 50.0}),
+    ("steps: 012", {"steps": 12}), ("steps: +12", {"steps": 12}), ("amp: yes\nhflip: off\npicture: TRUE", {"amp": True, "hflip": False, "picture": True}),
+    ("out_dir: 'no'\ntrack: ''", {"out_dir": "no", "track": ""}), ("out_dir: 1:30", {"out_dir": "1:30"}), ("out_dir: 2001-01-01", {"out_dir": "2001-01-01"}),
+    ("image_size: [010, 16]", {"image_size": (10, 16)}), ("\ufeffseed: 1", {"seed": 1}), ("{}", {}), ("# nothing\nseed: !!int 7", {"seed": 7}),
+    ("out_dir: !!str 012", {"out_dir": "012"}), ("out_dir: |\n  x", {"out_dir": "x"}),
+])
+def test_yaml_means_what_it_says(tmp_path, text, values):
+    """Words that YAML 1.1 reads as text, octal, base sixty, a date. Seen red with yaml.safe_load in place of our loader."""
+    pytest.importorskip("yaml")
+    got = V.read_config_file(write(tmp_path / "a.yaml", text))
+    assert got == values and {name: type(value) for name, value in got.items()} == {name: type(value) for name, value in values.items()}
+
+
+BOMB = "a: &a [1,1]\n" + "".join(f"{new}: &{new} [{','.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefghi", "bcdefghij"))
+
+
+@pytest.mark.parametrize("text, fragment", [
+    ("lr: .nan", "lr = nan"), ("lr: .inf", "lr = inf"), ("lr: -.Inf", "lr = -inf"), ("lr: nan", "lr = 'nan' must be of type float"),
+    ("steps: 1:30", "steps = '1:30' must be of type int"), ("steps: 1_000", "steps = '1_000'"), ("steps: 0x10", "steps = '0x10'"), ("steps:", "steps = None"),
+    ("seed: 2001-99-99", "seed = '2001-99-99'"), ("out_dir: no", "out_dir = False must be of type str"), ("out_dir: 012", "out_dir = 12 must be of type str"),
+    ("seed: 1\nlr: 0.1\n\nseed: 2", "key 'seed' stands twice, in lines 1 and 4"), ("{lr: 1,\n 'lr': 2}", "key 'lr' stands twice, in lines 1 and 2"),
+    ("seed: !!python/name:os.path.join", "line 1: tag tag:yaml.org,2002:python/name:os.path.join is not allowed"),
+    ("seed: !!python/object/apply:os.system ['touch boo']", "python/object/apply:os.system is not allowed"),
+    ("seed: !!binary eA==", "is not allowed"), ("seed: !!int ''", "is not allowed"), ("amp: !!bool maybe", "is not allowed"),
+    ("seed: !!seq 5", "is not allowed"), ("seed: !!timestamp x", "is not allowed"), ("seed: !boo 5", "is not allowed"),
+    ("seed: !!set {a}", "is not allowed"),
+    ("lr: &x 1\nmin_lr: *x", "line 1: aliases are not allowed"), ("image_size: &x [*x, 1]", "aliases are not allowed"), (BOMB, "aliases are not allowed"),
+    ("<<: {lr: 1}", "unknown key '<<'"), ("[a]: 1", "key ['a'] is not a text"), ("? {a: 1}\n: 1", "is not a text"), ("~: 1", "key None is not a text"),
+    ("lr: 1\n---\nlr: 2", "not valid YAML"), ("lr: " + "[" * 20000, "not valid YAML"), ("lr: " + "[" * 20000 + "]" * 20000, "recursion"),
+    ("seed: " + "1" * 5000, "not valid YAML"), ("lr: " + "1" * 400, "lr = too large a number (1326 bits) must be of type float"), ("a\0b: 1", "not valid YAML"),
+    ('"a\\nb\\e": 1', r"unknown key 'a\nb\x1b'"), ('out_dir: "a\\nb\\e[31m"', r"out_dir = 'a\nb\x1b[31m': must hold no control characters"),
+    ("#" * 2**18 + "\nlr: 1", "larger than 262144 bytes"), ("", "must hold a mapping of fields, not NoneType"),
+])
+def test_yaml_traps_are_one_line(tmp_path, capsys, monkeypatch, text, fragment):
+    """What YAML makes of odd input, and nothing in it runs or fills the memory. Seen red with each check of yaml_value removed."""
+    pytest.importorskip("yaml")
+    monkeypatch.chdir(tmp_path)
+    assert fragment in fails(capsys, "--config", write(tmp_path / "a.yml", text))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.yml"]
+
+
 def test_yaml_without_pyyaml_names_the_package(tmp_path, capsys, monkeypatch):
     """A missing extra is named before anything else happens."""
     monkeypatch.setitem(sys.modules, "yaml", None)
@@ -239,7 +312,15 @@ def test_yaml_without_pyyaml_names_the_package(tmp_path, capsys, monkeypatch):
     (["--preset", "tinny"], "did you mean tiny?"),
     (["--device", "gpu"], "device = 'gpu': must be one of auto, cuda, mps, cpu (--device)"),
     (["--lr", "nan"], "lr = nan"),
-    (["--steps", "0"], "steps = 0: must lie in 1 to inf (--steps)"),
+    (["--steps", "0"], "steps = 0: must lie in 1 to 1000000000 (--steps)"),
+    (["--log_every", "0"], "log_every = 0: must lie in 1 to inf (--log_every)"),
+    (["--steps", "1" * 400], "steps = too large a number (1326 bits): must be int (--steps)"),
+    (["--steps", "1" * 5000], "--steps"),
+    (["--lr", "1e999"], "lr = inf"),
+    (["--image_size", "9" * 400], "image_size = too large a number (1329 bits)"),
+    (["--image_size", "10000"], "image_size = 10000: must lie in 1 to 8192 (--image_size)"),
+    (["--dist_timeout_s", "1e300"], "dist_timeout_s = 1e+300: must lie in 1 to 1000000"),  # more than a timedelta holds
+    (["--enc_dim", str(2**62)], "enc_dim = 4611686018427387904: must lie in 6 to 65536"),  # more than a tensor holds
 ])
 def test_bad_flags_are_one_line(capsys, argv, fragment):
     """Exit 2, one line with the cause and the nearest name. Seen red with the suggestion removed."""
@@ -262,6 +343,24 @@ def test_bad_flags_are_one_line(capsys, argv, fragment):
     ('{"lr": NaN}', "lr = nan"),
     ('{"versions": {}, "config": 5}', "must hold a mapping"),
     ('{"preset": "tinny"}', "did you mean tiny?"),
+    ('{"lr": Infinity}', "lr = inf"),
+    ('{"lr": 1e999}', "lr = inf"),
+    ('{"lr": ' + "1" * 400 + "}", "lr = too large a number (1326 bits) must be of type float"),
+    ('{"seed": ' + "1" * 5000 + "}", "not valid JSON"),
+    ('{"seed": 1,\n "lr": 0.5,\n "seed" : 2}', "key 'seed' stands twice, in lines 1 and 3"),
+    ('{"versions": {},\n "config": {"lr": 1,\n\n "lr": 1}}', "key 'lr' stands twice, in lines 2 and 4"),
+    ('{"s\\u0065ed": 1, "seed": 1}', "key 'seed' stands twice"),
+    ("[" * 100000, "recursion"),
+    ('{"lr": ' + "[" * 500 + "]" * 500 + "}", "lr = a list of 1 must be of type float"),
+    ('{"lr": ["' + "x" * 1000 + '"]}', "x... must be of type float"),
+    ('{"image_size": [64, [1]]}', "image_size = a list of 2 must be"),
+    ('{"a\\nb\\u001b": 1}', r"unknown key 'a\nb\x1b'"),
+    ('{"lr": "a\\nb"}', r"lr = 'a\nb' must be of type float"),
+    ('{"out_dir": "a\\u0000b"}', r"out_dir = 'a\x00b': must hold no control characters"),
+    ('{"out_dir": "a\\ud800b"}', "and only UTF-8 (--out_dir)"),
+    ('{"inherits": "a\\nb.json"}', r"a\nb.json: its name must hold no control characters"),
+    ('{"inherits": [["a"]]}', "inherits = a list of 1 must be a file name or a list of them"),
+    ('{"seed": 1' + " " * 2**18 + "}", "larger than 262144 bytes"),
 ])
 def test_bad_config_files_are_one_line(tmp_path, capsys, text, fragment):
     """Exit 2, one line with the field, its value and what was wanted. Seen red with coerce returning its input."""
@@ -272,6 +371,45 @@ def test_missing_config_file(tmp_path, capsys):
     """A path that is absent, or a folder, is named."""
     assert "absent.json" in fails(capsys, "--config", str(tmp_path / "absent.json"))
     assert str(tmp_path) in fails(capsys, "--config", str(tmp_path))
+
+
+def test_a_config_is_a_file(tmp_path, capsys):
+    """A pipe or a device may have no end, a link may lead round in a circle. Seen red (hanging) with the check for a file removed."""
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    (tmp_path / "bytes.json").write_bytes(b'{"out_dir": "\xff"}')
+    assert "not a file" in fails(capsys, "--config", str(tmp_path / "pipe.json")) and "not a file" in fails(capsys, "--config", "/dev/zero")
+    assert "cannot be read" in fails(capsys, "--config", str(tmp_path / "loop.json"))
+    assert "can't decode byte 0xff" in fails(capsys, "--config", str(tmp_path / "bytes.json"))
+
+
+UGLY = ["a\nb", "a\r\x1b[31mb", "a\0b", "\x85", "\u2028", "\udcff", "\n", "\x7f"]
+
+
+@pytest.mark.parametrize("ugly", UGLY, ids=ascii)
+def test_no_text_breaks_the_line(tmp_path, capsys, ugly):
+    """Line breaks, escape codes, NUL and stray bytes in any text of a user: one printable line. Seen red with one_line giving its text back."""
+    argvs = [["--config", str(tmp_path / ugly)], [ugly], [f"--{ugly}"], ["--batch_sice" + ugly], [f"--{ugly}=1"], ["--amp=" + ugly]]
+    argvs += [[f"--{name}", ugly] for name in FIELDS if V.FIELD_TYPES[name] is not bool]
+    for argv in argvs:
+        assert fails(capsys, *argv).isprintable(), argv
+
+
+def test_a_link_to_an_ugly_name(tmp_path, capsys):
+    """The name that a link resolves to is looked at as well. Seen red with the given name alone checked."""
+    write(tmp_path / "a\nb.json", {"seed": "x"})
+    (tmp_path / "fine.json").symlink_to(tmp_path / "a\nb.json")
+    assert fails(capsys, "--config", str(tmp_path / "fine.json")).endswith("its name must hold no control characters, and only UTF-8")
+
+
+def test_no_text_reaches_a_shell():
+    """No call that a shell or an interpreter stands behind, in the script and its tools. Seen red with os.system and with shell=True planted."""
+    for path in [SCRIPT, *(SCRIPT.parent / "tools").glob("*.py")]:
+        for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            banned = name in ("eval", "exec", "compile", "__import__") or name.startswith(("os.system", "os.popen", "os.spawn", "os.exec"))
+            assert not banned and not name.endswith(("getoutput", "subprocess_shell")), f"{path.name}:{call.lineno}: {name}"
+            assert all(word.arg != "shell" for word in call.keywords), f"{path.name}:{call.lineno}: shell="
 
 
 # -- printing and reading back
@@ -363,8 +501,21 @@ def test_every_choice_is_enforced(name):
 
 
 @pytest.mark.parametrize("overrides, message", [
-    (dict(image_size=0), "image_size = 0: must be positive (--image_size)"),
-    (dict(image_size=(32, -32)), "image_size = (32, -32): must be positive (--image_size)"),
+    (dict(image_size=0), "image_size = 0: must lie in 1 to 8192 (--image_size)"),
+    (dict(image_size=(32, -32)), "image_size = (32, -32): must lie in 1 to 8192 (--image_size)"),
+    (dict(image_size=8193), "image_size = 8193: must lie in 1 to 8192 (--image_size)"),
+    (dict(steps="20"), "steps = '20': must be int (--steps)"),
+    (dict(steps=20.0), "steps = 20.0: must be int (--steps)"),
+    (dict(steps=True), "steps = True: must be int (--steps)"),
+    (dict(steps=10**5000), "steps = too large a number (16610 bits): must be int (--steps)"),
+    (dict(lr=None), "lr = None: must be float (--lr)"),
+    (dict(lr=True), "lr = True: must be float (--lr)"),
+    (dict(amp=1), "amp = 1: must be bool (--amp)"),
+    (dict(out_dir=Path("x")), "out_dir = PosixPath('x'): must be str (--out_dir)"),
+    (dict(image_size=(32,)), "image_size = (32,): must be a number or a pair of numbers (--image_size)"),
+    (dict(image_size=(32, 10**5000)), "image_size = a tuple of 2: must be a number or a pair of numbers (--image_size)"),
+    (dict(image_size=32.0), "image_size = 32.0: must be a number or a pair of numbers (--image_size)"),
+    (dict(data_root="a\x1b[31m"), "data_root = 'a\\x1b[31m': must hold no control characters, and only UTF-8 (--data_root)"),
     (dict(track="mlflow,wandb"), "track = 'mlflow,wandb': mlflow is not one of tensorboard, wandb (--track)"),
 ])
 def test_other_value_rules(overrides, message):
@@ -379,65 +530,6 @@ def test_all_problems_are_told_at_once():
     with pytest.raises(V.UsageError, match=r"pred_dim = 26.*; .*crop_scale_min") as caught:
         V.validate_config(small_config(pred_dim=26, crop_scale_min=0.9, crop_scale_max=0.5))
     assert "\n" not in str(caught.value)
-
-
-def random_config(rng):
-    """A small config with values that fit together often, and at times do not."""
-    now, soon, eventually = (rng.choice([2, 4, 4, 6, 8]) for _ in range(3))
-    heads = rng.choice([1, 2, 2, 3, 4])
-    flow_heads = rng.choice([1, 2, 4])
-    patch = rng.choice([4, 8])
-    values = dict(
-        patch=patch,
-        image_size=(patch * rng.choice([1, 2, 3, 4]), patch * rng.choice([1, 2, 3, 5])) if rng.random() < 0.5 else patch * rng.choice([1, 3, 4]),
-        tubelet_t=rng.choice([1, 2, 2, 2, 4]), now_frames=now, soon_frames=soon, eventually_frames=eventually, num_frames=now + soon + eventually,
-        num_heads=heads, enc_dim=heads * rng.choice([6, 7, 8, 12, 20]), pred_dim=heads * rng.choice([6, 8, 9, 16]), enc_depth=rng.choice([1, 2]),
-        pred_depth=1, flow_heads=flow_heads, flow_dim=flow_heads * rng.choice([2, 8, 9, 16]), flow_depth=1, flow_rank=rng.choice([1, 4, 16, 40]),
-        flow_chunks=rng.choice([1, 1, 2, 3]), flow_pool=rng.choice([1, 2, 3]), flow_joint_max=rng.choice([0, 500, 65536]),
-        flow_draws=rng.choice([1, 3]),
-        pos_embed=rng.choice(["sincos", "rope"]), mlp_ratio=rng.choice([0.1, 1.0, 4.0]), outcome_queue=rng.choice([0, 1, 16]),
-        short_num_blocks=rng.choice([1, 8]), short_scale=rng.choice([0.001, 0.15, 1.0]), long_scale=rng.choice([0.3, 1.0]),
-        mask_draws=rng.choice([1, 2]),
-        short_visible=rng.choice([0.0, 0.01, 0.99]), lambda_vjepa=rng.choice([0.0, 1.0]), lambda_soon=rng.choice([0.0, 1.0]),
-        lambda_eventually=rng.choice([0.0, 0.25]), lambda_flow=rng.choice([0.0, 1.0]), lambda_supcon=rng.choice([0.0, 0.0, 1.0]),
-        outcome_target=rng.choice(["mean", "delta"]), dropout=rng.choice([0.0, 0.1]), flow_rest=rng.choice(["mean", "gaussian"]),
-        flow_context_grad=rng.choice([0.0, 0.5]), grad_checkpoint=rng.random() < 0.2,
-    )
-    if rng.random() < 0.1:
-        name = rng.choice(list(V.RANGES))
-        values[name] = rng.choice([-1, 0, 1, 10**6 + 1] if V.FIELD_TYPES[name] is int else [-1.0, 0.0, 0.5, 2.0, math.inf])
-        if name.endswith(("_depth", "_dim", "_queries")):
-            values[name] = min(values[name], 64)
-    return small_config(**values)
-
-
-def test_random_configs_are_refused_or_run():
-    """300 configs: UsageError, or a model that builds, and of every sixth one that trains a step and samples. Seen red with a rule disabled."""
-    rng, refused, ran = random.Random(0), 0, 0
-    for number in range(300):
-        cfg = random_config(rng)
-        try:
-            V.validate_config(cfg)
-        except V.UsageError as error:
-            assert "(--" in str(error) and "\n" not in str(error)
-            refused += 1
-            continue
-        if max(cfg.flow_draws, cfg.mask_draws, cfg.outcome_queue, cfg.num_frames, cfg.mlp_ratio, cfg.flow_rank) > 200:
-            continue  # valid, and too large for a test
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # mlp_ratio 0.1 of a narrow width leaves no hidden channel
-            model = V.WorldModel(cfg)
-        ran += 1
-        if number % 6:
-            continue
-        assert all(math.isfinite(value) and value >= 0 for value in V.flops_per_clip(cfg).values()) and V.memory_estimate_gb(cfg, 1) > 0
-        print({name: value for name, value in asdict(cfg).items() if value != getattr(small_config(), name)})  # shown when it fails
-        losses, _, carry = model(random_batch(cfg, 2))
-        losses["loss_total"].backward()
-        model.absorb([carry])
-        futures = model.eval().sample_futures(torch.zeros(1, cfg.now_frames, 3, cfg.height, cfg.width), 2, num_steps=2)
-        assert futures.shape == (1, 2, cfg.soon_tokens + cfg.flow_chunks, cfg.enc_dim) and torch.isfinite(losses["loss_total"])
-    assert refused > 30 and ran > 60, (refused, ran)
 
 
 def test_warmup_is_capped_and_schedules_end_with_the_run():
