@@ -786,11 +786,11 @@ def name_hash(video):
 
 def split_videos(videos, val_fraction, at_least=1):
     """Hold out files by the hash of their name, never by window -> (train, val). Both are non-empty from two files up."""
-    ranked = sorted((name_hash(video), video.name) for video in videos)
+    ranked = sorted(videos, key=name_hash)
     threshold = f"{int(val_fraction * 16**8):08x}"
-    num_val = sum(hashed[:8] < threshold for hashed, _ in ranked)
+    num_val = sum(name_hash(video)[:8] < threshold for video in ranked)
     num_val = min(max(num_val, at_least if val_fraction > 0 else 0), len(ranked) - 1)
-    val = {name for _, name in ranked[:num_val]}
+    val = {video.name for video in ranked[:num_val]}
     return [v for v in videos if v.name not in val], [v for v in videos if v.name in val]
 
 
@@ -1048,7 +1048,7 @@ def split_readable(cfg, videos):
     train, val = split_videos(videos, cfg.val_fraction)
     most = min(len(val) + 8, len(videos) - 1)
     for at_least in range(len(val), most + 1):
-        wider = split_videos(videos, cfg.val_fraction, at_least) if at_least > len(val) else (train, val)
+        wider = split_videos(videos, cfg.val_fraction, at_least)
         if len(val) > 8 or any(can_read(cfg, video) for video in wider[1]):
             return wider
     return train, val
@@ -1704,9 +1704,14 @@ class WorkerWatch:
         yield
         self.own[1] = -1
 
-    def state(self):
-        """-> (whether some worker has died, file numbers in dead hands, [(file number, seconds)] in living hands)."""
-        alive = {process.pid for process in multiprocessing.active_children()}
+    def state(self, patience_s=0.0):
+        """-> (whether some worker has died, file numbers in dead hands, [(file number, seconds)] in living hands).
+
+        With patience, a worker whose socket is closed already gets the time to die.
+        """
+        deadline, started = time.monotonic() + patience_s, {int(pid) for pid in self.rows[:, 0].tolist() if pid}
+        while started <= (alive := {process.pid for process in multiprocessing.active_children()}) and time.monotonic() < deadline:
+            time.sleep(0.05)
         rows = [(int(pid), int(number), time.monotonic() - since) for pid, number, since in self.rows.tolist() if pid]
         lost = [number for pid, number, _ in rows if pid not in alive]
         return bool(lost), [n for n in lost if n >= 0], [(n, seconds) for pid, n, seconds in rows if pid in alive and n >= 0]
@@ -1758,10 +1763,12 @@ class ClipLoader:
             except StopIteration:
                 self.close()
                 raise
-            except RuntimeError as error:  # DataLoader's word for a dead worker and for a wait that reached its timeout
+            except (RuntimeError, OSError, EOFError) as error:
+                # RuntimeError is DataLoader's word for a dead worker and for a wait that reached its timeout; the others come
+                # from the socket of a worker that is dying. Whatever else it may be is raised again below.
                 if not self.num_workers:
                     raise
-                died, dropped, held = self.watch.state()
+                died, dropped, held = self.watch.state(0.0 if isinstance(error, RuntimeError) else 5.0)
                 hung = [number for number, seconds in held if seconds > self.timeout_s]
                 if not died and not str(error).startswith("DataLoader timed out"):
                     raise
