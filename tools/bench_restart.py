@@ -73,7 +73,7 @@ def main(argv=None):
     parser.add_argument("--nproc", type=int, default=1, help="ranks, under torchrun when above 1")
     parser.add_argument("--out", default="", help="json file for the figures")
     args, flags = parser.parse_known_args(argv)
-    rng, waits, lost = random.Random(0), [], []
+    rng, waits, lost, times = random.Random(0), [], [], []
     with tempfile.TemporaryDirectory() as folder:
         out_dir = Path(folder) / "run"
         launcher = [sys.executable] if args.nproc == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
@@ -84,18 +84,18 @@ def main(argv=None):
             time.sleep(rng.uniform(0, 5))
             kill(process)
             reached = max(logged_steps(out_dir))
+            rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()[:-1]]
+            times += [b["time"] - a["time"] for a, b in zip(rows, rows[1:]) if "lr" in a and "lr" in b]
             saved = max((step for step, _ in V.checkpoint_files(out_dir)), default=0)
             lost.append(reached - saved)
             old_file = (out_dir / "metrics.jsonl").stat().st_ino
             process = start(command)
             waits.append(wait_for_step(process, out_dir, saved, old_file))
-        rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
         kill(process)
-        per_step = statistics.median(b["time"] - a["time"] for a, b in zip(rows, rows[1:]) if "lr" in a and "lr" in b)
         save_s, size = saving_seconds(out_dir)
         ckpt_every = json.loads((out_dir / "config.json").read_text())["config"]["ckpt_every"]
     figures = {"kills": args.kills, "ranks": args.nproc, "restart_s_worst": max(waits), "restart_s_median": statistics.median(waits), "steps_lost_worst": max(lost),
-               "ckpt_every": ckpt_every, "save_s": save_s, "checkpoint_mb": size / 1e6, "step_s": per_step, "saving_share": save_s / (ckpt_every * per_step)}
+               "ckpt_every": ckpt_every, "save_s": save_s, "checkpoint_mb": size / 1e6, "step_s": statistics.median(times), "saving_share": save_s / (ckpt_every * statistics.median(times))}
     for name, value in figures.items():
         print(f"{name:<18}{value:.4g}")
     if args.out:
