@@ -60,6 +60,7 @@ import sys
 import threading
 import time
 import typing
+import weakref
 import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
@@ -1747,6 +1748,8 @@ class ClipLoader:
             dataset, batch_sampler=self.sampler.after(self.delivered), num_workers=self.num_workers, collate_fn=collate,
             pin_memory=self.pin_memory, generator=torch.Generator().manual_seed(0), **workers,
         ))
+        if self.num_workers:  # forgotten or at exit: workers ignore SIGTERM, and the interpreter would wait for them for ever
+            weakref.finalize(self, self.watch.kill)
         if self.num_workers and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise in the middle of whatever runs
 

@@ -491,6 +491,21 @@ def test_an_exception_in_a_worker_is_not_taken_for_its_death(scene_folder, monke
         samples_of(cfg, videos, {}, 2)
 
 
+def test_the_interpreter_ends_beside_an_open_loader(scene_folder):
+    """Workers ignore SIGTERM, with which Python ends its children at exit. Seen red (it hangs) without the finalizer."""
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from conftest import V, small_config
+cfg = small_config(data_root={str(scene_folder)!r})
+loader = V.ClipLoader(V.ClipDataset(cfg, V.find_videos(cfg.data_root, "*"), cfg.data_root, "train"), V.StepSampler(0, 50, 2, 0, 1), 2, False)
+next(loader)
+raise ValueError("left open")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "left open" in done.stderr
+
+
 def test_quarantine_survives_a_restart(scene_folder, tmp_path, monkeypatch):
     """A quarantined file is not opened again by the run that resumes."""
     evil = V.split_videos(V.find_videos(str(scene_folder), "*"), 0.1)[0][1]

@@ -80,6 +80,8 @@ def main(argv=None):
         command = [*launcher, "VJepa_AUTO_V2.py", "--preset", args.preset, "--out_dir", str(out_dir), "--log_every", "1", *(f for f in flags if f != "--")]
         process = start(command)
         wait_for_step(process, out_dir, 3)
+        while not V.checkpoint_files(out_dir) and process.poll() is None:
+            time.sleep(0.02)
         for _ in range(args.kills):
             time.sleep(rng.uniform(0, 5))
             kill(process)
