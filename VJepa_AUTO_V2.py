@@ -81,7 +81,7 @@ EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
 
 
 class UserError(Exception):
-    """A cause the user can remove. `main` prints it as one last line and leaves with `exit_code`."""
+    """A cause the user can remove. `report_errors` prints it as one last line and returns `exit_code`."""
 
     exit_code = EXIT_ERROR
 
@@ -3065,6 +3065,12 @@ CHECKPOINT_KEYS = {"format", "step", "cfg", "online", "predictor", "outcome", "f
                    "outcome_queue", "rng", "consumed", "world_size", "seconds", "skipped", "data", "source"}
 
 
+@lru_cache(maxsize=1)
+def source_text():
+    """This file as text, read once when a run begins: what runs, whatever becomes of the file on disk."""
+    return Path(__file__).read_text(encoding="utf-8")
+
+
 def checkpoint_state(model, optimizer, scaler, source, process, progress):
     """Everything a restart needs as one dict of tensors and plain values; collective, since every rank adds its RNG."""
     cuda_rng = torch.cuda.get_rng_state(process.device) if process.device.type == "cuda" else None
@@ -3075,7 +3081,7 @@ def checkpoint_state(model, optimizer, scaler, source, process, progress):
         "read_out": model.read_out.state_dict(), "target": model.target.state_dict(), "opt": optimizer.state_dict(),
         "scaler": scaler.state_dict(), "flow_stats": model.space.state_dict(),
         "outcome_queue": {"keys": model.queue, "filled": model.queue_filled}, "rng": rng,
-        "world_size": process.world_size, "data": {"kind": source.kind, "root": source.root}, "source": Path(__file__).read_text(encoding="utf-8"),
+        "world_size": process.world_size, "data": {"kind": source.kind, "root": source.root}, "source": source_text(),
     }
 
 
@@ -3144,23 +3150,23 @@ def load_checkpoint(path):
 
 
 def newest_checkpoint(out_dir, tell):
-    """Newest checkpoint of a run folder that can be trusted -> its path, None in a folder without any.
+    """Newest checkpoint of a run folder that can be trusted -> (its state, its path), (None, None) in a folder without any.
 
     Damaged ones are told and passed over; when all are damaged that is a UserError: a run never starts anew by itself.
     """
     reasons = []
     for _, path in reversed(checkpoint_files(out_dir)):
         try:
-            load_checkpoint(path)
+            state = load_checkpoint(path)
         except BadCheckpoint as error:
             reasons.append(str(error))
         else:
             for reason in reasons:
                 tell(f"WARNING: {reason}")
-            return path
+            return state, path
     if reasons:
         raise UserError(f"out_dir {out_dir}: none of its checkpoints can be read, so nothing starts over unasked; the newest: {reasons[0]}")
-    return None
+    return None, None
 
 
 def check_same_run(state, cfg, path):
@@ -3226,7 +3232,7 @@ class RunLog:
 
     def __init__(self, cfg, is_main):
         self.folder, self.is_main, self.bad, self.trackers = Path(cfg.out_dir), is_main, {}, []
-        self.bar_width, self.pending = 0, {}
+        self.bar_width, self.pending, self.evaluated = 0, {}, set()
         if not is_main:
             return
         for package in filter(None, cfg.track.split(",")):
@@ -3300,7 +3306,7 @@ class RunLog:
                 self.line(f"bad file: {name}: {reason}")
 
     def forget_after(self, step, finished):
-        """Drop records beyond a resumed step, so that metrics.jsonl holds no step twice; read the bad files known so far."""
+        """Drop records beyond a resumed step, so that metrics.jsonl holds no step twice; read the bad files and evaluated steps known so far."""
         for name in ("metrics.jsonl", "bad_files.jsonl"):
             path = self.folder / name
             if not path.is_file():
@@ -3313,7 +3319,9 @@ class RunLog:
                     continue  # a line torn by a kill
             if name == "bad_files.jsonl":
                 self.bad = {row["path"]: row["reason"] for row in rows}
-            elif self.is_main:
+                continue
+            self.evaluated = {row["step"] for row in rows if "val_loss_soon" in row}
+            if self.is_main:
                 kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] < step or row["step"] == step and not (finished and "val_loss_soon" in row))
                 write_atomic(path, lambda handle: handle.write(kept.encode()))
 
@@ -3616,13 +3624,13 @@ def retire_later(cfg, step, resumed_from):
 
 def open_run(cfg, process, log):
     """Find what to resume from, the same on all ranks -> (state or None, its path). Refuses another run's checkpoint."""
-    path = None
-    if process.is_main and cfg.resume != "never":
-        path = newest_checkpoint(cfg.out_dir, log.line) if cfg.resume == "auto" else cfg.resume
+    state, path = None, "" if cfg.resume in ("auto", "never") else cfg.resume
+    if process.is_main and cfg.resume == "auto":
+        state, path = newest_checkpoint(cfg.out_dir, log.line)
     path = process.collect(str(path or ""))[0]
     if not path:
         return None, None
-    state = load_checkpoint(path)
+    state = state or load_checkpoint(path)
     check_same_run(state, cfg, path)
     return state, path
 
@@ -3847,12 +3855,24 @@ def finish(model, optimizer, scaler, source, process, log, mark, progress):
     return EXIT_OK
 
 
+def is_due(every, progress, cfg):
+    """Whether something done every so many steps is done after the last one; the end of a run has its own saving and evaluation."""
+    return bool(every) and 0 < progress.step < cfg.steps and progress.step % every == 0
+
+
+def end_early(stop, folder, log, where):
+    """Say what stopped the run and where -> exit code."""
+    folder.reason = stop.reason or "a signal on another rank"
+    log.line(f"stopped by {folder.reason} {where}")
+    stop.restore()
+    return EXIT_STOPPED
+
+
 def run(cfg, overrides, argv, videos, process, folder):
     """The run itself, inside its folder -> exit code."""
     # -- data
     began = time.perf_counter()
-    code = Path(__file__).read_text(encoding="utf-8")
-    check_ranks(process, config=digest(asdict(cfg)), data_listing=digest([video.name for video in videos]), code=digest(code))
+    check_ranks(process, config=digest(asdict(cfg)), data_listing=digest([video.name for video in videos]), code=digest(source_text()))
     if process.is_main and cfg.resume == "never":
         put_aside(cfg)
     log = RunLog(cfg, process.is_main)
@@ -3878,7 +3898,7 @@ def run(cfg, overrides, argv, videos, process, folder):
     torch.manual_seed(cfg.seed + 1 + process.rank)  # dropout differs between ranks, weights do not
 
     # -- resume
-    progress, skipped_in_row, told = Progress(), 0, False
+    progress, skipped_in_row, timed = Progress(), 0, False
     if process.is_main:
         config = {**run_info(cfg, argv, source), "config": asdict(cfg)}
         write_atomic(Path(cfg.out_dir) / "config.json", lambda handle: handle.write(json.dumps(config, indent=2).encode()))
@@ -3906,6 +3926,9 @@ def run(cfg, overrides, argv, videos, process, folder):
     sampler = StepSampler(progress.consumed, (cfg.steps - progress.step) * cfg.grad_accum, cfg.batch_size, process.rank, process.world_size)
     loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, process.device.type == "cuda")
     folder.closing.append(loader)
+    if is_due(cfg.val_every, progress, cfg) and process.any(progress.step not in log.evaluated)[0]:  # the stop came before it
+        values, bad = validate(model, source, process)
+        log.record({"step": progress.step, **values}, mark)
     while progress.step < cfg.steps:
         # -- batch
         folder.step = progress.step
@@ -3924,8 +3947,8 @@ def run(cfg, overrides, argv, videos, process, folder):
         if broken:
             progress.skipped += 1
             files = [source.train[number].name for batch in batches for number in batch["file"].tolist() if number >= 0 and not finite]
-            told = [f"rank {rank}: {', '.join(dict.fromkeys(names))}" for rank, names in enumerate(process.collect(files)) if names]
-            log.line(f"step {step + 1} skipped: loss or gradient not finite; its files: {'; '.join(told) or 'none'}")
+            named = [f"rank {rank}: {', '.join(dict.fromkeys(names))}" for rank, names in enumerate(process.collect(files)) if names]
+            log.line(f"step {step + 1} skipped: loss or gradient not finite; its files: {'; '.join(named) or 'none'}")
             if skipped_in_row >= cfg.max_skipped_steps:
                 raise UserError(f"{skipped_in_row} steps in a row were not finite; lower --lr or --flow_lr, or look at the data; the last checkpoint stands")
         else:
@@ -3941,24 +3964,21 @@ def run(cfg, overrides, argv, videos, process, folder):
             clock.close()
             record = log_values(metrics, carries, model, process, log, clock, progress)
             log.record(record, mark)
-            if not told and math.isfinite(clock.seconds_per_step):
-                told = True
+            if not timed and math.isfinite(clock.seconds_per_step):
+                timed = True
                 log.line(f"{clock.seconds_per_step:.3g} s per step: {describe_time(clock.seconds_per_step * (cfg.steps - progress.step))} to go")
             last = {key: record[key] for key in ("loss_total", "soon_skill", "clips_per_s")}
         # -- evaluate and save
         pause = time.perf_counter()
-        if cfg.val_every and progress.step % cfg.val_every == 0 and progress.step < cfg.steps and not stopping:
+        if is_due(cfg.val_every, progress, cfg) and not stopping:
             values, bad = validate(model, source, process)
             log.record({"step": progress.step, **values}, mark)
-        if stopping or (progress.step % cfg.ckpt_every == 0 and progress.step < cfg.steps):
+        if stopping or is_due(cfg.ckpt_every, progress, cfg):
             folder.step = progress.step
             save_run(model, optimizer, scaler, source, process, progress, log, must=stopping)
         clock.skip_pause(pause)
         if stopping:
-            folder.reason = stop.reason or "a signal on another rank"
-            log.line(f"stopped by {stop.reason or 'a signal on another rank'} at step {progress.step}, saved; run the same command to go on")
-            stop.restore()
-            return EXIT_STOPPED
+            return end_early(stop, folder, log, f"at step {progress.step}, saved; run the same command to go on")
 
     # -- flow phase
     loader.close()
@@ -3967,10 +3987,7 @@ def run(cfg, overrides, argv, videos, process, folder):
         save_run(model, optimizer, scaler, source, process, progress, log)  # a stop in the flow phase costs the flow phase alone
         progress.flow_fitted = fit_flow(model, source, process, log, stop, progress)
         if not progress.flow_fitted:
-            folder.reason = stop.reason or "a signal on another rank"
-            log.line(f"stopped by {stop.reason or 'a signal on another rank'} in the flow phase; run the same command to start that phase again")
-            stop.restore()
-            return EXIT_STOPPED
+            return end_early(stop, folder, log, "in the flow phase; run the same command to start that phase again")
         progress.seconds = time.perf_counter() - began
 
     # -- end
@@ -3997,31 +4014,42 @@ def train(cfg, overrides=None, argv=()):
                         f"from the last checkpoint (dist_timeout_s = {cfg.dist_timeout_s:g})") from error
 
 
-def main(argv=None):
-    """Command line -> exit code. Every error a user can cause ends in one line."""
-    argv = sys.argv[1:] if argv is None else argv
+def start(argv):
+    """Command line -> exit code. What a user can cause or cure is a UserError or an OSError."""
+    cfg, overrides, print_config = resolve_config(argv)
+    if print_config:
+        print(json.dumps(asdict(cfg), indent=2))
+        return EXIT_OK
     try:
-        cfg, overrides, print_config = resolve_config(argv)
-        if print_config:
-            print(json.dumps(asdict(cfg), indent=2))
-            return EXIT_OK
         return train(cfg, overrides, argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):  # the CPU allocator has no type of its own
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):  # the CPU allocator has no type of its own
             raise
         peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
-        print(f"error: out of memory ({' '.join(str(error).split())[:160]}{peak}); in order of effect: lower --batch_size (raise --grad_accum), "
-              "--grad_checkpoint, --amp, smaller --image_size or --num_frames, --preset small; nothing saved before is harmed", file=sys.stderr)
-        return EXIT_ERROR
+        raise UserError(f"out of memory ({' '.join(str(error).split())[:160]}{peak}); in order of effect: lower --batch_size (raise --grad_accum), "
+                        "--grad_checkpoint, --amp, smaller --image_size or --num_frames, --preset small; nothing saved before is harmed") from error
     except OSError as error:
-        print(f"error: {' '.join(str(error).split())}; nothing saved before is harmed, run the same command to go on", file=sys.stderr)
-        return EXIT_ERROR
+        raise UserError(f"{error}; nothing saved before is harmed, run the same command to go on") from error
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def report_errors(command, *args):
+    """Run what a command line asks for -> its exit code, 0 for none. Every error a user can cause ends in one line on stderr."""
+    try:
+        return command(*args) or EXIT_OK
+    except UserError as error:
+        print(f"error: {one_line(' '.join(str(error).split()), 3000)}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {one_line(' '.join(str(error).split()), 3000)}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def main(argv=None):
+    """Command line -> exit code."""
+    return report_errors(start, sys.argv[1:] if argv is None else list(argv))
 
 
 if __name__ == "__main__":

@@ -342,3 +342,13 @@ def test_out_of_memory_tells_what_to_lower(capsys, tmp_path, scene_folder, monke
     monkeypatch.setattr(V, "take_step", exhausted)
     code, _, err = run(capsys, tmp_path, data_root=str(scene_folder))
     assert code == 1 and "out of memory" in one_line(err) and "--batch_size" in err and "--grad_checkpoint" in err
+
+
+def test_a_bug_is_not_taken_for_lack_of_memory(capsys, tmp_path, scene_folder, monkeypatch):
+    """A RuntimeError that says nothing of memory, and its subclasses, end in a traceback. Seen red with every subclass of RuntimeError called out of memory."""
+    def broken(*rest):
+        raise NotImplementedError("no such operator")
+
+    monkeypatch.setattr(V, "take_step", broken)
+    with pytest.raises(NotImplementedError):
+        run(capsys, tmp_path, data_root=str(scene_folder))

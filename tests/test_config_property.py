@@ -158,7 +158,7 @@ def try_configs(seed, count, folder):
             if long:
                 check_round_trip(cfg, folder)
             run_steps(cfg, rng, 3 if long else 1, sample=long)  # the flow's directions stay zero until the second step
-        except Exception as error:
+        except Exception as error:  # the third outcome, whatever it is, is told with the config that made it
             changed = {name: value for name, value in asdict(cfg).items() if value != getattr(default, name)}
             raise AssertionError(f"a third outcome, of number {number}, {changed}") from error
         ran += 1
@@ -205,7 +205,7 @@ def outcome(argv, origin):
         return cfg
     except V.UsageError as error:
         return check_line(error)
-    except Exception as error:
+    except Exception as error:  # the third outcome, whatever it is, is told with the command line that made it
         raise AssertionError(f"a third outcome, of {ascii(origin)}") from error
 
 

@@ -1957,16 +1957,9 @@ def run(args, sizes):
 
 
 def main(argv=None):
-    """Command line -> exit code. Every error a user can cause ends in one line."""
+    """Command line -> exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    try:
-        return run(args, QUICK if args.quick else FULL)
-    except V.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return V.EXIT_ERROR
+    return V.report_errors(run, args, QUICK if args.quick else FULL)
 
 
 if __name__ == "__main__":

@@ -1049,17 +1049,8 @@ def show(args):
 
 
 def main(argv=None):
-    """Command line -> exit code. Every error a user can cause ends in one line."""
-    try:
-        for path in show(parse_arguments(argv)):
-            print(path)
-        return V.EXIT_OK
-    except V.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return V.EXIT_ERROR
+    """Command line -> exit code."""
+    return V.report_errors(lambda: print(*show(parse_arguments(argv)), sep="\n"))
 
 
 if __name__ == "__main__":

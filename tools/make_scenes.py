@@ -161,27 +161,23 @@ def parse(argv):
     return args
 
 
+def make(args):
+    """Draw the sheet, write the folder, as the flags say."""
+    cfg = make_config(args)
+    if args.sheet:
+        draw_sheet(args.sheet, replace(cfg, image_size=184, num_frames=12, eventually_frames=0, clip_fps=4.0, now_frames=4, soon_frames=8))
+        print(f"written: {args.sheet}")
+    if args.out:
+        folder = Path(args.out)
+        open_folder(folder, settings_of(cfg, args))
+        count, seconds = write_all(folder, cfg, args)
+        train, val = write_split(folder, cfg, args.siblings)
+        print(f"{count} scenes in {seconds:.1f} s under {folder}: {train} train, {val} val files")
+
+
 def main(argv=None):
     """Command line -> exit code."""
-    args = parse(argv)
-    try:
-        cfg = make_config(args)
-        if args.sheet:
-            draw_sheet(args.sheet, replace(cfg, image_size=184, num_frames=12, eventually_frames=0, clip_fps=4.0, now_frames=4, soon_frames=8))
-            print(f"written: {args.sheet}")
-        if args.out:
-            folder = Path(args.out)
-            open_folder(folder, settings_of(cfg, args))
-            count, seconds = write_all(folder, cfg, args)
-            train, val = write_split(folder, cfg, args.siblings)
-            print(f"{count} scenes in {seconds:.1f} s under {folder}: {train} train, {val} val files")
-    except V.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return V.EXIT_ERROR
-    return V.EXIT_OK
+    return V.report_errors(make, parse(argv))
 
 
 if __name__ == "__main__":

@@ -574,19 +574,16 @@ def check_flags(args):
         raise V.UsageError("give --ckpt to probe a checkpoint, or --export DIR to write the drive as videos")
 
 
+def start(argv):
+    """Export the drive or probe on it, as the flags say."""
+    args = build_parser().parse_args(argv)
+    check_flags(args)
+    (export if args.export else probe)(args)
+
+
 def main(argv=None):
-    """Command line -> exit code. Every error a user can cause ends in one line."""
-    try:
-        args = build_parser().parse_args(argv)
-        check_flags(args)
-        (export if args.export else probe)(args)
-    except V.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return V.EXIT_ERROR
-    return V.EXIT_OK
+    """Command line -> exit code."""
+    return V.report_errors(start, argv)
 
 
 if __name__ == "__main__":
