@@ -290,7 +290,6 @@ PRESETS = {
 }
 
 
-
 def preset_config(preset, **overrides):
     """The config of a named preset with some fields replaced, for use from Python."""
     return VJepaAutoV2Config(**{**PRESETS[preset], "preset": preset, **overrides})

@@ -618,7 +618,7 @@ def test_the_command_on_videos_with_and_without_annotations(scene_folder, tmp_pa
     assert "thresholds met" in capsys.readouterr().out
 
 
-def test_signals_of_a_video_are_read_at_the_clips_times(scene_folder):
+def test_signals_of_a_video_are_read_at_the_clips_times(scene_folder, tmp_path):
     """An annotation at 4 frames per second against a clip at 2: every second value, from the plan's window on."""
     video = V.find_videos(str(scene_folder), "*")[0]
     annotation = {"fps": 4.0, "speed": [float(number) for number in range(12)], "maneuver": "keep", "steer": [None] * 12}
@@ -627,6 +627,9 @@ def test_signals_of_a_video_are_read_at_the_clips_times(scene_folder):
     assert labels == {"maneuver": "keep", "speed": [2.0, 4.0, 6.0, 8.0], "steer": [None] * 4}
     with pytest.raises(V.UserError, match="speed must be a list of numbers"):
         E.timed_annotation({"speed": ["fast"]}, video, plan)
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(V.UserError, match="annotation of text.mp4: the times of its video cannot be read"):
+        E.timed_annotation(annotation, V.VideoFile("text.mp4", str(tmp_path / "text.mp4")), plan)
 
 
 def test_bad_input_ends_in_one_line(tmp_path, capsys, monkeypatch):

@@ -727,8 +727,11 @@ def timed_annotation(annotation, video, plan):
     signals = {name: annotation[name] for name in SIGNALS if isinstance(annotation.get(name), list) and annotation[name]}
     if not signals:
         return labels
-    with V.open_pyav(video.path) as container:
-        duration, native_fps = V.pyav_timing(container, container.streams.video[0])
+    try:
+        with V.open_pyav(video.path) as container:
+            duration, native_fps = V.pyav_timing(container, container.streams.video[0])
+    except (V.BadFile, *V.DECODE_ERRORS) as error:
+        raise V.UserError(f"annotation of {video.name}: the times of its video cannot be read ({error})") from error
     times = V.frame_times(plan, duration, native_fps)
     for name, signal in signals.items():
         try:
