@@ -51,7 +51,7 @@ class Sizes:
     """How much is measured: scenes, samples and fitting steps."""
 
     fit_forks: int = 200  # fork scenes that fit spaces and probes, two siblings of each branch
-    fit_clips: int = 560  # clips of every other kind that fit probes
+    fit_clips: int = 880  # clips of every other kind that fit probes
     fork_scenes: int = 96  # test forks at odds 0.5
     siblings: int = 10  # real futures of each
     sign_scenes: int = 40  # test forks of each other odds, two siblings of each branch
@@ -467,6 +467,7 @@ class Principal:
     """Leading principal directions of rows [n, R], by the Gram matrix: R may be large. Scores have mean square 1 over all directions."""
 
     def __init__(self, rows, rank, centre=True):
+        rank = max(rank, 1)
         rows = torch.as_tensor(rows).float()
         self.mean = rows.mean(0) if centre else torch.zeros(rows.shape[1])
         centred = rows - self.mean
@@ -486,15 +487,21 @@ class Principal:
         return weight, torch.as_tensor(bias).float() - self.mean @ weight
 
 
-def fit_ridge(scores, values):
-    """Ridge regression with its strength chosen by leave-one-out error: scores [n, k], values [n] with NaN for unknown -> (weight [k, 1], bias [1])."""
+def fit_ridge(scores, columns):
+    """Ridge regressions, the strength of each chosen by leave-one-out error: scores [n, k], columns {name: values [n], NaN for unknown}
+    -> {name: (weight [k, 1], bias [1])}, less names with fewer than 8 known values. Names known on the same rows share one decomposition."""
     from sklearn.linear_model import RidgeCV
 
-    known = np.isfinite(values)
-    if known.sum() < 8:
-        return None
-    ridge = RidgeCV(alphas=np.logspace(-2, 5, 15)).fit(scores[known], values[known])
-    return ridge.coef_[:, None], np.array([ridge.intercept_])
+    fitted, alike = {}, {}
+    for name, values in columns.items():
+        alike.setdefault(np.isfinite(values).tobytes(), []).append(name)
+    for names in alike.values():
+        known = np.isfinite(columns[names[0]])
+        if known.sum() < 8:
+            continue
+        ridge = RidgeCV(alphas=np.logspace(-2, 5, 8), alpha_per_target=True).fit(scores[known], np.stack([columns[name][known] for name in names], 1))
+        fitted |= {name: (weight[:, None], np.array([bias])) for name, weight, bias in zip(names, np.atleast_2d(ridge.coef_), np.atleast_1d(ridge.intercept_))}
+    return fitted
 
 
 def fit_logistic(scores, classes, groups, num_classes):
@@ -510,7 +517,7 @@ def fit_logistic(scores, classes, groups, num_classes):
     held = known & (np.random.default_rng(0).permutation(int(groups.max()) + 1)[groups] % 5 == 0)
     inner, chosen = known & ~held, 0.1
     if held.any() and len(np.unique(classes[inner])) > 1:
-        fits = {C: LogisticRegression(C=C, max_iter=3000).fit(scores[inner], classes[inner]) for C in (0.001, 0.01, 0.1, 1.0)}
+        fits = {C: LogisticRegression(C=C, max_iter=3000).fit(scores[inner], classes[inner]) for C in (0.001, 0.01, 0.1)}
         chosen = max(fits, key=lambda C: fits[C].score(scores[held], classes[held]))
     fitted = LogisticRegression(C=chosen, max_iter=3000).fit(scores[known], classes[known])
     weight, bias = np.zeros((scores.shape[1], num_classes)), np.full(num_classes, -1e6)
@@ -550,12 +557,12 @@ class Tasks:
         return replace(self, values=dealt[0], classes=dealt[1])
 
 
-def fit_probes(rows, tasks, rank):
-    """One linear probe per task on principal components of rows [n, R] -> {task: (weight [R, c], bias [c])}; tasks without labels are left out."""
-    space = Principal(rows, min(rank, max(len(rows) // 2, 1)))
-    scores, probes = space.scores(rows), {}
-    for name, values in tasks.values.items():
-        probes[name] = fit_ridge(scores, values)
+def fit_probes(rows, tasks, rank, space=None):
+    """One linear probe per task on principal components of rows [n, R] (`space`, where they are known already)
+    -> {task: (weight [R, c], bias [c])}; tasks without labels are left out."""
+    space = space or Principal(rows, min(rank, len(rows) // 2))
+    scores = space.scores(rows)
+    probes = fit_ridge(scores, tasks.values)
     for name, classes in tasks.classes.items():
         probes[name] = fit_logistic(scores, classes, tasks.groups, tasks.num_classes[name])
     return {name: space.pull_back(*fitted) for name, fitted in probes.items() if fitted is not None}
@@ -1207,10 +1214,12 @@ def probe_predictions(subjects, fit, test, fit_pixels, test_pixels, fit_tasks, t
     main, places, rank = subjects[0], {}, sizes.components
     progress.stage("linear probes", 5)
     latents = [(part.real(), other.real()) for part, other in zip(fit, test)]
-    for name, (rows, test_rows), own in (("NOW + SOON", latents[0], fit_tasks), ("shuffled labels", latents[0], fit_tasks.shuffled(seed)),
-                                         ("untrained encoder", latents[1], fit_tasks), ("raw pixels", (fit_pixels, test_pixels), fit_tasks),
-                                         ("encoded NOW alone", (fit[0].context.flatten(1), test[0].context.flatten(1)), fit_tasks)):
-        places[name] = predict(fit_probes(rows, own, rank), test_rows, tasks)
+    space = Principal(latents[0][0], min(rank, len(latents[0][0]) // 2))
+    for name, (rows, test_rows), own, known in (
+            ("NOW + SOON", latents[0], fit_tasks, space), ("shuffled labels", latents[0], fit_tasks.shuffled(seed), space),
+            ("untrained encoder", latents[1], fit_tasks, None), ("raw pixels", (fit_pixels, test_pixels), fit_tasks, None),
+            ("encoded NOW alone", (fit[0].context.flatten(1), test[0].context.flatten(1)), fit_tasks, None)):
+        places[name] = predict(fit_probes(rows, own, rank, known), test_rows, tasks)
         progress.step()
     places["SOON alone"] = predict(main.probes, test[0].soon.flatten(1), tasks)
     places["SOON probe on the point forecast"] = predict(main.probes, test[0].point.flatten(1), tasks)
