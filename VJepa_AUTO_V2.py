@@ -1701,8 +1701,10 @@ class WorkerWatch:
             return
         self.own[2] = time.monotonic()
         self.own[1] = number
-        yield
-        self.own[1] = -1
+        try:
+            yield
+        finally:
+            self.own[1] = -1
 
     def state(self, patience_s=0.0):
         """-> (whether some worker has died, file numbers in dead hands, [(file number, seconds)] in living hands).
@@ -1727,7 +1729,7 @@ class WorkerWatch:
 class ClipLoader:
     """Iterator over batches in the sampler's order, whatever the number of workers and whatever becomes of them.
 
-    A file whose reading outlasts decode_timeout_s, or kills two workers in a row, goes into the dataset's `quarantine`; the
+    A file whose reading outlasts decode_timeout_s, or kills two workers, goes into the dataset's `quarantine`; the
     workers are replaced and reading goes on with the batch that was due. Since a sample's substitute depends on the sample
     alone, all later batches are the same as if the file had been left out from the start. With num_workers = 0 nothing
     guards the process. It draws from a generator of its own: the global one stays untouched.
