@@ -51,7 +51,7 @@ class Sizes:
     """How much is measured: scenes, samples and fitting steps."""
 
     fit_forks: int = 200  # fork scenes that fit spaces and probes, two siblings of each branch
-    fit_clips: int = 880  # clips of every other kind that fit probes
+    fit_clips: int = 560  # clips of every other kind that fit probes
     fork_scenes: int = 96  # test forks at odds 0.5
     siblings: int = 10  # real futures of each
     sign_scenes: int = 40  # test forks of each other odds, two siblings of each branch
