@@ -499,7 +499,7 @@ def fit_ridge(scores, columns):
         known = np.isfinite(columns[names[0]])
         if known.sum() < 8:
             continue
-        ridge = RidgeCV(alphas=np.logspace(-2, 5, 8), alpha_per_target=True).fit(scores[known], np.stack([columns[name][known] for name in names], 1))
+        ridge = RidgeCV(alphas=np.logspace(-2, 5, 15), alpha_per_target=True).fit(scores[known], np.stack([columns[name][known] for name in names], 1))
         fitted |= {name: (weight[:, None], np.array([bias])) for name, weight, bias in zip(names, np.atleast_2d(ridge.coef_), np.atleast_1d(ridge.intercept_))}
     return fitted
 
@@ -517,7 +517,7 @@ def fit_logistic(scores, classes, groups, num_classes):
     held = known & (np.random.default_rng(0).permutation(int(groups.max()) + 1)[groups] % 5 == 0)
     inner, chosen = known & ~held, 0.1
     if held.any() and len(np.unique(classes[inner])) > 1:
-        fits = {C: LogisticRegression(C=C, max_iter=3000).fit(scores[inner], classes[inner]) for C in (0.001, 0.01, 0.1)}
+        fits = {C: LogisticRegression(C=C, max_iter=3000).fit(scores[inner], classes[inner]) for C in (0.001, 0.01, 0.1, 1.0)}
         chosen = max(fits, key=lambda C: fits[C].score(scores[held], classes[held]))
     fitted = LogisticRegression(C=chosen, max_iter=3000).fit(scores[known], classes[known])
     weight, bias = np.zeros((scores.shape[1], num_classes)), np.full(num_classes, -1e6)
