@@ -159,25 +159,16 @@ def kill_while_saving(out_dir, save, num, seed=0):
     return answers
 
 
-def check_kills(tmp_path, num):
-    answers = kill_while_saving(tmp_path / "ours", V.save_checkpoint, num)
+@pytest.mark.faults
+def test_kill_while_saving(tmp_path):
+    """300 kills leave every finished checkpoint whole; a plain torch.save under the same kills does not."""
+    answers = kill_while_saving(tmp_path / "ours", V.save_checkpoint, 300)
     assert not [steps for steps in answers if -1 in steps]  # not one damaged file, not even among the older ones
-    assert sum(bool(steps) for steps in answers) > 0.8 * num
-    plain = kill_while_saving(tmp_path / "plain", save_plainly, num)
-    assert sum(steps == [-1] for steps in plain) > 0.2 * num  # the control: the kills do hit the writing
+    assert sum(bool(steps) for steps in answers) > 0.8 * 300
+    plain = kill_while_saving(tmp_path / "plain", save_plainly, 300)
+    assert sum(steps == [-1] for steps in plain) > 0.2 * 300  # the control: the kills do hit the writing
     V.sweep_folder(tmp_path / "ours")
     assert not list((tmp_path / "ours/checkpoints").glob(".*")) and len(list((tmp_path / "ours/checkpoints").iterdir())) <= 8
-
-
-def test_kill_while_saving(tmp_path):
-    """40 kills leave every finished checkpoint whole; a plain torch.save under the same kills does not."""
-    check_kills(tmp_path, 40)
-
-
-@pytest.mark.faults
-def test_kill_while_saving_long(tmp_path):
-    """The same with 300 kills."""
-    check_kills(tmp_path, 300)
 
 
 def damaged_copies(path, rng, flips, cuts):
@@ -361,6 +352,7 @@ def test_tmpfs_runs_full(scene_folder, tmp_path):
 # -- one writer, status
 
 
+@pytest.mark.faults
 def test_second_writer_is_refused(scene_folder, tmp_path):
     """One line that names host and pid; the first run is not disturbed; after a kill -9 the lease is free at once."""
     cfg = run_config(scene_folder, tmp_path / "run", steps=4000)
@@ -439,7 +431,11 @@ def samples_of(cfg, videos, quarantine, num_workers, timeout_s=60.0):
     return rows, dataset.quarantine, [entry for batch in batches for entry in batch["bad"]]
 
 
-@pytest.mark.parametrize("deed, words", [("kill", "killed two loader workers"), ("segfault", "killed two loader workers"), ("hang", "decode_timeout_s")])
+@pytest.mark.parametrize("deed, words", [
+    pytest.param("kill", "killed two loader workers", marks=pytest.mark.faults),
+    pytest.param("segfault", "killed two loader workers", marks=pytest.mark.faults),
+    ("hang", "decode_timeout_s"),
+])
 def test_a_file_that_ends_its_worker_is_quarantined(scene_folder, monkeypatch, deed, words):
     """The batches are those of a run that never opened the file; the file is named. Seen red with the quarantine not filled."""
     cfg = small_config(data_root=str(scene_folder))
@@ -506,6 +502,7 @@ raise ValueError("left open")
     assert done.returncode == 1 and "left open" in done.stderr
 
 
+@pytest.mark.faults
 def test_quarantine_survives_a_restart(scene_folder, tmp_path, monkeypatch):
     """A quarantined file is not opened again by the run that resumes."""
     evil = V.split_videos(V.find_videos(str(scene_folder), "*"), 0.1)[0][1]

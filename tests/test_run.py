@@ -343,6 +343,7 @@ def test_resume_that_forgets_something_shows(straight, to_resume, scene_folder, 
     assert facts(to_resume) != facts(straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forget", [False, True])
 def test_loss_scale_survives_a_restart(scene_folder, tmp_path, monkeypatch, forget):
     """fp16 on the CPU: the scaler's state after a stop and a resume is that of a run in one go, and is not when it is left out."""
