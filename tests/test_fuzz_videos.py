@@ -416,6 +416,7 @@ def test_a_hundred_thousand_files(tmp_path):
     videos = V.list_data(cfg)
     source = V.open_data(cfg, videos, True, lambda: None)
     seconds = time.process_time() - begin
+    print(f"100,000 files listed and split in {seconds:.1f} s of CPU time")
     shutil.rmtree(tmp_path)  # pytest would keep them for three runs
     assert len(videos) == len(source.train) + len(source.val) == 100000 and source.kind == "videos"
     # binomial(100000, 0.1) has a standard deviation of 95 files: 400 is four of them
