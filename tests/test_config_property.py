@@ -25,6 +25,7 @@ SMALL = {
     "outcome_queue": [0, 1, 2, 3, 16], "flow_rank": [1, 2, 7, 16, 64], "flow_joint_max": [0, 0, 500, 65536, 2**40],
     "flow_pool": [1, 1, 1, 2, 3], "flow_draws": [1, 2, 3], "flow_steps": [1, 2, 3], "batch_size": [1, 2, 2, 3], "grad_accum": [1, 1, 2],
     "lambda_flow": [0.0, 1.0, 1.0], "lambda_supcon": [0.0, 0.0, 1.0], "lambda_vjepa": [0.0, 1.0, 1.0], "flow_fit_clips": [0, 0, 1, 100],
+    "soon_fit_steps": [0, 0, 0, 1, 3],
     "lr": [0.0, 1e-6, 1e-3, 0.03], "flow_lr": [0.0, 1e-6, 1e-3, 0.03], "weight_decay": [0.0, 0.05, 1.0],  # a rate of 7 may well diverge in a step
     "preset": list(V.PRESETS), "device": ["cpu"], "compile": [False],
 }

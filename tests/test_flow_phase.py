@@ -1,4 +1,4 @@
-"""The flow phase: after the last step the flow net alone is fitted on frozen latents, once, and again after a stop."""
+"""The flow phase: after the last step SOON's copy of the predictor, then the flow net are fitted on frozen latents, once, and again after a stop."""
 
 import os
 import signal
@@ -24,8 +24,9 @@ def keep_signal_handlers():
 
 
 def phase_config(out_dir, **overrides):
-    """Three steps on rendered scenes, then six steps of the flow phase on 24 clips."""
-    base = dict(out_dir=str(out_dir), steps=3, scenes="render", flow_fit_clips=24, flow_fit_steps=6, flow_fit_batch=4, picture=False, val_every=0)
+    """Three steps on rendered scenes, then five steps of SOON and six of the flow net on 24 clips."""
+    base = dict(out_dir=str(out_dir), steps=3, scenes="render", flow_fit_clips=24, flow_fit_steps=6, flow_fit_batch=4, soon_fit_steps=5, soon_fit_batch=4,
+                picture=False, val_every=0)
     return small_config(**{**base, **overrides})
 
 
@@ -37,8 +38,8 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_only_the_flow_moves(tmp_path):
-    """The flow net waits while the rest learns, then learns while the rest waits."""
+def test_only_the_flow_and_the_copy_move(tmp_path):
+    """The flow net waits while the rest learns, then it and a copy of the predictor learn while the rest waits."""
     cfg = phase_config(tmp_path / "run")
     assert V.train(cfg) == V.EXIT_OK
     before, after = checkpoint(tmp_path / "run", "ckpt_3.pt"), checkpoint(tmp_path / "run")
@@ -49,6 +50,7 @@ def test_only_the_flow_moves(tmp_path):
     assert not equal(before["flow"], after["flow"]) and not equal(before["flow_ema"], after["flow_ema"])
     assert not before["flow_stats"]["basis"].any() and after["flow_stats"]["basis"].any()
     assert (before["flow_fitted"], after["flow_fitted"]) == (False, True)
+    assert before["soon_predictor"] is None and not equal(after["soon_predictor"], after["predictor"])
 
 
 def test_a_finished_phase_is_not_repeated_and_an_extended_run_repeats_it(tmp_path, capsys):
@@ -63,18 +65,19 @@ def test_a_finished_phase_is_not_repeated_and_an_extended_run_repeats_it(tmp_pat
     assert "flow phase" in capsys.readouterr().out and not equal(first["flow"], checkpoint(tmp_path / "run")["flow"])
 
 
-def test_a_stop_in_the_phase_costs_the_phase_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", ["cache_latents", "fit_soon", "flow_coordinates"])
+def test_a_stop_in_the_phase_costs_the_phase_alone(tmp_path, monkeypatch, part):
     """Exit code 75 with the step checkpoint on disk; the same command then gives the bits of a run that was never stopped."""
     whole = phase_config(tmp_path / "whole")
     assert V.train(whole) == V.EXIT_OK
-    cfg, plain = phase_config(tmp_path / "cut"), V.cache_futures
-    monkeypatch.setattr(V, "cache_futures", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), plain(*args))[1])
+    cfg, plain = phase_config(tmp_path / "cut"), getattr(V, part)
+    monkeypatch.setattr(V, part, lambda *args: (os.kill(os.getpid(), signal.SIGTERM), plain(*args))[1])
     assert V.train(cfg) == V.EXIT_STOPPED
     assert [path.name for path in (tmp_path / "cut" / "checkpoints").glob("*.pt")] == ["ckpt_3.pt"]
-    monkeypatch.setattr(V, "cache_futures", plain)
+    monkeypatch.setattr(V, part, plain)
     assert V.train(cfg) == V.EXIT_OK
     one, two = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
-    assert all(equal(one[name], two[name]) for name in (*STILL, "flow", "flow_ema", "flow_stats"))
+    assert all(equal(one[name], two[name]) for name in (*STILL, "soon_predictor", "flow", "flow_ema", "flow_stats"))
 
 
 def test_cached_pairs_are_what_the_loss_would_see(tmp_path):
@@ -82,7 +85,8 @@ def test_cached_pairs_are_what_the_loss_would_see(tmp_path):
     cfg = phase_config(tmp_path / "run")
     model, process = new_model(cfg).eval(), cpu_process()
     source = V.open_data(cfg, [], True, lambda: None)
-    contexts, y = V.cache_futures(model, source, process, 5, 10, V.RunLog(cfg, False), V.StopFlag(()))
+    contexts, futures = V.cache_latents(model, source, process, 5, 10, V.RunLog(cfg, False), V.StopFlag(()))
+    y = V.flow_coordinates(model, contexts, futures, process)
     assert contexts.shape == (16, cfg.now_tokens, cfg.enc_dim) and y.shape == (16, 1, cfg.flow_rank)  # full batches of four times batch_size
     data = source.dataset(cfg, "train")
     for place in (0, 3, 15):
@@ -90,10 +94,60 @@ def test_cached_pairs_are_what_the_loss_would_see(tmp_path):
         with torch.no_grad():
             clip = model.normalise(frames)
             context = model.encode_now(model.online.tokenizer(clip))
-            residual = model.future_target(model.make_targets(clip)) - model.forecast(context, model.predict_soon(context))
-            expected = model.space.encode(model.space.pool(residual))
+            future = model.future_target(model.make_targets(clip))
+            expected = model.space.encode(model.space.pool(future - model.forecast(context, model.predict_soon(context))))
         torch.testing.assert_close(contexts[place : place + 1], context, rtol=0, atol=1e-5)
+        torch.testing.assert_close(futures[place : place + 1], future, rtol=0, atol=1e-5)
         torch.testing.assert_close(y[place : place + 1], expected, rtol=0, atol=1e-3 * float(y.abs().max()))
+
+
+def test_soon_learns_on_the_cached_latents(tmp_path):
+    """The copy's SOON loss falls well below the shared predictor's on clips that it has not seen, and forecasts come from the copy."""
+    cfg = phase_config(tmp_path / "run", soon_fit_steps=150, soon_fit_batch=8)
+    model, process = new_model(cfg).eval().requires_grad_(False), cpu_process()
+    source = V.open_data(cfg, [], True, lambda: None)
+    stop, log = V.StopFlag(()), V.RunLog(cfg, False)
+    contexts, futures = V.cache_latents(model, source, process, 0, 48, log, stop)
+    shared, targets = model.predict_soon(contexts[40:]), futures[40:, : cfg.soon_tokens]
+    V.fit_soon(model, contexts, futures, 40, process, log, stop)
+    own = model.predict_soon(contexts[40:])
+    assert V.l1_loss(own, targets) < 0.5 * V.l1_loss(shared, targets)
+    assert not any(parameter.requires_grad for parameter in model.soon_predictor.parameters())
+    model.soon_predictor = None
+    torch.testing.assert_close(model.predict_soon(contexts[40:]), shared)  # the shared one is as it was
+
+
+def test_the_copy_comes_back_from_a_checkpoint(tmp_path):
+    """A loaded model forecasts with the copy; a checkpoint from before there was one loads and forecasts with the shared predictor."""
+    assert V.train(phase_config(tmp_path / "run")) == V.EXIT_OK
+    path = tmp_path / "run" / "checkpoints" / "ckpt_final.pt"
+    model, cfg = V.load_model(path)
+    state = checkpoint(tmp_path / "run")
+    assert equal(model.soon_predictor.state_dict(), state["soon_predictor"])
+    context = torch.randn(2, cfg.now_tokens, cfg.enc_dim, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        own = model.predict_soon(context)
+        model.soon_predictor = None
+        shared = model.predict_soon(context)
+    assert not torch.equal(own, shared)
+    del state["soon_predictor"]
+    V.restore_model(state, model)
+    assert model.soon_predictor is None and torch.equal(model.predict_soon(context), shared)
+
+
+def test_fits_average_their_gradients_over_ranks(monkeypatch):
+    """Two ranks with opposite shares of one loss: each takes the step of the mean."""
+    cfg, net = small_config(grad_clip=0.0), torch.nn.Linear(3, 1, bias=False)
+    start, other = net.weight.detach().clone(), torch.tensor([[1.0, -2.0, 0.5]])
+    monkeypatch.setattr(V.dist, "all_reduce", lambda grad: grad.add_(other / 2))
+    V.fit_step(net, torch.optim.SGD(net.parameters(), lr=9.0), net(torch.ones(1, 3)).sum(), 0.1, cfg, cpu_process(world_size=2))
+    torch.testing.assert_close(net.weight.detach(), start - 0.1 * (torch.ones(1, 3) + other) / 2)
+
+
+def test_soon_steps_without_the_phase_are_refused():
+    """Steps that would never be taken are named with the flag that is missing."""
+    with pytest.raises(V.UsageError, match="soon_fit_steps = 5: .*flow_fit_clips"):
+        V.validate_config(small_config(soon_fit_steps=5))
 
 
 def test_fewer_clips_than_directions(tmp_path):
@@ -111,7 +165,7 @@ def test_ranks_share_one_flow(tmp_path):
     flags = dict(image_size=32, patch=8, num_frames=12, now_frames=4, soon_frames=4, eventually_frames=4, enc_dim=48, enc_depth=2, pred_dim=24,
                  pred_depth=2, num_heads=4, outcome_queue=16, flow_dim=32, flow_depth=2, flow_heads=4, flow_rank=8, flow_chunks=2, flow_draws=3,
                  flow_joint_max=0, flow_pool=2, batch_size=2, num_workers=0, steps=2, scenes="render", flow_fit_clips=32, flow_fit_steps=4,
-                 flow_fit_batch=4, device="cpu", val_clips=4, log_every=1, out_dir=str(tmp_path / "run"))
+                 flow_fit_batch=4, soon_fit_steps=3, soon_fit_batch=4, device="cpu", val_clips=4, log_every=1, out_dir=str(tmp_path / "run"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), "--no-picture"]
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
