@@ -444,34 +444,48 @@ class FakeSubject:
 def test_surprise_is_the_distance_to_the_nearest_sample():
     """Zero for a clip that a sample foresees, in either of two worlds; positive for any other. Once NOW itself differs from
     the first clip's, a window no longer counts."""
-    cfg = SimpleNamespace(now_frames=2, soon_frames=2, soon_tokens=2, tubelet_t=1)
+    cfg = SimpleNamespace(now_frames=2, soon_frames=2, soon_tokens=2, sites=1, tubelet_t=1)
     clips = torch.zeros(3, 5, 3, 1, 1, dtype=torch.uint8)  # T = 5 leaves two windows
     clips[1, 2:], clips[2, 2:] = 8, 4
     subject = FakeSubject(cfg, torch.stack([torch.zeros(2, 3), torch.full((2, 3), 8.0)]))
     scores = E.window_surprise(subject, clips, SMALL, 0)
-    assert scores.shape == (4, 3, 2)
-    for row in range(3):
+    assert scores.shape == (5, 3, 2)
+    for row in range(4):
         assert scores[row, :, 0].tolist() == [0, 0, 4]
-    assert scores[3, :, 0].tolist() == [0, 8, 4]  # the point forecast of black takes a legal world for more surprising than an impossible one
+    assert scores[4, :, 0].tolist() == [0, 8, 4]  # the point forecast of black takes a legal world for more surprising than an impossible one
     assert np.isfinite(scores[:, 0]).all() and np.isnan(scores[:, 1:, 1]).all()
 
 
 def test_the_worst_tokens_show_a_small_break():
-    """One bad token of forty counts by its own error under the headline score, by a fortieth of it under L1."""
-    cfg = SimpleNamespace(now_frames=2, soon_frames=40, soon_tokens=40, tubelet_t=1)
+    """One bad token of forty counts by its own error under that score, by a fortieth of it under L1."""
+    cfg = SimpleNamespace(now_frames=2, soon_frames=40, soon_tokens=40, sites=1, tubelet_t=1)
     clips = torch.zeros(2, 42, 3, 1, 1, dtype=torch.uint8)
     clips[1, 20] = 8
     subject = FakeSubject(cfg, torch.zeros(1, 40, 3))
     scores = E.window_surprise(subject, clips, SMALL, 0)[:, 1, 0]
-    assert scores[0] == 4 and scores[2] == pytest.approx(8 / 40)  # a twentieth is two tokens: one of them is the break
+    assert scores[1] == 4 and scores[3] == pytest.approx(8 / 40)  # a twentieth is two tokens: one of them is the break
+
+
+def test_a_lasting_error_outweighs_a_passing_one():
+    """Under the headline a token that stays wrong by 1 surprises more than one that is wrong by 2 to either side in turn; the
+    worst tokens say the opposite. By hand: four tubelets of two sites, errors averaged over three in a row, one of four counts."""
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    passing, lasting = torch.zeros(1, 4, 2, 5), torch.zeros(1, 4, 2, 5)
+    passing[0, :, 0] = 2 * sign[:, None]
+    lasting[0, :, 1] = 1
+    first, second = (E.nearest_scores(error.flatten(1, 2), 2) for error in (passing, lasting))
+    assert first[:2].tolist() == pytest.approx([2 / 3, 2]) and second[:2].tolist() == [1, 1]  # 2, -2, 2 average to 2 / 3
+    passing[0, 3] = 0
+    assert E.nearest_scores(torch.cat([passing, lasting]).flatten(1, 2), 2)[1] == 1  # each score takes the sample that is nearest by it
+    assert E.nearest_scores(lasting[:, :1].flatten(1, 2), 2)[:2].tolist() == [1, 1]  # one tubelet: nothing to average
 
 
 def test_twins_are_compared_on_shared_windows():
     """The first clip's windows count only where the twin's do: else a busy later window of the possible clip would decide."""
-    scores = np.zeros((4, 2, 3))
+    scores = np.zeros((5, 2, 3))
     scores[:, 0], scores[:, 1] = (1, 2, 30), (3, 4, np.nan)
     own, first = E.over_shared(scores, 1)
-    assert own.tolist() == [3.5] * 4 and first.tolist() == [1.5] * 4
+    assert own.tolist() == [3.5] * 5 and first.tolist() == [1.5] * 5
 
 
 def test_auroc_counts_impossible_above_rare():
