@@ -3786,25 +3786,26 @@ def cache_latents(model, source, process, start, num_clips, log, stop):
     return torch.cat(contexts), torch.cat(futures)
 
 
+def residual_rows(model, contexts, futures, process):
+    """What the point forecast leaves open of cached futures [n, F, D] -> rows of the space [n, N, span] on the device."""
+    context = contexts.to(process.device)
+    with torch.no_grad(), autocast(process):
+        residual = futures.to(process.device).float() - model.forecast(context, model.predict_soon(context))
+    with full_precision(residual):
+        return model.space.pool(residual.float())
+
+
 def flow_coordinates(model, contexts, futures, process):
     """Fit the space to the residuals of the first 2,048 clips over all ranks -> coordinates y [n, N, k] of all of them on the CPU."""
-
-    def residual_rows(part):
-        context = contexts[part].to(process.device)
-        with torch.no_grad(), autocast(process):
-            residual = futures[part].to(process.device).float() - model.forecast(context, model.predict_soon(context))
-        with full_precision(residual):
-            return model.space.pool(residual.float())
-
     size = 4 * model.cfg.batch_size
     parts = [slice(begin, begin + size) for begin in range(0, len(contexts), size)]
     few = math.ceil(2048 / (size * process.world_size))
-    model.space.fit(model.gather(torch.cat([residual_rows(part) for part in parts[:few]])))
+    model.space.fit(model.gather(torch.cat([residual_rows(model, contexts[part], futures[part], process) for part in parts[:few]])))
     for value in model.space.buffers() if process.world_size > 1 else ():
         dist.broadcast(value, 0)
     ys = []
     for part in parts:
-        rows = residual_rows(part)
+        rows = residual_rows(model, contexts[part], futures[part], process)
         with full_precision(rows):
             ys.append(model.space.encode(rows).cpu())
     return torch.cat(ys)
@@ -3834,6 +3835,15 @@ def fit_rng(cfg, step, process):
     return torch.Generator().manual_seed((cfg.seed * 1_000_003 + step) * 4096 + process.rank)
 
 
+def cached_soon_loss(model, contexts, futures, process):
+    """The SOON loss on cached clips, NaN without one."""
+    if not len(contexts):
+        return torch.tensor(float("nan"))
+    with autocast(process):
+        preds = model.predict_soon(contexts.to(process.device))
+    return l1_loss(preds, futures[:, : model.cfg.soon_tokens].to(process.device))
+
+
 def fit_soon(model, contexts, futures, kept, process, log, stop):
     """Fit a copy of the predictor to the SOON tokens of the first `kept` clips with the loss of training.
 
@@ -3844,24 +3854,18 @@ def fit_soon(model, contexts, futures, kept, process, log, stop):
     net = model.split_soon_predictor().requires_grad_(True)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = replace(cfg, steps=cfg.soon_fit_steps, warmup_steps=cfg.soon_fit_steps)  # capped at a tenth
-
-    def loss_of(chosen):
-        with autocast(process):
-            preds = model.predict_soon(contexts[chosen].to(process.device))
-        return l1_loss(preds, futures[chosen, : cfg.soon_tokens].to(process.device))
-
-    def held_out():
-        with torch.no_grad():
-            return float(loss_of(torch.arange(kept, len(contexts))[:512])) if kept < len(contexts) else float("nan")
-
-    log.line(f"flow phase, SOON step:0 held_out:{held_out():.4g}")
+    held_out = contexts[kept : kept + 512], futures[kept : kept + 512]
+    with torch.no_grad():
+        log.line(f"flow phase, SOON step:0 held_out:{float(cached_soon_loss(model, *held_out, process)):.4g}")
     for step in range(cfg.soon_fit_steps):
         chosen = torch.randint(kept, (cfg.soon_fit_batch,), generator=fit_rng(cfg, step, process))
-        loss = loss_of(chosen)
+        loss = cached_soon_loss(model, contexts[chosen], futures[chosen], process)
         fit_step(net, optimizer, loss, lr_at(step, schedule, cfg.flow_fit_lr), cfg, process)
         log.bar(step + 1, cfg.soon_fit_steps, "flow phase: SOON")
         if (step + 1) % (4 * cfg.log_every) == 0 or step + 1 == cfg.soon_fit_steps:
-            log.line(f"flow phase, SOON step:{step + 1} loss_soon:{float(loss.detach()):.4g} held_out:{held_out():.4g} time:{time.perf_counter() - began:.0f}")
+            with torch.no_grad():
+                held = float(cached_soon_loss(model, *held_out, process))
+            log.line(f"flow phase, SOON step:{step + 1} loss_soon:{float(loss.detach()):.4g} held_out:{held:.4g} time:{time.perf_counter() - began:.0f}")
             if process.any(bool(stop.reason))[0]:
                 break
     net.requires_grad_(False)

@@ -440,6 +440,7 @@ RELATIONS = [
     (dict(crop_scale_min=0.9, crop_scale_max=0.5), "crop_scale_min = 0.9: must not exceed crop_scale_max = 0.5 (--crop_scale_min)"),
     (dict(image_size=8), "image_size = 8: needs at least 2 patches of 8 to mask one (--image_size)"),
     (dict(flow_chunks=3), "flow_chunks = 3: only 2 EVENTUALLY tubelets to chunk (--flow_chunks)"),
+    (dict(soon_fit_steps=5), "soon_fit_steps = 5: the flow phase fits SOON, and flow_fit_clips = 0 leaves it out (--flow_fit_clips)"),
     (dict(flow_joint_max=0, flow_pool=5), "flow_pool = 5: exceeds the 4 x 4 token grid (--flow_pool)"),
     (dict(flow_joint_max=0, flow_rank=49), "flow_rank = 49: exceeds enc_dim = 48 (--flow_rank)"),
     (dict(lambda_vjepa=0.0, lambda_soon=0.0, lambda_eventually=0.0), "lambda_vjepa = 0: at least one of"),

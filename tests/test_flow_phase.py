@@ -144,12 +144,6 @@ def test_fits_average_their_gradients_over_ranks(monkeypatch):
     torch.testing.assert_close(net.weight.detach(), start - 0.1 * (torch.ones(1, 3) + other) / 2)
 
 
-def test_soon_steps_without_the_phase_are_refused():
-    """Steps that would never be taken are named with the flag that is missing."""
-    with pytest.raises(V.UsageError, match="soon_fit_steps = 5: .*flow_fit_clips"):
-        V.validate_config(small_config(soon_fit_steps=5))
-
-
 def test_fewer_clips_than_directions(tmp_path):
     """A handful of clips for eight directions: silent directions, finite samples."""
     cfg = phase_config(tmp_path / "run", flow_fit_clips=4, batch_size=1)
