@@ -25,7 +25,6 @@ SMALL = {
     "outcome_queue": [0, 1, 2, 3, 16], "flow_rank": [1, 2, 7, 16, 64], "flow_joint_max": [0, 0, 500, 65536, 2**40],
     "flow_pool": [1, 1, 1, 2, 3], "flow_draws": [1, 2, 3], "flow_steps": [1, 2, 3], "batch_size": [1, 2, 2, 3], "grad_accum": [1, 1, 2],
     "lambda_flow": [0.0, 1.0, 1.0], "lambda_supcon": [0.0, 0.0, 1.0], "lambda_vjepa": [0.0, 1.0, 1.0], "flow_fit_clips": [0, 0, 1, 100],
-    "soon_fit_steps": [0, 0, 0, 1, 3],
     "lr": [0.0, 1e-6, 1e-3, 0.03], "flow_lr": [0.0, 1e-6, 1e-3, 0.03], "weight_decay": [0.0, 0.05, 1.0],  # a rate of 7 may well diverge in a step
     "preset": list(V.PRESETS), "device": ["cpu"], "compile": [False],
 }
@@ -73,6 +72,7 @@ def draw_config(rng):
     values |= {
         "patch": patch, "image_size": sides[0] if rng.random() < 0.5 else tuple(sides), "tubelet_t": tubelet, **parts, "num_frames": sum(parts.values()),
         "num_heads": heads, "enc_dim": widths[0], "pred_dim": widths[1], "flow_heads": flow_heads, "flow_dim": flow_heads * 2 * rng.randint(1, 6),
+        "soon_fit_steps": rng.choice([0, 1, 3] if values["flow_fit_clips"] else [0] * 19 + [1]),
         "flow_chunks": rng.randint(1, parts["eventually_frames"] // tubelet), "flow_rank": rng.choice([1, 2, 5, 16, 64 if values["flow_joint_max"] else 3]),
     }
     while rng.random() < 0.3:
