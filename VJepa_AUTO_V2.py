@@ -67,7 +67,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -3792,7 +3792,7 @@ def residual_rows(model, contexts, futures, process):
     with torch.no_grad(), autocast(process):
         residual = futures.to(process.device).float() - model.forecast(context, model.predict_soon(context))
     with full_precision(residual):
-        return model.space.pool(residual.float())
+        return model.space.pool(residual)
 
 
 def flow_coordinates(model, contexts, futures, process):
@@ -3800,12 +3800,13 @@ def flow_coordinates(model, contexts, futures, process):
     size = 4 * model.cfg.batch_size
     parts = [slice(begin, begin + size) for begin in range(0, len(contexts), size)]
     few = math.ceil(2048 / (size * process.world_size))
-    model.space.fit(model.gather(torch.cat([residual_rows(model, contexts[part], futures[part], process) for part in parts[:few]])))
+    first = [residual_rows(model, contexts[part], futures[part], process) for part in parts[:few]]
+    model.space.fit(model.gather(torch.cat(first)))
     for value in model.space.buffers() if process.world_size > 1 else ():
         dist.broadcast(value, 0)
     ys = []
-    for part in parts:
-        rows = residual_rows(model, contexts[part], futures[part], process)
+    for number, part in enumerate(parts):
+        rows = first[number] if number < few else residual_rows(model, contexts[part], futures[part], process)
         with full_precision(rows):
             ys.append(model.space.encode(rows).cpu())
     return torch.cat(ys)
@@ -3835,13 +3836,48 @@ def fit_rng(cfg, step, process):
     return torch.Generator().manual_seed((cfg.seed * 1_000_003 + step) * 4096 + process.rank)
 
 
-def cached_soon_loss(model, contexts, futures, process):
-    """The SOON loss on cached clips, NaN without one."""
-    if not len(contexts):
-        return torch.tensor(float("nan"))
+def soon_fit_loss(model, contexts, futures, kept, process, step=None):
+    """SOON's loss on the clips that a step draws from the first `kept`; without a step on held-out ones, NaN where there are none."""
+    cfg, chosen = model.cfg, torch.arange(kept, len(contexts))[:512]
+    if step is not None:
+        chosen = torch.randint(kept, (cfg.soon_fit_batch,), generator=fit_rng(cfg, step, process))
     with autocast(process):
-        preds = model.predict_soon(contexts.to(process.device))
-    return l1_loss(preds, futures[:, : model.cfg.soon_tokens].to(process.device))
+        preds = model.predict_soon(contexts[chosen].to(process.device))
+    return l1_loss(preds, futures[chosen, : cfg.soon_tokens].to(process.device))
+
+
+def flow_fit_loss(model, contexts, y, kept, process, step=None):
+    """The flow net's loss on the clips that a step draws from the first `kept`; without a step its EMA's on held-out ones, NaN where there are none."""
+    cfg, net, rng, chosen = model.cfg, model.flow_ema, torch.Generator().manual_seed(model.cfg.seed), torch.arange(kept, len(y))[:512]
+    if step is not None:
+        net, rng = model.flow, fit_rng(cfg, step, process)
+        chosen = torch.randint(kept, (cfg.flow_fit_batch,), generator=rng)
+    context, clean, noise, tau = draw_pairs(cfg, contexts, y, chosen, rng, process.device)
+    with autocast(process):
+        return velocity_loss(net, net.project(context), clean, noise, tau)
+
+
+def fit_net(net, slow, num_steps, loss_at, name, key, began, cfg, process, log, stop):
+    """Fit a net on frozen latents, and its EMA `slow` where there is one, until a signal ends it.
+
+    loss_at(step) is the loss of a step, loss_at() the held-out one; the log's lines begin with `name` and call the loss `key`.
+    """
+    optimizer = torch.optim.AdamW(net.requires_grad_(True).parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    schedule = replace(cfg, steps=num_steps, warmup_steps=num_steps)  # capped at a tenth
+    for step in range(num_steps):
+        loss = loss_at(step)
+        fit_step(net, optimizer, loss, lr_at(step, schedule, cfg.flow_fit_lr), cfg, process)
+        if slow is not None:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(slow.parameters()), list(net.parameters()), 1 - flow_momentum_at(step, cfg))
+        log.bar(step + 1, num_steps, name)
+        if (step + 1) % (4 * cfg.log_every) == 0 or step + 1 == num_steps:
+            with torch.no_grad():
+                held = float(loss_at())
+            log.line(f"{name} step:{step + 1} {key}:{float(loss.detach()):.4g} held_out:{held:.4g} time:{time.perf_counter() - began:.0f}")
+            if process.any(bool(stop.reason))[0]:
+                break
+    net.requires_grad_(False)
 
 
 def fit_soon(model, contexts, futures, kept, process, log, stop):
@@ -3850,25 +3886,11 @@ def fit_soon(model, contexts, futures, kept, process, log, stop):
     A clip costs a small part of a training step here (no encoder, no mask of the whole clip), and its targets stand still: proof
     preset after 3,000 steps, skill over persistence on held-out scenes 0.19 before and 0.27 after 1,500 steps.
     """
-    cfg, began = model.cfg, time.perf_counter()
-    net = model.split_soon_predictor().requires_grad_(True)
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    schedule = replace(cfg, steps=cfg.soon_fit_steps, warmup_steps=cfg.soon_fit_steps)  # capped at a tenth
-    held_out = contexts[kept : kept + 512], futures[kept : kept + 512]
+    cfg, name, net = model.cfg, "flow phase, SOON", model.split_soon_predictor()
+    loss_at = partial(soon_fit_loss, model, contexts, futures, kept, process)
     with torch.no_grad():
-        log.line(f"flow phase, SOON step:0 held_out:{float(cached_soon_loss(model, *held_out, process)):.4g}")
-    for step in range(cfg.soon_fit_steps):
-        chosen = torch.randint(kept, (cfg.soon_fit_batch,), generator=fit_rng(cfg, step, process))
-        loss = cached_soon_loss(model, contexts[chosen], futures[chosen], process)
-        fit_step(net, optimizer, loss, lr_at(step, schedule, cfg.flow_fit_lr), cfg, process)
-        log.bar(step + 1, cfg.soon_fit_steps, "flow phase: SOON")
-        if (step + 1) % (4 * cfg.log_every) == 0 or step + 1 == cfg.soon_fit_steps:
-            with torch.no_grad():
-                held = float(cached_soon_loss(model, *held_out, process))
-            log.line(f"flow phase, SOON step:{step + 1} loss_soon:{float(loss.detach()):.4g} held_out:{held:.4g} time:{time.perf_counter() - began:.0f}")
-            if process.any(bool(stop.reason))[0]:
-                break
-    net.requires_grad_(False)
+        log.line(f"{name} step:0 held_out:{float(loss_at()):.4g}")
+    fit_net(net, None, cfg.soon_fit_steps, loss_at, name, "loss_soon", time.perf_counter(), cfg, process, log, stop)
 
 
 def fit_flow(model, source, process, log, stop, progress):
@@ -3877,7 +3899,7 @@ def fit_flow(model, source, process, log, stop, progress):
     First SOON's copy of the predictor, then the flow net over what that forecast leaves open. One clip in twenty is held
     out; when its loss rises while the other falls, the net learns clips by heart: more flow_fit_clips.
     """
-    cfg, began, net, slow = model.cfg, time.perf_counter(), model.flow, model.flow_ema
+    cfg, began = model.cfg, time.perf_counter()
     model.eval()
     cached = cache_latents(model, source, process, progress.consumed, cfg.flow_fit_clips, log, stop)
     if cached is None:
@@ -3892,28 +3914,9 @@ def fit_flow(model, source, process, log, stop, progress):
     y = flow_coordinates(model, contexts, futures, process)
     del cached, futures
     log.line(f"flow phase: {float(model.space.explained):.0%} of the residual in {cfg.flow_rank} directions; {cfg.flow_fit_steps} steps")
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    slow.load_state_dict(net.requires_grad_(True).state_dict())
-    schedule = replace(cfg, steps=cfg.flow_fit_steps, warmup_steps=cfg.flow_fit_steps)  # capped at a tenth
-    for step in range(cfg.flow_fit_steps):
-        rng = fit_rng(cfg, step, process)
-        chosen = torch.randint(kept, (cfg.flow_fit_batch,), generator=rng)
-        context, clean, noise, tau = draw_pairs(cfg, contexts, y, chosen, rng, process.device)
-        with autocast(process):
-            loss = velocity_loss(net, net.project(context), clean, noise, tau)
-        fit_step(net, optimizer, loss, lr_at(step, schedule, cfg.flow_fit_lr), cfg, process)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(slow.parameters()), list(net.parameters()), 1 - flow_momentum_at(step, cfg))
-        log.bar(step + 1, cfg.flow_fit_steps, "flow phase")
-        if (step + 1) % (4 * cfg.log_every) == 0 or step + 1 == cfg.flow_fit_steps:
-            held_rng = torch.Generator().manual_seed(cfg.seed)
-            context, clean, noise, tau = draw_pairs(cfg, contexts, y, torch.arange(kept, len(y))[:512], held_rng, process.device)
-            with torch.no_grad(), autocast(process):
-                held = float(velocity_loss(slow, slow.project(context), clean, noise, tau)) if len(clean) else float("nan")
-            log.line(f"flow phase step:{step + 1} loss_flow:{float(loss.detach()):.4g} held_out:{held:.4g} time:{time.perf_counter() - began:.0f}")
-            if process.any(bool(stop.reason))[0]:
-                break
-    net.requires_grad_(False)
+    model.flow_ema.load_state_dict(model.flow.state_dict())
+    loss_at = partial(flow_fit_loss, model, contexts, y, kept, process)
+    fit_net(model.flow, model.flow_ema, cfg.flow_fit_steps, loss_at, "flow phase", "loss_flow", began, cfg, process, log, stop)
     return not process.any(bool(stop.reason))[0]
 
 
