@@ -23,7 +23,7 @@ import evaluate as E  # noqa: E402
 metrics = pytest.importorskip("sklearn.metrics")
 
 SMALL = E.Sizes(fit_forks=8, fit_clips=10, fork_scenes=4, siblings=4, sign_scenes=1, brake_scenes=3, brake_siblings=3, kind_scenes=4, mix_clips=12,
-                twin_scenes=4, rare_scenes=2, fit_videos=8, num_samples=4, surprise_steps=1, shuffled_steps=2, shuffled_batch=4, probe_epochs=1,
+                twin_scenes=4, rare_scenes=2, fit_videos=8, num_samples=4, surprise_samples=6, surprise_steps=1, shuffled_steps=2, shuffled_batch=4, probe_epochs=1,
                 components=8, resamples=10, batch=16)
 DELTA, NOISE, DIMS, K = 2.0, 0.1, 8, 32  # the synthetic world: distance of the branches, deviation within a branch, numbers per future, samples
 
@@ -456,6 +456,24 @@ def test_surprise_is_the_distance_to_the_nearest_sample():
     assert np.isfinite(scores[:, 0]).all() and np.isnan(scores[:, 1:, 1]).all()
 
 
+def test_samples_beyond_the_memory_come_in_parts(monkeypatch):
+    """Every part draws other samples, and the nearest of all parts counts. Seen red with the same seed for every part, and with
+    the last part's distance kept in place of the smallest."""
+    cfg = SimpleNamespace(now_frames=2, soon_frames=2, soon_tokens=2, sites=1, tubelet_t=1)
+    clips = torch.full((1, 4, 3, 1, 1), 5, dtype=torch.uint8)
+    subject, asked = FakeSubject(cfg, None), []
+
+    def sample(context, flow, num_samples, num_steps, seed):
+        asked.append((num_samples, seed))
+        yield 0, torch.full((1, num_samples, 2, 3), float(len(asked)))
+
+    subject.sample = sample
+    monkeypatch.setattr(E, "SAMPLED_NUMBERS", 2 * 3 * 3)  # three samples of two tokens of three numbers
+    scores = E.window_surprise(subject, clips, replace(SMALL, surprise_samples=20), 0)
+    assert [num for num, _ in asked] == [3, 3, 3, 3, 3, 3, 2] and len({seed for _, seed in asked}) == 7
+    assert scores[:4, 0, 0].tolist() == [0, 0, 0, 0]  # part 5 foresaw the clip
+
+
 def test_the_worst_tokens_show_a_small_break():
     """One bad token of forty counts by its own error under that score, by a fortieth of it under L1."""
     cfg = SimpleNamespace(now_frames=2, soon_frames=40, soon_tokens=40, sites=1, tubelet_t=1)
@@ -468,14 +486,13 @@ def test_the_worst_tokens_show_a_small_break():
 
 def test_a_lasting_error_outweighs_a_passing_one():
     """Under the headline a token that stays wrong by 1 surprises more than one that is wrong by 2 to either side in turn; the
-    worst tokens say the opposite. By hand: four tubelets of two sites, errors averaged over three in a row, one of four counts."""
+    worst tokens say the opposite. By hand: four tubelets of two sites, errors averaged over the tubelets, one of two sites counts."""
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0])
     passing, lasting = torch.zeros(1, 4, 2, 5), torch.zeros(1, 4, 2, 5)
     passing[0, :, 0] = 2 * sign[:, None]
     lasting[0, :, 1] = 1
     first, second = (E.nearest_scores(error.flatten(1, 2), 2) for error in (passing, lasting))
-    assert first[:2].tolist() == pytest.approx([2 / 3, 2]) and second[:2].tolist() == [1, 1]  # 2, -2, 2 average to 2 / 3
-    passing[0, 3] = 0
+    assert first[:2].tolist() == [0, 2] and second[:2].tolist() == [1, 1]
     assert E.nearest_scores(torch.cat([passing, lasting]).flatten(1, 2), 2)[1] == 1  # each score takes the sample that is nearest by it
     assert E.nearest_scores(lasting[:, :1].flatten(1, 2), 2)[:2].tolist() == [1, 1]  # one tubelet: nothing to average
 

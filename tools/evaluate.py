@@ -63,7 +63,8 @@ class Sizes:
     rare_scenes: int = 48  # forks whose rare branch comes true
     fit_videos: int = 600  # clips of training files that fit probes, with --data_root
     num_samples: int = 32  # K futures per scene
-    surprise_steps: int = 8  # Euler steps per sample where windows are many
+    surprise_samples: int = 512  # K of surprise: a branch at odds 0.1 must be among them often enough to come near a real one
+    surprise_steps: int = 8  # Euler steps of these, since windows are many
     shuffled_steps: int = 300  # steps of the flow net that learns permuted targets
     shuffled_batch: int = 64  # clips per such step
     probe_epochs: int = 12  # epochs of the attentive probe
@@ -73,8 +74,9 @@ class Sizes:
 
 
 FULL = Sizes()
+SAMPLED_NUMBERS = 2**26  # of sampled latents, held at once
 QUICK = Sizes(fit_forks=40, fit_clips=72, fork_scenes=32, siblings=6, sign_scenes=12, brake_scenes=24, brake_siblings=6, kind_scenes=24, mix_clips=96,
-              twin_scenes=16, rare_scenes=12, fit_videos=160, shuffled_steps=100, shuffled_batch=32, probe_epochs=8, resamples=400)
+              twin_scenes=16, rare_scenes=12, fit_videos=160, surprise_samples=64, shuffled_steps=100, shuffled_batch=32, probe_epochs=8, resamples=400)
 
 # figure -> (smallest, largest) value asked for; None leaves a side open
 THRESHOLDS = {
@@ -896,7 +898,7 @@ class Subject:
     def sample(self, context, flow, num_samples, num_steps, seed):
         """Sampled SOON latents of contexts [B, K, D] by a flow net, in parts that fit the memory -> generator of (first row, [b, S, M, D])."""
         cfg, own, num_steps = self.cfg, self.model.flow_ema, 1 if isinstance(flow, ResidualNoise) else num_steps
-        size = max(1, 2**26 // (num_samples * (cfg.soon_tokens + cfg.flow_chunks) * cfg.enc_dim))
+        size = max(1, SAMPLED_NUMBERS // (num_samples * (cfg.soon_tokens + cfg.flow_chunks) * cfg.enc_dim))
         for first in range(0, len(context), size):
             generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + first)
             self.model.flow_ema = flow
@@ -1332,27 +1334,25 @@ def occluder_figures(readings, column, sizes):
 # ---------------------------------------------------------------------------------------------------------------------
 # 9  Surprise: impossible twins against possible and rare futures
 # ---------------------------------------------------------------------------------------------------------------------
-# Headline: the lasting error of the nearest of K samples. A break is an error in few tokens that stays, while what a sample
-# gets slightly wrong about a moving scene changes its sign from tubelet to tubelet: so errors are averaged over three quarters of
-# SOON before their size is taken, and the worst twentieth of the tokens counts; not a choice by motion, which the very frames
-# that are judged would make. Twins are compared where their NOW is the same: once NOW shows the break, a clip from which a car
-# has vanished is simply a clip with less in it.
+# Headline: the lasting error of the nearest of K samples. A break is an error at few sites that stays, while what a sample gets
+# slightly wrong about a moving scene changes its sign from tubelet to tubelet: so errors are averaged over SOON before their
+# size is taken, and the worst tenth of the sites counts; not a choice by motion, which the very frames that are judged would
+# make. Twins are compared where their NOW is the same: once NOW shows the break, a clip from which a car has vanished is simply
+# a clip with less in it.
 
 SCORES = ("lasting error of the nearest sample", "worst tokens of the nearest sample", "nearest sample, RMS", "nearest sample, L1", "point forecast, L1")
 
 
-def worst_twentieth(by_token):
-    """Mean of the largest twentieth of the tokens, at least one: [..., M] -> [...]."""
-    return by_token.topk(max(1, by_token.shape[-1] // 20), -1)[0].mean(-1)
+def worst(values, share):
+    """Mean of the largest share of values, at least one: [..., M] -> [...]."""
+    return values.topk(max(1, round(share * values.shape[-1])), -1)[0].mean(-1)
 
 
 def nearest_scores(error, sites):
     """Errors of S samples [S, M, D], M = tubelets x sites -> the first four of SCORES, each of the sample that is nearest by it [4]."""
-    tubelets = error.unflatten(1, (-1, sites))  # [S, H, s, D]
-    run = max(1, round(0.75 * tubelets.shape[1]))
-    lasting = torch.stack([tubelets[:, first : first + run].mean(1) for first in range(tubelets.shape[1] - run + 1)], 1)  # [S, runs, s, D]
+    lasting = error.unflatten(1, (-1, sites)).mean(1).abs().mean(-1)  # [S, s]
     by_token = error.abs().mean(-1)  # [S, M]
-    measured = (worst_twentieth(lasting.abs().mean(-1).flatten(1)), worst_twentieth(by_token), error.square().mean((1, 2)).sqrt(), by_token.mean(-1))
+    measured = (worst(lasting, 0.1), worst(by_token, 0.05), error.square().mean((1, 2)).sqrt(), by_token.mean(-1))
     return torch.stack([values.min() for values in measured])
 
 
@@ -1373,14 +1373,18 @@ def window_surprise(subject, clips, sizes, seed):
     encoded = [subject.encode(part) for part in windows.split(sizes.batch)]
     context, targets, point = (torch.cat(parts) for parts in zip(*encoded))
     soon = subject.soon(targets)
-    scores = torch.zeros(len(SCORES), len(windows))
+    scores = torch.full((len(SCORES), len(windows)), math.inf)
     scores[-1] = (point[:, : cfg.soon_tokens] - soon).abs().mean((1, 2)).cpu()
-    steps = min(sizes.surprise_steps, subject.steps)
-    for begin, futures in subject.sample(context[first], subject.flows["model"], sizes.num_samples if subject.sampled else 1, steps, seed):
-        for row in ((owner >= begin) & (owner < begin + len(futures))).nonzero()[:, 0].tolist():
-            scores[:-1, row] = nearest_scores(futures[owner[row] - begin] - soon[row], cfg.sites).cpu()
-    shared = [look == looks[place % len(starts)] for place, look in enumerate(looks)]
-    scores[:, ~torch.tensor(shared)] = math.nan
+    shared = torch.tensor([look == looks[place % len(starts)] for place, look in enumerate(looks)])
+    steps, left, part = min(sizes.surprise_steps, subject.steps), sizes.surprise_samples if subject.sampled else 1, 0
+    while left:
+        num = min(left, max(1, SAMPLED_NUMBERS // soon[0].numel()))  # so many samples of one scene fit the memory
+        for begin, futures in subject.sample(context[first], subject.flows["model"], num, steps, seed + 10**8 * part):
+            for row in ((owner >= begin) & (owner < begin + len(futures)) & shared).nonzero()[:, 0].tolist():
+                nearest = nearest_scores(futures[owner[row] - begin] - soon[row], cfg.sites).cpu()
+                scores[:-1, row] = torch.minimum(scores[:-1, row], nearest)
+        left, part = left - num, part + 1
+    scores[:, ~shared] = math.nan
     return scores.view(-1, len(clips), len(starts)).numpy()
 
 
