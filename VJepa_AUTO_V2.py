@@ -3786,19 +3786,22 @@ def cache_latents(model, source, process, start, num_clips, log, stop):
     kept = torch.bfloat16 if cfg.amp else torch.float32
     num_batches = math.ceil(num_clips / (size * process.world_size))
     sampler = StepSampler(start, num_batches, size, process.rank, process.world_size)
-    contexts, futures, began, told = [], [], time.perf_counter(), 1
+    cached, began, told = None, time.perf_counter(), 1
     for number, batch in enumerate(open_loader(source, cfg, "train", sampler, cfg.num_workers)):
         with torch.no_grad(), autocast(process):
             clip = model.normalise(batch["frames"].to(process.device))
-            contexts.append(model.encode_now(model.online.tokenizer(clip[:, : cfg.now_frames])).to("cpu", kept))
-            futures.append(model.future_target(model.make_targets(clip)).to("cpu", kept))
+            parts = model.encode_now(model.online.tokenizer(clip[:, : cfg.now_frames])), model.future_target(model.make_targets(clip))
+        if cached is None:  # taken whole: joining pieces in the end would need the memory twice
+            cached = tuple(torch.empty((num_batches * size, *part.shape[1:]), dtype=kept) for part in parts)
+        for whole, part in zip(cached, parts):
+            whole[number * size : (number + 1) * size] = part
         log.bar(number + 1, num_batches, "latents for the flow phase")
         if time.perf_counter() - began > 60 * told:
             told += 1
             log.line(f"latents for the flow phase: {(number + 1) * size * process.world_size} of {num_clips} clips")
         if number % 16 == 0 and process.any(bool(stop.reason))[0]:
             return None
-    return torch.cat(contexts), torch.cat(futures)
+    return cached
 
 
 def residual_rows(model, contexts, futures, process):
