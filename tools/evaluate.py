@@ -1359,17 +1359,14 @@ def nearest_scores(error, sites):
 def window_surprise(subject, clips, sizes, seed):
     """Surprise of every window of clips uint8 [V, T, 3, H, W]: NOW + SOON frames from each tubelet on -> [5, V, W], rows as SCORES.
 
-    Targets are the target encoder's on the window alone. Windows with the same NOW frames share their samples; where a clip's
-    NOW is not that of the group's first clip, the window is NaN.
+    Targets are the target encoder's on the window alone. Where a clip's NOW is that of the group's first clip, both share their
+    samples; elsewhere the window is NaN.
     """
     cfg = subject.cfg
     length = cfg.now_frames + cfg.soon_frames
     starts = range(0, clips.shape[1] - length + 1, cfg.tubelet_t)
     windows = torch.stack([clips[:, start : start + length] for start in starts], 1).flatten(0, 1)  # [V * W, n, 3, H, W]
     looks = [look_of(window[: cfg.now_frames]) for window in windows]
-    numbers = {look: number for number, look in enumerate(dict.fromkeys(looks))}
-    owner = torch.tensor([numbers[look] for look in looks])
-    first = [looks.index(look) for look in numbers]
     encoded = [subject.encode(part) for part in windows.split(sizes.batch)]
     context, targets, point = (torch.cat(parts) for parts in zip(*encoded))
     soon = subject.soon(targets)
@@ -1379,10 +1376,11 @@ def window_surprise(subject, clips, sizes, seed):
     steps, left, part = min(sizes.surprise_steps, subject.steps), sizes.surprise_samples if subject.sampled else 1, 0
     while left:
         num = min(left, max(1, SAMPLED_NUMBERS // soon[0].numel()))  # so many samples of one scene fit the memory
-        for begin, futures in subject.sample(context[first], subject.flows["model"], num, steps, seed + 10**8 * part):
-            for row in ((owner >= begin) & (owner < begin + len(futures)) & shared).nonzero()[:, 0].tolist():
-                nearest = nearest_scores(futures[owner[row] - begin] - soon[row], cfg.sites).cpu()
-                scores[:-1, row] = torch.minimum(scores[:-1, row], nearest)
+        for begin, futures in subject.sample(context[: len(starts)], subject.flows["model"], num, steps, seed + 10**8 * part):
+            for row in shared.nonzero()[:, 0].tolist():
+                if begin <= row % len(starts) < begin + len(futures):
+                    nearest = nearest_scores(futures[row % len(starts) - begin] - soon[row], cfg.sites).cpu()
+                    scores[:-1, row] = torch.minimum(scores[:-1, row], nearest)
         left, part = left - num, part + 1
     scores[:, ~shared] = math.nan
     return scores.view(-1, len(clips), len(starts)).numpy()
