@@ -282,9 +282,9 @@ PRESETS = {
     ),
     "proof": dict(
         image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=96, enc_depth=4,
-        pred_dim=96, pred_depth=3, num_heads=2, batch_size=8, steps=3000, lr=1.5e-3, warmup_steps=50, ema_momentum=0.992,
+        pred_dim=96, pred_depth=3, num_heads=2, batch_size=8, steps=5000, lr=1.5e-3, warmup_steps=50, ema_momentum=0.992,
         ema_momentum_end=0.998, lambda_soon=2.0, scenes="render", flow_dim=512, flow_depth=3, flow_heads=8, flow_rank=1024, flow_chunks=2, flow_draws=4,
-        flow_shift=3.0, flow_fit_clips=60000, flow_fit_steps=3000, soon_fit_steps=2000, num_workers=2, log_every=50, ckpt_every=500, val_every=500,
+        flow_shift=3.0, flow_fit_clips=100000, flow_fit_steps=4000, soon_fit_steps=3000, num_workers=2, log_every=50, ckpt_every=500, val_every=500,
         outcome_queue=256, crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
     ),
     "base": {},
