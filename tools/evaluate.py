@@ -1373,15 +1373,15 @@ def window_surprise(subject, clips, sizes, seed):
     scores = torch.full((len(SCORES), len(windows)), math.inf)
     scores[-1] = (point[:, : cfg.soon_tokens] - soon).abs().mean((1, 2)).cpu()
     shared = torch.tensor([look == looks[place % len(starts)] for place, look in enumerate(looks)])
-    steps, left, part = min(sizes.surprise_steps, subject.steps), sizes.surprise_samples if subject.sampled else 1, 0
-    while left:
-        num = min(left, max(1, SAMPLED_NUMBERS // soon[0].numel()))  # so many samples of one scene fit the memory
-        for begin, futures in subject.sample(context[: len(starts)], subject.flows["model"], num, steps, seed + 10**8 * part):
+    steps, total = min(sizes.surprise_steps, subject.steps), sizes.surprise_samples if subject.sampled else 1
+    most = max(1, SAMPLED_NUMBERS // soon[0].numel())  # samples of one scene that fit the memory
+    for drawn in range(0, total, most):
+        num = min(most, total - drawn)
+        for begin, futures in subject.sample(context[: len(starts)], subject.flows["model"], num, steps, seed + 10**8 * drawn):
             for row in shared.nonzero()[:, 0].tolist():
                 if begin <= row % len(starts) < begin + len(futures):
                     nearest = nearest_scores(futures[row % len(starts) - begin] - soon[row], cfg.sites).cpu()
                     scores[:-1, row] = torch.minimum(scores[:-1, row], nearest)
-        left, part = left - num, part + 1
     scores[:, ~shared] = math.nan
     return scores.view(-1, len(clips), len(starts)).numpy()
 
