@@ -2910,6 +2910,18 @@ def autocast(process):
     return torch.autocast(process.device.type, dtype=process.amp_dtype or torch.bfloat16, enabled=process.amp_dtype is not None)
 
 
+@contextmanager
+def spare_threads(num_busy):
+    """Compute with `num_busy` CPU threads fewer (one at least): where loader workers fill their cores, threads that share
+    them wait for each other. 3,200 clips of `proof` through frozen encoders, two cores, two workers: 34 s with two threads, 23 s with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before - num_busy))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def to_device(batch, device):
     """Tensors of a batch on the device, `bad` left out."""
     return {key: value.to(device, non_blocking=True) for key, value in batch.items() if key != "bad"}
@@ -3919,7 +3931,8 @@ def fit_flow(model, source, process, log, stop, progress):
     """
     cfg, began = model.cfg, time.perf_counter()
     model.eval()
-    cached = cache_latents(model, source, process, progress.consumed, cfg.flow_fit_clips, log, stop)
+    with spare_threads(cfg.num_workers):
+        cached = cache_latents(model, source, process, progress.consumed, cfg.flow_fit_clips, log, stop)
     if cached is None:
         return False
     contexts, futures = cached

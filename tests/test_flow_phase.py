@@ -101,6 +101,23 @@ def test_cached_pairs_are_what_the_loss_would_see(tmp_path):
         torch.testing.assert_close(y[place : place + 1], expected, rtol=0, atol=1e-3 * float(y.abs().max()))
 
 
+def test_loader_workers_get_cores_of_their_own(tmp_path, monkeypatch):
+    """Latents are made with one CPU thread fewer per worker, never with none; what comes after has all threads again, also after an error."""
+    seen, plain = [], V.cache_latents
+    monkeypatch.setattr(V, "cache_latents", lambda *args: (seen.append(torch.get_num_threads()), plain(*args))[1])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert V.train(phase_config(tmp_path / "run", num_workers=1)) == V.EXIT_OK
+        assert seen == [2] and torch.get_num_threads() == 3
+        with pytest.raises(ZeroDivisionError), V.spare_threads(5):
+            seen.append(torch.get_num_threads())
+            raise ZeroDivisionError
+        assert seen == [2, 1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_soon_learns_on_the_cached_latents(tmp_path):
     """The copy's SOON loss falls well below the shared predictor's on clips that it has not seen, and forecasts come from the copy."""
     cfg = phase_config(tmp_path / "run", soon_fit_steps=150, soon_fit_batch=8)
