@@ -92,6 +92,10 @@ class UsageError(UserError):
     exit_code = EXIT_USAGE
 
 
+class Stopped(Exception):
+    """A signal ended a wait or a long piece of work before its result was there. Whoever has something to save saves it first."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1  Config: every number that shapes a run
 # ---------------------------------------------------------------------------------------------------------------------
