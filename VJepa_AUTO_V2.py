@@ -2350,11 +2350,23 @@ class FutureSpace(nn.Module):
         gram = (stacked @ stacked.T).double()
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values.flip(0)[: self.rank].clamp_min(0), vectors.flip(1)[:, : self.rank]
-        solid = values > 1e-7 * values[0].clamp_min(1e-12)
+        solid = values > 1e-6 * values[0].clamp_min(1e-12)  # below lies the rounding of an fp32 product
         inverse = torch.where(solid, values.clamp_min(1e-30).rsqrt(), 0)
         fresh = stacked.T @ (vectors * inverse).float()  # [span, k], orthonormal where solid, else zero
-        values = values * solid
-        self.turn_to(fresh, values)
+        self.turn_to(fresh, values * solid, self.with_new_rows(centred, int(solid.sum())))
+
+    def with_new_rows(self, centred, num_solid):
+        """The basis [span, k] with the first of the rows [n, span] in the coordinates that get their first direction now.
+
+        Fewer rows than directions were seen so far: turning as little as possible says nothing about a coordinate that had
+        none, and rounding would decide where a new direction goes, on two ranks otherwise than on one.
+        """
+        num_old = int(self.basis.square().sum().round())
+        outside = centred[: max(num_solid - num_old, 0)]
+        outside = outside - outside @ self.basis @ self.basis.T
+        anchor = self.basis.clone()
+        anchor[:, num_old : num_old + len(outside)] = F.normalize(outside, dim=1).T
+        return anchor
 
     def fit(self, rows):
         """Set all statistics but the channel scale to those of rows [n, N, span], which one frozen encoder made."""
@@ -2365,15 +2377,15 @@ class FutureSpace(nn.Module):
         values, vectors = values.flip(0)[: self.rank].clamp_min(0), vectors.flip(1)[:, : self.rank]
         fresh = few.T @ (vectors * torch.where(values > 1e-7 * values[0], values.clamp_min(1e-30).rsqrt(), 0)).float() / math.sqrt(len(few))
         pad = self.rank - len(values)  # fewer rows than directions
-        self.turn_to(F.pad(fresh, (0, pad)), F.pad(values, (0, pad)))
+        self.turn_to(F.pad(fresh, (0, pad)), F.pad(values, (0, pad)), self.basis)
         outside = centred - centred @ self.basis @ self.basis.T
         self.explained.copy_(1 - outside.square().sum() / centred.square().sum().clamp_min(1e-12))
         self.rest_variance.copy_(outside.square().reshape(-1, len(self.variance)).mean(0))
 
-    def turn_to(self, fresh, values):
-        """Take in orthonormal directions [span, k] with their variances [k], turned as little as possible from the old ones."""
-        left, _, right = torch.linalg.svd((fresh.T @ self.basis).double())
-        turn = (left @ right).float()  # the orthogonal matrix that brings the fresh basis closest to the old one
+    def turn_to(self, fresh, values, anchor):
+        """Take in orthonormal directions [span, k] with their variances [k], turned as little as possible from the anchor's [span, k]."""
+        left, _, right = torch.linalg.svd((fresh.T @ anchor).double())
+        turn = (left @ right).float()  # the orthogonal matrix that brings the fresh basis closest to the anchor
         self.basis.copy_(fresh @ turn)
         self.covariance.copy_(turn.T @ torch.diag(values.float()) @ turn)
         self.scale.copy_(values.sum().div(self.rank).clamp_min(1e-12).sqrt())
