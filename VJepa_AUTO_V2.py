@@ -2858,13 +2858,81 @@ def choose_device(name, local_rank):
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
+PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # amp_dtype -> its name in logs and checkpoints
+EMULATED = 4.0  # products that take so many times as long as in fp32 are done by other instructions
+
+
 def amp_dtype(cfg, device):
-    """bf16 where the device has it, fp16 on older CUDA cards, None without --amp."""
+    """The type to try under --amp: bf16, or fp16 on CUDA cards that only emulate bf16. None without --amp."""
     if not cfg.amp:
         return None
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
+
+
+def fastest(calls, device, rounds=3):
+    """Seconds of each call: the best of some rounds, taken in turn after one round that does not count -> list."""
+    seconds = [math.inf] * len(calls)
+    for number in range(rounds + 1):
+        for place, call in enumerate(calls):
+            began = time.perf_counter()
+            call()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            if number:
+                seconds[place] = min(seconds[place], time.perf_counter() - began)
+    return seconds
+
+
+def block_pass(block, tokens, dtype):
+    """One pass of a block forward and back, under autocast where a dtype is given."""
+    with torch.autocast(tokens.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = block(tokens).square().mean()
+    loss.backward()
+
+
+def amp_cost(cfg, device, dtype):
+    """Time of a training pass under autocast over its time in fp32, tried on an encoder block of this config.
+
+    A product of 128 x 128 comes first: a CPU without bf16 instructions takes 30 times as long for it, which is known after
+    milliseconds. On a CPU about a GFLOP is enough; a GPU needs a whole batch to have something to do.
+    """
+    square = torch.ones(128, 128, device=device)
+    plain, half = fastest([partial(torch.mm, matrix, matrix) for matrix in (square, square.to(dtype))], device)
+    if device.type == "cpu" and half > EMULATED * plain:
+        return half / plain
+    num_tokens, num_clips = cfg.now_tokens, cfg.batch_size
+    if device.type == "cpu":
+        num_tokens = min(num_tokens, 128)
+        num_clips = min(num_clips, math.ceil(3e8 / block_flops(num_tokens, cfg.enc_dim, cfg.mlp_ratio)))
+    block = Block(cfg.enc_dim, cfg.num_heads, cfg.mlp_ratio, 0.0).to(device)
+    tokens = torch.randn(num_clips, num_tokens, cfg.enc_dim, device=device)
+    plain, half = fastest([partial(block_pass, block, tokens, kind) for kind in (None, dtype)], device)
+    return half / plain
+
+
+def choose_precision(cfg, process, saved=""):
+    """Autocast only where it is no slower than fp32 on this machine -> (amp dtype or None, the reason in words).
+
+    The slowest rank decides for all. `saved` is the precision of the checkpoint that the run goes on from: it stays unless
+    the other one is clearly faster here, so that a resumed run computes the same bits. The draws of the global generator
+    differ from run to run after this: seed it afterwards.
+    """
+    dtype = amp_dtype(cfg, process.device)
+    if dtype is None:
+        return None, ""
+    name, kind = PRECISIONS[dtype], {"cpu": "CPU", "cuda": "GPU"}.get(process.device.type, process.device.type)
+    try:
+        cost = amp_cost(cfg, process.device, dtype)
+    except TypeError:  # what Metal says where it has no bf16 at all
+        cost = math.inf
+    cost = max(process.collect(cost))
+    if cost <= {name: 1.5, "fp32": 1 / 1.5}.get(saved, 1.0):
+        return dtype, f"{cost:.2g} of the time of fp32 on this {kind}"
+    if cost > EMULATED and kind == "CPU":
+        return None, f"this CPU has no {name} instructions, {name} would take {cost:.0f} times as long"
+    return None, f"{name} would take {cost:.2g} times as long on this {kind}"
 
 
 def open_store(rank, world_size, timeout_s):
@@ -2881,7 +2949,7 @@ def open_store(rank, world_size, timeout_s):
 
 
 def start_process(cfg):
-    """Read torchrun's environment, choose the device, join the process group, seed -> Process."""
+    """Read torchrun's environment, choose the device, join the process group -> Process, in fp32 for now."""
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = choose_device(cfg.device, local_rank)
     if device.type == "cuda":
@@ -2892,8 +2960,7 @@ def start_process(cfg):
         dist.init_process_group(backend, timeout=timedelta(seconds=cfg.dist_timeout_s), store=store, rank=rank, world_size=world_size,
                                 device_id=device if device.type == "cuda" else None)
     torch.set_float32_matmul_precision("high")
-    torch.manual_seed(cfg.seed)
-    return Process(rank, world_size, device, amp_dtype(cfg, device), store)
+    return Process(rank, world_size, device, None, store)
 
 
 def fingerprint(model):
@@ -3009,6 +3076,7 @@ VAL_KEYS = {
     "val_target_std_clips": "target_std_clips on held-out clips; nan when they are all the same clip",
     "val_effective_rank": "effective_rank on held-out clips",
     "val_flow_spread": "deviation among sampled futures over the deviation of real futures from the forecast; 0 = one mode, 1 = as wide as reality",
+    "val_clips": "held-out clips that this evaluation saw; fewer than asked for when the last one ran out of its time",
 }
 # Fields that decide what the weights mean or which samples come next: a checkpoint with other values is not resumed.
 RESUME_MUST_MATCH = (
@@ -3136,7 +3204,7 @@ def checkpoint_state(model, optimizer, scaler, source, process, progress):
         "soon_predictor": model.soon_predictor.state_dict() if model.soon_predictor else None,
         "scaler": scaler.state_dict(), "flow_stats": model.space.state_dict(),
         "outcome_queue": {"keys": model.queue, "filled": model.queue_filled}, "rng": rng,
-        "world_size": process.world_size, "data": {"kind": source.kind, "root": source.root}, "source": source_text(),
+        "world_size": process.world_size, "precision": PRECISIONS[process.amp_dtype], "data": {"kind": source.kind, "root": source.root}, "source": source_text(),
     }
 
 
@@ -3502,8 +3570,11 @@ def flow_spread(model, context, future, num_samples=8):
 
 
 @torch.no_grad()
-def validate(model, source, process):
-    """Losses and gauges on val_clips held-out clips, the same ones every time -> (dict of val_* floats, bad files)."""
+def validate(model, source, process, deadline=math.inf):
+    """Losses and gauges on val_clips held-out clips, the same ones every time -> (dict of val_* floats, bad files).
+
+    One batch is seen at least; the others only before the deadline (a reading of time.monotonic) on every rank.
+    """
     cfg = model.cfg
     num_batches = max(1, math.ceil(cfg.val_clips / (cfg.batch_size * process.world_size)))
     sampler = StepSampler(0, num_batches, cfg.batch_size, process.rank, process.world_size)
@@ -3516,19 +3587,23 @@ def validate(model, source, process):
         with autocast(process):
             losses, gauges, carry = model.forward(batch)
         for name, value in {**losses, **gauges}.items():
-            sums[name] = sums.get(name, 0.0) + float(value) / num_batches
+            sums[name] = sums.get(name, 0.0) + float(value)
         if not targets and cfg.lambda_flow:
             context = model.encode_now(model.online.tokenizer(model.normalise(batch["frames"][:, : cfg.now_frames])))
             spread = flow_spread(model, context, model.future_target(carry["targets"]))
         targets.append(gauge_tokens(carry["targets"]))
         looks.append(batch["frames"].float().flatten(1).mean(1))
+        if process.any(time.monotonic() > deadline)[0]:
+            break
+    loader.close()
     model.train(was_training)
+    sums = {name: value / len(targets) for name, value in sums.items()}
     targets, looks = torch.cat(targets), torch.cat(looks)
     several = bool((looks != looks[0]).any())  # one short held-out file gives the same clip again and again: nothing to compare
     # a ratio of means: clips in which nothing moves would blow up a mean of ratios
     sums["soon_skill"] = 1 - sums["loss_soon"] / sums["persistence"]
     sums |= {"target_std": float(target_std(targets)), "target_std_clips": float(target_std_clips(targets)) if several else float("nan"),
-             "effective_rank": float(effective_rank(targets)), "flow_spread": spread}
+             "effective_rank": float(effective_rank(targets)), "flow_spread": spread, "clips": len(looks) * process.world_size}
     names = [key for key in VAL_KEYS if key.removeprefix("val_") in sums]
     means = process.mean([sums[key.removeprefix("val_")] for key in names])
     return dict(zip(names, means)), bad
@@ -3546,18 +3621,23 @@ def verdict(metrics, cfg):
 
 
 @torch.no_grad()
-def encode_bank(model, source, process, num_clips):
-    """Real futures to look samples up in -> (futures [n, F * D] on the CPU, sample numbers in the `bank` stream, file numbers)."""
+def encode_bank(model, source, process, num_clips, deadline):
+    """Real futures to look samples up in, as many as the deadline allows -> (futures [n, F * D] on the CPU, sample numbers in
+    the `bank` stream, file numbers)."""
     cfg, size = model.cfg, min(model.cfg.batch_size, num_clips)
     sampler = StepSampler(0, math.ceil(num_clips / size), size, 0, 1)
     futures, numbers, files = [], [], []
-    for batch in open_loader(source, cfg, "bank", sampler, min(cfg.num_workers, 2)):
+    loader = open_loader(source, cfg, "bank", sampler, min(cfg.num_workers, 2))
+    for batch in loader:
         with autocast(process):
             targets = model.make_targets(model.normalise(batch["frames"].to(process.device)))
         usable = (batch["file"] >= 0).tolist()
         futures.append(model.future_target(targets)[torch.tensor(usable)].flatten(1).cpu())
         numbers += [int(number) for number, ok in zip(batch["index"], usable) if ok]
         files += [int(number) for number, ok in zip(batch["file"], usable) if ok]
+        if time.monotonic() > deadline:
+            break
+    loader.close()
     return torch.cat(futures), numbers, files
 
 
@@ -3577,33 +3657,44 @@ def picture_canvas(num_blocks, num_samples, columns, side, caption):
     return image, draw, font, block_h
 
 
+def picture_rows(model, data, bank, process, number, side, num_samples):
+    """The rows of one val clip: the clip itself, then for each sampled future the nearest real clip in latent space
+    -> [(title, uint8 frames [T, *side, 3])]. The clip's own file never answers for a sample."""
+    cfg, (futures, bank_numbers, bank_files) = model.cfg, bank
+    frames, file, _, _, _ = data["val"].decode(number, *side)
+    clip = torch.from_numpy(np.ascontiguousarray(data["val"].decode(number, cfg.height, cfg.width)[0].transpose(0, 3, 1, 2)))
+    generator = torch.Generator(process.device).manual_seed(number)
+    samples = model.sample_futures(clip[None].to(process.device), num_samples, generator=generator)[0].flatten(1).cpu()
+    own = data["val"].videos[file].name
+    other = torch.tensor([data["bank"].videos[file].name != own for file in bank_files])
+    other = other if other.any() else torch.ones_like(other)  # a single file has only itself to show
+    nearest = torch.cdist(samples, futures).masked_fill(~other, float("inf")).argmin(1).tolist()
+    return [("truth", frames)] + [(f"sample {k + 1}: nearest", data["bank"].decode(bank_numbers[place], *side)[0]) for k, place in enumerate(nearest)]
+
+
 @torch.no_grad()
-def draw_futures(model, source, process, metrics, path, num_clips=3, num_samples=4):
+def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, num_samples=4):
     """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames of
-    the nearest real clip in latent space, with the verdict under them. The clip's own file never answers for a sample."""
+    the nearest real clip, with the verdict under them -> (clips drawn, real clips looked through). One clip is drawn at least,
+    the others while `seconds` last, of which the search may take two fifths."""
     from PIL import Image
 
-    cfg, data = model.cfg, {stream: source.dataset(model.cfg, stream) for stream in ("val", "bank")}
+    cfg, began = model.cfg, time.monotonic()
+    data = {stream: source.dataset(cfg, stream) for stream in ("val", "bank")}
     budget = (2e15 if process.device.type == "cuda" else 2e13) / flops_per_clip(cfg)["target"]
-    bank, bank_numbers, bank_files = encode_bank(model, source, process, int(min(max(budget, 16), 256)))
+    bank = encode_bank(model, source, process, int(min(max(budget, 16), 256)), began + 0.4 * seconds)
     grow = max(1, round(96 / min(cfg.height, cfg.width)))
     side = cfg.height * grow, cfg.width * grow
     now = sorted({0, cfg.now_frames - 1})
     soon = np.unique(np.linspace(0, cfg.soon_frames - 1, 5).round().astype(int)) + cfg.now_frames
-    image, draw, font, block_h = picture_canvas(num_clips, num_samples, len(now) + len(soon), side, verdict(metrics, cfg))
-    for block in range(num_clips):
-        frames, number, _, _, _ = data["val"].decode(block, *side)
-        clip = torch.from_numpy(np.ascontiguousarray(data["val"].decode(block, cfg.height, cfg.width)[0].transpose(0, 3, 1, 2)))
-        generator = torch.Generator(process.device).manual_seed(block)
-        samples = model.sample_futures(clip[None].to(process.device), num_samples, generator=generator)[0].flatten(1).cpu()
-        own = data["val"].videos[number].name
-        other = torch.tensor([data["bank"].videos[file].name != own for file in bank_files])
-        other = other if other.any() else torch.ones_like(other)  # a single file has only itself to show
-        distance = torch.cdist(samples, bank).masked_fill(~other, float("inf"))
-        rows = [("truth", frames)] + [(f"sample {k + 1}", data["bank"].decode(bank_numbers[int(distance[k].argmin())], *side)[0]) for k in range(num_samples)]
+    blocks = []
+    while len(blocks) < num_clips and (not blocks or time.monotonic() < began + seconds):
+        blocks.append(picture_rows(model, data, bank, process, len(blocks), side, num_samples))
+    image, draw, font, block_h = picture_canvas(len(blocks), num_samples, len(now) + len(soon), side, verdict(metrics, cfg))
+    for block, rows in enumerate(blocks):
         for row, (title, shown) in enumerate(rows):
             y = block * block_h + 24 + row * (side[0] + 4)
-            draw.text((12, y + side[0] // 2 - 8), title if row == 0 else f"{title}: nearest", fill="black", font=font)
+            draw.text((12, y + side[0] // 2 - 8), title, fill="black", font=font)
             for column, frame in enumerate([*now, *soon]):
                 if row and column < len(now):
                     continue
@@ -3613,6 +3704,7 @@ def draw_futures(model, source, process, metrics, path, num_clips=3, num_samples
                     title = f"NOW {frame + 1}" if column < len(now) else f"SOON {frame + 1 - cfg.now_frames}"
                     draw.text((x, y - 18), title, fill="black", font=font)  # frames, not seconds: short files are sampled denser
     image.save(path)
+    return len(blocks), len(bank[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3620,16 +3712,15 @@ def draw_futures(model, source, process, metrics, path, num_clips=3, num_samples
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+REHEARSAL_S = 10.0  # a pass longer than this is not made just to time it
+
+
 def measure_speed(process):
-    """TFLOP/s of a matrix product on the device in the run's precision: the yardstick of the first time estimate."""
+    """TFLOP/s of a matrix product on the device in the run's precision."""
     size = 4096 if process.device.type == "cuda" else 768
-    x = torch.randn(size, size, device=process.device, dtype=process.amp_dtype or torch.float32)
-    float((x @ x).sum())
-    start, rounds = time.perf_counter(), 5
-    for _ in range(rounds):
-        y = x @ x
-    float(y.sum())
-    return rounds * 2 * size**3 / (time.perf_counter() - start) / 1e12
+    matrix = torch.ones(size, size, device=process.device, dtype=process.amp_dtype or torch.float32)
+    (seconds,) = fastest([partial(torch.mm, matrix, matrix)], process.device)
+    return 2 * size**3 / seconds / 1e12
 
 
 def describe_time(seconds):
@@ -3640,16 +3731,16 @@ def describe_time(seconds):
     return f"{seconds:.0f} s"
 
 
-def print_summary(cfg, overrides, model, source, process, log):
-    """The start-up lines: device, precision, parameters, tokens, cost, memory, data, overrides and a first time estimate."""
+def print_summary(cfg, overrides, model, source, process, reason, log):
+    """The start-up lines: device, precision and why, parameters, tokens, cost, memory, data and overrides."""
     device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     precision = {None: "fp32", torch.bfloat16: "bf16 autocast", torch.float16: "fp16 autocast + scaler"}[process.amp_dtype]
     sizes = {name: sum(p.numel() for p in getattr(model, name).parameters()) / 1e6 for name in ("online", "predictor", "outcome", "flow")}
     flops = flops_per_clip(cfg)
     clips = cfg.batch_size * cfg.grad_accum * process.world_size
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) + sum(p.numel() for p in model.target.parameters()) / 4
-    seconds = sum(flops.values()) * cfg.batch_size * cfg.grad_accum / (measure_speed(process) * 0.4e12)
-    log.line(f"device: {process.device.type} ({device}), {process.world_size} process(es), {precision}{', compiled' if cfg.compile else ''}")
+    log.line(f"device: {process.device.type} ({device}), {process.world_size} process(es), {precision}{': ' * bool(reason)}{reason}"
+             f"{', compiled' if cfg.compile else ''}")
     log.line("parameters: " + ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items()) + " (target = online)")
     log.line(f"clip: {cfg.num_frames} frames of {cfg.height} x {cfg.width}, {'%g per second' % cfg.clip_fps if cfg.clip_fps else 'spread over the file'} "
              f"-> grid {' x '.join(map(str, cfg.grid))} = {cfg.num_tokens} tokens; visible under a mask: "
@@ -3661,9 +3752,6 @@ def print_summary(cfg, overrides, model, source, process, log):
     log.line(f"data: {source.kind}, {len(source.train)} train and {len(source.val)} val files under {source.root or 'no folder'}{held}")
     log.line(f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}" + (f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else ""))
     log.line("set: " + (", ".join(f"{name}={value}" for name, value in overrides.items()) or "nothing, all defaults"))
-    estimate = seconds * cfg.steps
-    log.line(f"first estimate: {describe_time(estimate)} for {cfg.steps} steps at 40 % of this device's matrix speed"
-             + ("; THAT IS DAYS: think of --preset small or tiny, fewer --steps, or a faster device" if estimate > 2 * 86400 else ""))
 
 
 def retire_later(cfg, step, resumed_from):
@@ -3692,17 +3780,37 @@ def open_run(cfg, process, log):
     return state, path
 
 
-def warm_up_ddp(model, wrapped, cfg, process):
-    """One pass forward and back that is thrown away: DDP regroups its gradient buckets after its first backward.
-
-    Ring sums then add in another order, so that without this a resumed run would differ in the last bits from one that was
-    never stopped, from three ranks on.
-    """
+def throw_away_pass(model, wrapped, cfg, process, num_clips):
+    """Seconds of one micro-step forward and back on noise, of which nothing stays."""
     noise = NoiseDataset(cfg, [VideoFile("noise", "")], "", "train")
+    batch = to_device(collate([noise[index] for index in range(num_clips)]), process.device)
+    began = time.perf_counter()
     with autocast(process):
-        losses, _, _ = wrapped(to_device(collate([noise[index] for index in range(cfg.batch_size)]), process.device))
+        losses, _, _ = wrapped(batch)
     losses["loss_total"].backward()
+    float(losses["loss_total"].detach())  # waits for the device
     model.zero_grad(set_to_none=True)
+    return time.perf_counter() - began
+
+
+def rehearse(model, wrapped, cfg, process):
+    """Passes that are thrown away: DDP regroups its gradient buckets after its first backward -> seconds per step of the
+    slowest rank, and in words where the figure comes from.
+
+    Without that pass ring sums would add in another order from then on, and a resumed run would differ in the last bits from
+    one that was never stopped. The second pass is timed; where one alone would take too long, the first or none is.
+    """
+    seconds = sum(flops_per_clip(cfg).values()) * cfg.batch_size / (measure_speed(process) * 0.4e12)
+    whole, source = process.world_size > 1 or cfg.compile or seconds < REHEARSAL_S, "timed on noise"
+    num_clips = cfg.batch_size if whole else 1
+    if whole or seconds / cfg.batch_size < REHEARSAL_S:
+        passed = throw_away_pass(model, wrapped, cfg, process, num_clips)
+        if passed < REHEARSAL_S or cfg.compile:
+            passed = throw_away_pass(model, wrapped, cfg, process, num_clips)
+        seconds = passed * cfg.batch_size / num_clips
+    else:
+        source = "at 40 % of this device's matrix speed, so roughly"
+    return max(process.collect(seconds * cfg.grad_accum)), source
 
 
 def save_run(model, optimizer, scaler, source, process, progress, log, final=False, must=False):
@@ -3834,7 +3942,7 @@ def cache_latents(model, source, process, start, num_clips, log, stop):
 
 def residual_rows(model, contexts, futures, process):
     """What the point forecast leaves open of cached futures [n, F, D] -> rows of the space [n, N, span] on the device."""
-    context = contexts.to(process.device)
+    context = contexts.to(process.device).float()
     with torch.no_grad(), autocast(process):
         residual = futures.to(process.device).float() - model.forecast(context, model.predict_soon(context))
     with full_precision(residual):
@@ -3863,7 +3971,7 @@ def draw_pairs(cfg, contexts, y, chosen, rng, device):
     shape = (len(chosen), cfg.flow_draws)
     noise = torch.randn((*shape, *y.shape[1:]), generator=rng).to(device)
     tau = shifted_tau(torch.randn(shape, generator=rng), cfg.tau_shift).to(device)
-    return contexts[chosen].to(device), y[chosen, None].to(device).expand_as(noise), noise, tau
+    return contexts[chosen].to(device).float(), y[chosen, None].to(device).expand_as(noise), noise, tau
 
 
 def fit_step(net, optimizer, loss, lr, cfg, process):
@@ -3888,7 +3996,7 @@ def soon_fit_loss(model, contexts, futures, kept, process, step=None):
     if step is not None:
         chosen = torch.randint(kept, (cfg.soon_fit_batch,), generator=fit_rng(cfg, step, process))
     with autocast(process):
-        preds = model.predict_soon(contexts[chosen].to(process.device))
+        preds = model.predict_soon(contexts[chosen].to(process.device).float())
     return l1_loss(preds, futures[chosen, : cfg.soon_tokens].to(process.device))
 
 
@@ -3967,18 +4075,24 @@ def fit_flow(model, source, process, log, stop, progress):
     return not process.any(bool(stop.reason))[0]
 
 
+END_S = 20.0  # for the last evaluation, and again for the picture; a hundredth of a long run's time where that is more
+
+
 def finish(model, optimizer, scaler, source, process, log, mark, progress):
     """Save ckpt_final.pt, evaluate on held-out clips, draw futures.png -> exit code."""
     cfg = model.cfg
     save_run(model, optimizer, scaler, source, process, progress, log, final=True, must=True)
-    values, bad = validate(model, source, process)
+    seconds = max(END_S, 0.01 * progress.seconds)
+    values, bad = validate(model, source, process, time.monotonic() + seconds)
     check_bad_files(log, bad, source, cfg, process)
+    if values["val_clips"] < cfg.val_clips:
+        log.line(f"evaluation: its {seconds:.0f} s were over after {values['val_clips']:.0f} of {cfg.val_clips} clips")
     log.record({"step": progress.step, **values}, mark)
     log.line("verdict: " + verdict(values, cfg))
     if cfg.picture and process.is_main:
         model.eval()
-        draw_futures(model, source, process, values, Path(cfg.out_dir) / "futures.png")
-        log.line(f"picture: {cfg.out_dir}/futures.png")
+        drawn, looked = draw_futures(model, source, process, values, Path(cfg.out_dir) / "futures.png", seconds)
+        log.line(f"picture: {cfg.out_dir}/futures.png, {drawn} clips, each sample's nearest of {looked} real ones in at most {seconds:.0f} s")
     process.barrier()
     log.line(f"done: {progress.step} steps in {describe_time(progress.seconds)}; checkpoint {cfg.out_dir}/checkpoints/ckpt_final.pt")
     return EXIT_OK
@@ -4014,6 +4128,8 @@ def run(cfg, overrides, argv, videos, process, folder):
     mark = "" if source.kind == "videos" else f"data:{source.kind} "
 
     # -- model
+    process.amp_dtype, reason = choose_precision(cfg, process, state["precision"] if state and "precision" in state else "")
+    torch.manual_seed(cfg.seed)
     model = WorldModel(cfg, process.rank, process.world_size).to(process.device)
     optimizer = build_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.amp_dtype == torch.float16)
@@ -4023,7 +4139,7 @@ def run(cfg, overrides, argv, videos, process, folder):
     if process.world_size > 1:
         devices = [process.device] if process.device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-        warm_up_ddp(model, wrapped, cfg, process)
+    seconds, timed_how = rehearse(model, wrapped, cfg, process)
     torch.manual_seed(cfg.seed + 1 + process.rank)  # dropout differs between ranks, weights do not
 
     # -- resume
@@ -4031,7 +4147,9 @@ def run(cfg, overrides, argv, videos, process, folder):
     if process.is_main:
         config = {**run_info(cfg, argv, source), "config": asdict(cfg)}
         write_atomic(Path(cfg.out_dir) / "config.json", lambda handle: handle.write(json.dumps(config, indent=2).encode()))
-    print_summary(cfg, overrides, model, source, process, log)
+    print_summary(cfg, overrides, model, source, process, reason, log)
+    log.line(f"first estimate: {describe_time(seconds * cfg.steps)} for {cfg.steps} steps, {timed_how}"
+             + ("; THAT IS DAYS: think of --preset small or tiny, fewer --steps, or a faster device" if seconds * cfg.steps > 2 * 86400 else ""))
     if state is not None:
         try:
             restore_model(state, model)
@@ -4052,7 +4170,7 @@ def run(cfg, overrides, argv, videos, process, folder):
     began -= progress.seconds
 
     # -- loop
-    stop, clock, bad, last = StopFlag(), Clock(), [], {}
+    stop, clock, bad, last, first_step = StopFlag(), Clock(), [], {}, progress.step + 1
     model.train()
     sampler = StepSampler(progress.consumed, (cfg.steps - progress.step) * cfg.grad_accum, cfg.batch_size, process.rank, process.world_size)
     loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, process.device.type == "cuda")
@@ -4091,7 +4209,7 @@ def run(cfg, overrides, argv, videos, process, folder):
         clock.tick(waited)
         log.bar(progress.step, cfg.steps, f"{describe_time(progress.seconds)} {' '.join(f'{key}:{format_number(value)}' for key, value in last.items())}")
         # -- log
-        if progress.step % cfg.log_every == 0 or progress.step == cfg.steps or stopping:
+        if progress.step in (first_step, cfg.steps) or progress.step % cfg.log_every == 0 or stopping:
             clock.close()
             record = log_values(metrics, carries, model, process, log, clock, progress)
             log.record(record, mark)

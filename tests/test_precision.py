@@ -1,11 +1,15 @@
 """Autocast, torch.compile and non-finite steps: precision changes no state's type, compilation changes nothing at all."""
 
+import os
+import platform
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import V, random_batch, small_config
+from conftest import ROOT, V, random_batch, small_config
 from training import cpu_process, fill_space, new_model, train_steps
 
 
@@ -93,6 +97,85 @@ def test_fp16_only_where_the_device_lacks_bf16(monkeypatch):
         assert V.amp_dtype(amp, cpu) == torch.bfloat16
         assert V.amp_dtype(small_config(amp=False), cuda) is None
     assert "including_emulation=False" in V.inspect.getsource(V.amp_dtype)  # emulated bf16 is slower than fp32
+
+
+@pytest.mark.parametrize("cost, saved, expected, words", [
+    (0.4, "", torch.bfloat16, "0.4 of the time of fp32 on this CPU"),
+    (1.0, "", torch.bfloat16, "1 of the time"),
+    (1.1, "", None, "bf16 would take 1.1 times as long on this CPU"),
+    (31.0, "", None, "this CPU has no bf16 instructions, bf16 would take 31 times as long"),
+    (1.1, "bf16", torch.bfloat16, "1.1 of the time"),  # a resumed run computes the same bits
+    (0.9, "fp32", None, "bf16 would take 0.9 times"),
+    (31.0, "bf16", None, "no bf16 instructions"),  # goes on on another machine
+    (0.2, "fp32", torch.bfloat16, "0.2 of the time"),
+])
+def test_amp_only_where_it_is_not_slower(monkeypatch, cost, saved, expected, words):
+    """--amp is taken at its word only where the trial found it no slower; a checkpoint's precision stays unless that is clearly wrong."""
+    monkeypatch.setattr(V, "amp_cost", lambda cfg, device, dtype: cost)
+    dtype, reason = V.choose_precision(small_config(amp=True), cpu_process(), saved)
+    assert dtype == expected and words in reason
+    assert V.choose_precision(small_config(amp=False), cpu_process(), saved) == (None, "")
+
+
+def test_the_slowest_rank_decides_for_all(monkeypatch):
+    """All ranks compute in one precision. Seen red with each rank's own trial deciding."""
+    monkeypatch.setattr(V, "amp_cost", lambda cfg, device, dtype: 0.3)
+    process = cpu_process(rank=0, world_size=2)
+    process.collect = lambda cost: [cost, 20.0]
+    assert V.choose_precision(small_config(amp=True), process)[0] is None
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the switch that takes bf16 away is x86's")
+def test_a_cpu_without_bf16_instructions_stays_in_fp32():
+    """The real trial, its library told to use no instruction newer than AVX2: known within a second, and said.
+
+    Seen red with amp_dtype's answer taken: a step of `tiny` took 18 times as long.
+    """
+    code = ("import time, torch, VJepa_AUTO_V2 as V; began = time.process_time(); process = V.Process(0, 1, torch.device('cpu'), None);"
+            "print(*V.choose_precision(V.preset_config('tiny'), process)); print(time.process_time() - began)")
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=100)
+    said, seconds = done.stdout.splitlines()
+    assert said.startswith("None this CPU has no bf16 instructions, bf16 would take ")
+    assert float(seconds) < 1.0
+
+
+def test_the_trial_sees_what_autocast_costs(monkeypatch):
+    """The ratio is that of the block's own passes: one that sleeps under autocast is told as slow. Seen red with both timed in fp32."""
+    def pretend(block, tokens, dtype):
+        V.time.sleep(0.02 if dtype else 0.005)
+
+    monkeypatch.setattr(V, "block_pass", pretend)
+    assert 2 < V.amp_cost(small_config(), torch.device("cpu"), torch.float32) < 8  # fp32 as its own "autocast": products cost the same
+
+
+# -- the first estimate
+
+
+def test_the_first_estimate_times_a_real_pass(monkeypatch):
+    """Seconds per step are those of the second pass with a whole batch, times the micro-steps. Seen red with the first pass timed."""
+    cfg, passes = small_config(grad_accum=3), []
+    model = new_model(cfg)
+
+    def slow(batch):
+        passes.append(len(batch["frames"]))
+        V.time.sleep(0.5 if len(passes) == 1 else 0.1)
+        return model(batch)
+
+    seconds, how = V.rehearse(model, slow, cfg, cpu_process())
+    assert passes == [2, 2] and 0.3 <= seconds < 0.9 and how == "timed on noise"
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("step_s, expected", [(3, [4, 4]), (30, [1, 1]), (300, [])])
+def test_no_pass_is_made_that_would_take_minutes(monkeypatch, step_s, expected):
+    """Expected to take long, one clip is timed in place of a batch, or none, and the estimate says that it is rough."""
+    cfg, passes = small_config(batch_size=4), []
+    model, flops = new_model(cfg), sum(V.flops_per_clip(cfg).values()) * cfg.batch_size
+    monkeypatch.setattr(V, "measure_speed", lambda process: flops / step_s / 0.4e12)
+    seconds, how = V.rehearse(model, lambda batch: passes.append(len(batch["frames"])) or model(batch), cfg, cpu_process())
+    assert passes == expected
+    assert ("roughly" in how, seconds == pytest.approx(step_s)) == (not expected, not expected)
 
 
 # -- non-finite steps

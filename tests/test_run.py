@@ -135,6 +135,24 @@ def test_command_says_what_it_runs_on(commanded):
         assert word in done.stdout, word
 
 
+def test_an_end_without_time_is_cut_to_one_batch_and_one_clip(scene_folder, tmp_path, monkeypatch):
+    """Evaluation and picture keep their time: one batch, one clip, and a line for each that says so. Seen red with the deadline ignored."""
+    monkeypatch.setattr(V, "END_S", 0.0)
+    assert V.train(config(scene_folder, tmp_path, steps=2, val_clips=8, picture=True)) == 0
+    assert rows(tmp_path)[-1]["val_clips"] == 2  # one batch
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert "evaluation: its 0 s were over after 2 of 8 clips" in lines
+    assert any(line.endswith("futures.png, 1 clips, each sample's nearest of 2 real ones in at most 0 s") for line in lines)
+
+
+def test_an_end_with_time_sees_everything(scene_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(V, "END_S", 1e6)
+    assert V.train(config(scene_folder, tmp_path, steps=2, val_clips=3, picture=True)) == 0
+    assert rows(tmp_path)[-1]["val_clips"] == 4  # rounded up to full batches
+    text = (tmp_path / "train.log").read_text()
+    assert "evaluation: its" not in text and "futures.png, 3 clips, each sample's nearest of 256 real ones" in text
+
+
 def test_measured_time_to_finish_is_told_once(straight):
     """After the warm-up steps one line tells seconds per step and the time to go, whatever log_every is."""
     lines = [line for line in (straight / "train.log").read_text().splitlines() if " s per step: " in line and line.endswith(" to go")]
@@ -567,7 +585,7 @@ def test_a_step_that_is_not_finite_changes_nothing(scene_folder, tmp_path, monke
     poison(monkeypatch, {2}, seen)
     assert V.train(config(scene_folder, tmp_path, steps=5, val_every=0, log_every=5)) == 0
     assert same(seen[2], seen[3]) and not same(seen[1], seen[2]) and not same(seen[3], seen[4])
-    assert [row["skipped_steps"] for row in rows(tmp_path) if "lr" in row] == [1]
+    assert [(row["step"], row["skipped_steps"]) for row in rows(tmp_path) if "lr" in row] == [(1, 0), (5, 1)]  # the first step is always told
     assert all(torch.isfinite(value).all() for value in checkpoint(tmp_path)["online"].values())
     assert "step 3 skipped" in (tmp_path / "train.log").read_text()
 
@@ -585,7 +603,7 @@ def test_skipped_steps_are_counted_over_restarts(scene_folder, tmp_path, monkeyp
     assert train_until(config(scene_folder, tmp_path, steps=5, val_every=0, log_every=5), 3) == 75
     monkeypatch.undo()
     assert V.train(config(scene_folder, tmp_path, steps=5, val_every=0)) == 0
-    assert [row["skipped_steps"] for row in rows(tmp_path) if "lr" in row] == [1, 1, 1]  # the stop logs step 3
+    assert [row["skipped_steps"] for row in rows(tmp_path) if "lr" in row] == [0, 1, 1, 1]  # steps 1, 4 and 5, and the stop logs step 3
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(scene_folder, tmp_path, capsys, monkeypatch):

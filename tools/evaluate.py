@@ -872,12 +872,13 @@ class Subject:
     def __init__(self, model, device, steps=None):
         self.model, self.cfg, self.device, self.steps, self.reduce = model, model.cfg, device, steps or model.cfg.flow_steps, Reducer(model.cfg)
         self.sampled = steps is None  # whether its samples can differ
+        self.process = V.Process(0, 1, device, None)
+        self.process.amp_dtype, _ = V.choose_precision(model.cfg, self.process)
         self.flows, self.probes, self.weight, self.bias, self.columns = {"model": model.flow_ema}, {}, None, None, {}
 
     def autocast(self):
-        """The precision that the run was trained in."""
-        dtype = V.amp_dtype(self.cfg, self.device)
-        return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+        """The precision that the run's --amp means on this machine."""
+        return V.autocast(self.process)
 
     def soon(self, tokens):
         """SOON part of targets [B, L, D]."""

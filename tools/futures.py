@@ -313,10 +313,13 @@ def train_decoder(decoder, pool, cfg, seconds, max_steps=math.inf, perceptual=No
     """Train on noisy latents of the pool until the time or the steps are spent -> (EMA of the decoder in eval mode, steps done).
 
     The learning rate falls to zero with the larger spent share. A batch is a few tubelets of each of some clips. The
-    precision is the run's own (--amp): bf16 takes half the time on processors that have it.
+    precision is what the run's --amp means on this machine.
     """
     device, slow = decoder.place.device, copy.deepcopy(decoder).eval().requires_grad_(False)
-    process = V.Process(0, 1, device, torch.bfloat16 if V.amp_dtype(cfg, device) == torch.bfloat16 else None)
+    process = V.Process(0, 1, device, None)
+    process.amp_dtype, _ = V.choose_precision(cfg, process)
+    if process.amp_dtype == torch.float16:  # would need a loss scaler
+        process.amp_dtype = None
     tubelets, dt = pool.latents.shape[1], cfg.tubelet_t
     window = min(4, tubelets)
     batch_size = int(np.clip(2**17 // (window * dt * cfg.height * cfg.width), 2, 16)) if device.type == "cpu" else 16
