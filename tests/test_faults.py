@@ -542,7 +542,7 @@ def test_fingerprint_sees_one_bit():
 def test_three_ranks_resume_bit_exactly(scene_folder, tmp_path, variant):
     """10 steps on 3 ranks == a rank killed in step 8, restarted by torchrun from step 6: losses, norms and weights as hex.
 
-    Two ranks would hide that DDP regroups its buckets after its first step. Seen red without warm_up_ddp.
+    Two ranks would hide that DDP regroups its buckets after its first step. Seen red without the pass of `rehearse`.
     """
     more = {"fp32": {}, "bf16": dict(amp=True), "accumulation": dict(grad_accum=2), "workers": dict(num_workers=2)}[variant]
     cfg = run_config(scene_folder, tmp_path / "whole", **more)
