@@ -3955,7 +3955,7 @@ def retire_later(cfg, step, resumed_from):
     find them. A final checkpoint that the run is extended from becomes a numbered one."""
     folder, aside = Path(cfg.out_dir), None
     for saved_step, path in checkpoint_files(folder):
-        if path.resolve() == Path(resumed_from).resolve():
+        if os.path.realpath(path) == os.path.realpath(resumed_from):
             if saved_step == math.inf and step < cfg.steps:
                 move_checkpoint(path, path.with_name(f"ckpt_{step}.pt"))
         elif saved_step > step:
