@@ -383,6 +383,11 @@ def say(text, stream=None):
     return emit(one_line(text, MAX_LINE) + "\n", sys.stdout if stream is None else stream)
 
 
+def is_terminal(stream):
+    """Whether a console stream is a terminal; one that is closed is none."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
 def fits(kind, value):
     """Whether a value has a field's type: a whole number will do for float, a pair of them for image_size."""
     if kind is float:
@@ -3598,7 +3603,7 @@ class RunLog:
 
     def bar(self, step, steps, text):
         """Progress bar on a terminal; nothing elsewhere, where plain lines tell."""
-        if self.is_main and sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty():
+        if self.is_main and is_terminal(sys.stdout):
             filled = round(24 * step / steps)
             bar = one_line(f"[{'#' * filled}{'.' * (24 - filled)}] {step}/{steps} {text}")[: shutil.get_terminal_size().columns - 1]
             self.show("\r" + bar.ljust(self.bar_width))
