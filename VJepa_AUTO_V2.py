@@ -2855,10 +2855,10 @@ class StopFlag:
                 os.write(2, f"{name} after {self.signal_name}: ended at once, nothing is saved since step {self.saved}\n".encode())
             os._exit(128 + number)
 
-    def restore(self):
-        """Give the signals back to whoever held them."""
+    def restore(self, ignore=False):
+        """Give the signals back to whoever held them, or switch them off: a launcher that repeats one must not change the exit code."""
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ignore else handler)
 
 
 class StoppedTogether(Stopped):
@@ -4484,13 +4484,12 @@ def train(cfg, overrides=None, argv=(), stop=None):
     try:
         validate_config(cfg)
         videos = list_data(cfg)
-        process = identify_process(cfg, stop)
+        process, met = identify_process(cfg, stop), False
+        with suppress(Stopped):
+            join_ranks(process, cfg)
+            met = True
         with RunFolder(cfg, process) as folder:
-            try:
-                join_ranks(process, cfg)
-                code = attempt(cfg, overrides or {}, argv, videos, process, folder)
-            except Stopped:
-                code = end_early(stop, folder, say, "while it waited for its ranks")
+            code = attempt(cfg, overrides or {}, argv, videos, process, folder) if met else end_early(stop, folder, say, "while it waited for its ranks")
             folder.status("finished" if code == EXIT_OK else "stopped", code)
             return code
     except RuntimeError as error:
@@ -4553,13 +4552,13 @@ def report_errors(command, *args):
 
 
 def main(argv=None):
-    """Command line -> exit code. Signals are heard from here on, and in a process of its own to its very end."""
-    stop = StopFlag()
+    """Command line -> exit code. Signals are heard from here on; one that was obeyed is not heard again while the process ends."""
+    stop, code = StopFlag(), EXIT_ERROR
     try:
-        return report_errors(start, sys.argv[1:] if argv is None else list(argv), stop)
+        code = report_errors(start, sys.argv[1:] if argv is None else list(argv), stop)
     finally:
-        if argv is not None:
-            stop.restore()
+        stop.restore(ignore=argv is None and code == EXIT_STOPPED)
+    return code
 
 
 if __name__ == "__main__":
