@@ -47,6 +47,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import operator
 import os
 import platform
 import re
@@ -63,7 +64,7 @@ import typing
 import weakref
 import zipfile
 from collections import OrderedDict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fractions import Fraction
@@ -319,6 +320,7 @@ def mix_shares(scene_mix):
     return [share / total for share in shares.values()]
 
 
+MAX_LINE = 4000  # characters of a message or of a line of the log
 # Control characters, line separators, and the surrogates that stand for bytes of a file name that is not UTF-8.
 UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 # field -> (smallest, largest) value allowed; None leaves a side open
@@ -326,21 +328,21 @@ RANGES = {
     "steps": (1, 10**9), "seed": (0, 2**31 - 1), "clip_fps": (0, 1000), "val_fraction": (0, 0.9), "max_bad_fraction": (0, 0.99),
     "decode_timeout_s": (0.1, 10**6), "crop_scale_min": (0.01, 1), "crop_scale_max": (0.01, 1), "crop_ratio_min": (0.1, 10), "crop_ratio_max": (0.1, 10),
     "num_workers": (0, 512), "scene_clips": (4, 10**7), "scene_size": (0, 4096), "num_frames": (3, 100000),
-    "channels": (3, 3), "now_frames": (1, None), "soon_frames": (1, None), "eventually_frames": (1, None),
-    "tubelet_t": (1, None), "patch": (1, None), "enc_dim": (6, 65536), "enc_depth": (1, 1000), "pred_dim": (6, 65536),
-    "pred_depth": (1, 1000), "num_heads": (1, None), "mlp_ratio": (0.1, 64), "dropout": (0, 0.9),
+    "channels": (3, 3), "now_frames": (1, 100000), "soon_frames": (1, 100000), "eventually_frames": (1, 100000),
+    "tubelet_t": (1, 100000), "patch": (1, 8192), "enc_dim": (6, 65536), "enc_depth": (1, 1000), "pred_dim": (6, 65536),
+    "pred_depth": (1, 1000), "num_heads": (1, 65536), "mlp_ratio": (0.1, 64), "dropout": (0, 0.9),
     "short_num_blocks": (1, 1000), "short_scale": (0.001, 1), "long_num_blocks": (1, 1000), "long_scale": (0.001, 1),
     "aspect_min": (0.05, 20), "aspect_max": (0.05, 20), "short_visible": (0, 0.99), "long_visible": (0, 0.99),
-    "mask_draws": (1, 64), "lambda_vjepa": (0, None), "lambda_soon": (0, None), "lambda_eventually": (0, None),
-    "lambda_flow": (0, None), "lambda_supcon": (0, None), "supcon_temperature": (1e-4, None), "outcome_queries": (1, 65536),
+    "mask_draws": (1, 64), "lambda_vjepa": (0, 10**6), "lambda_soon": (0, 10**6), "lambda_eventually": (0, 10**6),
+    "lambda_flow": (0, 10**6), "lambda_supcon": (0, 10**6), "supcon_temperature": (1e-4, None), "outcome_queries": (1, 65536),
     "outcome_temperature": (1e-4, None), "outcome_queue": (0, 10**7), "flow_dim": (2, 65536), "flow_depth": (1, 1000),
-    "flow_heads": (1, None), "flow_rank": (1, None), "flow_chunks": (1, None), "flow_joint_max": (0, None),
-    "flow_pool": (1, None), "flow_draws": (1, 4096), "flow_shift": (0, 1000), "flow_steps": (1, 10000),
+    "flow_heads": (1, 65536), "flow_rank": (1, 4096), "flow_chunks": (1, 100000), "flow_joint_max": (0, 2**62),
+    "flow_pool": (1, 8192), "flow_draws": (1, 4096), "flow_shift": (0, 1000), "flow_steps": (1, 10000),
     "flow_context_grad": (0, 1), "flow_lr": (0, None), "flow_ema": (0, 1), "flow_fit_clips": (0, 10**9), "soon_fit_steps": (0, 10**9), "soon_fit_batch": (1, 65536),
     "flow_fit_steps": (1, 10**9), "flow_fit_batch": (1, 65536), "flow_fit_lr": (0, None), "batch_size": (1, 65536), "grad_accum": (1, 65536),
-    "lr": (0, None), "min_lr": (0, None), "weight_decay": (0, None), "warmup_steps": (0, None), "grad_clip": (0, None),
-    "ema_momentum": (0, 1), "ema_momentum_end": (0, 1), "max_skipped_steps": (1, None), "log_every": (1, None),
-    "ckpt_every": (1, None), "keep_last": (1, None), "val_every": (0, None), "val_clips": (2, 10**7), "dist_timeout_s": (1, 10**6),
+    "lr": (0, None), "min_lr": (0, None), "weight_decay": (0, None), "warmup_steps": (0, 10**9), "grad_clip": (0, None),
+    "ema_momentum": (0, 1), "ema_momentum_end": (0, 1), "max_skipped_steps": (1, 10**9), "log_every": (1, 10**9),
+    "ckpt_every": (1, 10**9), "keep_last": (1, 10**9), "val_every": (0, 10**9), "val_clips": (2, 10**7), "dist_timeout_s": (1, 10**6),
 }
 CHOICES = {
     "preset": tuple(PRESETS), "device": ("auto", "cuda", "mps", "cpu"), "decoder": ("auto", "pyav", "decord", "torchcodec"),
@@ -353,6 +355,37 @@ def one_line(text, limit=300):
     """Any text -> one printable line: what would break a message, a log or a terminal stands as \\x1b, a long rest as ..."""
     text = re.sub(UNPRINTABLE, lambda match: repr(match[0])[1:-1], str(text)[: limit + 1])
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def emit(text, stream):
+    """Write text to a console stream -> "" or why it did not get out. It cannot fail: what the encoding lacks is escaped.
+
+    A stream that broke is pointed at /dev/null: whoever flushes it later, Python at its end included, would fail again.
+    """
+    if stream is None:  # closed before the program began
+        return "closed"
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError) as error:  # ValueError: closed since
+        with suppress(OSError, ValueError):  # a stream that is no file has nothing to point elsewhere
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+        return getattr(error, "strerror", None) or str(error)
+    return ""
+
+
+def say(text, stream=None):
+    """One line for the user on stdout, or on the stream given. All that is printed goes through here: what comes from
+    outside (names, errors, settings) can neither begin a line of its own nor reach the terminal as control codes."""
+    return emit(one_line(text, MAX_LINE) + "\n", sys.stdout if stream is None else stream)
+
+
+def is_terminal(stream):
+    """Whether a console stream is a terminal; one that is closed is none."""
+    return stream is not None and not stream.closed and stream.isatty()
 
 
 def fits(kind, value):
@@ -440,8 +473,9 @@ def relation_problems(cfg):
         problems.append(f"flow_chunks = {cfg.flow_chunks}: only {cfg.eventually_tubelets} EVENTUALLY tubelets to chunk (--flow_chunks)")
     if not cfg.flow_joint and not problems and cfg.flow_pool > min(cfg.grid[1:]):
         problems.append(f"flow_pool = {cfg.flow_pool}: exceeds the {cfg.grid[1]} x {cfg.grid[2]} token grid (--flow_pool)")
-    if not cfg.flow_joint and cfg.flow_rank > cfg.enc_dim:
-        problems.append(f"flow_rank = {cfg.flow_rank}: exceeds enc_dim = {cfg.enc_dim} (--flow_rank)")
+    span = (cfg.soon_tokens + cfg.flow_chunks) * cfg.enc_dim if cfg.flow_joint else cfg.enc_dim
+    if not problems and cfg.flow_rank > span:
+        problems.append(f"flow_rank = {cfg.flow_rank}: exceeds the {span} numbers that a direction spans (--flow_rank)")
     if cfg.soon_fit_steps and not cfg.flow_fit_clips:
         problems.append(f"soon_fit_steps = {cfg.soon_fit_steps}: the flow phase fits SOON, and flow_fit_clips = 0 leaves it out (--flow_fit_clips)")
     if cfg.lambda_vjepa + cfg.lambda_soon + cfg.lambda_eventually + cfg.lambda_supcon <= 0:
@@ -1680,7 +1714,7 @@ QUARANTINED = "quarantined"  # how the reason of a file begins that must not be 
 
 def init_worker(worker_id):
     """Loader workers leave signals to the main process, which saves first and then ends them; one thread each."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
     torch.set_num_threads(1)
 
@@ -2417,6 +2451,11 @@ def l1_loss(preds, targets):
     return (preds.float() - targets).abs().mean()
 
 
+def saved_share(loss, reference):
+    """Share of a reference's error that is saved, NaN where the reference makes none: nothing moves, so there is nothing to save."""
+    return torch.where(reference > 0, 1 - loss / reference, torch.nan)
+
+
 def full_precision(x):
     """Context in which autocast is off on x's device: losses and statistics are computed in fp32."""
     return torch.autocast(x.device.type, enabled=False)
@@ -2636,7 +2675,7 @@ class WorldModel(nn.Module):
         last_now = targets[:, cfg.now_tokens - cfg.sites : cfg.now_tokens]  # [B, h*w, D], repeated as the forecast that nothing moves
         persistence = l1_loss(last_now.repeat(1, cfg.soon_tokens // cfg.sites, 1), soon_targets)
         gauges["persistence"] = persistence
-        gauges["soon_skill"] = 1 - losses["loss_soon"].detach() / persistence
+        gauges["soon_skill"] = saved_share(losses["loss_soon"].detach(), persistence)
         outcome = self.outcome(context)  # [B, D]
         carry["key"] = self.outcome_key(targets)
         losses["loss_eventually"], gauges["outcome_top1"] = self.eventually_loss(outcome, carry["key"])
@@ -2792,6 +2831,52 @@ def clip_gradients(optimizer, cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+REPEAT_S = 10.0  # a signal that comes again within these seconds is the same request, told to launcher and ranks or to a whole group
+
+
+class StopFlag:
+    """Remembers that something asked the run to stop; whoever waits or works for long looks at it. Much later, a second signal ends at once.
+
+    `reason` is "" while nothing has, `saved` the step up to which everything is on the disk. Under torchrun the death of the
+    launcher counts as well: nobody would end its ranks. A SIGHUP that nohup has switched off stays off.
+    """
+
+    def __init__(self, signals=(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)):
+        self.signal_name, self.since, self.saved = "", 0.0, 0
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        heard = [number for number in signals if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
+        in_main = threading.current_thread() is threading.main_thread()  # Python gives signals to no other thread
+        self.previous = {number: signal.signal(number, self.handle) for number in heard if in_main}
+
+    @property
+    def reason(self):
+        orphaned = self.launcher is not None and os.getppid() != self.launcher
+        return self.signal_name or ("the death of its launcher" if orphaned else "")
+
+    def asked(self):
+        """Whether to stop."""
+        return bool(self.reason)
+
+    def handle(self, number, frame):
+        """Called by Python between two instructions of whatever runs."""
+        name = signal.Signals(number).name
+        if not self.signal_name:
+            self.signal_name, self.since = name, time.monotonic()
+        elif time.monotonic() - self.since > REPEAT_S:
+            with suppress(OSError):  # not print: the signal may have come in the middle of one
+                os.write(2, f"{name} after {self.signal_name}: ended at once, nothing is saved since step {self.saved}\n".encode())
+            os._exit(128 + number)
+
+    def restore(self, ignore=False):
+        """Give the signals back to whoever held them, or switch them off: a launcher that repeats one must not change the exit code."""
+        for number, handler in self.previous.items():
+            signal.signal(number, signal.SIG_IGN if ignore else handler)
+
+
+class StoppedTogether(Stopped):
+    """A stop of which all ranks know: whoever catches it need not tell the others, who have left the same piece of work."""
+
+
 @dataclass
 class Process:
     """Who this process is and what it computes on."""
@@ -2801,6 +2886,7 @@ class Process:
     device: torch.device
     amp_dtype: torch.dtype | None  # None: fp32
     store: object = None  # the key-value store behind the process group
+    stop: StopFlag = field(default_factory=partial(StopFlag, ()))  # what a signal sets; by default none does
 
     @property
     def is_main(self):
@@ -2833,15 +2919,43 @@ class Process:
         dist.all_gather_object(things, thing)
         return things
 
+    def stop_together(self, mine=False):
+        """StoppedTogether on all ranks when one of them was asked to stop, or has met a Stopped (`mine`)."""
+        if self.any(mine or self.stop.asked())[0]:
+            raise StoppedTogether
+
+    def together(self, work, *args):
+        """A piece of work without collectives, done by every rank -> its result; StoppedTogether where a stop came before or in it."""
+        mine, result = self.stop.asked(), None
+        if not mine:
+            try:
+                result = work(*args)
+            except StoppedTogether:
+                raise
+            except Stopped:
+                mine = True
+        self.stop_together(mine)
+        return result
+
+    def walk(self, loader):
+        """The batches of a loader, over which all ranks walk in step, until one of them is asked to stop (StoppedTogether)."""
+        try:
+            for _ in range(len(loader)):
+                yield self.together(next, loader)
+        finally:
+            loader.close()
+
     def silent_ranks(self, seconds=3.0):
         """After a failed collective: the ranks that do not report the failure within a few seconds, dead or hung -> list."""
-        deadline = time.monotonic() + seconds
-        self.store.set(f"failed/{self.rank}", "1")
-        while True:
-            silent = [rank for rank in range(self.world_size) if not self.store.check([f"failed/{rank}"])]
-            if not silent or time.monotonic() > deadline:
-                return silent
-            time.sleep(0.1)
+        deadline, silent = time.monotonic() + seconds, [0]
+        with suppress(dist.DistError):  # the store is gone, and rank 0 that held it
+            self.store.set(f"failed/{self.rank}", "1")
+            while True:
+                silent = [rank for rank in range(self.world_size) if not self.store.check([f"failed/{rank}"])]
+                if not silent or time.monotonic() > deadline:
+                    break
+                time.sleep(0.1)
+        return silent
 
 
 def choose_device(name, local_rank):
@@ -2935,32 +3049,88 @@ def choose_precision(cfg, process, saved=""):
     return None, f"{name} would take {cost:.2g} times as long on this {kind}"
 
 
-def open_store(rank, world_size, timeout_s):
-    """The key-value store through which ranks find each other, under a prefix of this attempt.
+def read_count(name, default, least, most):
+    """A whole number that torchrun or a user has put into the environment. UsageError when it is none, or out of range."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
+        raise UsageError(f"environment: {name} = {shown(text)} must be a whole number from {least} to {most}; torchrun sets it for every process")
+    return int(text)
+
+
+def restart_count():
+    """How often torchrun has started this run again."""
+    return read_count("TORCHELASTIC_RESTART_COUNT", 0, 0, 10**9 - 1)
+
+
+def reach(address, port, deadline, stop):
+    """Wait until something listens at an address. UserError after the deadline, Stopped on a signal: the store's own wait would hear none."""
+    while True:
+        if stop.asked():
+            raise Stopped
+        try:
+            socket.create_connection((address, port), timeout=1.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(f"rank 0 does not answer at {address} port {port} ({error.strerror or error}): start it there, or correct MASTER_ADDR and MASTER_PORT") from error
+        time.sleep(0.2)
+
+
+def open_store(rank, world_size, timeout_s, stop):
+    """The key-value store through which ranks find each other, under a prefix of this attempt; returns once all ranks are there.
 
     torchrun serves one store for all its restarts, and a restarted rank would read addresses that dead ranks left in it. The
     count of restarts is the same for all ranks of one node only: several nodes need the launcher's own switch (README).
+    UserError names the ranks that are absent after timeout_s.
     """
-    env, timeout = os.environ, timedelta(seconds=timeout_s)
+    env, deadline = os.environ, time.monotonic() + timeout_s
+    if not env.get("MASTER_ADDR"):
+        raise UsageError(f"environment: WORLD_SIZE = {world_size}, but MASTER_ADDR, where rank 0 is met, is not set; torchrun sets both")
+    address, port = env["MASTER_ADDR"], read_count("MASTER_PORT", "", 1, 65535)
     served = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), None if served else world_size, is_master=not served and rank == 0, timeout=timeout)
-    one_node = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")
-    return dist.PrefixStore(f"attempt_{env.get('TORCHELASTIC_RESTART_COUNT', '0') if one_node else 'any'}", store)
+    is_master = not served and rank == 0
+    try:
+        if not is_master:
+            reach(address, port, deadline, stop)
+        store = dist.TCPStore(address, port, None if served else world_size, is_master=is_master, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+        one_node = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")
+        store = dist.PrefixStore(f"attempt_{restart_count() if one_node else 'any'}", store)
+        store.set(f"here/{rank}", "1")
+        while absent := [other for other in range(world_size) if not store.check([f"here/{other}"])]:
+            if stop.asked():
+                raise Stopped
+            if time.monotonic() > deadline:
+                raise UserError(f"rank {', '.join(map(str, absent))} of {world_size} did not come within dist_timeout_s = {timeout_s:g} s; start all of them, on all nodes")
+            time.sleep(0.05)
+    except dist.DistError as error:
+        raise UserError(f"ranks cannot meet at {address} port {port} ({' '.join(str(error).split())[:200]}); rank 0 may be gone, or the port in use") from error
+    return store
+
+
+def identify_process(cfg, stop):
+    """Read torchrun's environment and choose the device -> Process, not yet joined to its peers. UsageError for what cannot be."""
+    world_size = read_count("WORLD_SIZE", 1, 1, 10**6)
+    rank = read_count("RANK", 0 if world_size == 1 else "", 0, world_size - 1)
+    device = choose_device(cfg.device, read_count("LOCAL_RANK", 0, 0, world_size - 1))
+    return Process(rank, world_size, device, None, stop=stop)
+
+
+def join_ranks(process, cfg):
+    """Join the process group, once all ranks are there. UserError names who is not there, Stopped when a signal comes first."""
+    if process.device.type == "cuda":
+        torch.cuda.set_device(process.device)
+    if process.world_size > 1:
+        process.store = open_store(process.rank, process.world_size, cfg.dist_timeout_s, process.stop)
+        dist.init_process_group("nccl" if process.device.type == "cuda" else "gloo", timeout=timedelta(seconds=cfg.dist_timeout_s), store=process.store,
+                                rank=process.rank, world_size=process.world_size, device_id=process.device if process.device.type == "cuda" else None)
+    torch.set_float32_matmul_precision("high")
 
 
 def start_process(cfg):
-    """Read torchrun's environment, choose the device, join the process group -> Process, in fp32 for now."""
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = choose_device(cfg.device, local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    store = None
-    if world_size > 1:
-        backend, store = "nccl" if device.type == "cuda" else "gloo", open_store(rank, world_size, cfg.dist_timeout_s)
-        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.dist_timeout_s), store=store, rank=rank, world_size=world_size,
-                                device_id=device if device.type == "cuda" else None)
-    torch.set_float32_matmul_precision("high")
-    return Process(rank, world_size, device, None, store)
+    """What a run does before its folder is known, in one go, for use from Python -> Process, joined to its peers."""
+    process = identify_process(cfg, StopFlag(()))
+    join_ranks(process, cfg)
+    return process
 
 
 def fingerprint(model):
@@ -3008,32 +3178,6 @@ def spare_threads(num_busy):
 def to_device(batch, device):
     """Tensors of a batch on the device, `bad` left out."""
     return {key: value.to(device, non_blocking=True) for key, value in batch.items() if key != "bad"}
-
-
-class StopFlag:
-    """Remembers that something asked the run to stop; the loop reads it between steps. A second signal ends at once.
-
-    `reason` is "" while nothing has. Under torchrun the death of the launcher counts as well: nobody would end its ranks.
-    """
-
-    def __init__(self, signals=(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)):
-        self.signal_name, self.launcher = "", os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self.previous = {number: signal.signal(number, self.handle) for number in signals}
-
-    @property
-    def reason(self):
-        orphaned = self.launcher is not None and os.getppid() != self.launcher
-        return self.signal_name or ("the death of its launcher" if orphaned else "")
-
-    def handle(self, number, frame):
-        if self.signal_name:
-            os._exit(128 + number)
-        self.signal_name = signal.Signals(number).name
-
-    def restore(self):
-        """Give the signals back to whoever held them."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3097,11 +3241,11 @@ class Progress:
     flow_fitted: bool = False  # the flow phase is done
 
 
-class HashedFile:
-    """A file open for writing that keeps the SHA-256 of what went into it and the error that a writer may hide behind its own."""
+class GuardedFile:
+    """A file open for writing that keeps the error of the disk, which torch.save hides behind its own."""
 
     def __init__(self, handle):
-        self.handle, self.sha256, self.error = handle, hashlib.sha256(), None
+        self.handle, self.error = handle, None
 
     def write(self, data):
         try:
@@ -3109,7 +3253,6 @@ class HashedFile:
         except OSError as error:
             self.error = error
             raise
-        self.sha256.update(data)
         return len(data)
 
     def flush(self):
@@ -3125,17 +3268,16 @@ def sync_folder(folder):
         os.close(number)
 
 
-def write_atomic(path, write, announce=None):
+def write_atomic(path, write):
     """Write through a temporary file, fsync, rename, fsync of the folder: at any moment the old or the new file is whole.
 
-    `write` gets the open file; `announce`, if given, the SHA-256 of the new content before it takes the old one's place.
-    OSError when the disk refuses.
+    `write` gets the open file. OSError when the disk refuses.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as raw:
-            handle = HashedFile(raw)
+            handle = GuardedFile(raw)
             try:
                 write(handle)
             except RuntimeError:  # how torch.save reports that a write failed
@@ -3144,42 +3286,33 @@ def write_atomic(path, write, announce=None):
                 raise handle.error from None
             raw.flush()
             os.fsync(raw.fileno())
-        if announce is not None:
-            announce(handle.sha256.hexdigest())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the error above tells more
+            temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
-def hash_file(path):
-    """The file beside a checkpoint that holds its SHA-256, in the format of sha256sum."""
-    return path.with_name(path.name + ".sha256")
-
-
-def known_hashes(path):
-    """SHA-256 sums that a checkpoint may have -> list, [] where none is on record. Two while one file takes another's place."""
-    try:
-        return [line.split()[0] for line in hash_file(path).read_text(encoding="ascii").splitlines() if line.strip()]
-    except FileNotFoundError:
-        return []
-
-
-def write_hashes(path, hashes):
-    """Put SHA-256 sums on record for a checkpoint."""
-    write_atomic(hash_file(path), lambda handle: handle.write("".join(f"{one}  {path.name}\n" for one in hashes).encode()))
+def drop_hash(path):
+    """Remove the SHA-256 that earlier versions put beside a checkpoint, once it tells of a file that is no longer there."""
+    hashes = path.with_name(path.name + ".sha256")
+    if hashes.is_file() and re.match(rb"[0-9a-f]{64}  ", hashes.read_bytes()[:66]):
+        hashes.unlink()
 
 
 def move_checkpoint(path, target):
-    """Rename a checkpoint together with its hash, over an older file of that name if there is one."""
-    hashes = known_hashes(path)
-    if hashes:
-        write_hashes(target, hashes + known_hashes(target) if target.exists() else hashes)
-    elif hash_file(target).exists():
-        hash_file(target).unlink()
+    """Rename a checkpoint, over an older file of that name if there is one."""
     os.replace(path, target)
-    hash_file(path).unlink(missing_ok=True)
+    for name in (path, target):
+        drop_hash(name)
     sync_folder(target.parent)
+
+
+def previous_folder(folder):
+    """A new folder previous_<k> for what a run no longer goes on from."""
+    aside = next(name for k in itertools.count(1) if not os.path.lexists(name := Path(folder) / f"previous_{k}"))
+    aside.mkdir()
+    return aside
 
 
 CHECKPOINT_FORMAT = 2  # 2: SOON positions start from the last seen tubelet
@@ -3219,17 +3352,19 @@ def checkpoint_files(out_dir):
 
 
 def save_checkpoint(state, out_dir, cfg, final):
-    """Write ckpt_<step>.pt or ckpt_final.pt atomically with its hash, then drop what exceeds keep_last -> path. OSError when
-    the disk refuses: what was there before still stands."""
+    """Write ckpt_<step>.pt or ckpt_final.pt atomically, then drop what exceeds keep_last -> path. OSError when the disk
+    refuses: what was there before still stands."""
     folder = Path(out_dir) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # but never out_dir itself: whoever removed it may have given it to another run
     path = folder / ("ckpt_final.pt" if final else f"ckpt_{state['step']}.pt")
-    before = known_hashes(path) if path.exists() else []
-    write_atomic(path, lambda handle: torch.save(state, handle), lambda sha256: write_hashes(path, [sha256, *before]))
-    numbered = [old for step, old in checkpoint_files(out_dir) if step != math.inf]
+    if path.is_dir():
+        path.rename(previous_folder(out_dir) / path.name)
+    write_atomic(path, lambda handle: torch.save(state, handle))
+    drop_hash(path)
+    numbered = [old for step, old in checkpoint_files(out_dir) if step != math.inf and old.is_file()]
     for old in numbered[: -cfg.keep_last]:
         old.unlink()
-        hash_file(old).unlink(missing_ok=True)
+        drop_hash(old)
     return path
 
 
@@ -3238,37 +3373,117 @@ class BadCheckpoint(UserError):
 
 
 def damage_of(path):
-    """What is wrong with the bytes of a checkpoint -> text, "" when they are those that were written."""
-    hashes = known_hashes(path)
-    if not hashes:  # copied without its hash: the archive's own checksums, which torch.load does not compare
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        return f"checksum of {damaged}" if damaged else ""
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 22):
-            sha256.update(block)
-    return "" if sha256.hexdigest() in hashes else f"its SHA-256 is {sha256.hexdigest()[:12]}..., not {hashes[0][:12]}..."
+    """What is wrong with the bytes of a checkpoint -> text, "" when they are those that were written.
+
+    Every member of the archive has a CRC-32, which torch.load does not compare. Of 1,200 flipped bits, 200 cuts and 200 zeroed
+    pages none got by with other content (what it lets through is padding); it takes less than half the time of SHA-256.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    return f"checksum of {damaged}" if damaged else ""
+
+
+def saved_config(state):
+    """The config in a checkpoint; fields that this file no longer has are left out. UsageError, TypeError where it is none."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in state["cfg"].items() if name in FIELD_TYPES}
+    cfg = VJepaAutoV2Config(**values)
+    validate_config(cfg)
+    return cfg
+
+
+@lru_cache(maxsize=4)
+def checkpoint_template(cfg_json):
+    """A config as JSON -> (a model of it without memory, its optimizer's state): what a checkpoint is compared with."""
+    with torch.device("meta"):
+        model = WorldModel(saved_config({"cfg": json.loads(cfg_json)}))
+        return model, build_optimizer(model, model.cfg)
+
+
+def compare_tensors(found, wanted, name):
+    """ValueError unless a dict of tensors has the keys, shapes and types of another."""
+    odd = found.keys() ^ wanted.keys()
+    if odd:
+        raise ValueError(f"{name}: {shown(sorted(map(str, odd))[0])} is missing or too much")
+    for key, tensor in wanted.items():
+        value = found[key]
+        if not isinstance(value, torch.Tensor) or (value.shape, value.dtype, value.layout, value.device.type) != (tensor.shape, tensor.dtype, torch.strided, "cpu"):
+            raise ValueError(f"{name}: {key} is not a {str(tensor.dtype)[6:]} of shape {list(tensor.shape)}")
+
+
+def same_kind(value, wanted):
+    """Whether a setting of an optimizer group is of another one's kind: flags, finite numbers, texts, lists of such."""
+    if isinstance(wanted, (list, tuple)):
+        return isinstance(value, (list, tuple)) and len(value) == len(wanted) and all(map(same_kind, value, wanted))
+    if wanted is None or isinstance(wanted, bool):
+        return value is None or isinstance(value, bool)
+    return isinstance(value, str) if isinstance(wanted, str) else fits(float, value) and math.isfinite(value)
+
+
+def compare_optimizer(found, optimizer):
+    """ValueError unless the state of an optimizer is one that this optimizer can have. Later versions of torch may add settings."""
+    for group, wanted in zip(found["param_groups"], optimizer.state_dict()["param_groups"], strict=True):
+        odd = [key for key, value in wanted.items() if key in group and not same_kind(group[key], value)]
+        if odd or group["params"] != wanted["params"] or not {"lr", "betas", "eps", "weight_decay", "peak_lr"} <= group.keys():
+            raise ValueError(f"opt: a group of parameters has other settings{': ' + odd[0] if odd else ''}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, entry in found["state"].items():
+        moment = parameters[operator.index(number)]
+        compare_tensors({key: entry[key] for key in ("step", "exp_avg", "exp_avg_sq")},
+                        {"step": torch.empty((), device="meta"), "exp_avg": moment, "exp_avg_sq": moment}, f"opt {number}")
+
+
+def check_insides(state):
+    """ValueError, or whatever else wrong types lead to, unless a checkpoint holds what one of its own config holds."""
+    model, optimizer = checkpoint_template(json.dumps(asdict(saved_config(state))))
+    for name, least, most in (("step", 0, 10**9), ("consumed", 0, 2**62), ("skipped", 0, 10**9), ("world_size", 1, 10**6)):
+        if not fits(int, state[name]) or not least <= state[name] <= most:
+            raise ValueError(f"{name} = {shown(state[name])}")
+    if not fits(float, state["seconds"]) or not 0 <= state["seconds"] < math.inf or not isinstance(state.get("flow_fitted", False), bool):
+        raise ValueError(f"seconds = {shown(state['seconds'])}, flow_fitted = {shown(state.get('flow_fitted'))}")
+    if not all(isinstance(text, str) for text in (state["source"], state["data"]["kind"], state["data"]["root"])):
+        raise ValueError("source and data must be texts")
+    for name in ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target"):
+        compare_tensors(state[name], getattr(model, name).state_dict(), name)
+    if state.get("soon_predictor") is not None:
+        compare_tensors(state["soon_predictor"], model.predictor.state_dict(), "soon_predictor")
+    compare_tensors(state["flow_stats"], model.space.state_dict(), "flow_stats")
+    compare_tensors(state["outcome_queue"], {"keys": model.queue, "filled": model.queue_filled}, "outcome_queue")
+    if not 0 <= int(state["outcome_queue"]["filled"]) <= len(model.queue):
+        raise ValueError(f"outcome_queue: {int(state['outcome_queue']['filled'])} of {len(model.queue)} places filled")
+    compare_optimizer(state["opt"], optimizer)
+    if state["scaler"] and not all(same_kind(state["scaler"][name], 1) for name in torch.amp.GradScaler("cpu", enabled=True).state_dict()):
+        raise ValueError("scaler: not all of its values are numbers")
+    if len(state["rng"]) != state["world_size"]:
+        raise ValueError(f"rng: of {len(state['rng'])} ranks, world_size = {state['world_size']}")
+    for rng in state["rng"]:
+        torch.Generator().set_state(rng["torch"])
+        if rng["cuda"] is not None and rng["cuda"].dtype != torch.uint8:
+            raise ValueError("rng: not bytes")
 
 
 def load_checkpoint(path):
     """Read a checkpoint with weights_only -> state dict on the CPU. BadCheckpoint when it is damaged or not one of ours."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UsageError(f"resume {path}: no such checkpoint")
+    if not path.is_file():
+        raise BadCheckpoint(f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; use another one, or --resume never")
     try:
         damage = damage_of(path)
         if damage:
             raise zipfile.BadZipFile(damage)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file can make the unpickler raise anything; it is named and refused
+        missing = CHECKPOINT_KEYS - (state.keys() if isinstance(state, dict) else set())
+        if missing:
+            raise BadCheckpoint(f"checkpoint {path}: not a VJepa_AUTO_V2 checkpoint (it lacks {', '.join(sorted(missing))})")
+        if not fits(int, state["format"]) or state["format"] != CHECKPOINT_FORMAT:
+            raise BadCheckpoint(f"checkpoint {path}: format {shown(state['format'])}, this file reads format {CHECKPOINT_FORMAT}")
+        check_insides(state)
+    except BadCheckpoint:
+        raise
+    except Exception as error:  # a foreign file can make the unpickler, and its insides whoever looks at them, raise anything; it is named and refused
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise BadCheckpoint(f"checkpoint {path}: not readable ({why}); use another one, or --resume never") from error
-    missing = CHECKPOINT_KEYS - (state.keys() if isinstance(state, dict) else set())
-    if missing:
-        raise BadCheckpoint(f"checkpoint {path}: not a VJepa_AUTO_V2 checkpoint (it lacks {', '.join(sorted(missing))})")
-    if state["format"] != CHECKPOINT_FORMAT:
-        raise BadCheckpoint(f"checkpoint {path}: format {state['format']}, this file reads format {CHECKPOINT_FORMAT}")
+        raise BadCheckpoint(f"checkpoint {path}: not readable, damaged or made by another version ({why}); use another one, or --resume never") from error
     return state
 
 
@@ -3318,7 +3533,8 @@ def restore_model(state, model):
 def restore_run(state, optimizer, scaler, process):
     """Load optimizer, scaler and, when the number of ranks is the same, each rank's random state."""
     optimizer.load_state_dict(state["opt"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty where the run so far needed none
+        scaler.load_state_dict(state["scaler"])
     if state["world_size"] == process.world_size:
         rng = state["rng"][process.rank]
         torch.set_rng_state(rng["torch"])
@@ -3329,8 +3545,7 @@ def restore_run(state, optimizer, scaler, process):
 def load_model(path, device="cpu"):
     """Checkpoint -> (WorldModel in eval mode on the device, its config): what tools and notebooks start from."""
     state = load_checkpoint(path)
-    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in state["cfg"].items() if name in FIELD_TYPES}
-    cfg = VJepaAutoV2Config(**saved)
+    cfg = saved_config(state)
     model = WorldModel(cfg)
     restore_model(state, model)
     return model.to(device).eval(), cfg
@@ -3342,7 +3557,7 @@ def run_info(cfg, argv, source):
     head = subprocess.run([git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True) if git else None
     commit = head.stdout.strip() if head is not None and head.returncode == 0 else "unknown"
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "numpy", "av")}
-    return {"versions": {"python": platform.python_version(), **versions}, "commit": commit, "command": list(argv),
+    return {"versions": {"python": platform.python_version(), **versions}, "commit": commit, "command": list(argv), "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
             "data": {"kind": source.kind, "root": source.root, "train_files": len(source.train), "val_files": len(source.val)},
             "decoders": [name for name in DECODERS[cfg.decoder] if importlib.util.find_spec({"pyav": "av"}.get(name, name))]}
 
@@ -3352,73 +3567,142 @@ def format_number(value):
     return str(value) if isinstance(value, (int, str)) else f"{value:.4g}"
 
 
-class RunLog:
-    """Console text to stdout and train.log, records to metrics.jsonl, bad files to bad_files.jsonl. Silent off rank 0."""
+def reject_constant(name):
+    """For json.loads: NaN and infinities are no JSON."""
+    raise ValueError(name)
 
-    def __init__(self, cfg, is_main):
-        self.folder, self.is_main, self.bad, self.trackers = Path(cfg.out_dir), is_main, {}, []
-        self.bar_width, self.pending, self.evaluated = 0, {}, set()
-        if not is_main:
-            return
-        for package in filter(None, cfg.track.split(",")):
-            if importlib.util.find_spec(package) is None:
-                raise UsageError(f"track = {cfg.track}: {package} is not installed (pip install {package}), or leave --track out")
-        if "tensorboard" in cfg.track:
+
+def read_rows(path, types):
+    """The objects of a jsonl file that have these keys -> (list of dicts, numbers of the lines that are none: damaged, or torn by a kill)."""
+    rows, damaged = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line.decode("utf-8"), parse_constant=reject_constant)
+            if not all(fits(kind, row[key]) for key, kind in types.items()):
+                raise ValueError("a value of another type")
+            json.dumps(row, allow_nan=False)  # 1e999 is read as infinity
+        except (ValueError, TypeError, LookupError, RecursionError):
+            damaged.append(number)
+        else:
+            rows.append(row)
+    return rows, damaged
+
+
+class Tracker:
+    """One of the packages that --track names. Whatever a foreign package raises costs the tracker, never the run."""
+
+    def __init__(self, package, cfg, tell):
+        self.package, self.tell, self.writer = package, tell, None
+        self.call(self.open, cfg)
+
+    def call(self, work, *args):
+        """Let the package work, and leave it out from its first failure on."""
+        try:
+            work(*args)
+        except (Exception, SystemExit) as error:  # a foreign package's, of any kind: a full disk, a lost network, a login
+            self.writer = None
+            self.tell(f"WARNING: track: {self.package} failed ({type(error).__name__}: {error}) and is left out from here on")
+
+    def open(self, cfg):
+        """Start the package."""
+        if self.package == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self.trackers.append(("tensorboard", SummaryWriter(str(self.folder / "tensorboard"))))
-        if "wandb" in cfg.track:
+            self.writer = SummaryWriter(str(Path(cfg.out_dir) / "tensorboard"))
+        else:
             import wandb
 
-            self.trackers.append(("wandb", wandb.init(project="vjepa_auto_v2", name=self.folder.name, dir=cfg.out_dir, config=asdict(cfg), resume="allow")))
+            self.writer = wandb.init(project="vjepa_auto_v2", name=Path(cfg.out_dir).name, dir=cfg.out_dir, config=asdict(cfg), resume="allow")
+
+    def record(self, values):
+        """Hand over one record of metrics.jsonl."""
+        if self.writer is not None:
+            self.call(self.write, {key: value for key, value in values.items() if key != "step"}, values["step"])
+
+    def write(self, numbers, step):
+        """One record in the package's own terms."""
+        if self.package == "wandb":
+            self.writer.log(numbers, step=step)
+            return
+        for key, value in numbers.items():
+            self.writer.add_scalar(key, value, step)
+        self.writer.flush()
+
+
+class RunLog:
+    """Console text to stdout and train.log, records to metrics.jsonl, bad files to bad_files.jsonl. Silent off rank 0.
+
+    `folder` is the RunFolder, without which nobody checks whether out_dir is still ours. A console that is lost costs nothing else.
+    """
+
+    def __init__(self, cfg, is_main, folder=None):
+        self.folder, self.is_main, self.owner, self.bad, self.trackers = Path(cfg.out_dir), is_main, folder, {}, []
+        self.bar_width, self.pending, self.evaluated, self.lost = 0, {}, set(), ""
+        packages = list(filter(None, cfg.track.split(","))) if is_main else []
+        for package in packages:
+            if importlib.util.find_spec(package) is None:
+                raise UsageError(f"track = {cfg.track}: {package} is not installed (pip install {package}), or leave --track out")
+        self.trackers = [Tracker(package, cfg, self.line) for package in packages]
 
     def line(self, text):
         """One line of console text."""
         if self.is_main:
+            text = one_line(text, MAX_LINE) + "\n"
             self.clear_bar()
-            print(text, flush=True)
-            self.append("train.log", text + "\n")
+            self.show(text)
+            self.append("train.log", text)
+
+    def show(self, text):
+        """Text on the console; the first time that it cannot be written is remembered."""
+        self.lost = self.lost or emit(text, sys.stdout)
 
     def append(self, name, text):
         """Add whole lines to a file of the run. While the disk refuses they wait in memory, and no half line stays behind."""
-        path, waiting = self.folder / name, self.pending.pop(name, "") + text
-        size = path.stat().st_size if path.exists() else 0
+        path, size, told = self.folder / name, None, name in self.pending
+        waiting = self.pending.pop(name, "") + text
         try:
+            if self.owner is not None:
+                self.owner.check()
+            size = path.stat().st_size if path.exists() else 0
             with open(path, "ab") as handle:
                 handle.write(waiting.encode())
         except OSError as error:
             self.pending[name] = waiting
-            print(f"WARNING: {path} cannot be written ({error.strerror}); its lines wait in memory", file=sys.stderr)
-            if path.exists():
-                os.truncate(path, size)
+            if not told:
+                say(f"WARNING: {path} cannot be written ({error.strerror}); its lines wait in memory", sys.stderr)
+            if size is not None:
+                with suppress(OSError):  # a disk that refuses this as well has taken no half line either
+                    os.truncate(path, size)
+
+    def close(self):
+        """The last word in train.log, where the console did not get all."""
+        for name in list(self.pending):
+            self.append(name, "")
+        if self.is_main and self.lost:
+            self.append("train.log", f"WARNING: the console was lost in this run ({one_line(self.lost)}); this file holds all of its lines\n")
 
     def bar(self, step, steps, text):
         """Progress bar on a terminal; nothing elsewhere, where plain lines tell."""
-        if self.is_main and sys.stdout.isatty():
+        if self.is_main and is_terminal(sys.stdout):
             filled = round(24 * step / steps)
-            bar = f"[{'#' * filled}{'.' * (24 - filled)}] {step}/{steps} {text}"[: shutil.get_terminal_size().columns - 1]
-            print("\r" + bar.ljust(self.bar_width), end="", flush=True)
+            bar = one_line(f"[{'#' * filled}{'.' * (24 - filled)}] {step}/{steps} {text}")[: shutil.get_terminal_size().columns - 1]
+            self.show("\r" + bar.ljust(self.bar_width))
             self.bar_width = len(bar)
 
     def clear_bar(self):
         if self.bar_width:
-            print("\r" + " " * self.bar_width + "\r", end="")
+            self.show("\r" + " " * self.bar_width + "\r")
             self.bar_width = 0
 
     def record(self, values, mark=""):
-        """One object in metrics.jsonl and one `key:value` line, prefixed by `mark`."""
+        """One object in metrics.jsonl and one `key:value` line, prefixed by `mark`. JSON knows no NaN and no infinity: null."""
         if not self.is_main:
             return
-        self.append("metrics.jsonl", json.dumps({key: value if value == value else None for key, value in values.items()}) + "\n")
+        plain = {key: value if not isinstance(value, float) or math.isfinite(value) else None for key, value in values.items()}
+        self.append("metrics.jsonl", json.dumps(plain, allow_nan=False) + "\n")
         self.line(mark + " ".join(f"{key}:{format_number(value)}" for key, value in values.items()))
-        for kind, tracker in self.trackers:
-            numbers = {key: value for key, value in values.items() if key != "step"}
-            if kind == "wandb":
-                tracker.log(numbers, step=values["step"])
-            else:
-                for key, value in numbers.items():
-                    tracker.add_scalar(key, value, values["step"])
-                tracker.flush()
+        for tracker in self.trackers:
+            tracker.record(values)
 
     def add_bad(self, entries):
         """Name files that could not be decoded, each once."""
@@ -3431,44 +3715,40 @@ class RunLog:
                 self.line(f"bad file: {name}: {reason}")
 
     def forget_after(self, step, finished):
-        """Drop records beyond a resumed step, so that metrics.jsonl holds no step twice; read the bad files and evaluated steps known so far."""
-        for name in ("metrics.jsonl", "bad_files.jsonl"):
+        """Drop records beyond a resumed step, so that metrics.jsonl holds no step twice; read the bad files and evaluated steps known so far.
+
+        Lines that are damaged are told and left out.
+        """
+        for name, types in (("metrics.jsonl", {"step": int}), ("bad_files.jsonl", {"path": str, "reason": str})):
             path = self.folder / name
             if not path.is_file():
                 continue
-            rows = []
-            for text in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    rows.append(json.loads(text))
-                except json.JSONDecodeError:
-                    continue  # a line torn by a kill
+            rows, damaged = read_rows(path, types)
+            if damaged:
+                self.line(f"WARNING: {path}: line {', '.join(map(str, damaged[:10]))}{'...' if damaged[10:] else ''} cannot be read, damaged or torn, and is left out")
             if name == "bad_files.jsonl":
                 self.bad = {row["path"]: row["reason"] for row in rows}
-                continue
-            self.evaluated = {row["step"] for row in rows if "val_loss_soon" in row}
-            if self.is_main:
-                kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] < step or row["step"] == step and not (finished and "val_loss_soon" in row))
+            else:
+                self.evaluated = {row["step"] for row in rows if "val_loss_soon" in row}
+                rows = [row for row in rows if row["step"] < step or row["step"] == step and not (finished and "val_loss_soon" in row)]
+            if self.is_main and (damaged or name == "metrics.jsonl"):
+                kept = "".join(json.dumps(row) + "\n" for row in rows)
                 write_atomic(path, lambda handle: handle.write(kept.encode()))
 
 
+COMPANIONS = ("metrics.jsonl", "train.log", "bad_files.jsonl", "config.json", "futures.png")  # files of a run beside its checkpoints
+
+
 def sweep_folder(folder):
-    """Delete what writers that were killed left behind: temporary files, and hashes without their checkpoint."""
+    """Delete the temporary files of writers that were killed; move aside what has a companion's name and is no file (a pipe would block)."""
     for stale in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
-        stale.unlink(missing_ok=True)
-    for hashes in (folder / "checkpoints").glob("*.sha256"):
-        if not hashes.with_suffix("").exists():
-            hashes.unlink()
-
-
-def open_folder(cfg):
-    """Create out_dir and prove that it is writable. UserError says what is in the way."""
-    folder = Path(cfg.out_dir)
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / ".writable", lambda handle: handle.write(b"ok"))
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"out_dir {cfg.out_dir}: cannot be written ({error.strerror}); choose another --out_dir") from error
+        if re.fullmatch(r"\.(ckpt_(\d+|final)\.pt(\.sha256)?|status\.json|[a-z_]+\.jsonl|config\.json)\.\d+\.tmp", stale.name) and stale.is_file():
+            stale.unlink(missing_ok=True)
+    for path in [folder / name for name in (*COMPANIONS, "status.json")]:
+        if os.path.lexists(path) and not path.is_file():
+            aside = previous_folder(folder)
+            path.rename(aside / path.name)
+            say(f"WARNING: {path} is not a file, and was moved to {aside}", sys.stderr)
 
 
 class RunFolder:
@@ -3479,67 +3759,85 @@ class RunFolder:
     """
 
     def __init__(self, cfg, process):
-        self.folder, self.lease, self.step, self.reason, self.closing = Path(cfg.out_dir), None, 0, "", []
+        self.folder, self.lease, self.step, self.reason, self.closing, self.taken = Path(cfg.out_dir), None, 0, "", [], False
+        self.where = "while it started; run the same command to go on"
         if not process.is_main:
             return
-        open_folder(cfg)
-        handle = open(self.folder / ".lease", "a+", encoding="utf-8")
+        try:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.place = self.folder.stat()
+            self.take()
+            sweep_folder(self.folder)
+            self.write_status("running", None)
+        except OSError as error:
+            raise UserError(f"out_dir {cfg.out_dir}: cannot be written ({error.strerror}); choose another --out_dir") from error
+
+    def take(self):
+        """Lock .lease. UserError when another run holds it."""
+        handle = open(self.folder / ".lease", "a+", encoding="utf-8", errors="replace")
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             handle.seek(0)
-            owner = handle.read().strip() or "unknown"
+            owner = handle.read(300).strip() or "unknown"
             handle.close()
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(f"out_dir {cfg.out_dir}: another run writes there ({owner}); stop it, or choose another --out_dir") from error
-            raise UserError(f"out_dir {cfg.out_dir}: its file system gives no locks ({error.strerror}), so nothing would keep a second run away; "
+                raise UserError(f"out_dir {self.folder}: another run writes there ({owner}); stop it, or choose another --out_dir") from error
+            raise UserError(f"out_dir {self.folder}: its file system gives no locks ({error.strerror}), so nothing would keep a second run away; "
                             "choose another --out_dir") from error
         handle.truncate(0)
         handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
         handle.flush()
         self.lease = handle
-        sweep_folder(self.folder)
-        self.status("running")
 
-    def status(self, state, exit_code=None):
-        """Write status.json. state: running | finished | stopped | failed; running with a dead pid means killed."""
+    def check(self):
+        """OSError unless out_dir still is the folder whose lease this run holds: it may have been removed, and made anew by another run."""
         if self.lease is None:
             return
+        try:
+            self.taken = not os.path.samestat(os.stat(self.folder / ".lease"), os.fstat(self.lease.fileno()))
+        except FileNotFoundError:
+            if not os.path.samestat(os.stat(self.folder), self.place):  # the folder's own absence is the error
+                raise OSError(errno.ESTALE, "the folder was removed while the run writes there") from None
+            self.take()  # the lease alone was deleted
+        if self.taken:
+            raise OSError(errno.ESTALE, "another run has made the folder anew and writes there")
+
+    def write_status(self, state, exit_code):
+        """Write status.json. state: running | finished | stopped | failed; running with a dead pid means killed."""
         values = {"state": state, "exit_code": exit_code, "step": self.step, "reason": self.reason, "host": socket.gethostname(), "pid": os.getpid(),
-                  "attempt": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+                  "attempt": restart_count(), "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        self.check()
         write_atomic(self.folder / "status.json", lambda handle: handle.write(json.dumps(values).encode()))
+
+    def status(self, state, exit_code):
+        """Write how the run ended, or say why that is not possible: it must not hide the end itself."""
+        if self.lease is None:
+            return
+        try:
+            self.write_status(state, exit_code)
+        except (OSError, UserError) as error:
+            say(f"WARNING: {self.folder}/status.json could not be written ({error})", sys.stderr)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        """Leave the folder and close what is in `closing`; a full disk must not hide the error that ended the run behind its own."""
+        """Leave the folder and close what is in `closing`."""
         for thing in self.closing:
             thing.close()
-        if self.lease is None:
-            return
-        try:
-            if error is not None:
-                self.reason = " ".join(f"{kind.__name__}: {error}".split())[:500]
-                self.status("failed", getattr(error, "exit_code", EXIT_ERROR))
-        except OSError as second:
-            print(f"status.json could not be written ({second.strerror})", file=sys.stderr)
-        finally:
+        if error is not None:
+            self.reason = " ".join(f"{kind.__name__}: {error}".split())[:500]
+            self.status("failed", getattr(error, "exit_code", EXIT_ERROR))
+        if self.lease is not None:
             self.lease.close()
             self.lease = None
-
-
-def previous_folder(folder):
-    """A new folder previous_<k> for what a run no longer goes on from."""
-    aside = next(name for k in itertools.count(1) if not (name := Path(folder) / f"previous_{k}").exists())
-    aside.mkdir()
-    return aside
 
 
 def put_aside(cfg):
     """`--resume never` in a used folder: move the old run's files to previous_<k> instead of mixing with or losing them."""
     folder = Path(cfg.out_dir)
-    old = [folder / name for name in ("checkpoints", "metrics.jsonl", "train.log", "bad_files.jsonl", "config.json", "futures.png")]
+    old = [folder / name for name in ("checkpoints", *COMPANIONS)]
     old = [path for path in old if path.is_file() or path.is_dir() and any(path.iterdir())]
     aside = previous_folder(folder) if old else None
     for path in old:
@@ -3571,7 +3869,8 @@ def flow_spread(model, context, future, num_samples=8):
 
 @torch.no_grad()
 def validate(model, source, process, deadline=math.inf):
-    """Losses and gauges on val_clips held-out clips, the same ones every time -> (dict of val_* floats, bad files).
+    """Losses and gauges on val_clips held-out clips, the same ones every time -> (dict of val_* floats, bad files). StoppedTogether on a
+    signal.
 
     One batch is seen at least; the others only before the deadline (a reading of time.monotonic) on every rank.
     """
@@ -3581,7 +3880,7 @@ def validate(model, source, process, deadline=math.inf):
     loader = open_loader(source, cfg, "val", sampler, min(cfg.num_workers, 2), process.device.type == "cuda")
     was_training, sums, targets, looks, bad, spread = model.training, {}, [], [], [], 0.0
     model.eval()
-    for batch in loader:
+    for batch in process.walk(loader):
         bad += batch["bad"]
         batch = to_device(batch, process.device)
         with autocast(process):
@@ -3601,7 +3900,7 @@ def validate(model, source, process, deadline=math.inf):
     targets, looks = torch.cat(targets), torch.cat(looks)
     several = bool((looks != looks[0]).any())  # one short held-out file gives the same clip again and again: nothing to compare
     # a ratio of means: clips in which nothing moves would blow up a mean of ratios
-    sums["soon_skill"] = 1 - sums["loss_soon"] / sums["persistence"]
+    sums["soon_skill"] = float(saved_share(*torch.tensor([sums["loss_soon"], sums["persistence"]], dtype=torch.float64)))
     sums |= {"target_std": float(target_std(targets)), "target_std_clips": float(target_std_clips(targets)) if several else float("nan"),
              "effective_rank": float(effective_rank(targets)), "flow_spread": spread, "clips": len(looks) * process.world_size}
     names = [key for key in VAL_KEYS if key.removeprefix("val_") in sums]
@@ -3615,7 +3914,8 @@ def verdict(metrics, cfg):
     std, what = (across, "across clips") if math.isfinite(across) else (metrics["val_target_std"], "(one held-out clip)")
     collapsed = std < 0.2 or rank < 0.05 * cfg.enc_dim
     health = "COLLAPSED: lower lr, raise ema_momentum or warm up longer" if collapsed else "no sign of collapse"
-    moves = "better than a world that stands still" if skill > 0 else "no better than a world that stands still"
+    moves = ("better than a world that stands still" if skill > 0 else "no better than a world that stands still" if skill <= 0
+             else "nothing moves in the held-out clips")
     return (f"soon_skill {skill:.2f} ({moves}), sampled futures spread {metrics['val_flow_spread']:.2f} of real ones, "
             f"effective rank {rank:.1f} of {cfg.enc_dim}, target std {what} {std:.2f}: {health}")
 
@@ -3629,6 +3929,8 @@ def encode_bank(model, source, process, num_clips, deadline):
     futures, numbers, files = [], [], []
     loader = open_loader(source, cfg, "bank", sampler, min(cfg.num_workers, 2))
     for batch in loader:
+        if process.stop.asked():  # rank 0 alone is here, the others learn of it afterwards
+            raise Stopped
         with autocast(process):
             targets = model.make_targets(model.normalise(batch["frames"].to(process.device)))
         usable = (batch["file"] >= 0).tolist()
@@ -3759,7 +4061,7 @@ def retire_later(cfg, step, resumed_from):
     find them. A final checkpoint that the run is extended from becomes a numbered one."""
     folder, aside = Path(cfg.out_dir), None
     for saved_step, path in checkpoint_files(folder):
-        if path.resolve() == Path(resumed_from).resolve():
+        if os.path.realpath(path) == os.path.realpath(resumed_from):
             if saved_step == math.inf and step < cfg.steps:
                 move_checkpoint(path, path.with_name(f"ckpt_{step}.pt"))
         elif saved_step > step:
@@ -3767,12 +4069,34 @@ def retire_later(cfg, step, resumed_from):
             move_checkpoint(path, aside / path.name)
 
 
+def is_restart(cfg):
+    """Whether torchrun starts this run again after it had begun: config.json then holds the id of this launch."""
+    if not restart_count():
+        return False
+    try:
+        config = json.loads((Path(cfg.out_dir) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("launch") == os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def newest_of_launch(cfg, tell):
+    """What a restarted run goes on from -> (state, path): its own newest checkpoint, whatever --resume asked for when it began; (None, None)
+    where it has made none, and --resume FILE counts."""
+    state, path = newest_checkpoint(cfg.out_dir, tell)
+    if state is not None and cfg.resume != "never" and os.path.lexists(cfg.resume) and load_checkpoint(cfg.resume)["step"] >= state["step"]:
+        return None, None
+    return state, path
+
+
 def open_run(cfg, process, log):
     """Find what to resume from, the same on all ranks -> (state or None, its path). Refuses another run's checkpoint."""
-    state, path = None, "" if cfg.resume in ("auto", "never") else cfg.resume
+    state, path = None, None
     if process.is_main and cfg.resume == "auto":
         state, path = newest_checkpoint(cfg.out_dir, log.line)
-    path = process.collect(str(path or ""))[0]
+    elif process.is_main and is_restart(cfg):
+        state, path = newest_of_launch(cfg, log.line)
+    path = process.collect(str(path or ("" if cfg.resume in ("auto", "never") else cfg.resume)))[0]
     if not path:
         return None, None
     state = state or load_checkpoint(path)
@@ -3816,18 +4140,22 @@ def rehearse(model, wrapped, cfg, process):
 def save_run(model, optimizer, scaler, source, process, progress, log, final=False, must=False):
     """Gather the state of all ranks, which must still hold the same weights, and let rank 0 write it.
 
-    Where the disk refuses, that is told and the run goes on to its next checkpoint; with `must` it is a UserError.
+    Where the disk refuses, that is told and the run goes on to its next checkpoint; with `must`, or when another run has taken
+    the folder, it is a UserError.
     """
     check_ranks(process, weights=digest(fingerprint(model)))
     state = checkpoint_state(model, optimizer, scaler, source, process, progress)
     if not process.is_main:
         return
     try:
+        if log.owner is not None:
+            log.owner.check()
         save_checkpoint(state, model.cfg.out_dir, model.cfg, final)
+        process.stop.saved = progress.step
     except OSError as error:
         newest = checkpoint_files(model.cfg.out_dir)
         text = f"checkpoint of step {progress.step} could not be saved ({error.strerror}); {newest[-1][1] if newest else 'no earlier one'} stands"
-        if must:
+        if must or log.owner is not None and log.owner.taken:
             raise UserError(f"{text}; make room and run the same command again") from error
         log.line(f"WARNING: {text}, the next try is in {model.cfg.ckpt_every} steps")
 
@@ -3916,14 +4244,14 @@ class Clock:
 
 
 @torch.no_grad()
-def cache_latents(model, source, process, start, num_clips, log, stop):
-    """Frozen latents of this rank's clips, from sample `start` on -> (contexts [n, K, D], futures [n, F, D]) on the CPU, None when stopped."""
+def cache_latents(model, source, process, start, num_clips, log):
+    """Frozen latents of this rank's clips, from sample `start` on -> (contexts [n, K, D], futures [n, F, D]) on the CPU."""
     cfg, size = model.cfg, 4 * model.cfg.batch_size
     kept = torch.bfloat16 if cfg.amp else torch.float32
     num_batches = math.ceil(num_clips / (size * process.world_size))
     sampler = StepSampler(start, num_batches, size, process.rank, process.world_size)
     cached, began, told = None, time.perf_counter(), 1
-    for number, batch in enumerate(open_loader(source, cfg, "train", sampler, cfg.num_workers)):
+    for number, batch in enumerate(process.walk(open_loader(source, cfg, "train", sampler, cfg.num_workers))):
         with torch.no_grad(), autocast(process):
             clip = model.normalise(batch["frames"].to(process.device))
             parts = model.encode_now(model.online.tokenizer(clip[:, : cfg.now_frames])), model.future_target(model.make_targets(clip))
@@ -3935,8 +4263,6 @@ def cache_latents(model, source, process, start, num_clips, log, stop):
         if time.perf_counter() - began > 60 * told:
             told += 1
             log.line(f"latents for the flow phase: {(number + 1) * size * process.world_size} of {num_clips} clips")
-        if number % 16 == 0 and process.any(bool(stop.reason))[0]:
-            return None
     return cached
 
 
@@ -4011,8 +4337,8 @@ def flow_fit_loss(model, contexts, y, kept, process, step=None):
         return velocity_loss(net, net.project(context), clean, noise, tau)
 
 
-def fit_net(net, slow, num_steps, loss_at, name, key, began, cfg, process, log, stop):
-    """Fit a net on frozen latents, and its EMA `slow` where there is one, until a signal ends it.
+def fit_net(net, slow, num_steps, loss_at, name, key, began, cfg, process, log):
+    """Fit a net on frozen latents, and its EMA `slow` where there is one. StoppedTogether when a signal ends it.
 
     loss_at(step) is the loss of a step, loss_at() the held-out one; the log's lines begin with `name` and call the loss `key`.
     """
@@ -4029,12 +4355,12 @@ def fit_net(net, slow, num_steps, loss_at, name, key, began, cfg, process, log, 
             with torch.no_grad():
                 held = float(loss_at())
             log.line(f"{name} step:{step + 1} {key}:{float(loss.detach()):.4g} held_out:{held:.4g} time:{time.perf_counter() - began:.0f}")
-            if process.any(bool(stop.reason))[0]:
-                break
+        if step % 50 == 0:
+            process.stop_together()
     net.requires_grad_(False)
 
 
-def fit_soon(model, contexts, futures, kept, process, log, stop):
+def fit_soon(model, contexts, futures, kept, process, log):
     """Fit a copy of the predictor to the SOON tokens of the first `kept` clips with the loss of training.
 
     A clip costs a small part of a training step here (no encoder, no mask of the whole clip), and its targets stand still: proof
@@ -4044,11 +4370,11 @@ def fit_soon(model, contexts, futures, kept, process, log, stop):
     loss_at = partial(soon_fit_loss, model, contexts, futures, kept, process)
     with torch.no_grad():
         log.line(f"{name} step:0 held_out:{float(loss_at()):.4g}")
-    fit_net(net, None, cfg.soon_fit_steps, loss_at, name, "loss_soon", time.perf_counter(), cfg, process, log, stop)
+    fit_net(net, None, cfg.soon_fit_steps, loss_at, name, "loss_soon", time.perf_counter(), cfg, process, log)
 
 
-def fit_flow(model, source, process, log, stop, progress):
-    """The flow phase: the encoders stand still, so latents are made once and seen often -> False when stopped by a signal.
+def fit_flow(model, source, process, log, progress):
+    """The flow phase: the encoders stand still, so latents are made once and seen often. StoppedTogether on a signal.
 
     First SOON's copy of the predictor, then the flow net over what that forecast leaves open. One clip in twenty is held
     out; when its loss rises while the other falls, the net learns clips by heart: more flow_fit_clips.
@@ -4056,44 +4382,48 @@ def fit_flow(model, source, process, log, stop, progress):
     cfg, began = model.cfg, time.perf_counter()
     model.eval()
     with spare_threads(cfg.num_workers):
-        cached = cache_latents(model, source, process, progress.consumed, cfg.flow_fit_clips, log, stop)
-    if cached is None:
-        return False
-    contexts, futures = cached
+        contexts, futures = cache_latents(model, source, process, progress.consumed, cfg.flow_fit_clips, log)
     kept = max(1, len(contexts) - len(contexts) // 20)
     log.line(f"flow phase: latents of {len(contexts) * process.world_size} clips in {describe_time(time.perf_counter() - began)}")
     if cfg.soon_fit_steps:
-        fit_soon(model, contexts, futures, kept, process, log, stop)
-    if process.any(bool(stop.reason))[0]:
-        return False
+        fit_soon(model, contexts, futures, kept, process, log)
+    process.stop_together()
     y = flow_coordinates(model, contexts, futures, process)
-    del cached, futures
+    del futures
     log.line(f"flow phase: {float(model.space.explained):.0%} of the residual in {cfg.flow_rank} directions; {cfg.flow_fit_steps} steps")
     model.flow_ema.load_state_dict(model.flow.state_dict())
     loss_at = partial(flow_fit_loss, model, contexts, y, kept, process)
-    fit_net(model.flow, model.flow_ema, cfg.flow_fit_steps, loss_at, "flow phase", "loss_flow", began, cfg, process, log, stop)
-    return not process.any(bool(stop.reason))[0]
+    fit_net(model.flow, model.flow_ema, cfg.flow_fit_steps, loss_at, "flow phase", "loss_flow", began, cfg, process, log)
 
 
 END_S = 20.0  # for the last evaluation, and again for the picture; a hundredth of a long run's time where that is more
 
 
-def finish(model, optimizer, scaler, source, process, log, mark, progress):
-    """Save ckpt_final.pt, evaluate on held-out clips, draw futures.png -> exit code."""
-    cfg = model.cfg
-    save_run(model, optimizer, scaler, source, process, progress, log, final=True, must=True)
-    seconds = max(END_S, 0.01 * progress.seconds)
+def show_futures(model, source, process, values, log, seconds):
+    """Rank 0 draws futures.png in at most about so many seconds; a full disk does not turn it into an error."""
+    if not process.is_main:
+        return
+    path = Path(model.cfg.out_dir) / "futures.png"
+    model.eval()
+    try:
+        drawn, looked = draw_futures(model, source, process, values, path, seconds)
+    except OSError as error:
+        log.line(f"WARNING: {path} could not be written ({error.strerror})")
+    else:
+        log.line(f"picture: {path}, {drawn} clips, each sample's nearest of {looked} real ones in at most {seconds:.0f} s")
+
+
+def finish(model, source, process, log, mark, progress):
+    """After ckpt_final.pt: evaluate on held-out clips, draw futures.png -> exit code. StoppedTogether on a signal."""
+    cfg, seconds = model.cfg, max(END_S, 0.01 * progress.seconds)
     values, bad = validate(model, source, process, time.monotonic() + seconds)
     check_bad_files(log, bad, source, cfg, process)
     if values["val_clips"] < cfg.val_clips:
         log.line(f"evaluation: its {seconds:.0f} s were over after {values['val_clips']:.0f} of {cfg.val_clips} clips")
     log.record({"step": progress.step, **values}, mark)
     log.line("verdict: " + verdict(values, cfg))
-    if cfg.picture and process.is_main:
-        model.eval()
-        drawn, looked = draw_futures(model, source, process, values, Path(cfg.out_dir) / "futures.png", seconds)
-        log.line(f"picture: {cfg.out_dir}/futures.png, {drawn} clips, each sample's nearest of {looked} real ones in at most {seconds:.0f} s")
-    process.barrier()
+    if cfg.picture:
+        process.together(show_futures, model, source, process, values, log, seconds)
     log.line(f"done: {progress.step} steps in {describe_time(progress.seconds)}; checkpoint {cfg.out_dir}/checkpoints/ckpt_final.pt")
     return EXIT_OK
 
@@ -4103,28 +4433,41 @@ def is_due(every, progress, cfg):
     return bool(every) and 0 < progress.step < cfg.steps and progress.step % every == 0
 
 
-def end_early(stop, folder, log, where):
+def end_early(stop, folder, tell, where):
     """Say what stopped the run and where -> exit code."""
     folder.reason = stop.reason or "a signal on another rank"
-    log.line(f"stopped by {folder.reason} {where}")
-    stop.restore()
+    tell(f"stopped by {folder.reason} {where}")
     return EXIT_STOPPED
 
 
-def run(cfg, overrides, argv, videos, process, folder):
-    """The run itself, inside its folder -> exit code."""
+def evaluate(model, source, process, log, mark, progress):
+    """An evaluation in the middle of a run -> (bad files, whether a stop cut it off: then it is due when the run goes on)."""
+    try:
+        values, bad = validate(model, source, process)
+    except StoppedTogether:
+        return [], True
+    log.record({"step": progress.step, **values}, mark)
+    return bad, False
+
+
+def next_batches(loader, count, stop):
+    """The micro-batches of one step -> list, empty when a stop was asked for before they all were there: they stay due."""
+    try:
+        return [] if stop.asked() else [next(loader) for _ in range(count)]
+    except Stopped:
+        return []
+
+
+def run(cfg, overrides, argv, videos, process, folder, log):
+    """The run itself, inside its folder -> exit code. StoppedTogether, on all ranks, where a signal comes while there is nothing new to save."""
     # -- data
     began = time.perf_counter()
-    check_ranks(process, config=digest(asdict(cfg)), data_listing=digest([video.name for video in videos]), code=digest(source_text()))
-    if process.is_main and cfg.resume == "never":
-        put_aside(cfg)
-    log = RunLog(cfg, process.is_main)
     state, resumed_from = open_run(cfg, process, log)
     if not cfg.data_root:
         log.line(f"no --data_root: training on built-in driving scenes, {cfg.scene_clips} clips in {cfg.out_dir}/scenes")
     elif not videos:
         log.line(f"WARNING: no video under {cfg.data_root} matches {cfg.video_glob!r}; going on with data:{cfg.missing_data} (--missing_data error refuses instead)")
-    source = open_data(cfg, videos, process.is_main, process.barrier)
+    source = process.together(open_data, cfg, videos, process.is_main, process.stop_together)
     mark = "" if source.kind == "videos" else f"data:{source.kind} "
 
     # -- model
@@ -4144,9 +4487,6 @@ def run(cfg, overrides, argv, videos, process, folder):
 
     # -- resume
     progress, skipped_in_row, timed = Progress(), 0, False
-    if process.is_main:
-        config = {**run_info(cfg, argv, source), "config": asdict(cfg)}
-        write_atomic(Path(cfg.out_dir) / "config.json", lambda handle: handle.write(json.dumps(config, indent=2).encode()))
     print_summary(cfg, overrides, model, source, process, reason, log)
     log.line(f"first estimate: {describe_time(seconds * cfg.steps)} for {cfg.steps} steps, {timed_how}"
              + ("; THAT IS DAYS: think of --preset small or tiny, fewer --steps, or a faster device" if seconds * cfg.steps > 2 * 86400 else ""))
@@ -4156,7 +4496,7 @@ def run(cfg, overrides, argv, videos, process, folder):
             restore_run(state, optimizer, scaler, process)
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"checkpoint {resumed_from}: does not fit this model ({str(error).splitlines()[0]})") from error
-        progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})
+        progress = Progress(**{field.name: state.get(field.name, field.default) for field in fields(Progress)})
         progress.flow_fitted &= progress.step >= cfg.steps  # a run that is extended fits its flow anew at its new end
         if not progress.flow_fitted:
             model.soon_predictor = None
@@ -4164,34 +4504,41 @@ def run(cfg, overrides, argv, videos, process, folder):
         if process.is_main:
             retire_later(cfg, progress.step, resumed_from)
         del state
+    if process.is_main:  # with the id of the launch, so not before what it does not go on from is out of the way
+        config = {**run_info(cfg, argv, source), "config": asdict(cfg)}
+        write_atomic(Path(cfg.out_dir) / "config.json", lambda handle: handle.write(json.dumps(config, indent=2).encode()))
     log.forget_after(progress.step, progress.step >= cfg.steps)
     source.quarantine.update((name, reason) for name, reason in log.bad.items() if reason.startswith(QUARANTINED))
     check_ranks(process, weights=digest(fingerprint(model)), quarantine=digest(sorted(source.quarantine)))
     began -= progress.seconds
 
     # -- loop
-    stop, clock, bad, last, first_step = StopFlag(), Clock(), [], {}, progress.step + 1
+    save = partial(save_run, model, optimizer, scaler, source, process, progress, log)
+    clock, bad, last, stopping, first_step = Clock(), [], {}, False, progress.step + 1
+    process.stop.saved = progress.step
     model.train()
     sampler = StepSampler(progress.consumed, (cfg.steps - progress.step) * cfg.grad_accum, cfg.batch_size, process.rank, process.world_size)
     loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, process.device.type == "cuda")
     folder.closing.append(loader)
     if is_due(cfg.val_every, progress, cfg) and process.any(progress.step not in log.evaluated)[0]:  # the stop came before it
-        values, bad = validate(model, source, process)
-        log.record({"step": progress.step, **values}, mark)
-    while progress.step < cfg.steps:
+        bad, stopping = evaluate(model, source, process, log, mark, progress)
+    while progress.step < cfg.steps and not stopping:
         # -- batch
         folder.step = progress.step
         waiting = time.perf_counter()
-        batches = [next(loader) for _ in range(cfg.grad_accum)]
+        batches = next_batches(loader, cfg.grad_accum, process.stop)
         waited = time.perf_counter() - waiting
         bad += [entry for batch in batches for entry in batch["bad"]]
-        if process.any(bool(bad))[0]:
+        any_bad, stopping = process.any(bool(bad), not batches)
+        if stopping:
+            break
+        if any_bad:
             check_bad_files(log, bad, source, cfg, process)
             bad = []
         # -- update
         step, batches = progress.step, [to_device(batch, process.device) for batch in batches]
         metrics, carries, finite = take_step(model, wrapped, optimizer, scaler, batches, step, cfg, process)
-        broken, stopping = process.any(not finite, bool(stop.reason))
+        broken, stopping = process.any(not finite, process.stop.asked())
         skipped_in_row = skipped_in_row + 1 if broken else 0
         if broken:
             progress.skipped += 1
@@ -4220,38 +4567,59 @@ def run(cfg, overrides, argv, videos, process, folder):
         # -- evaluate and save
         pause = time.perf_counter()
         if is_due(cfg.val_every, progress, cfg) and not stopping:
-            values, bad = validate(model, source, process)
-            log.record({"step": progress.step, **values}, mark)
-        if stopping or is_due(cfg.ckpt_every, progress, cfg):
+            bad, stopping = evaluate(model, source, process, log, mark, progress)
+        if is_due(cfg.ckpt_every, progress, cfg) and not stopping:
             folder.step = progress.step
-            save_run(model, optimizer, scaler, source, process, progress, log, must=stopping)
+            save()
         clock.skip_pause(pause)
-        if stopping:
-            return end_early(stop, folder, log, f"at step {progress.step}, saved; run the same command to go on")
-
-    # -- flow phase
     loader.close()
     folder.step = progress.step
+    if stopping:
+        if process.any(process.is_main and process.stop.saved < progress.step)[0]:
+            save(must=True)
+        return end_early(process.stop, folder, log.line, f"at step {progress.step}{', saved' if progress.step else ''}; run the same command to go on")
+
+    # -- flow phase
     if cfg.flow_fit_clips and cfg.lambda_flow and not progress.flow_fitted:
-        save_run(model, optimizer, scaler, source, process, progress, log)  # a stop in the flow phase costs the flow phase alone
-        progress.flow_fitted = fit_flow(model, source, process, log, stop, progress)
-        if not progress.flow_fitted:
-            return end_early(stop, folder, log, "in the flow phase; run the same command to start that phase again")
-        progress.seconds = time.perf_counter() - began
+        save()  # a stop in the flow phase costs the flow phase alone
+        folder.where = "in the flow phase; run the same command to start that phase again"
+        fit_flow(model, source, process, log, progress)
+        progress.flow_fitted, progress.seconds = True, time.perf_counter() - began
 
     # -- end
-    stop.restore()
-    return finish(model, optimizer, scaler, source, process, log, mark, progress)
+    save(final=True, must=True)
+    folder.where = "after its last step, saved; run the same command to evaluate"
+    return finish(model, source, process, log, mark, progress)
 
 
-def train(cfg, overrides=None, argv=()):
-    """Run a config from its first or its last saved step to the end -> exit code. Owns out_dir and says how the run ended."""
-    validate_config(cfg)
-    videos = list_data(cfg)
-    process = start_process(cfg)
+def attempt(cfg, overrides, argv, videos, process, folder):
+    """Prepare folder and log, then run; says where it was when a stop came that left nothing to save -> exit code."""
+    check_ranks(process, config=digest(asdict(cfg)), data_listing=digest([video.name for video in videos]), code=digest(source_text()))
+    if process.is_main and cfg.resume == "never" and not is_restart(cfg):
+        put_aside(cfg)
+    log = RunLog(cfg, process.is_main, folder)
+    folder.closing.append(log)
     try:
+        return run(cfg, overrides, argv, videos, process, folder, log)
+    except StoppedTogether:
+        return end_early(process.stop, folder, log.line, folder.where)
+
+
+def train(cfg, overrides=None, argv=(), stop=None):
+    """Run a config from its first or its last saved step to the end -> exit code. Owns out_dir and says how the run ended.
+
+    `stop` is the flag that a signal sets; without one, the run hears signals itself, until it returns.
+    """
+    own, stop = stop is None, stop or StopFlag()
+    try:
+        validate_config(cfg)
+        videos = list_data(cfg)
+        process, met = identify_process(cfg, stop), False
+        with suppress(Stopped):
+            join_ranks(process, cfg)
+            met = True
         with RunFolder(cfg, process) as folder:
-            code = run(cfg, overrides or {}, argv, videos, process, folder)
+            code = attempt(cfg, overrides or {}, argv, videos, process, folder) if met else end_early(stop, folder, say, "while it waited for its ranks")
             folder.status("finished" if code == EXIT_OK else "stopped", code)
             return code
     except RuntimeError as error:
@@ -4261,16 +4629,19 @@ def train(cfg, overrides=None, argv=()):
         who = f"rank {', '.join(map(str, silent))} did not answer: dead, hung or stopped" if silent else "all ranks are alive: a slow network?"
         raise UserError(f"ranks lost each other at step {folder.step} ({' '.join(str(error).split())[:120]}); {who}; run the same command to go on "
                         f"from the last checkpoint (dist_timeout_s = {cfg.dist_timeout_s:g})") from error
+    finally:
+        if own:
+            stop.restore()
 
 
-def start(argv):
+def start(argv, stop):
     """Command line -> exit code. What a user can cause or cure is a UserError or an OSError."""
     cfg, overrides, print_config = resolve_config(argv)
     if print_config:
-        print(json.dumps(asdict(cfg), indent=2))
+        emit(json.dumps(asdict(cfg), indent=2) + "\n", sys.stdout)
         return EXIT_OK
     try:
-        return train(cfg, overrides, argv)
+        return train(cfg, overrides, argv, stop)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):  # the CPU allocator has no type of its own
             raise
@@ -4284,21 +4655,40 @@ def start(argv):
             dist.destroy_process_group()
 
 
+def open_streams():
+    """Put /dev/null where stdin, stdout or stderr was closed: else the next file opened, a checkpoint say, takes what goes to them."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(number, True)
+    os.close(number)
+
+
 def report_errors(command, *args):
-    """Run what a command line asks for -> its exit code, 0 for none. Every error a user can cause ends in one line on stderr."""
+    """Run what a command line asks for -> its exit code, 0 for none. Every error a user can cause ends in one line on stderr.
+
+    A console that is lost neither ends the command nor changes its exit code.
+    """
+    open_streams()
     try:
         return command(*args) or EXIT_OK
-    except UserError as error:
-        print(f"error: {one_line(' '.join(str(error).split()), 3000)}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {one_line(' '.join(str(error).split()), 3000)}", file=sys.stderr)
-        return EXIT_ERROR
+    except (UserError, OSError) as error:
+        say(f"error: {' '.join(str(error).split())}", sys.stderr)
+        return getattr(error, "exit_code", EXIT_ERROR)
+    except (Stopped, KeyboardInterrupt):
+        say("error: interrupted", sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            emit("", stream)
 
 
 def main(argv=None):
-    """Command line -> exit code."""
-    return report_errors(start, sys.argv[1:] if argv is None else list(argv))
+    """Command line -> exit code. Signals are heard from here on; one that was obeyed is not heard again while the process ends."""
+    stop, code = StopFlag(), EXIT_ERROR
+    try:
+        code = report_errors(start, sys.argv[1:] if argv is None else list(argv), stop)
+    finally:
+        stop.restore(ignore=argv is None and code == EXIT_STOPPED)
+    return code
 
 
 if __name__ == "__main__":

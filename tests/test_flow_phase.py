@@ -85,7 +85,7 @@ def test_cached_pairs_are_what_the_loss_would_see(tmp_path):
     cfg = phase_config(tmp_path / "run")
     model, process = new_model(cfg).eval(), cpu_process()
     source = V.open_data(cfg, [], True, lambda: None)
-    contexts, futures = V.cache_latents(model, source, process, 5, 10, V.RunLog(cfg, False), V.StopFlag(()))
+    contexts, futures = V.cache_latents(model, source, process, 5, 10, V.RunLog(cfg, False))
     y = V.flow_coordinates(model, contexts, futures, process)
     assert contexts.shape == (16, cfg.now_tokens, cfg.enc_dim) and y.shape == (16, 1, cfg.flow_rank)  # full batches of four times batch_size
     data = source.dataset(cfg, "train")
@@ -123,10 +123,10 @@ def test_soon_learns_on_the_cached_latents(tmp_path):
     cfg = phase_config(tmp_path / "run", soon_fit_steps=150, soon_fit_batch=8)
     model, process = new_model(cfg).eval().requires_grad_(False), cpu_process()
     source = V.open_data(cfg, [], True, lambda: None)
-    stop, log = V.StopFlag(()), V.RunLog(cfg, False)
-    contexts, futures = V.cache_latents(model, source, process, 0, 48, log, stop)
+    log = V.RunLog(cfg, False)
+    contexts, futures = V.cache_latents(model, source, process, 0, 48, log)
     shared, targets = model.predict_soon(contexts[40:]), futures[40:, : cfg.soon_tokens]
-    V.fit_soon(model, contexts, futures, 40, process, log, stop)
+    V.fit_soon(model, contexts, futures, 40, process, log)
     own = model.predict_soon(contexts[40:])
     assert V.l1_loss(own, targets) < 0.5 * V.l1_loss(shared, targets)
     assert not any(parameter.requires_grad for parameter in model.soon_predictor.parameters())

@@ -21,7 +21,7 @@ WALL_CLOCK = ("clips_per_s", "data_wait", "mem_gb", "time")  # the only logged v
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
     """A run that died in a test must not keep the handlers of the next one."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     held = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in held.items():
@@ -122,7 +122,7 @@ def test_command_ends_well_and_writes_the_promised_files(commanded):
     out_dir, done, _ = commanded
     assert (done.returncode, done.stderr) == (0, "")
     files = {str(path.relative_to(out_dir)) for path in out_dir.rglob("*") if path.is_file()}
-    checkpoints = {f"checkpoints/ckpt_{name}.pt{end}" for name in ("2", "final") for end in ("", ".sha256")}
+    checkpoints = {f"checkpoints/ckpt_{name}.pt" for name in ("2", "final")}
     assert files == {"config.json", "train.log", "metrics.jsonl", "futures.png", "status.json", ".lease", *checkpoints}
     assert (out_dir / "train.log").read_text() == done.stdout  # no bar, no colour where there is no terminal
 
@@ -244,9 +244,10 @@ def test_progress_bar_only_on_a_terminal(tmp_path, capsys, monkeypatch):
 
 def test_handlers_are_given_back(scene_folder, tmp_path):
     """After train() returns to Python, Ctrl-C and SIGTERM belong to their owner again."""
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     assert V.train(config(scene_folder, tmp_path / "run", steps=1)) == 0
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
@@ -482,8 +483,7 @@ def test_resume_never_twice_after_one_was_deleted(scene_folder, tmp_path):
 def test_keep_last(scene_folder, tmp_path):
     """keep_last numbered checkpoints beside the final one. Seen red with the deletion removed."""
     assert V.train(config(scene_folder, tmp_path, ckpt_every=1, keep_last=2)) == 0
-    names = [f"{name}{end}" for name in ("ckpt_6.pt", "ckpt_7.pt", "ckpt_final.pt") for end in ("", ".sha256")]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["ckpt_6.pt", "ckpt_7.pt", "ckpt_final.pt"]
 
 
 def test_a_finished_run_started_again_does_no_harm(straight, scene_folder, tmp_path):
@@ -517,7 +517,7 @@ def test_save_is_atomic(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError):
         V.save_checkpoint({"step": 5, "online": {}}, tmp_path, cfg, final=True)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["ckpt_final.pt", "ckpt_final.pt.sha256"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["ckpt_final.pt"]
     assert same(checkpoint(tmp_path), state) and V.damage_of(tmp_path / "checkpoints/ckpt_final.pt") == ""
 
 

@@ -133,7 +133,7 @@ def memory_child(path, way):
     before, _ = memory_mb()
     for number in range(1 if way == "whole file" else MEMORY_CLIPS):
         read_clip(path, way, bench_plan(number))
-    print(memory_mb()[1] - before)
+    V.say(memory_mb()[1] - before)
 
 
 def measure_memory(path, way):
@@ -162,17 +162,17 @@ def main():
         path, begin = Path(folder) / "bench.mp4", time.perf_counter()
         write_bench_video(path, args.seconds, args.x264_preset)
         size_mb = path.stat().st_size / 1e6
-        print(f"video: {args.seconds:g} s of {WIDTH} x {HEIGHT} at {FPS} fps, {size_mb:.1f} MB, written in {time.perf_counter() - begin:.0f} s")
+        V.say(f"video: {args.seconds:g} s of {WIDTH} x {HEIGHT} at {FPS} fps, {size_mb:.1f} MB, written in {time.perf_counter() - begin:.0f} s")
         ways = [*installed_decoders(), "whole file"]
         rates = measure_speed(path, ways, args.rounds, args.clips)
         memory = {way: measure_memory(path, way) for way in ways}
     slowest = statistics.median(rates["whole file"])
-    print(f"{'way':<12}{'clips/s per core':>18}{'x whole file':>14}{'peak MB':>10}")
+    V.say(f"{'way':<12}{'clips/s per core':>18}{'x whole file':>14}{'peak MB':>10}")
     rows = {}
     for way in ways:
         rate = statistics.median(rates[way])
         rows[way] = dict(clips_per_s=rate, rounds=rates[way], times_whole_file=rate / slowest, peak_mb=memory[way])
-        print(f"{way:<12}{rate:>18.3f}{rate / slowest:>14.1f}{memory[way]:>10.0f}")
+        V.say(f"{way:<12}{rate:>18.3f}{rate / slowest:>14.1f}{memory[way]:>10.0f}")
     if args.out:
         versions = {name: importlib.import_module(name).__version__ for name in ("av", "decord") if importlib.util.find_spec(name)}
         report = dict(video=dict(seconds=args.seconds, fps=FPS, size_mb=size_mb, gop=GOP), ways=rows, torch=torch.__version__,
@@ -181,4 +181,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(V.report_errors(main))

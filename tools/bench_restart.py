@@ -99,11 +99,11 @@ def main(argv=None):
     figures = {"kills": args.kills, "ranks": args.nproc, "restart_s_worst": max(waits), "restart_s_median": statistics.median(waits), "steps_lost_worst": max(lost),
                "ckpt_every": ckpt_every, "save_s": save_s, "checkpoint_mb": size / 1e6, "step_s": statistics.median(times), "saving_share": save_s / (ckpt_every * statistics.median(times))}
     for name, value in figures.items():
-        print(f"{name:<18}{value:.4g}")
+        V.say(f"{name:<18}{value:.4g}")
     if args.out:
         Path(args.out).write_text(json.dumps(figures, indent=1))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(V.report_errors(main))

@@ -647,23 +647,23 @@ class Progress:
     def stage(self, name, total=1):
         """Begin a stage of `total` parts."""
         self.name, self.total, self.done = name, max(total, 1), 0
-        if not self.quiet and not sys.stderr.isatty():
-            print(f"{time.perf_counter() - self.began:6.0f} s  {name}", file=sys.stderr, flush=True)
+        if not self.quiet and not V.is_terminal(sys.stderr):
+            V.say(f"{time.perf_counter() - self.began:6.0f} s  {name}", sys.stderr)
         self.step(0)
 
     def step(self, count=1):
         """Count parts of the stage."""
         self.done += count
-        if not self.quiet and sys.stderr.isatty():
+        if not self.quiet and V.is_terminal(sys.stderr):
             filled = round(24 * self.done / self.total)
             line = f"[{'#' * filled}{'.' * (24 - filled)}] {self.done}/{self.total} {self.name} ({time.perf_counter() - self.began:.0f} s)"
-            print("\r" + line.ljust(self.width), end="", file=sys.stderr, flush=True)
+            V.emit("\r" + line.ljust(self.width), sys.stderr)
             self.width = len(line)
 
     def close(self):
         """Leave the line empty."""
         if self.width:
-            print("\r" + " " * self.width + "\r", end="", file=sys.stderr, flush=True)
+            V.emit("\r" + " " * self.width + "\r", sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -1952,10 +1952,10 @@ def print_table(report):
     for name, figure in report["figures"].items():
         if figure["expect"]:
             mark = {True: "met", False: "MISSED", None: "not measured"}[figure["passed"]]
-            print(f"{name:<24}{short(figure['value']):>10}  {figure['expect']:<16}{mark}")
+            V.say(f"{name:<24}{short(figure['value']):>10}  {figure['expect']:<16}{mark}")
     for control, verdict in report["controls_must_fail"].items():
-        print(f"control {control}: {'fails ' + ', '.join(verdict['failed']) if verdict['passed'] else 'PASSES every test made for it'}")
-    print(report["summary"])
+        V.say(f"control {control}: {'fails ' + ', '.join(verdict['failed']) if verdict['passed'] else 'PASSES every test made for it'}")
+    V.say(report["summary"])
 
 
 def run(args, sizes):
@@ -1972,7 +1972,7 @@ def run(args, sizes):
         cfg = model.cfg = replace(cfg, data_root=args.data_root, missing_data="error")
         source = V.open_data(cfg, V.list_data(cfg), True, None)
     elif cfg.data_root:
-        print("note: this run learned from videos; without --data_root it is measured on built-in scenes, which it never saw", file=sys.stderr)
+        V.say("note: this run learned from videos; without --data_root it is measured on built-in scenes, which it never saw", sys.stderr)
     out = Path(args.out) if args.out else run_folder(args.ckpt)
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
@@ -1981,7 +1981,7 @@ def run(args, sizes):
     V.write_atomic(out / "evaluation.json", lambda handle: handle.write(json.dumps(report, indent=1, allow_nan=False).encode()))
     write_page(report, cfg, out / "evaluation.html")
     print_table(report)
-    print(f"written: {out / 'evaluation.json'}, {out / 'evaluation.html'} ({report['seconds']:.0f} s)")
+    V.say(f"written: {out / 'evaluation.json'}, {out / 'evaluation.html'} ({report['seconds']:.0f} s)")
     return V.EXIT_OK
 
 
@@ -1992,4 +1992,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(V.report_errors(main))

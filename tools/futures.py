@@ -67,15 +67,16 @@ class Bar:
         return time.perf_counter() - self.began
 
     def show(self, share, text=""):
-        if sys.stderr.isatty():
+        if V.is_terminal(sys.stderr):
             filled = round(24 * min(share, 1.0))
             line = f"{self.title} [{'#' * filled}{'.' * (24 - filled)}] {V.describe_time(self.seconds)} {text}"
             line = line[: shutil.get_terminal_size().columns - 1]
-            print("\r" + line.ljust(self.width), end="", file=sys.stderr, flush=True)
+            V.emit("\r" + line.ljust(self.width), sys.stderr)
             self.width = len(line)
 
     def close(self, text):
-        print(("\r" + " " * self.width + "\r" if self.width else "") + f"{self.title}: {text}, {V.describe_time(self.seconds)}", file=sys.stderr, flush=True)
+        V.emit("\r" + " " * self.width + "\r" if self.width else "", sys.stderr)
+        V.say(f"{self.title}: {text}, {V.describe_time(self.seconds)}", sys.stderr)
 
 
 # -- what the decoder learns from
@@ -479,12 +480,12 @@ def get_decoder(model, source, path, key, minutes, num_workers, perceptual, seed
     cfg, device = model.cfg, model.image_mean.device
     decoder, saved = read_cache(path, key, cfg, device)
     if decoder is not None and saved["minutes"] >= minutes:
-        print(f"decoder: {path}, trained before for {saved['minutes']:g} min", file=sys.stderr)
+        V.say(f"decoder: {path}, trained before for {saved['minutes']:g} min", sys.stderr)
         return decoder, saved
     if decoder is not None:
-        print(f"decoder: {path} was trained for {saved['minutes']:g} min only: trained anew", file=sys.stderr)
+        V.say(f"decoder: {path} was trained for {saved['minutes']:g} min only: trained anew", sys.stderr)
     elif saved:
-        print(f"decoder: {saved}: trained anew", file=sys.stderr)
+        V.say(f"decoder: {saved}: trained anew", sys.stderr)
     seconds = 60 * minutes
     held_out = fill_pool(model, source, "val", 0.08 * seconds, JUDGE_CLIPS, num_workers)
     pool = fill_pool(model, source, "train", 0.27 * seconds, POOL_CLIPS, num_workers, least=16)
@@ -496,7 +497,7 @@ def get_decoder(model, source, path, key, minutes, num_workers, perceptual, seed
     try:
         V.write_atomic(path, lambda handle: torch.save(saved, handle))
     except OSError as error:
-        print(f"decoder: not kept, {path.parent} cannot be written ({error.strerror})", file=sys.stderr)
+        V.say(f"decoder: not kept, {path.parent} cannot be written ({error.strerror})", sys.stderr)
     return decoder, saved
 
 
@@ -597,7 +598,7 @@ def gather_exhibits(model, decoder, source, readings, args):
     if args.clip:
         frames = clip_window(args.clip, args.start, cfg)
         if len(frames) < cfg.now_frames + cfg.soon_frames:
-            print(f"clip {args.clip}: ends inside SOON, so there is no truth to show beside the forecast")
+            V.say(f"clip {args.clip}: ends inside SOON, so there is no truth to show beside the forecast")
         return [make_exhibit(model, decoder, frames, os.path.basename(args.clip), args.num_samples, args.seed)]
     if source is not None:
         data = source.dataset(cfg, "val")
@@ -1007,7 +1008,7 @@ def open_run(args):
     if data["kind"] == "render":  # such runs draw scenes at the model's own size
         model.cfg = cfg = replace(cfg, scene_size=0)
     if args.clip and source is None:
-        print("note: the decoder is trained on built-in scenes; for your own videos give them as --data_root too", file=sys.stderr)
+        V.say("note: the decoder is trained on built-in scenes; for your own videos give them as --data_root too", sys.stderr)
     origin = "scenes" if source is None else os.path.abspath(source.root)
     key = decoder_key(model, state["step"], origin + " perceptual" * args.perceptual)
     return model, source, Path(args.ckpt).resolve().parent / f"decoder_{key}.pt", key
@@ -1016,9 +1017,9 @@ def open_run(args):
 def print_report(report, source):
     """The decoder's figures beside those of pictures that need no model."""
     of = "scenes" if source is None else "videos" if source.held_out else "windows of the only video"
-    print(f"{'SOON frames of held-out ' + of:<44}{'L1 of 255':>10}{'PSNR dB':>9}")
+    V.say(f"{'SOON frames of held-out ' + of:<44}{'L1 of 255':>10}{'PSNR dB':>9}")
     for name, (error, ratio) in report.items():
-        print(f"{name:<44}{error:>10.2f}{ratio:>9.2f}")
+        V.say(f"{name:<44}{error:>10.2f}{ratio:>9.2f}")
 
 
 def show(args):
@@ -1053,8 +1054,8 @@ def show(args):
 
 def main(argv=None):
     """Command line -> exit code."""
-    return V.report_errors(lambda: print(*show(parse_arguments(argv)), sep="\n"))
+    return V.report_errors(lambda: [V.say(path) for path in show(parse_arguments(argv))] and V.EXIT_OK)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(V.report_errors(main))

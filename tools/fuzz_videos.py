@@ -430,9 +430,9 @@ def print_table(table):
     """One block per way, one line per mutator."""
     columns = ("num", *OUTCOMES[:3], "seen", *OUTCOMES[3:], "opened", "peak_mb", "slowest_s")
     for way, lines in table.items():
-        print(f"{way:<22}" + "".join(f"{column:>10}" for column in columns))
+        V.say(f"{way:<22}" + "".join(f"{column:>10}" for column in columns))
         for name, counts in lines.items():
-            print(f"  {name:<20}" + "".join(f"{counts[column]:>10}" for column in columns))
+            V.say(f"  {name:<20}" + "".join(f"{counts[column]:>10}" for column in columns))
 
 
 def passed(rows):
@@ -457,8 +457,8 @@ def main(argv=None):
     print_table(table)
     for row in rows:
         if not passed([row]):
-            print(f"mutation {row['number']} ({row['mutator']} of {row['source']}): {row['outcome']} {row['detail'][:160]} {row['opened'] or ''}")
-    print(f"{args.num} mutations, {time.monotonic() - begin:.0f} s")
+            V.say(f"mutation {row['number']} ({row['mutator']} of {row['source']}): {row['outcome']} {row['detail'][:160]} {row['opened'] or ''}")
+    V.say(f"{args.num} mutations, {time.monotonic() - begin:.0f} s")
     if args.out:
         versions = {name: importlib.metadata.version(name) for name in ("av", args.reader.replace("pyav", "av"))}
         report = dict(num=args.num, seed=args.seed, reader=args.reader, versions=versions, table=table, rows=rows)
@@ -467,4 +467,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(V.report_errors(main))

@@ -83,12 +83,12 @@ def write_one(job):
 def write_all(folder, cfg, args):
     """Write every scene with `workers` processes and a progress line."""
     jobs = [(folder, cfg, index, k, scene_name(index, k, args.siblings)) for index in range(args.num) for k in range(args.siblings)]
-    began, shown = time.perf_counter(), sys.stderr.isatty()
+    began, shown = time.perf_counter(), V.is_terminal(sys.stderr)
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         for count, _ in enumerate(pool.imap_unordered(write_one, jobs, chunksize=8), 1):
             if shown:
                 filled = round(24 * count / len(jobs))
-                print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {count}/{len(jobs)} scenes", end="" if count < len(jobs) else "\n", file=sys.stderr)
+                V.emit(f"\r[{'#' * filled}{'.' * (24 - filled)}] {count}/{len(jobs)} scenes" + ("" if count < len(jobs) else "\n"), sys.stderr)
     return len(jobs), time.perf_counter() - began
 
 
@@ -166,13 +166,13 @@ def make(args):
     cfg = make_config(args)
     if args.sheet:
         draw_sheet(args.sheet, replace(cfg, image_size=184, num_frames=12, eventually_frames=0, clip_fps=4.0, now_frames=4, soon_frames=8))
-        print(f"written: {args.sheet}")
+        V.say(f"written: {args.sheet}")
     if args.out:
         folder = Path(args.out)
         open_folder(folder, settings_of(cfg, args))
         count, seconds = write_all(folder, cfg, args)
         train, val = write_split(folder, cfg, args.siblings)
-        print(f"{count} scenes in {seconds:.1f} s under {folder}: {train} train, {val} val files")
+        V.say(f"{count} scenes in {seconds:.1f} s under {folder}: {train} train, {val} val files")
 
 
 def main(argv=None):
@@ -181,4 +181,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(V.report_errors(main))

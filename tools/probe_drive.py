@@ -72,12 +72,12 @@ class Drive:
 
 def bar(stage, done, total):
     """Progress on stderr: a line rewritten in place on a terminal, elsewhere one line when a stage is complete."""
-    if sys.stderr.isatty():
+    if V.is_terminal(sys.stderr):
         filled = round(24 * done / max(total, 1))
         text = f"[{'#' * filled}{'.' * (24 - filled)}] {done}/{total} {stage}"[: shutil.get_terminal_size().columns - 1]
-        print("\r\033[K" + text, end="\n" if done >= total else "", file=sys.stderr, flush=True)
+        V.emit("\r\033[K" + text + ("\n" if done >= total else ""), sys.stderr)
     elif done >= total:
-        print(f"{stage}: {total}", file=sys.stderr, flush=True)
+        V.say(f"{stage}: {total}", sys.stderr)
 
 
 def need(*modules):
@@ -452,12 +452,12 @@ def all_rows(model, drive, windows, labels, folds, spans, args):
 
 def print_table(report):
     """The report's rows as a table on stdout."""
-    print(f"{report['signal']} of {report['drive']}: {report['windows']} windows, deviation {report['deviation']:.3f}, {report['folds']} folds, "
+    V.say(f"{report['signal']} of {report['drive']}: {report['windows']} windows, deviation {report['deviation']:.3f}, {report['folds']} folds, "
           f"gap {report['gap_s']:g} s, {report['blocks']} blocks of {report['block_s']:g} s")
-    print(f"{'features':<13}{'probe':<11}{'window':<10}{'MAE':>7}  {'95 %':<16}{'R2':>7}  {'95 %':<18}{'R2 less that of trained':<18}")
+    V.say(f"{'features':<13}{'probe':<11}{'window':<10}{'MAE':>7}  {'95 %':<16}{'R2':>7}  {'95 %':<18}{'R2 less that of trained':<18}")
     for row in report["rows"]:
         mae, r2, above = ("[{:.3f}, {:.3f}]".format(*row[key]) if key in row else "" for key in ("mae_interval", "r2_interval", "r2_above_trained"))
-        print(f"{row['features']:<13}{row['probe']:<11}{row['window']:<10}{row['mae']:>7.3f}  {mae:<16}{row['r2']:>7.3f}  {r2:<18}{above:<18}")
+        V.say(f"{row['features']:<13}{row['probe']:<11}{row['window']:<10}{row['mae']:>7.3f}  {mae:<16}{row['r2']:>7.3f}  {r2:<18}{above:<18}")
 
 
 def probe(args):
@@ -534,7 +534,7 @@ def export(args):
         about = {"fps": drive.fps, "first_record": int(records[0]), "units": dict.fromkeys(SIGNALS, "share of full deflection; steer + = right"), **signals}
         (folder / "annotations" / f"drive_{number:04d}.json").write_text(json.dumps(about))
         bar("videos", number, len(segments))
-    print(f"{len(segments)} videos with annotations in {folder}; train on them with --data_root {folder}")
+    V.say(f"{len(segments)} videos with annotations in {folder}; train on them with --data_root {folder}")
     return len(segments)
 
 
@@ -587,4 +587,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(V.report_errors(main))

@@ -24,16 +24,20 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import VJepa_AUTO_V2 as V  # noqa: E402
+
 RECORD = ("config.json", "train.log", "metrics.jsonl", "evaluation.json")
 
 
 def run(command):
     """Run a command with this Python from the project's root, its output passed through -> seconds. SystemExit with its code when it fails."""
-    print("+ python " + " ".join(map(str, command)), flush=True)
+    V.say("+ python " + " ".join(map(str, command)))
     began = time.perf_counter()
     code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode
     if code:
-        print(f"error: {command[0]} ended with exit code {code}", file=sys.stderr)
+        V.say(f"error: {command[0]} ended with exit code {code}", sys.stderr)
         raise SystemExit(code)
     return time.perf_counter() - began
 
@@ -97,9 +101,9 @@ def main(argv=None):
     summary = summarise({seed: json.loads((out / f"seed_{seed}" / "evaluation.json").read_text()) for seed in args.seeds})
     (out / "summary.json").write_text(json.dumps({"seeds": args.seeds, "flags": flags, "times": times, "figures": summary}, indent=1))
     (out / "summary.md").write_text(table(summary, times))
-    print(table(summary, times))
+    V.emit(table(summary, times) + "\n", sys.stdout)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(V.report_errors(main))

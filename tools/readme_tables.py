@@ -58,7 +58,7 @@ def fill(text, marks, table):
 def main():
     """Rewrite README.md, or print the tables."""
     if "--print" in sys.argv[1:]:
-        print(config_table(), glossary_table(), sep="\n\n")
+        V.emit(f"{config_table()}\n\n{glossary_table()}\n", sys.stdout)
         return
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8")
@@ -66,4 +66,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(V.report_errors(main))
