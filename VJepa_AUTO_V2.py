@@ -358,7 +358,8 @@ def one_line(text, limit=300):
 
 
 def emit(text, stream):
-    """Write text to a console stream -> "" or why it did not get out. It cannot fail: what the encoding lacks is escaped.
+    """Write text to a console stream -> "" or why it did not get out. It cannot fail: what the encoding lacks is
+    escaped.
 
     A stream that broke is pointed at /dev/null: whoever flushes it later, Python at its end included, would fail again.
     """
@@ -2452,7 +2453,8 @@ def l1_loss(preds, targets):
 
 
 def saved_share(loss, reference):
-    """Share of a reference's error that is saved, NaN where the reference makes none: nothing moves, so there is nothing to save."""
+    """Share of a reference's error that is saved, NaN where the reference makes none: nothing moves, so there is
+    nothing to save."""
     return torch.where(reference > 0, 1 - loss / reference, torch.nan)
 
 
@@ -2831,13 +2833,16 @@ def clip_gradients(optimizer, cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-REPEAT_S = 10.0  # a signal that comes again within these seconds is the same request, told to launcher and ranks or to a whole group
+# a signal that comes again within these seconds is the same request, told to launcher and ranks or to a whole group
+REPEAT_S = 10.0
 
 
 class StopFlag:
-    """Remembers that something asked the run to stop; whoever waits or works for long looks at it. Much later, a second signal ends at once.
+    """Remembers that something asked the run to stop; whoever waits or works for long looks at it. Much later, a second
+    signal ends at once.
 
-    `reason` is "" while nothing has, `saved` the step up to which everything is on the disk. Under torchrun the death of the
+    `reason` is "" while nothing has, `saved` the step up to which everything is on the disk. Under torchrun the death
+    of the
     launcher counts as well: nobody would end its ranks. A SIGHUP that nohup has switched off stays off.
     """
 
@@ -2864,17 +2869,20 @@ class StopFlag:
             self.signal_name, self.since = name, time.monotonic()
         elif time.monotonic() - self.since > REPEAT_S:
             with suppress(OSError):  # not print: the signal may have come in the middle of one
-                os.write(2, f"{name} after {self.signal_name}: ended at once, nothing is saved since step {self.saved}\n".encode())
+                text = f"{name} after {self.signal_name}: ended at once, nothing is saved since step {self.saved}\n"
+                os.write(2, text.encode())
             os._exit(128 + number)
 
     def restore(self, ignore=False):
-        """Give the signals back to whoever held them, or switch them off: a launcher that repeats one must not change the exit code."""
+        """Give the signals back to whoever held them, or switch them off: a launcher that repeats one must not change
+        the exit code."""
         for number, handler in self.previous.items():
             signal.signal(number, signal.SIG_IGN if ignore else handler)
 
 
 class StoppedTogether(Stopped):
-    """A stop of which all ranks know: whoever catches it need not tell the others, who have left the same piece of work."""
+    """A stop of which all ranks know: whoever catches it need not tell the others, who have left the same piece of
+    work."""
 
 
 @dataclass
@@ -2925,7 +2933,8 @@ class Process:
             raise StoppedTogether
 
     def together(self, work, *args):
-        """A piece of work without collectives, done by every rank -> its result; StoppedTogether where a stop came before or in it."""
+        """A piece of work without collectives, done by every rank -> its result; StoppedTogether where a stop came
+        before or in it."""
         mine, result = self.stop.asked(), None
         if not mine:
             try:
@@ -2938,7 +2947,8 @@ class Process:
         return result
 
     def walk(self, loader):
-        """The batches of a loader, over which all ranks walk in step, until one of them is asked to stop (StoppedTogether)."""
+        """The batches of a loader, over which all ranks walk in step, until one of them is asked to stop
+        (StoppedTogether)."""
         try:
             for _ in range(len(loader)):
                 yield self.together(next, loader)
@@ -3050,10 +3060,12 @@ def choose_precision(cfg, process, saved=""):
 
 
 def read_count(name, default, least, most):
-    """A whole number that torchrun or a user has put into the environment. UsageError when it is none, or out of range."""
+    """A whole number that torchrun or a user has put into the environment. UsageError when it is none, or out of
+    range."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
-        raise UsageError(f"environment: {name} = {shown(text)} must be a whole number from {least} to {most}; torchrun sets it for every process")
+        raise UsageError(f"environment: {name} = {shown(text)} must be a whole number from {least} to {most}; "
+                         "torchrun sets it for every process")
     return int(text)
 
 
@@ -3063,7 +3075,8 @@ def restart_count():
 
 
 def reach(address, port, deadline, stop):
-    """Wait until something listens at an address. UserError after the deadline, Stopped on a signal: the store's own wait would hear none."""
+    """Wait until something listens at an address. UserError after the deadline, Stopped on a signal: the store's own
+    wait would hear none."""
     while True:
         if stop.asked():
             raise Stopped
@@ -3072,12 +3085,14 @@ def reach(address, port, deadline, stop):
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise UserError(f"rank 0 does not answer at {address} port {port} ({error.strerror or error}): start it there, or correct MASTER_ADDR and MASTER_PORT") from error
+                raise UserError(f"rank 0 does not answer at {address} port {port} ({error.strerror or error}): start it "
+                                "there, or correct MASTER_ADDR and MASTER_PORT") from error
         time.sleep(0.2)
 
 
 def open_store(rank, world_size, timeout_s, stop):
-    """The key-value store through which ranks find each other, under a prefix of this attempt; returns once all ranks are there.
+    """The key-value store through which ranks find each other, under a prefix of this attempt; returns once all ranks
+    are there.
 
     torchrun serves one store for all its restarts, and a restarted rank would read addresses that dead ranks left in it. The
     count of restarts is the same for all ranks of one node only: several nodes need the launcher's own switch (README).
@@ -3085,14 +3100,16 @@ def open_store(rank, world_size, timeout_s, stop):
     """
     env, deadline = os.environ, time.monotonic() + timeout_s
     if not env.get("MASTER_ADDR"):
-        raise UsageError(f"environment: WORLD_SIZE = {world_size}, but MASTER_ADDR, where rank 0 is met, is not set; torchrun sets both")
+        raise UsageError(f"environment: WORLD_SIZE = {world_size}, but MASTER_ADDR, where rank 0 is met, is not set; "
+                         "torchrun sets both")
     address, port = env["MASTER_ADDR"], read_count("MASTER_PORT", "", 1, 65535)
     served = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_master = not served and rank == 0
     try:
         if not is_master:
             reach(address, port, deadline, stop)
-        store = dist.TCPStore(address, port, None if served else world_size, is_master=is_master, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+        store = dist.TCPStore(address, port, None if served else world_size, is_master=is_master,
+                              timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
         one_node = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")
         store = dist.PrefixStore(f"attempt_{restart_count() if one_node else 'any'}", store)
         store.set(f"here/{rank}", "1")
@@ -3100,15 +3117,18 @@ def open_store(rank, world_size, timeout_s, stop):
             if stop.asked():
                 raise Stopped
             if time.monotonic() > deadline:
-                raise UserError(f"rank {', '.join(map(str, absent))} of {world_size} did not come within dist_timeout_s = {timeout_s:g} s; start all of them, on all nodes")
+                raise UserError(f"rank {', '.join(map(str, absent))} of {world_size} did not come within dist_timeout_s = "
+                                f"{timeout_s:g} s; start all of them, on all nodes")
             time.sleep(0.05)
     except dist.DistError as error:
-        raise UserError(f"ranks cannot meet at {address} port {port} ({' '.join(str(error).split())[:200]}); rank 0 may be gone, or the port in use") from error
+        raise UserError(f"ranks cannot meet at {address} port {port} ({' '.join(str(error).split())[:200]}); rank 0 may be "
+                        "gone, or the port in use") from error
     return store
 
 
 def identify_process(cfg, stop):
-    """Read torchrun's environment and choose the device -> Process, not yet joined to its peers. UsageError for what cannot be."""
+    """Read torchrun's environment and choose the device -> Process, not yet joined to its peers. UsageError for what
+    cannot be."""
     world_size = read_count("WORLD_SIZE", 1, 1, 10**6)
     rank = read_count("RANK", 0 if world_size == 1 else "", 0, world_size - 1)
     device = choose_device(cfg.device, read_count("LOCAL_RANK", 0, 0, world_size - 1))
@@ -3116,13 +3136,20 @@ def identify_process(cfg, stop):
 
 
 def join_ranks(process, cfg):
-    """Join the process group, once all ranks are there. UserError names who is not there, Stopped when a signal comes first."""
+    """Join the process group, once all ranks are there. UserError names who is not there, Stopped when a signal comes
+    first."""
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
     if process.world_size > 1:
         process.store = open_store(process.rank, process.world_size, cfg.dist_timeout_s, process.stop)
-        dist.init_process_group("nccl" if process.device.type == "cuda" else "gloo", timeout=timedelta(seconds=cfg.dist_timeout_s), store=process.store,
-                                rank=process.rank, world_size=process.world_size, device_id=process.device if process.device.type == "cuda" else None)
+        dist.init_process_group(
+            "nccl" if process.device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=cfg.dist_timeout_s),
+            store=process.store,
+            rank=process.rank,
+            world_size=process.world_size,
+            device_id=process.device if process.device.type == "cuda" else None,
+        )
     torch.set_float32_matmul_precision("high")
 
 
@@ -3294,7 +3321,8 @@ def write_atomic(path, write):
 
 
 def drop_hash(path):
-    """Remove the SHA-256 that earlier versions put beside a checkpoint, once it tells of a file that is no longer there."""
+    """Remove the SHA-256 that earlier versions put beside a checkpoint, once it tells of a file that is no longer
+    there."""
     hashes = path.with_name(path.name + ".sha256")
     if hashes.is_file() and re.match(rb"[0-9a-f]{64}  ", hashes.read_bytes()[:66]):
         hashes.unlink()
@@ -3355,7 +3383,7 @@ def save_checkpoint(state, out_dir, cfg, final):
     """Write ckpt_<step>.pt or ckpt_final.pt atomically, then drop what exceeds keep_last -> path. OSError when the disk
     refuses: what was there before still stands."""
     folder = Path(out_dir) / "checkpoints"
-    folder.mkdir(exist_ok=True)  # but never out_dir itself: whoever removed it may have given it to another run
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("ckpt_final.pt" if final else f"ckpt_{state['step']}.pt")
     if path.is_dir():
         path.rename(previous_folder(out_dir) / path.name)
@@ -3375,7 +3403,8 @@ class BadCheckpoint(UserError):
 def damage_of(path):
     """What is wrong with the bytes of a checkpoint -> text, "" when they are those that were written.
 
-    Every member of the archive has a CRC-32, which torch.load does not compare. Of 1,200 flipped bits, 200 cuts and 200 zeroed
+    Every member of the archive has a CRC-32, which torch.load does not compare. Of 1,200 flipped bits, 200 cuts and 200
+    zeroed
     pages none got by with other content (what it lets through is padding); it takes less than half the time of SHA-256.
     """
     with zipfile.ZipFile(path) as archive:
@@ -3384,8 +3413,10 @@ def damage_of(path):
 
 
 def saved_config(state):
-    """The config in a checkpoint; fields that this file no longer has are left out. UsageError, TypeError where it is none."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in state["cfg"].items() if name in FIELD_TYPES}
+    """The config in a checkpoint; fields that this file no longer has are left out. UsageError, TypeError where it is
+    none."""
+    known = {name: value for name, value in state["cfg"].items() if name in FIELD_TYPES}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
     cfg = VJepaAutoV2Config(**values)
     validate_config(cfg)
     return cfg
@@ -3406,7 +3437,8 @@ def compare_tensors(found, wanted, name):
         raise ValueError(f"{name}: {shown(sorted(map(str, odd))[0])} is missing or too much")
     for key, tensor in wanted.items():
         value = found[key]
-        if not isinstance(value, torch.Tensor) or (value.shape, value.dtype, value.layout, value.device.type) != (tensor.shape, tensor.dtype, torch.strided, "cpu"):
+        if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (tensor.shape, tensor.dtype) \
+                or (value.layout, value.device.type) != (torch.strided, "cpu"):
             raise ValueError(f"{name}: {key} is not a {str(tensor.dtype)[6:]} of shape {list(tensor.shape)}")
 
 
@@ -3420,26 +3452,34 @@ def same_kind(value, wanted):
 
 
 def compare_optimizer(found, optimizer):
-    """ValueError unless the state of an optimizer is one that this optimizer can have. Later versions of torch may add settings."""
+    """ValueError unless the state of an optimizer is one that this optimizer can have. Later versions of torch may add
+    settings."""
     for group, wanted in zip(found["param_groups"], optimizer.state_dict()["param_groups"], strict=True):
         odd = [key for key, value in wanted.items() if key in group and not same_kind(group[key], value)]
-        if odd or group["params"] != wanted["params"] or not {"lr", "betas", "eps", "weight_decay", "peak_lr"} <= group.keys():
+        needed = {"lr", "betas", "eps", "weight_decay", "peak_lr"}
+        if odd or group["params"] != wanted["params"] or not needed <= group.keys():
             raise ValueError(f"opt: a group of parameters has other settings{': ' + odd[0] if odd else ''}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, entry in found["state"].items():
         moment = parameters[operator.index(number)]
-        compare_tensors({key: entry[key] for key in ("step", "exp_avg", "exp_avg_sq")},
-                        {"step": torch.empty((), device="meta"), "exp_avg": moment, "exp_avg_sq": moment}, f"opt {number}")
+        compare_tensors(
+            {key: entry[key] for key in ("step", "exp_avg", "exp_avg_sq")},
+            {"step": torch.empty((), device="meta"), "exp_avg": moment, "exp_avg_sq": moment},
+            f"opt {number}",
+        )
 
 
 def check_insides(state):
     """ValueError, or whatever else wrong types lead to, unless a checkpoint holds what one of its own config holds."""
     model, optimizer = checkpoint_template(json.dumps(asdict(saved_config(state))))
-    for name, least, most in (("step", 0, 10**9), ("consumed", 0, 2**62), ("skipped", 0, 10**9), ("world_size", 1, 10**6)):
+    counts = ("step", 0, 10**9), ("consumed", 0, 2**62), ("skipped", 0, 10**9), ("world_size", 1, 10**6)
+    for name, least, most in counts:
         if not fits(int, state[name]) or not least <= state[name] <= most:
             raise ValueError(f"{name} = {shown(state[name])}")
-    if not fits(float, state["seconds"]) or not 0 <= state["seconds"] < math.inf or not isinstance(state.get("flow_fitted", False), bool):
-        raise ValueError(f"seconds = {shown(state['seconds'])}, flow_fitted = {shown(state.get('flow_fitted'))}")
+    if not fits(float, state["seconds"]) or not 0 <= state["seconds"] < math.inf:
+        raise ValueError(f"seconds = {shown(state['seconds'])}")
+    if not isinstance(state.get("flow_fitted", False), bool):
+        raise ValueError(f"flow_fitted = {shown(state['flow_fitted'])}")
     if not all(isinstance(text, str) for text in (state["source"], state["data"]["kind"], state["data"]["root"])):
         raise ValueError("source and data must be texts")
     for name in ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target"):
@@ -3451,7 +3491,8 @@ def check_insides(state):
     if not 0 <= int(state["outcome_queue"]["filled"]) <= len(model.queue):
         raise ValueError(f"outcome_queue: {int(state['outcome_queue']['filled'])} of {len(model.queue)} places filled")
     compare_optimizer(state["opt"], optimizer)
-    if state["scaler"] and not all(same_kind(state["scaler"][name], 1) for name in torch.amp.GradScaler("cpu", enabled=True).state_dict()):
+    wanted = torch.amp.GradScaler("cpu", enabled=True).state_dict()
+    if state["scaler"] and not all(same_kind(state["scaler"][name], 1) for name in wanted):
         raise ValueError("scaler: not all of its values are numbers")
     if len(state["rng"]) != state["world_size"]:
         raise ValueError(f"rng: of {len(state['rng'])} ranks, world_size = {state['world_size']}")
@@ -3467,7 +3508,8 @@ def load_checkpoint(path):
     if not os.path.lexists(path):
         raise UsageError(f"resume {path}: no such checkpoint")
     if not path.is_file():
-        raise BadCheckpoint(f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; use another one, or --resume never")
+        raise BadCheckpoint(f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; use another one, "
+                            "or --resume never")
     try:
         damage = damage_of(path)
         if damage:
@@ -3481,9 +3523,10 @@ def load_checkpoint(path):
         check_insides(state)
     except BadCheckpoint:
         raise
-    except Exception as error:  # a foreign file can make the unpickler, and its insides whoever looks at them, raise anything; it is named and refused
+    except Exception as error:  # a foreign file makes the unpickler, and whoever looks at its insides, raise anything
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise BadCheckpoint(f"checkpoint {path}: not readable, damaged or made by another version ({why}); use another one, or --resume never") from error
+        raise BadCheckpoint(f"checkpoint {path}: not readable, damaged or made by another version ({why}); use another "
+                            "one, or --resume never") from error
     return state
 
 
@@ -3557,7 +3600,8 @@ def run_info(cfg, argv, source):
     head = subprocess.run([git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True) if git else None
     commit = head.stdout.strip() if head is not None and head.returncode == 0 else "unknown"
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "numpy", "av")}
-    return {"versions": {"python": platform.python_version(), **versions}, "commit": commit, "command": list(argv), "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
+    return {"versions": {"python": platform.python_version(), **versions}, "commit": commit, "command": list(argv),
+            "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
             "data": {"kind": source.kind, "root": source.root, "train_files": len(source.train), "val_files": len(source.val)},
             "decoders": [name for name in DECODERS[cfg.decoder] if importlib.util.find_spec({"pyav": "av"}.get(name, name))]}
 
@@ -3573,7 +3617,8 @@ def reject_constant(name):
 
 
 def read_rows(path, types):
-    """The objects of a jsonl file that have these keys -> (list of dicts, numbers of the lines that are none: damaged, or torn by a kill)."""
+    """The objects of a jsonl file that have these keys -> (list of dicts, numbers of the lines that are none: damaged,
+    or torn by a kill)."""
     rows, damaged = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -3599,7 +3644,7 @@ class Tracker:
         """Let the package work, and leave it out from its first failure on."""
         try:
             work(*args)
-        except (Exception, SystemExit) as error:  # a foreign package's, of any kind: a full disk, a lost network, a login
+        except (Exception, SystemExit) as error:  # a foreign package's, of any kind: a full disk, a login
             self.writer = None
             self.tell(f"WARNING: track: {self.package} failed ({type(error).__name__}: {error}) and is left out from here on")
 
@@ -3612,7 +3657,8 @@ class Tracker:
         else:
             import wandb
 
-            self.writer = wandb.init(project="vjepa_auto_v2", name=Path(cfg.out_dir).name, dir=cfg.out_dir, config=asdict(cfg), resume="allow")
+            self.writer = wandb.init(project="vjepa_auto_v2", name=Path(cfg.out_dir).name, dir=cfg.out_dir,
+                                     config=asdict(cfg), resume="allow")
 
     def record(self, values):
         """Hand over one record of metrics.jsonl."""
@@ -3632,7 +3678,8 @@ class Tracker:
 class RunLog:
     """Console text to stdout and train.log, records to metrics.jsonl, bad files to bad_files.jsonl. Silent off rank 0.
 
-    `folder` is the RunFolder, without which nobody checks whether out_dir is still ours. A console that is lost costs nothing else.
+    `folder` is the RunFolder, without which nobody checks whether out_dir is still ours. A console that is lost costs
+    nothing else.
     """
 
     def __init__(self, cfg, is_main, folder=None):
@@ -3679,7 +3726,8 @@ class RunLog:
         for name in list(self.pending):
             self.append(name, "")
         if self.is_main and self.lost:
-            self.append("train.log", f"WARNING: the console was lost in this run ({one_line(self.lost)}); this file holds all of its lines\n")
+            why = one_line(self.lost)
+            self.append("train.log", f"WARNING: the console was lost in this run ({why}); this file holds all its lines\n")
 
     def bar(self, step, steps, text):
         """Progress bar on a terminal; nothing elsewhere, where plain lines tell."""
@@ -3695,11 +3743,12 @@ class RunLog:
             self.bar_width = 0
 
     def record(self, values, mark=""):
-        """One object in metrics.jsonl and one `key:value` line, prefixed by `mark`. JSON knows no NaN and no infinity: null."""
+        """One object in metrics.jsonl and one `key:value` line, prefixed by `mark`. JSON knows no NaN and no infinity:
+        null."""
         if not self.is_main:
             return
-        plain = {key: value if not isinstance(value, float) or math.isfinite(value) else None for key, value in values.items()}
-        self.append("metrics.jsonl", json.dumps(plain, allow_nan=False) + "\n")
+        absent = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        self.append("metrics.jsonl", json.dumps({**values, **dict.fromkeys(absent)}, allow_nan=False) + "\n")
         self.line(mark + " ".join(f"{key}:{format_number(value)}" for key, value in values.items()))
         for tracker in self.trackers:
             tracker.record(values)
@@ -3715,7 +3764,8 @@ class RunLog:
                 self.line(f"bad file: {name}: {reason}")
 
     def forget_after(self, step, finished):
-        """Drop records beyond a resumed step, so that metrics.jsonl holds no step twice; read the bad files and evaluated steps known so far.
+        """Drop records beyond a resumed step, so that metrics.jsonl holds no step twice; read the bad files and
+        evaluated steps known so far.
 
         Lines that are damaged are told and left out.
         """
@@ -3725,24 +3775,28 @@ class RunLog:
                 continue
             rows, damaged = read_rows(path, types)
             if damaged:
-                self.line(f"WARNING: {path}: line {', '.join(map(str, damaged[:10]))}{'...' if damaged[10:] else ''} cannot be read, damaged or torn, and is left out")
+                numbers = ", ".join(map(str, damaged[:10])) + ("..." if damaged[10:] else "")
+                self.line(f"WARNING: {path}: line {numbers} cannot be read, damaged or torn, and is left out")
             if name == "bad_files.jsonl":
                 self.bad = {row["path"]: row["reason"] for row in rows}
             else:
                 self.evaluated = {row["step"] for row in rows if "val_loss_soon" in row}
-                rows = [row for row in rows if row["step"] < step or row["step"] == step and not (finished and "val_loss_soon" in row)]
+                rows = [row for row in rows if row["step"] < step + (not finished or "val_loss_soon" not in row)]
             if self.is_main and (damaged or name == "metrics.jsonl"):
                 kept = "".join(json.dumps(row) + "\n" for row in rows)
                 write_atomic(path, lambda handle: handle.write(kept.encode()))
 
 
-COMPANIONS = ("metrics.jsonl", "train.log", "bad_files.jsonl", "config.json", "futures.png")  # files of a run beside its checkpoints
+# files of a run beside its checkpoints
+COMPANIONS = ("metrics.jsonl", "train.log", "bad_files.jsonl", "config.json", "futures.png")
 
 
 def sweep_folder(folder):
-    """Delete the temporary files of writers that were killed; move aside what has a companion's name and is no file (a pipe would block)."""
+    """Delete the temporary files of writers that were killed; move aside what has a companion's name and is no file (a
+    pipe would block)."""
     for stale in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
-        if re.fullmatch(r"\.(ckpt_(\d+|final)\.pt(\.sha256)?|status\.json|[a-z_]+\.jsonl|config\.json)\.\d+\.tmp", stale.name) and stale.is_file():
+        ours = re.fullmatch(r"\.(ckpt_(\d+|final)\.pt(\.sha256)?|(status|config)\.json|[a-z_]+\.jsonl)\.\d+\.tmp", stale.name)
+        if ours and stale.is_file():
             stale.unlink(missing_ok=True)
     for path in [folder / name for name in (*COMPANIONS, "status.json")]:
         if os.path.lexists(path) and not path.is_file():
@@ -3759,8 +3813,8 @@ class RunFolder:
     """
 
     def __init__(self, cfg, process):
-        self.folder, self.lease, self.step, self.reason, self.closing, self.taken = Path(cfg.out_dir), None, 0, "", [], False
-        self.where = "while it started; run the same command to go on"
+        self.folder, self.lease, self.step, self.reason = Path(cfg.out_dir), None, 0, ""
+        self.closing, self.taken, self.where = [], False, "while it started; run the same command to go on"
         if not process.is_main:
             return
         try:
@@ -3791,7 +3845,8 @@ class RunFolder:
         self.lease = handle
 
     def check(self):
-        """OSError unless out_dir still is the folder whose lease this run holds: it may have been removed, and made anew by another run."""
+        """OSError unless out_dir still is the folder whose lease this run holds: it may have been removed, and made
+        anew by another run."""
         if self.lease is None:
             return
         try:
@@ -3869,10 +3924,9 @@ def flow_spread(model, context, future, num_samples=8):
 
 @torch.no_grad()
 def validate(model, source, process, deadline=math.inf):
-    """Losses and gauges on val_clips held-out clips, the same ones every time -> (dict of val_* floats, bad files). StoppedTogether on a
-    signal.
-
-    One batch is seen at least; the others only before the deadline (a reading of time.monotonic) on every rank.
+    """Losses and gauges on val_clips held-out clips, the same ones every time -> (dict of val_* floats, bad files).
+    StoppedTogether on a signal. One batch is seen at least; the others only before the deadline (a reading of
+    time.monotonic) on every rank.
     """
     cfg = model.cfg
     num_batches = max(1, math.ceil(cfg.val_clips / (cfg.batch_size * process.world_size)))
@@ -4081,10 +4135,12 @@ def is_restart(cfg):
 
 
 def newest_of_launch(cfg, tell):
-    """What a restarted run goes on from -> (state, path): its own newest checkpoint, whatever --resume asked for when it began; (None, None)
+    """What a restarted run goes on from -> (state, path): its own newest checkpoint, whatever --resume asked for when
+    it began; (None, None)
     where it has made none, and --resume FILE counts."""
     state, path = newest_checkpoint(cfg.out_dir, tell)
-    if state is not None and cfg.resume != "never" and os.path.lexists(cfg.resume) and load_checkpoint(cfg.resume)["step"] >= state["step"]:
+    named = state is not None and cfg.resume != "never" and os.path.lexists(cfg.resume)
+    if named and load_checkpoint(cfg.resume)["step"] >= state["step"]:
         return None, None
     return state, path
 
@@ -4140,7 +4196,8 @@ def rehearse(model, wrapped, cfg, process):
 def save_run(model, optimizer, scaler, source, process, progress, log, final=False, must=False):
     """Gather the state of all ranks, which must still hold the same weights, and let rank 0 write it.
 
-    Where the disk refuses, that is told and the run goes on to its next checkpoint; with `must`, or when another run has taken
+    Where the disk refuses, that is told and the run goes on to its next checkpoint; with `must`, or when another run
+    has taken
     the folder, it is a UserError.
     """
     check_ranks(process, weights=digest(fingerprint(model)))
@@ -4245,7 +4302,8 @@ class Clock:
 
 @torch.no_grad()
 def cache_latents(model, source, process, start, num_clips, log):
-    """Frozen latents of this rank's clips, from sample `start` on -> (contexts [n, K, D], futures [n, F, D]) on the CPU."""
+    """Frozen latents of this rank's clips, from sample `start` on -> (contexts [n, K, D], futures [n, F, D]) on the
+    CPU."""
     cfg, size = model.cfg, 4 * model.cfg.batch_size
     kept = torch.bfloat16 if cfg.amp else torch.float32
     num_batches = math.ceil(num_clips / (size * process.world_size))
@@ -4441,7 +4499,8 @@ def end_early(stop, folder, tell, where):
 
 
 def evaluate(model, source, process, log, mark, progress):
-    """An evaluation in the middle of a run -> (bad files, whether a stop cut it off: then it is due when the run goes on)."""
+    """An evaluation in the middle of a run -> (bad files, whether a stop cut it off: then it is due when the run goes
+    on)."""
     try:
         values, bad = validate(model, source, process)
     except StoppedTogether:
@@ -4451,7 +4510,8 @@ def evaluate(model, source, process, log, mark, progress):
 
 
 def next_batches(loader, count, stop):
-    """The micro-batches of one step -> list, empty when a stop was asked for before they all were there: they stay due."""
+    """The micro-batches of one step -> list, empty when a stop was asked for before they all were there: they stay
+    due."""
     try:
         return [] if stop.asked() else [next(loader) for _ in range(count)]
     except Stopped:
@@ -4459,7 +4519,8 @@ def next_batches(loader, count, stop):
 
 
 def run(cfg, overrides, argv, videos, process, folder, log):
-    """The run itself, inside its folder -> exit code. StoppedTogether, on all ranks, where a signal comes while there is nothing new to save."""
+    """The run itself, inside its folder -> exit code. StoppedTogether, on all ranks, where a signal comes while there
+    is nothing new to save."""
     # -- data
     began = time.perf_counter()
     state, resumed_from = open_run(cfg, process, log)
@@ -4577,7 +4638,8 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     if stopping:
         if process.any(process.is_main and process.stop.saved < progress.step)[0]:
             save(must=True)
-        return end_early(process.stop, folder, log.line, f"at step {progress.step}{', saved' if progress.step else ''}; run the same command to go on")
+        saved = ", saved" if progress.step else ""
+        return end_early(process.stop, folder, log.line, f"at step {progress.step}{saved}; run the same command to go on")
 
     # -- flow phase
     if cfg.flow_fit_clips and cfg.lambda_flow and not progress.flow_fitted:
@@ -4594,7 +4656,8 @@ def run(cfg, overrides, argv, videos, process, folder, log):
 
 def attempt(cfg, overrides, argv, videos, process, folder):
     """Prepare folder and log, then run; says where it was when a stop came that left nothing to save -> exit code."""
-    check_ranks(process, config=digest(asdict(cfg)), data_listing=digest([video.name for video in videos]), code=digest(source_text()))
+    names = [video.name for video in videos]
+    check_ranks(process, config=digest(asdict(cfg)), data_listing=digest(names), code=digest(source_text()))
     if process.is_main and cfg.resume == "never" and not is_restart(cfg):
         put_aside(cfg)
     log = RunLog(cfg, process.is_main, folder)
@@ -4606,7 +4669,8 @@ def attempt(cfg, overrides, argv, videos, process, folder):
 
 
 def train(cfg, overrides=None, argv=(), stop=None):
-    """Run a config from its first or its last saved step to the end -> exit code. Owns out_dir and says how the run ended.
+    """Run a config from its first or its last saved step to the end -> exit code. Owns out_dir and says how the run
+    ended.
 
     `stop` is the flag that a signal sets; without one, the run hears signals itself, until it returns.
     """
@@ -4619,7 +4683,10 @@ def train(cfg, overrides=None, argv=(), stop=None):
             join_ranks(process, cfg)
             met = True
         with RunFolder(cfg, process) as folder:
-            code = attempt(cfg, overrides or {}, argv, videos, process, folder) if met else end_early(stop, folder, say, "while it waited for its ranks")
+            if met:
+                code = attempt(cfg, overrides or {}, argv, videos, process, folder)
+            else:
+                code = end_early(stop, folder, say, "while it waited for its ranks")
             folder.status("finished" if code == EXIT_OK else "stopped", code)
             return code
     except RuntimeError as error:
@@ -4656,14 +4723,16 @@ def start(argv, stop):
 
 
 def open_streams():
-    """Put /dev/null where stdin, stdout or stderr was closed: else the next file opened, a checkpoint say, takes what goes to them."""
+    """Put /dev/null where stdin, stdout or stderr was closed: else the next file opened, a checkpoint say, takes what
+    goes to them."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(number, True)
     os.close(number)
 
 
 def report_errors(command, *args):
-    """Run what a command line asks for -> its exit code, 0 for none. Every error a user can cause ends in one line on stderr.
+    """Run what a command line asks for -> its exit code, 0 for none. Every error a user can cause ends in one line on
+    stderr.
 
     A console that is lost neither ends the command nor changes its exit code.
     """
@@ -4682,7 +4751,8 @@ def report_errors(command, *args):
 
 
 def main(argv=None):
-    """Command line -> exit code. Signals are heard from here on; one that was obeyed is not heard again while the process ends."""
+    """Command line -> exit code. Signals are heard from here on; one that was obeyed is not heard again while the
+    process ends."""
     stop, code = StopFlag(), EXIT_ERROR
     try:
         code = report_errors(start, sys.argv[1:] if argv is None else list(argv), stop)

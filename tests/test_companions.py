@@ -1,4 +1,5 @@
-"""What lies in a run's folder may be damaged, foreign or no file at all: it is named and passed over, never a traceback."""
+"""What lies in a run's folder may be damaged, foreign or no file at all: it is named and passed over, never a
+traceback."""
 
 import json
 import os
@@ -14,7 +15,25 @@ import pytest
 import torch
 from conftest import SCRIPT, V, small_config
 
-WRONG = [0, -1, 3, 10**30, 1.5, float("nan"), "text", "", None, True, [], [1], {}, {"a": 1}, (), torch.zeros(2), torch.zeros(0, dtype=torch.int8)]
+WRONG = [
+    0,
+    -1,
+    3,
+    10**30,
+    1.5,
+    float("nan"),
+    "text",
+    "",
+    None,
+    True,
+    [],
+    [1],
+    {},
+    {"a": 1},
+    (),
+    torch.zeros(2),
+    torch.zeros(0, dtype=torch.int8),
+]
 
 
 def deep(levels):
@@ -29,8 +48,18 @@ def deep(levels):
 def stopped(scene_folder, tmp_path_factory):
     """Three steps of a run with checkpoints 1, 2 and final -> (its folder, its config)."""
     out_dir = tmp_path_factory.mktemp("stopped")
-    cfg = small_config(data_root=str(scene_folder), out_dir=str(out_dir), steps=3, ckpt_every=1, val_every=0, val_clips=2, picture=False,
-                       enc_depth=1, pred_depth=1, flow_depth=1)
+    cfg = small_config(
+        data_root=str(scene_folder),
+        out_dir=str(out_dir),
+        steps=3,
+        ckpt_every=1,
+        val_every=0,
+        val_clips=2,
+        picture=False,
+        enc_depth=1,
+        pred_depth=1,
+        flow_depth=1,
+    )
     assert V.train(cfg) == 0
     return out_dir, cfg
 
@@ -64,14 +93,27 @@ def changed(state, path, value):
         return value
     key, *rest = path
     if value is KeyError and not rest:
-        return {name: part for name, part in state.items() if name != key} if isinstance(state, dict) else [*state[:key], *state[key + 1 :]]
+        return (
+            {name: part for name, part in state.items() if name != key}
+            if isinstance(state, dict)
+            else [*state[:key], *state[key + 1 :]]
+        )
     if isinstance(state, dict):
         return {**state, key: changed(state[key], rest, value)}
     return type(state)([*state[:key], changed(state[key], rest, value), *state[key + 1 :]])
 
 
+def write(state, path):
+    """Put another state in a checkpoint's place, as whole and well-formed as it was."""
+    torch.save(state, path)
+    path.with_name(path.name + ".sha256").unlink(
+        missing_ok=True
+    )  # earlier versions noticed by it that the file is not theirs
+
+
 def outcome(path):
-    """'' when a checkpoint is taken and a model comes of it, else the message of BadCheckpoint. Anything else is raised."""
+    """'' when a checkpoint is taken and a model comes of it, else the message of BadCheckpoint. Anything else is
+    raised."""
     try:
         V.load_model(path)
     except V.BadCheckpoint as error:
@@ -88,7 +130,12 @@ def wrong_states(state, rng, share):
         for key in path:
             at = at[key]
         if isinstance(at, torch.Tensor):
-            values += [at.to(torch.float64), at.flatten()[:-1], at[None], at.to_sparse() if at.dim() and at.is_floating_point() else None]
+            values += [
+                at.to(torch.float64),
+                at.flatten()[:-1],
+                at[None],
+                at.to_sparse() if at.dim() and at.is_floating_point() else None,
+            ]
         for value in values:
             if rng.random() < share:
                 yield (path, str(value)[:30]), changed(state, path, value)
@@ -101,7 +148,7 @@ def check_wrong_states(run, share):
     state = V.load_checkpoint(path)
     refused, taken = 0, []
     for where, wrong in wrong_states(state, random.Random(4), share):
-        torch.save(wrong, path)
+        write(wrong, path)
         if outcome(path):
             refused += 1
         else:
@@ -110,11 +157,26 @@ def check_wrong_states(run, share):
 
 
 # Places where another value of the right kind is as good: settings of a run, and what decides nothing.
-FREE = {"cfg", "step", "consumed", "seconds", "skipped", "flow_fitted", "data", "source", "soon_predictor", "opt", "scaler", "rng", "world_size"}
+FREE = {
+    "cfg",
+    "step",
+    "consumed",
+    "seconds",
+    "skipped",
+    "flow_fitted",
+    "data",
+    "source",
+    "soon_predictor",
+    "opt",
+    "scaler",
+    "rng",
+    "world_size",
+}
 
 
 def test_wrong_insides_are_bad_checkpoints(run):
-    """A draw of one in 170 wrong values at every place. Seen red with 17 kinds of error (AttributeError, TypeError, KeyError, ...)."""
+    """A draw of one in 170 wrong values at every place. Seen red with 17 kinds of error (AttributeError, TypeError,
+    KeyError, ...)."""
     refused, taken = check_wrong_states(run, 0.006)
     assert refused > 15 and not [where for where, _ in taken if where[0] not in FREE], taken
 
@@ -127,17 +189,36 @@ def test_wrong_insides_are_bad_checkpoints_long(run):
     assert refused > 1000 and not [where for where, _ in taken if where[0] not in FREE], taken
 
 
-@pytest.mark.parametrize("path, value", [
-    (("cfg",), 3), (("online",), 0), (("step",), "two"), (("opt",), []), (("format",), torch.zeros(3)), (("seconds",), float("nan")),
-    (("cfg", "enc_dim"), 10**9), (("cfg", "image_size"), deep(200)), (("opt", "state", 0, "exp_avg"), torch.zeros(3)), (("opt", "param_groups", 0, "lr"), "fast"),
-    (("rng", 0, "torch"), torch.zeros(5056, dtype=torch.uint8)), (("rng",), []), (("outcome_queue", "filled"), torch.tensor(10**6)), (("scaler",), 7),
-    (("data",), None), (("world_size",), 0), (("consumed",), -5), (("opt", "state"), {"x": 1}), (("flow_stats",), {}),
-], ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        (("cfg",), 3),
+        (("online",), 0),
+        (("step",), "two"),
+        (("opt",), []),
+        (("format",), torch.zeros(3)),
+        (("seconds",), float("nan")),
+        (("cfg", "enc_dim"), 10**9),
+        (("cfg", "image_size"), deep(200)),
+        (("opt", "state", 0, "exp_avg"), torch.zeros(3)),
+        (("opt", "param_groups", 0, "lr"), "fast"),
+        (("rng", 0, "torch"), torch.zeros(5056, dtype=torch.uint8)),
+        (("rng",), []),
+        (("outcome_queue", "filled"), torch.tensor(10**6)),
+        (("scaler",), 7),
+        (("data",), None),
+        (("world_size",), 0),
+        (("consumed",), -5),
+        (("opt", "state"), {"x": 1}),
+        (("flow_stats",), {}),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
+)
 def test_resume_passes_over_wrong_insides(run, path, value, capsys):
     """--resume auto names the file and goes on from the one before. Seen red: a traceback for each."""
     folder, cfg = run
     newest, before, _ = newest_first(folder)
-    torch.save(changed(torch.load(newest, weights_only=True), path, value), newest)
+    write(changed(torch.load(newest, weights_only=True), path, value), newest)
     with pytest.raises(V.BadCheckpoint, match="ckpt_final.pt"):
         V.load_model(newest)
     state, taken = V.newest_checkpoint(folder, print)
@@ -150,12 +231,16 @@ def test_what_is_good_is_taken(run):
     newest = newest_first(folder)[0]
     state = torch.load(newest, weights_only=True)
     assert outcome(newest) == ""
-    more = {**state, "later": 1, "cfg": {**{name: value for name, value in state["cfg"].items() if name != "picture"}, "of_another_version": 5}}
+    more = {
+        **state,
+        "later": 1,
+        "cfg": {**{name: value for name, value in state["cfg"].items() if name != "picture"}, "of_another_version": 5},
+    }
     for group in more["opt"]["param_groups"]:
         group["of_a_later_torch"] = None
     for name in ("flow_fitted", "soon_predictor"):
         more.pop(name)
-    torch.save(more, newest)
+    write(more, newest)
     assert outcome(newest) == "" and V.train(V.replace(cfg, steps=4)) == 0
 
 
@@ -167,11 +252,15 @@ def make_folder(path):
     (path / "notes.txt").write_text("mine")
 
 
-@pytest.mark.parametrize("make", [make_folder, lambda path: path.symlink_to("nowhere"), lambda path: path.symlink_to(path.name), os.mkfifo],
-                         ids=["folder", "dangling", "loop", "pipe"])
+@pytest.mark.parametrize(
+    "make",
+    [make_folder, lambda path: path.symlink_to("nowhere"), lambda path: path.symlink_to(path.name), os.mkfifo],
+    ids=["folder", "dangling", "loop", "pipe"],
+)
 @pytest.mark.parametrize("name", ["ckpt_7.pt", "ckpt_final.pt"])
 def test_a_checkpoint_that_is_no_file(run, make, name, capsys):
-    """Named and passed over; the run goes on, saves under that name, and deletes nothing. Seen red: UsageError, IsADirectoryError, or a hang."""
+    """Named and passed over; the run goes on, saves under that name, and deletes nothing. Seen red: UsageError,
+    IsADirectoryError, or a hang."""
     folder, cfg = run
     path = folder / "checkpoints" / name
     (folder / "checkpoints/ckpt_final.pt").unlink()
@@ -192,14 +281,39 @@ def config_file(folder, cfg):
 
 # -- metrics.jsonl, bad_files.jsonl, status.json, .lease
 
-LINES = [b"5", b"null", b"[1]", b'"step"', b'{"step": "two"}', b'{"step": 1.5}', b'{"step": true}', b"{}", b'{"step": 1, "loss_total": NaN}', b'{"step": 1, "x": 1e999}',
-         b"\xff\xfe\x00", b'{"step": \xe4}', b"[" * 10**5, b'{"step": ' + b"9" * 5000 + b"}", b'{"step": 2, "loss', b"x" * 10**6]
-BAD_LINES = [b"5", b"null", b'{"path": 5, "reason": "x"}', b'{"path": "x"}', b"\xff\xfe", b"[" * 10**5, b'{"path": "x", "rea']
+LINES = [
+    b"5",
+    b"null",
+    b"[1]",
+    b'"step"',
+    b'{"step": "two"}',
+    b'{"step": 1.5}',
+    b'{"step": true}',
+    b"{}",
+    b'{"step": 1, "loss_total": NaN}',
+    b'{"step": 1, "x": 1e999}',
+    b"\xff\xfe\x00",
+    b'{"step": \xe4}',
+    b"[" * 10**5,
+    b'{"step": ' + b"9" * 5000 + b"}",
+    b'{"step": 2, "loss',
+    b"x" * 10**6,
+]
+BAD_LINES = [
+    b"5",
+    b"null",
+    b'{"path": 5, "reason": "x"}',
+    b'{"path": "x"}',
+    b"\xff\xfe",
+    b"[" * 10**5,
+    b'{"path": "x", "rea',
+]
 
 
 @pytest.mark.parametrize("name, lines", [("metrics.jsonl", LINES), ("bad_files.jsonl", BAD_LINES)])
 def test_damaged_lines_are_left_out(run, name, lines, capsys):
-    """Each kind of wrong line, all in one file: one warning, the right lines stay, the run goes on. Seen red: a traceback for most."""
+    """Each kind of wrong line, all in one file: one warning, the right lines stay, the run goes on. Seen red: a
+    traceback for most."""
     folder, cfg = run
     rows = (folder / name).read_bytes().splitlines() if (folder / name).exists() else [b'{"path": "a", "reason": "b"}']
     (folder / name).write_bytes(b"\n".join([*rows[:1], *lines, *rows[1:]]))
@@ -214,7 +328,8 @@ def test_damaged_lines_are_left_out(run, name, lines, capsys):
 
 
 def test_flipped_bits_in_companions(run):
-    """60 single flips over all small files of the folder: the run starts and ends, whatever it finds. Seen red with UnicodeDecodeError."""
+    """60 single flips over all small files of the folder: the run starts and ends, whatever it finds. Seen red with
+    UnicodeDecodeError."""
     folder, cfg = run
     (folder / "bad_files.jsonl").write_text('{"path": "a", "reason": "b"}\n')
     rng, whole = random.Random(2), {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -222,7 +337,9 @@ def test_flipped_bits_in_companions(run):
     for _ in range(60):
         for name, content in whole.items():
             place = rng.randrange(len(content))
-            (folder / name).write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :])
+            (folder / name).write_bytes(
+                content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
+            )
         with V.RunFolder(cfg, V.Process(0, 1, torch.device("cpu"), None)) as held:
             log = V.RunLog(cfg, True, held)
             V.is_restart(cfg)
@@ -230,9 +347,12 @@ def test_flipped_bits_in_companions(run):
             log.record({"step": 4})
 
 
-@pytest.mark.parametrize("make", [make_folder, lambda path: path.symlink_to("nowhere"), os.mkfifo], ids=["folder", "dangling", "pipe"])
+@pytest.mark.parametrize(
+    "make", [make_folder, lambda path: path.symlink_to("nowhere"), os.mkfifo], ids=["folder", "dangling", "pipe"]
+)
 def test_companions_that_are_no_files(run, make, capsys):
-    """Moved to previous_<k>, with a word; the run goes on. Seen red: a hang on the pipe, IsADirectoryError for the folder."""
+    """Moved to previous_<k>, with a word; the run goes on. Seen red: a hang on the pipe, IsADirectoryError for the
+    folder."""
     folder, cfg = run
     names = ("metrics.jsonl", "train.log", "bad_files.jsonl", "config.json", "status.json")
     for name in names:
@@ -270,13 +390,18 @@ time.sleep(60)
         holder.kill()
         holder.wait()
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "another run writes there" in err and "\x1b" not in err and err.startswith("error: ")
+    assert (
+        err.count("\n") == 1 and "another run writes there" in err and "\x1b" not in err and err.startswith("error: ")
+    )
 
 
 def test_strangers_are_not_swept_away(run):
     """Only temporary files of this script's own names go. Seen red: every .*.tmp was deleted."""
     folder, cfg = run
-    ours, theirs = [".ckpt_3.pt.77.tmp", ".status.json.77.tmp", ".metrics.jsonl.77.tmp"], [".notes.tmp", ".vim.77.tmp", ".ckpt_3.pt.tmp"]
+    ours, theirs = (
+        [".ckpt_3.pt.77.tmp", ".status.json.77.tmp", ".metrics.jsonl.77.tmp"],
+        [".notes.tmp", ".vim.77.tmp", ".ckpt_3.pt.tmp"],
+    )
     for name in ours + theirs:
         (folder / name).write_text("x")
     V.sweep_folder(folder)

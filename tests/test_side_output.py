@@ -1,4 +1,5 @@
-"""Console, log lines and trackers are side output: whatever becomes of them, a run goes on, ends as it should and says all in train.log."""
+"""Console, log lines and trackers are side output: whatever becomes of them, a run goes on, ends as it should and says
+all in train.log."""
 
 import errno
 import io
@@ -32,7 +33,17 @@ def keep_signal_handlers():
 
 
 def config(scene_folder, out_dir, **overrides):
-    base = dict(data_root=str(scene_folder), out_dir=str(out_dir), steps=4, val_every=0, val_clips=2, picture=False, enc_depth=1, pred_depth=1, flow_depth=1)
+    base = dict(
+        data_root=str(scene_folder),
+        out_dir=str(out_dir),
+        steps=4,
+        val_every=0,
+        val_clips=2,
+        picture=False,
+        enc_depth=1,
+        pred_depth=1,
+        flow_depth=1,
+    )
     return small_config(**{**base, **overrides})
 
 
@@ -92,6 +103,7 @@ def test_every_line_is_one_line(tmp_path, capsys, monkeypatch):
     V.say(EVIL)
     V.say(EVIL, sys.stderr)
     for kind in (V.UserError, V.UsageError, OSError):
+
         def fail(kind=kind):
             raise kind(EVIL)
 
@@ -103,7 +115,9 @@ def test_every_line_is_one_line(tmp_path, capsys, monkeypatch):
     assert out.count("\n") == 3 and err.count("\n") == 4 and text.count("\n") == 2
     for shown in (out.replace("\r", "\n"), err, text):
         assert not re.search(V.UNPRINTABLE, shown.replace("\n", "")) and "\nerror: forged" not in shown
-    assert json.loads((tmp_path / "bad_files.jsonl").read_text())["path"] == EVIL  # a file of data keeps the name itself
+    assert (
+        json.loads((tmp_path / "bad_files.jsonl").read_text())["path"] == EVIL
+    )  # a file of data keeps the name itself
 
 
 def test_nothing_prints_around_the_one_way_out():
@@ -111,7 +125,9 @@ def test_nothing_prints_around_the_one_way_out():
     for path in [SCRIPT, *(ROOT / "tools").glob("*.py")]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if path.name != "VJepa_AUTO_V2.py" or "stream.write(text.encode" not in line:
-                assert not re.search(r"(?<![\w.\"])print\(|std(out|err)\.write\(|stream\.write\(", line), f"{path.name} line {number}: {line.strip()}"
+                assert not re.search(r"(?<![\w.\"])print\(|std(out|err)\.write\(|stream\.write\(", line), (
+                    f"{path.name} line {number}: {line.strip()}"
+                )
 
 
 # -- consoles that go away
@@ -119,7 +135,8 @@ def test_nothing_prints_around_the_one_way_out():
 
 @pytest.mark.faults
 def test_a_reader_that_leaves(scene_folder, tmp_path):
-    """`| head -3`: exit 0, train.log and metrics.jsonl hold everything, one warning last. Seen red: EPIPE ended the run unsaved."""
+    """`| head -3`: exit 0, train.log and metrics.jsonl hold everything, one warning last. Seen red: EPIPE ended the run
+    unsaved."""
     cfg = config(scene_folder, tmp_path / "run", steps=12)
     run = subprocess.Popen(command(cfg, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     for _ in range(3):
@@ -128,14 +145,19 @@ def test_a_reader_that_leaves(scene_folder, tmp_path):
     err = run.stderr.read()
     assert (run.wait(120), err) == (0, b"") and status(cfg.out_dir)["state"] == "finished"
     lines = (tmp_path / "run/train.log").read_text().splitlines()
-    assert steps_logged(cfg.out_dir) == list(range(1, 13)) and lines[-2].startswith("done: ") and lines[-1].startswith("WARNING: the console was lost")
+    assert (
+        steps_logged(cfg.out_dir) == list(range(1, 13))
+        and lines[-2].startswith("done: ")
+        and lines[-1].startswith("WARNING: the console was lost")
+    )
     assert len([line for line in lines if line.startswith("WARNING")]) == 1
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("streams", ["full", "closed", "ascii"])
 def test_other_consoles(scene_folder, tmp_path, streams):
-    """A full disk behind stdout, all streams closed, an encoding without the names' letters: exit 0, all said in train.log, and no file of the run
+    """A full disk behind stdout, all streams closed, an encoding without the names' letters: exit 0, all said in
+    train.log, and no file of the run
     holds what was meant for a stream."""
     data = shutil.copytree(scene_folder, tmp_path / "data")
     for number in range(3):
@@ -144,11 +166,20 @@ def test_other_consoles(scene_folder, tmp_path, streams):
     cfg = config(data, tmp_path / "run", steps=8, max_bad_fraction=0.9)
     options = {"full": "> /dev/full 2> /dev/full", "closed": "<&- >&- 2>&-", "ascii": ""}[streams]
     shell = " ".join(f"'{word}'" for word in command(cfg, tmp_path)) + " " + options
-    env = environment(PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0") if streams == "ascii" else environment()
+    env = (
+        environment(PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+        if streams == "ascii"
+        else environment()
+    )
     done = subprocess.run(["sh", "-c", shell], env=env, capture_output=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, b"")
     text = (tmp_path / "run/train.log").read_text()
-    assert "bad file: " in text and "\\udce4d" in text and "done: 8 steps" in text and ("console was lost" in text) == (streams != "ascii")
+    assert (
+        "bad file: " in text
+        and "\\udce4d" in text
+        and "done: 8 steps" in text
+        and ("console was lost" in text) == (streams != "ascii")
+    )
     assert V.load_checkpoint(tmp_path / "run/checkpoints/ckpt_final.pt")["step"] == 8
     if streams == "ascii":
         assert done.stdout.decode() == text
@@ -157,14 +188,17 @@ def test_other_consoles(scene_folder, tmp_path, streams):
 @pytest.mark.faults
 @pytest.mark.parametrize("owned", [True, False])
 def test_a_terminal_that_closes(scene_folder, tmp_path, owned):
-    """The terminal a run was started from: SIGHUP stops it like SIGTERM, saved. One that it merely writes to: EIO costs the console alone."""
+    """The terminal a run was started from: SIGHUP stops it like SIGTERM, saved. One that it merely writes to: EIO costs
+    the console alone."""
     cfg = config(scene_folder, tmp_path / "run", steps=4000 if owned else 30)
     pid, master = pty.fork() if owned else (0, 0)
     if owned and pid == 0:
         os.execve(sys.executable, command(cfg, tmp_path), environment())
     if not owned:
         master, slave = pty.openpty()
-        run = subprocess.Popen(command(cfg, tmp_path), stdin=slave, stdout=slave, stderr=slave, env=environment(), start_new_session=True)
+        run = subprocess.Popen(
+            command(cfg, tmp_path), stdin=slave, stdout=slave, stderr=slave, env=environment(), start_new_session=True
+        )
         os.close(slave)
         pid = run.pid
     seen = b""
@@ -185,20 +219,40 @@ def test_a_terminal_that_closes(scene_folder, tmp_path, owned):
 def test_torchrun_into_a_closed_pipe(scene_folder, tmp_path):
     """Two ranks, whose console goes away: exit 0."""
     cfg = config(scene_folder, tmp_path / "run", steps=6)
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command(cfg, tmp_path)[1:]]
+    ranks = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        *command(cfg, tmp_path)[1:],
+    ]
     run = subprocess.Popen(ranks, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment())
     run.stdout.readline()
     run.stdout.close()
-    assert run.wait(180) == 0 and steps_logged(cfg.out_dir) == list(range(1, 7)) and status(cfg.out_dir)["state"] == "finished"
+    assert (
+        run.wait(180) == 0
+        and steps_logged(cfg.out_dir) == list(range(1, 7))
+        and status(cfg.out_dir)["state"] == "finished"
+    )
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("words, code", [
-    ("VJepa_AUTO_V2.py --help", 0), ("VJepa_AUTO_V2.py --print_config", 0), ("VJepa_AUTO_V2.py --no_such_flag", 2), ("tools/evaluate.py --help", 0),
-    ("tools/evaluate.py --ckpt absent.pt", 2), ("tools/readme_tables.py --print", 0), ("tools/make_scenes.py --num 2 --workers 1 --out OUT", 0),
-])
+@pytest.mark.parametrize(
+    "words, code",
+    [
+        ("VJepa_AUTO_V2.py --help", 0),
+        ("VJepa_AUTO_V2.py --print_config", 0),
+        ("VJepa_AUTO_V2.py --no_such_flag", 2),
+        ("tools/evaluate.py --help", 0),
+        ("tools/evaluate.py --ckpt absent.pt", 2),
+        ("tools/readme_tables.py --print", 0),
+        ("tools/make_scenes.py --num 2 --workers 1 --out OUT", 0),
+    ],
+)
 def test_commands_into_a_closed_pipe(tmp_path, words, code):
-    """With nobody reading what they print: no traceback, the exit code that is true. Seen red with 1, and 120 for the help."""
+    """With nobody reading what they print: no traceback, the exit code that is true. Seen red with 1, and 120 for the
+    help."""
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, *words.replace("OUT", str(tmp_path / "out")).split()]
@@ -230,7 +284,8 @@ sys.exit(V.report_errors(command))
 
 @pytest.mark.parametrize("error", [errno.EROFS, errno.EIO, errno.EDQUOT])
 def test_a_disk_that_refuses_is_told_once(tmp_path, capsys, monkeypatch, error):
-    """Read-only, broken or over quota: lines wait, one warning for the whole time, all lines in order afterwards. Seen red: EROFS from truncate."""
+    """Read-only, broken or over quota: lines wait, one warning for the whole time, all lines in order afterwards. Seen
+    red: EROFS from truncate."""
     log, real = V.RunLog(small_config(out_dir=str(tmp_path)), True), open
     log.record({"step": 1})
 
@@ -262,19 +317,30 @@ def during(monkeypatch, step, deed):
 
 
 def test_a_folder_that_is_removed(scene_folder, tmp_path, monkeypatch, capsys):
-    """As a full disk: warnings, on to the end, one line; the folder is not made anew. Seen red: an empty folder with a checkpoint, no lease."""
+    """As a full disk: warnings, on to the end, one line; the folder is not made anew. Seen red: an empty folder with a
+    checkpoint, no lease."""
     cfg = config(scene_folder, tmp_path / "run", steps=6, ckpt_every=2)
     during(monkeypatch, 2, lambda: shutil.rmtree(tmp_path / "run"))
     assert V.main(command(cfg, tmp_path)[2:]) == 1
     out, err = capsys.readouterr()
-    assert "step:6 " in out and "WARNING: checkpoint of step 2 could not be saved" in out and "WARNING: checkpoint of step 4" in out
-    assert err.splitlines()[-1].startswith("error: checkpoint of step 6 could not be saved") and not (tmp_path / "run").exists()
+    assert (
+        "step:6 " in out
+        and "WARNING: checkpoint of step 2 could not be saved" in out
+        and "WARNING: checkpoint of step 4" in out
+    )
+    assert (
+        err.splitlines()[-1].startswith("error: checkpoint of step 6 could not be saved")
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_a_folder_that_comes_back(scene_folder, tmp_path, monkeypatch):
     """Moved away for two steps: what waited is written, nothing is missing."""
     cfg = config(scene_folder, tmp_path / "run", steps=8, ckpt_every=2)
-    deeds = {3: lambda: os.rename(tmp_path / "run", tmp_path / "away"), 5: lambda: os.rename(tmp_path / "away", tmp_path / "run")}
+    deeds = {
+        3: lambda: os.rename(tmp_path / "run", tmp_path / "away"),
+        5: lambda: os.rename(tmp_path / "away", tmp_path / "run"),
+    }
     for step, deed in deeds.items():
         during(monkeypatch, step, deed)
     assert V.train(cfg) == 0 and steps_logged(cfg.out_dir) == list(range(1, 9))
@@ -282,7 +348,8 @@ def test_a_folder_that_comes_back(scene_folder, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_another_run_makes_anew(scene_folder, tmp_path, monkeypatch, capsys):
-    """Removed, and taken by a second run of the same name: ours ends in one line at its next save and has written nothing there."""
+    """Removed, and taken by a second run of the same name: ours ends in one line at its next save and has written
+    nothing there."""
     cfg = config(scene_folder, tmp_path / "run", steps=8, ckpt_every=4)
 
     def take_over():
@@ -293,8 +360,12 @@ def test_a_folder_that_another_run_makes_anew(scene_folder, tmp_path, monkeypatc
     during(monkeypatch, 2, take_over)
     assert V.main(command(cfg, tmp_path)[2:]) == 1
     err = capsys.readouterr().err
-    assert "another run has made the folder anew" in err.splitlines()[-2] + err.splitlines()[-1] and "Traceback" not in err
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lease", "checkpoints"] and not list((tmp_path / "run/checkpoints").iterdir())
+    assert (
+        "another run has made the folder anew" in err.splitlines()[-2] + err.splitlines()[-1] and "Traceback" not in err
+    )
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lease", "checkpoints"] and not list(
+        (tmp_path / "run/checkpoints").iterdir()
+    )
 
 
 def test_a_lease_that_is_deleted_is_taken_again(scene_folder, tmp_path, monkeypatch):
@@ -302,8 +373,17 @@ def test_a_lease_that_is_deleted_is_taken_again(scene_folder, tmp_path, monkeypa
     cfg, refused = config(scene_folder, tmp_path / "run", steps=6, ckpt_every=2), []
 
     def second():
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import VJepa_AUTO_V2 as V; sys.exit(V.main(sys.argv[1:]))"
-        refused.append(subprocess.run([sys.executable, "-c", code, *command(cfg, tmp_path)[2:]], capture_output=True, text=True, env=environment()))
+        code = (
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); import VJepa_AUTO_V2 as V; sys.exit(V.main(sys.argv[1:]))"
+        )
+        refused.append(
+            subprocess.run(
+                [sys.executable, "-c", code, *command(cfg, tmp_path)[2:]],
+                capture_output=True,
+                text=True,
+                env=environment(),
+            )
+        )
 
     during(monkeypatch, 2, lambda: (tmp_path / "run/.lease").unlink())
     during(monkeypatch, 5, second)
@@ -344,8 +424,12 @@ def test_trackers_may_fail(scene_folder, tmp_path, monkeypatch, capsys, fail_in)
     seen = fake_wandb(monkeypatch, fail_in)
     assert V.train(config(scene_folder, tmp_path / "run", steps=3, track="wandb")) == 0
     out = capsys.readouterr().out
-    assert out.count("WARNING: track: wandb failed (RuntimeError") == bool(fail_in) and steps_logged(tmp_path / "run") == [1, 2, 3]
-    assert seen == {"init": ["init"], "log": ["init", "log"], "second log": ["init", "log", "second log"]}.get(fail_in, ["init", "log"] + ["second log"] * 3)
+    assert out.count("WARNING: track: wandb failed (RuntimeError") == bool(fail_in) and steps_logged(
+        tmp_path / "run"
+    ) == [1, 2, 3]
+    assert seen == {"init": ["init"], "log": ["init", "log"], "second log": ["init", "log", "second log"]}.get(
+        fail_in, ["init", "log"] + ["second log"] * 3
+    )
 
 
 def test_a_tracker_that_cannot_be_imported(scene_folder, tmp_path, monkeypatch, capsys):
@@ -363,16 +447,24 @@ def test_a_tracker_that_cannot_be_imported(scene_folder, tmp_path, monkeypatch, 
 
 
 def test_numbers_that_json_lacks(tmp_path, capsys):
-    """NaN and both infinities become null in metrics.jsonl and stay visible on the console. Seen red with Infinity in the file."""
+    """NaN and both infinities become null in metrics.jsonl and stay visible on the console. Seen red with Infinity in
+    the file."""
     log = V.RunLog(small_config(out_dir=str(tmp_path)), True)
     log.record({"step": 1, "a": float("inf"), "b": float("-inf"), "c": float("nan"), "d": 1.5})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {"step": 1, "a": None, "b": None, "c": None, "d": 1.5}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
+        "step": 1,
+        "a": None,
+        "b": None,
+        "c": None,
+        "d": 1.5,
+    }
     assert capsys.readouterr().out == "step:1 a:inf b:-inf c:nan d:1.5\n"
 
 
 @pytest.mark.parametrize("amp", [False, True])
 def test_black_clips(tmp_path, amp):
-    """Nothing moves, so there is no error to save against: skill null in training and evaluation, exit 0. Seen red with ZeroDivisionError."""
+    """Nothing moves, so there is no error to save against: skill null in training and evaluation, exit 0. Seen red with
+    ZeroDivisionError."""
     import av
     import numpy as np
 
@@ -383,7 +475,9 @@ def test_black_clips(tmp_path, amp):
             stream = container.add_stream("mpeg4", rate=8)
             stream.width = stream.height = 32
             for _ in range(24):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+                container.mux(
+                    stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24"))
+                )
             container.mux(stream.encode())
     cfg = config(folder, tmp_path / "run", steps=2, amp=amp, pos_embed="rope", pred_dim=48, val_every=1)
     real = V.WorldModel.make_targets
@@ -395,7 +489,10 @@ def test_black_clips(tmp_path, amp):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(V.WorldModel, "make_targets", still_targets)
         assert V.train(cfg) == 0
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
     assert [row[key] for row in rows for key in row if key.endswith("soon_skill")] == [None] * 4
     assert "nothing moves in the held-out clips" in (tmp_path / "run/train.log").read_text()
 
@@ -411,7 +508,8 @@ def test_skill_of_numbers():
 
 @pytest.mark.parametrize("name", [name for name, kind in V.FIELD_TYPES.items() if kind is int])
 def test_no_whole_number_is_without_a_bound(name):
-    """9e18 for any of them is refused in one line. Seen red with flow_rank: a MemoryError in the middle of the start."""
+    """9e18 for any of them is refused in one line. Seen red with flow_rank: a MemoryError in the middle of the
+    start."""
     assert V.RANGES[name][1] is not None
     if name != "flow_joint_max":  # a threshold: nothing has its size
         with pytest.raises(V.UsageError, match=name):

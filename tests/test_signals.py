@@ -1,4 +1,5 @@
-"""Signals and restarts over the whole life of a run: heard from the first line to the last, saved where there is something to save, exit 75."""
+"""Signals and restarts over the whole life of a run: heard from the first line to the last, saved where there is
+something to save, exit 75."""
 
 import json
 import os
@@ -18,7 +19,15 @@ import torch
 from conftest import ROOT, SCRIPT, V, small_config
 
 FAULTY = ROOT / "tests" / "faulty_run.py"
-RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
+RANK_NAMES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_RUN_ID",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +40,19 @@ def keep_signal_handlers():
 
 
 def config(scene_folder, out_dir, **overrides):
-    base = dict(data_root=str(scene_folder), out_dir=str(out_dir), steps=3, ckpt_every=2, val_every=0, val_clips=2, picture=False, dropout=0.1,
-                enc_depth=1, pred_depth=1, flow_depth=1)
+    base = dict(
+        data_root=str(scene_folder),
+        out_dir=str(out_dir),
+        steps=3,
+        ckpt_every=2,
+        val_every=0,
+        val_clips=2,
+        picture=False,
+        dropout=0.1,
+        enc_depth=1,
+        pred_depth=1,
+        flow_depth=1,
+    )
     return small_config(**{**base, **overrides})
 
 
@@ -43,7 +63,11 @@ def config_file(cfg, folder):
 
 
 def environment(**more):
-    return {**{name: value for name, value in os.environ.items() if name not in RANK_NAMES}, "OMP_NUM_THREADS": "1", **more}
+    return {
+        **{name: value for name, value in os.environ.items() if name not in RANK_NAMES},
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
 
 
 def status(out_dir):
@@ -52,7 +76,9 @@ def status(out_dir):
 
 def steps_logged(out_dir):
     path = Path(out_dir) / "metrics.jsonl"
-    return [row["step"] for row in map(json.loads, path.read_text().splitlines()) if "lr" in row] if path.exists() else []
+    return (
+        [row["step"] for row in map(json.loads, path.read_text().splitlines()) if "lr" in row] if path.exists() else []
+    )
 
 
 def final(out_dir):
@@ -74,7 +100,8 @@ def same(a, b):
 
 
 def test_a_signal_told_twice_is_one_request():
-    """Launcher and group tell it within moments, by whatever name; only a clearly later one ends at once, and says what is lost. Seen red: exit 143."""
+    """Launcher and group tell it within moments, by whatever name; only a clearly later one ends at once, and says what
+    is lost. Seen red: exit 143."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -173,7 +200,8 @@ def test_a_walk_over_batches_ends_together():
 # -- a signal at every stage of a run
 
 FLOW = dict(flow_fit_clips=8, flow_fit_steps=4, soon_fit_steps=2, soon_fit_batch=2)
-STAGES = {  # where the signal comes -> (settings, function in which it comes, at which call, words of the last line, saved by then)
+# where the signal comes -> (settings, function in which it comes, at which call, words of the last line, saved by then)
+STAGES = {
     "listing": ({}, "list_data", 1, "while it started", 0),
     "first checks": ({}, "check_ranks", 1, "while it started", 0),
     "data": ({}, "split_readable", 1, "while it started", 0),
@@ -218,9 +246,16 @@ def straight(scene_folder, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("stage", [pytest.param(stage, marks=pytest.mark.faults if stage in ("picture", "soon fit", "first checks") else ()) for stage in STAGES])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(stage, marks=pytest.mark.faults if stage in ("picture", "soon fit", "first checks") else ())
+        for stage in STAGES
+    ],
+)
 def test_a_signal_at_every_stage(scene_folder, tmp_path, straight, monkeypatch, capsys, stage):
-    """Exit 75, status stopped with the reason, saved what there is; the same command ends the run with the same bits as if nothing had been.
+    """Exit 75, status stopped with the reason, saved what there is; the same command ends the run with the same bits as
+    if nothing had been.
 
     Seen red: final save -15, final evaluation KeyboardInterrupt, start-up -15, picture and latents finished first.
     """
@@ -233,12 +268,28 @@ def test_a_signal_at_every_stage(scene_folder, tmp_path, straight, monkeypatch, 
     told = status(cfg.out_dir)
     assert (told["state"], told["exit_code"], told["reason"]) == ("stopped", 75, number.name)
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last.startswith(f"stopped by {number.name} {words}") and (tmp_path / "run/train.log").read_text().splitlines()[-1] == last
+    assert (
+        last.startswith(f"stopped by {number.name} {words}")
+        and (tmp_path / "run/train.log").read_text().splitlines()[-1] == last
+    )
     steps = [V.load_checkpoint(path)["step"] for _, path in V.checkpoint_files(cfg.out_dir)]
     assert max(steps, default=0) == saved
     assert V.train(cfg) == 0
     ours, theirs = final(cfg.out_dir), final(straight(settings))
-    for part in ("online", "predictor", "outcome", "flow", "flow_ema", "target", "opt", "flow_stats", "outcome_queue", "soon_predictor", "rng", "consumed"):
+    for part in (
+        "online",
+        "predictor",
+        "outcome",
+        "flow",
+        "flow_ema",
+        "target",
+        "opt",
+        "flow_stats",
+        "outcome_queue",
+        "soon_predictor",
+        "rng",
+        "consumed",
+    ):
         assert same(ours[part], theirs[part]), part
     assert steps_logged(cfg.out_dir) == [1, 2, 3] and status(cfg.out_dir)["state"] == "finished"
 
@@ -280,12 +331,17 @@ def die_at(monkeypatch, step):
 
 @pytest.mark.parametrize("dies_at, goes_on_at", [(5, 4), (1, 0)])
 @pytest.mark.parametrize("resume", ["never", "file"])
-def test_a_restart_goes_on_from_its_own_newest_checkpoint(scene_folder, tmp_path, monkeypatch, capsys, resume, dies_at, goes_on_at):
-    """Not from --resume again, which would throw back what was done since; nor from the old run's checkpoints before its own first.
+def test_a_restart_goes_on_from_its_own_newest_checkpoint(
+    scene_folder, tmp_path, monkeypatch, capsys, resume, dies_at, goes_on_at
+):
+    """Not from --resume again, which would throw back what was done since; nor from the old run's checkpoints before
+    its own first.
 
     Seen red: both began anew, from nothing and from FILE.
     """
-    assert V.train(config(scene_folder, tmp_path / "run", steps=1)) == 0  # an old run in the same folder, another one elsewhere
+    assert (
+        V.train(config(scene_folder, tmp_path / "run", steps=1)) == 0
+    )  # an old run in the same folder, another one elsewhere
     assert V.train(config(scene_folder, tmp_path / "other", steps=1)) == 0
     start = shutil.copy(tmp_path / "other/checkpoints/ckpt_final.pt", tmp_path / "start.pt")
     cfg = config(scene_folder, tmp_path / "run", steps=6, resume="never" if resume == "never" else str(start))
@@ -304,29 +360,42 @@ def test_a_restart_goes_on_from_its_own_newest_checkpoint(scene_folder, tmp_path
 
 
 def test_an_attempt_that_died_before_it_cleared_the_folder(scene_folder, tmp_path, monkeypatch, capsys):
-    """--resume never, dead in its first moment: the restart finds the old run's checkpoints, and must not go on from them."""
+    """--resume never, dead in its first moment: the restart finds the old run's checkpoints, and must not go on from
+    them."""
     assert V.train(config(scene_folder, tmp_path / "run", steps=2)) == 0
     restarted(monkeypatch, 1)
     capsys.readouterr()
     assert V.train(config(scene_folder, tmp_path / "run", steps=2, resume="never", seed=3)) == 0
-    assert "resumed from" not in capsys.readouterr().out and (tmp_path / "run/previous_1/checkpoints/ckpt_final.pt").is_file()
+    assert (
+        "resumed from" not in capsys.readouterr().out
+        and (tmp_path / "run/previous_1/checkpoints/ckpt_final.pt").is_file()
+    )
 
 
 # -- ranks that are started by hand
 
 
-@pytest.mark.parametrize("names, words", [
-    (dict(RANK="x", WORLD_SIZE="2"), "RANK = 'x' must be a whole number from 0 to 1"),
-    (dict(RANK="2", WORLD_SIZE="2"), "RANK = '2' must be"), (dict(RANK="-1", WORLD_SIZE="2"), "RANK = '-1'"), (dict(RANK="", WORLD_SIZE="2"), "RANK = ''"),
-    (dict(WORLD_SIZE="2"), "RANK = ''"), (dict(RANK="1"), "RANK = '1' must be a whole number from 0 to 0"),
-    (dict(RANK="0", WORLD_SIZE="0"), "WORLD_SIZE = '0'"), (dict(RANK="0", WORLD_SIZE="two\nerror: x"), "WORLD_SIZE = 'two\\nerror: x'"),
-    (dict(RANK="0", WORLD_SIZE="1" * 30), "WORLD_SIZE = '111"), (dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="a"), "LOCAL_RANK = 'a'"),
-    (dict(RANK="0", WORLD_SIZE="2"), "MASTER_ADDR, where rank 0 is met, is not set"),
-    (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"), "MASTER_PORT = ''"),
-    (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="http"), "MASTER_PORT = 'http'"),
-    (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="70000"), "MASTER_PORT = '70000'"),
-    (dict(TORCHELASTIC_RESTART_COUNT="often"), "TORCHELASTIC_RESTART_COUNT = 'often'"),
-], ids=str)
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (dict(RANK="x", WORLD_SIZE="2"), "RANK = 'x' must be a whole number from 0 to 1"),
+        (dict(RANK="2", WORLD_SIZE="2"), "RANK = '2' must be"),
+        (dict(RANK="-1", WORLD_SIZE="2"), "RANK = '-1'"),
+        (dict(RANK="", WORLD_SIZE="2"), "RANK = ''"),
+        (dict(WORLD_SIZE="2"), "RANK = ''"),
+        (dict(RANK="1"), "RANK = '1' must be a whole number from 0 to 0"),
+        (dict(RANK="0", WORLD_SIZE="0"), "WORLD_SIZE = '0'"),
+        (dict(RANK="0", WORLD_SIZE="two\nerror: x"), "WORLD_SIZE = 'two\\nerror: x'"),
+        (dict(RANK="0", WORLD_SIZE="1" * 30), "WORLD_SIZE = '111"),
+        (dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="a"), "LOCAL_RANK = 'a'"),
+        (dict(RANK="0", WORLD_SIZE="2"), "MASTER_ADDR, where rank 0 is met, is not set"),
+        (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"), "MASTER_PORT = ''"),
+        (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="http"), "MASTER_PORT = 'http'"),
+        (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="70000"), "MASTER_PORT = '70000'"),
+        (dict(TORCHELASTIC_RESTART_COUNT="often"), "TORCHELASTIC_RESTART_COUNT = 'often'"),
+    ],
+    ids=str,
+)
 def test_wrong_rank_environment(scene_folder, tmp_path, monkeypatch, capsys, names, words):
     """One line that names the variable, exit 2. Seen red: ValueError and KeyError."""
     for name in RANK_NAMES:
@@ -344,10 +413,15 @@ def free_port():
         return str(free.getsockname()[1])
 
 
-@pytest.mark.parametrize("rank, words", [("0", "rank 1 of 2 did not come within dist_timeout_s = 1 s"), ("1", "rank 0 does not answer at 127.0.0.1")])
+@pytest.mark.parametrize(
+    "rank, words",
+    [("0", "rank 1 of 2 did not come within dist_timeout_s = 1 s"), ("1", "rank 0 does not answer at 127.0.0.1")],
+)
 def test_an_absent_peer(scene_folder, tmp_path, monkeypatch, capsys, rank, words):
     """Named in one line, exit 1, when dist_timeout_s is over. Seen red: a traceback of DistStoreError."""
-    for name, value in dict(RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()).items():
+    for name, value in dict(
+        RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()
+    ).items():
         monkeypatch.setenv(name, value)
     assert V.main(["--config", config_file(config(scene_folder, tmp_path / "run", dist_timeout_s=1.0), tmp_path)]) == 1
     err = capsys.readouterr().err
@@ -357,7 +431,9 @@ def test_an_absent_peer(scene_folder, tmp_path, monkeypatch, capsys, rank, words
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_signal_while_waiting_for_peers(scene_folder, tmp_path, monkeypatch, rank):
     """Exit 75 at once, not after dist_timeout_s; rank 0 tells it in status.json."""
-    for name, value in dict(RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()).items():
+    for name, value in dict(
+        RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()
+    ).items():
         monkeypatch.setenv(name, value)
     began = time.monotonic()
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
@@ -371,7 +447,9 @@ def test_a_signal_while_waiting_for_peers(scene_folder, tmp_path, monkeypatch, r
 
 
 def launch(command, env):
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def end_group(process):
@@ -384,20 +462,33 @@ def end_group(process):
 
 
 def ranks(cfg, folder, *options):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--monitor-interval=0.1", *options,
-            str(FAULTY), "--config", config_file(cfg, folder)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--monitor-interval=0.1",
+        *options,
+        str(FAULTY),
+        "--config",
+        config_file(cfg, folder),
+    ]
 
 
 def wait_for(condition, seconds, process):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0] if process.poll() is not None else "not in time"
+        assert time.monotonic() < deadline and process.poll() is None, (
+            process.communicate()[0] if process.poll() is not None else "not in time"
+        )
         time.sleep(0.02)
 
 
 @pytest.mark.faults
 def test_a_signal_to_launcher_and_ranks_together(scene_folder, tmp_path):
-    """As systemd sends it: everyone gets it, and the launcher tells its ranks once more. Saved, 75, stopped. Seen red: nothing saved, 3 of 3."""
+    """As systemd sends it: everyone gets it, and the launcher tells its ranks once more. Saved, 75, stopped. Seen red:
+    nothing saved, 3 of 3."""
     cfg = config(scene_folder, tmp_path / "run", steps=4000, ckpt_every=4000)
     process = launch(ranks(cfg, tmp_path), environment())
     try:
@@ -415,22 +506,42 @@ def test_a_signal_to_launcher_and_ranks_together(scene_folder, tmp_path):
 
 @pytest.mark.faults
 def test_a_signal_to_one_rank(scene_folder, tmp_path):
-    """Rank 1 alone is told, while both evaluate or make latents: they leave together, and the next start goes on to the end."""
-    cfg = config(scene_folder, tmp_path / "run", steps=4, val_every=2, val_clips=400, flow_fit_clips=400, flow_fit_steps=20, dist_timeout_s=60.0)
+    """Rank 1 alone is told, while both evaluate or make latents: they leave together, and the next start goes on to the
+    end."""
+    cfg = config(
+        scene_folder,
+        tmp_path / "run",
+        steps=4,
+        val_every=2,
+        val_clips=400,
+        flow_fit_clips=400,
+        flow_fit_steps=20,
+        dist_timeout_s=60.0,
+    )
     for steps, words in ((2, "at step 2, saved"), (4, "in the flow phase")):
         process = launch(ranks(cfg if steps == 2 else V.replace(cfg, val_every=0), tmp_path), environment())
         try:
             wait_for(lambda: steps_logged(cfg.out_dir)[-1:] == [steps], 60, process)
             time.sleep(0.5)
-            (pid,) = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if is_rank(path, process.pid, 1)]
+            (pid,) = [
+                int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if is_rank(path, process.pid, 1)
+            ]
             os.kill(pid, signal.SIGUSR1)
             output, _ = process.communicate(timeout=120)
-            assert status(cfg.out_dir)["state"] == "stopped" and f"stopped by a signal on another rank {words}" in output and f'{SCRIPT.name}", line' not in output, output
+            assert (
+                status(cfg.out_dir)["state"] == "stopped"
+                and f"stopped by a signal on another rank {words}" in output
+                and f'{SCRIPT.name}", line' not in output
+            ), output
         finally:
             end_group(process)
     process = launch(ranks(V.replace(cfg, val_every=0, val_clips=2), tmp_path), environment())
     output, _ = process.communicate(timeout=180)
-    assert process.returncode == 0 and status(cfg.out_dir)["state"] == "finished" and steps_logged(cfg.out_dir) == [1, 2, 3, 4], output
+    assert (
+        process.returncode == 0
+        and status(cfg.out_dir)["state"] == "finished"
+        and steps_logged(cfg.out_dir) == [1, 2, 3, 4]
+    ), output
 
 
 def is_rank(path, group, rank):
@@ -452,7 +563,11 @@ def test_signals_at_random_moments(scene_folder, tmp_path):
     for latest in (0.0, 1.0, 3.0):
         process = launch(command, environment())
         try:
-            wait_for(lambda: (Path(cfg.out_dir) / "status.json").exists() and status(cfg.out_dir)["pid"] == process.pid, 60, process)
+            wait_for(
+                lambda: (Path(cfg.out_dir) / "status.json").exists() and status(cfg.out_dir)["pid"] == process.pid,
+                60,
+                process,
+            )
             time.sleep(rng.uniform(0.0, latest))
             for _ in range(2):
                 process.send_signal(rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)))
@@ -465,7 +580,8 @@ def test_signals_at_random_moments(scene_folder, tmp_path):
 
 @pytest.mark.faults
 def test_torchrun_restarts_a_run_that_began_with_never(scene_folder, tmp_path):
-    """A crash in step 8: the restart goes on from step 6 of this launch, beside the old run's files under previous_1. Seen red: back to step 1."""
+    """A crash in step 8: the restart goes on from step 6 of this launch, beside the old run's files under previous_1.
+    Seen red: back to step 1."""
     assert V.train(config(scene_folder, tmp_path / "run", steps=1)) == 0
     cfg = config(scene_folder, tmp_path / "run", steps=10, ckpt_every=3, resume="never")
     process = launch(ranks(cfg, tmp_path, "--max-restarts=1"), environment(FAULTS=json.dumps([["exception", 1, 7, 0]])))
@@ -485,13 +601,20 @@ def test_a_peer_that_dies_while_it_starts(scene_folder, tmp_path, dead):
     both = []
     try:
         for rank in range(2):
-            env = environment(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            env = environment(
+                RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+            )
             both.append(launch([sys.executable, str(SCRIPT), "--config", config_file(cfg, tmp_path)], env))
         wait_for(lambda: (tmp_path / "run/train.log").exists(), 60, both[0])
         both[dead].kill()
         output, _ = both[1 - dead].communicate(timeout=60)
         lines = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert both[1 - dead].returncode == 1 and len(lines) == 1 and f"rank {dead}" in lines[0] and "Traceback" not in output, output
+        assert (
+            both[1 - dead].returncode == 1
+            and len(lines) == 1
+            and f"rank {dead}" in lines[0]
+            and "Traceback" not in output
+        ), output
     finally:
         for process in both:
             end_group(process)
