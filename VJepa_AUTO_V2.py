@@ -43,6 +43,7 @@ import fnmatch
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -51,6 +52,7 @@ import os
 import platform
 import re
 import resource
+import secrets
 import shutil
 import signal
 import socket
@@ -62,8 +64,8 @@ import time
 import typing
 import weakref
 import zipfile
-from collections import OrderedDict
-from contextlib import contextmanager, nullcontext
+from collections import Counter, OrderedDict
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fractions import Fraction
@@ -108,7 +110,7 @@ class VJepaAutoV2Config:
     # -- run
     preset: str = "base"  # tiny | proof | small | base | large: a named set of overrides (base = these defaults)
     data_root: str = ""  # folder of videos, one video, or a list file (csv, txt, jsonl); empty = built-in driving scenes
-    video_glob: str = "*"  # which files count, matched on the name or on the path below data_root
+    video_glob: str = "*"  # which files count: *.mp4 on the name, sub/*.mp4 on the path below data_root, **/ is any folders or none
     out_dir: str = "runs/vjepa_auto_v2"  # everything the run writes
     resume: str = "auto"  # auto (newest checkpoint in out_dir) | never | a checkpoint file
     steps: int = 20000  # optimizer steps of the whole run; all schedules end here
@@ -213,6 +215,12 @@ class VJepaAutoV2Config:
     track: str = ""  # tensorboard, wandb or both, separated by a comma
     picture: bool = True  # write futures.png at the end
     dist_timeout_s: float = 600.0  # seconds before a stuck collective ends the run
+
+    def __post_init__(self):
+        """A ~ at the front of a path is the home folder, wherever the config comes from."""
+        for name in ("data_root", "out_dir", "resume"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
 
     @property
     def height(self) -> int:
@@ -515,15 +523,31 @@ def unique_pairs(pairs):
     return values
 
 
-def parse_json(text):
-    """JSON text -> plain values. ValueError or RecursionError when it cannot be read."""
+def refuse_constant(name):
+    """NaN, Infinity and -Infinity, which Python's reader takes for JSON."""
+    raise ValueError(f"{name} is no JSON; write null for what is unknown")
+
+
+def parse_json(text, constant=refuse_constant):
+    """JSON text -> plain values. ValueError or RecursionError when it cannot be read. `constant` gets NaN and its like."""
     try:
-        return json.loads(text, object_pairs_hook=unique_pairs)
+        return json.loads(text, object_pairs_hook=unique_pairs, parse_constant=constant)
     except DuplicateKey as error:
         (key,) = error.args
         places = re.finditer(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", text)
         lines = " and ".join(str(text.count("\n", 0, place.start()) + 1) for place in places)
         raise ValueError(f"key {shown(key)} stands twice, in lines {lines}") from error
+
+
+def read_text(path, most_bytes):
+    """A file that a user wrote -> its text, a byte-order mark left out. OSError, or ValueError where it is not UTF-8."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a file")  # a pipe or a device may have no end
+    with open(path, "rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"larger than {most_bytes} bytes")
+    return content.decode("utf-8-sig")
 
 
 def yaml_value(node, seen):
@@ -572,17 +596,11 @@ def parse_config(path):
     if kind == "YAML" and importlib.util.find_spec("yaml") is None:
         raise UsageError(f"config {one_line(path)}: YAML needs pyyaml (pip install pyyaml), or write the file as JSON")
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError("not a file")  # a pipe or a device may have no end
-        with open(path, "rb") as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)
-        if len(content) > MAX_CONFIG_BYTES:
-            raise OSError(f"larger than {MAX_CONFIG_BYTES} bytes")
-        text = content.decode("utf-8-sig")
+        text = read_text(path, MAX_CONFIG_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"config {one_line(path)}: cannot be read ({one_line(error)})") from error
     try:
-        data = parse_yaml(text) if kind == "YAML" else parse_json(text)
+        data = parse_yaml(text) if kind == "YAML" else parse_json(text, float)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"config {one_line(path)}: not valid {kind} ({one_line(error)})") from error
     data = data.get("config", data) if isinstance(data, dict) and "versions" in data else data  # a run's own config.json
@@ -597,7 +615,7 @@ def read_config_file(path, seen=None):
     An inherited file lies in the folder of the first one or below it. Loops and unknown keys raise UsageError, like all else.
     """
     seen = {} if seen is None else seen
-    path = Path(path if re.search(UNPRINTABLE, str(path)) else os.path.realpath(path))
+    path = Path(path if re.search(UNPRINTABLE, str(path)) else os.path.realpath(os.path.expanduser(path)))
     if re.search(UNPRINTABLE, str(path)):
         raise UsageError(f"config {one_line(path)}: its name must hold no control characters, and only UTF-8")
     trail = [*(file for file, values in seen.items() if values is None), path]
@@ -617,7 +635,7 @@ def read_config_file(path, seen=None):
         raise UsageError(f"config {one_line(path)}: inherits = {shown(parents)} must be a file name or a list of them")
     merged = {}
     for parent in parents:
-        merged.update(read_config_file(path.parent / parent, seen))
+        merged.update(read_config_file(path.parent / os.path.expanduser(parent), seen))
     for key, value in data.items():
         if key not in FIELD_TYPES:
             raise UsageError(f"config {one_line(path)}: unknown key {shown(key)}{nearest(key, FIELD_TYPES)}")
@@ -674,9 +692,12 @@ def resolve_config(argv):
 # 3  Video files: folder / list -> decoded frames
 # ---------------------------------------------------------------------------------------------------------------------
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts", ".hevc", ".h264")
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts", ".hevc", ".h264", ".mts", ".m2ts", ".3gp", ".3g2", ".f4v", ".265", ".h265", ".264",
+    ".wmv", ".asf", ".flv", ".mpg", ".mpeg", ".vob", ".ogv",
+)
 # Demuxers that may open a file: a playlist script named .mp4 would otherwise make FFmpeg read other files.
-CONTAINER_WHITELIST = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,hevc,h264"
+CONTAINER_WHITELIST = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,hevc,h264,asf,flv,mpeg,ogg"
 DECODERS = {"auto": ("pyav", "decord"), "pyav": ("pyav", "decord"), "decord": ("decord", "pyav"), "torchcodec": ("torchcodec", "pyav")}
 # What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing): not programming errors here.
 DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError, ArithmeticError)
@@ -716,63 +737,235 @@ class ClipPlan:
     u_y: float
 
 
-def scan_folder(root, video_glob):
-    """Walk a folder, following links but no loops -> sorted [VideoFile] with a known suffix that match the glob."""
-    found, visited = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        info = os.stat(folder)
-        if (info.st_dev, info.st_ino) in visited:
-            subfolders.clear()
+# Folders of copies that systems and network disks keep beside the files themselves.
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
+SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in the order in which they are tried
+HEADER_WORDS = {"path": r"(?i)(path|video|file|clip)\w*", "label": r"(?i)(maneuver|label|class)\w*"}
+MAX_LIST_BYTES, MAX_ANNOTATION_BYTES = 2**28, 2**26
+SIGNALS = ("speed", "yaw_rate", "lane_offset", "lead_gap", "steer", "mover_u")  # per frame, of an annotation; tools/evaluate.py probes for them
+
+
+class Listing(list):
+    """The videos of a data_root. `notes`: lines that the user should read; `seen`: what else was found, for the case that nothing was."""
+
+    def __init__(self, videos=(), notes=(), seen=""):
+        super().__init__(videos)
+        self.notes, self.seen = list(notes), seen
+
+
+def name_some(names, most=3):
+    """The first few of many names, and how many more there are, for a message."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(one_line(name, 100) for name in names[:most]) + more
+
+
+def glob_pattern(video_glob):
+    """A glob -> compiled pattern. * crosses folders, as in fnmatch; **/ at the start of a name is any number of folders, none included."""
+    marked = re.sub(r"(^|(?<=/))(\*\*/)+", "\0", video_glob.removeprefix("./"))
+    return re.compile(fnmatch.translate(marked).replace("\0", "(?:.*/)?"))
+
+
+def file_identity(look):
+    """What all names of one file share -> tuple, None where it cannot be told. `look` is its stat without arguments.
+
+    Size and time of change stand beside the number, since some network disks give one number to many files.
+    """
+    try:
+        info = look()
+    except (OSError, ValueError):
+        return None
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) if info.st_ino and stat.S_ISREG(info.st_mode) else None
+
+
+def is_folder(entry):
+    """Whether an entry of a folder is a folder or a link to one; a link that leads nowhere is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def walk_folder(root):
+    """All folders below a root, links followed, each once under its first name in sorted order, hidden and system folders left out
+    -> generator of (path below the root with / at its end, entries that are no folder, OSError or None)."""
+    visited, todo = set(), [(root, "")]
+    while todo:
+        folder, parent = todo.pop()
+        try:
+            info = os.stat(folder)
+            if (info.st_dev, info.st_ino) in visited:
+                continue
+            visited.add((info.st_dev, info.st_ino))
+            with os.scandir(folder) as found:
+                entries = list(found)
+        except OSError as error:  # no permission, gone meanwhile, or deeper than a path may be long
+            yield parent, [], error
             continue
-        visited.add((info.st_dev, info.st_ino))
-        subfolders.sort()  # of several links to one folder the first name counts, on every machine
-        parent = "" if folder == root else os.path.relpath(folder, root).replace(os.sep, "/") + "/"  # once per folder: relpath is slow
-        for name in names:
-            if name.lower().endswith(VIDEO_SUFFIXES) and (fnmatch.fnmatch(name, video_glob) or fnmatch.fnmatch(parent + name, video_glob)):
-                found.append(VideoFile(parent + name, os.path.join(folder, name)))
-    return sorted(found, key=lambda video: video.name)
+        folders, files = [], []
+        for entry in entries:
+            (folders if is_folder(entry) else files).append(entry)
+        names = sorted((entry.name for entry in folders), reverse=True)  # the last one is taken first
+        todo += [(os.path.join(folder, name), f"{parent}{name}/") for name in names if name[0] != "." and name not in SYSTEM_FOLDERS]
+        yield parent, files, None
 
 
-def parse_list_line(line, folder):
-    """One line of a list file, `path` or `path<separator>label` with blanks allowed in the path -> VideoFile."""
-    candidates = [(line.strip('"'), "")]
-    for separator in ("\t", ",", "::", ";", " "):
+def one_name_each(videos, identities):
+    """Leave out further names of one file (links) -> (videos, names left out). Where such a name brings another label it stays,
+    under the first one's name: the split goes by names, so no file ever stands on both sides."""
+    first, kept, left_out = {}, [], []
+    for video, identity in zip(videos, identities):
+        name, labels = first.setdefault(identity or video, (video.name, set()))
+        if video.name != name and video.label in labels:
+            left_out.append(video.name)
+            continue
+        labels.add(video.label)
+        kept.append(video if video.name == name else replace(video, name=name))
+    return kept, left_out
+
+
+def count_suffixes(names):
+    """File names -> '12 .jpg, 3 .wmv, 2 hidden', the most frequent first."""
+    counts = Counter("hidden" if name[0] == "." else os.path.splitext(name)[1].lower() or "without suffix" for name in names)
+    return ", ".join(f"{count} {one_line(suffix, 20)}" for suffix, count in counts.most_common(8)) or "no file at all"
+
+
+def scan_folder(root, video_glob):
+    """Walk a folder -> Listing, sorted by name, of the files with a known suffix that match the glob, one name for each file.
+
+    Names that begin with a dot do not count: they are hidden, or macOS's twins of other files. UsageError for a closed root.
+    """
+    matches, found, others, closed = glob_pattern(video_glob).match, [], [], []
+    below = os.path.basename(root) + "/" if os.path.basename(root) == "videos" else ""  # a glob may name the videos/ folder or not
+    for parent, entries, error in walk_folder(root):
+        if error is not None and not parent:
+            raise UsageError(f"data_root {one_line(root)}: cannot be read ({error.strerror})") from error
+        if error is not None:
+            closed.append(f"{parent[:-1]} ({error.strerror})")
+        for entry in entries:
+            name = entry.name
+            if name.lower().endswith(VIDEO_SUFFIXES) and name[0] != "." and (
+                    matches(name) or matches(parent + name) or below and matches(below + parent + name)):
+                found.append((VideoFile(parent + name, os.path.join(root, parent + name)), file_identity(entry.stat)))
+            else:
+                others.append(name)
+    found.sort(key=lambda pair: pair[0].name)
+    videos, links = one_name_each(*zip(*found)) if found else ([], [])
+    notes = [f"WARNING: {len(closed)} folder(s) below {one_line(root)} cannot be read and are left out: {name_some(closed)}"] if closed else []
+    notes += [f"note: {len(links)} further name(s) of files that are listed already (links) are left out: {name_some(links)}"] if links else []
+    return Listing(videos, notes, f"found {count_suffixes(others)}" if not videos else "")
+
+
+def check_path(path):
+    """ValueError for a text that no path can be: NUL, or characters that the file system's encoding lacks."""
+    if "\0" in path:
+        raise ValueError("a path holds no NUL")
+    os.fsencode(path)
+
+
+def label_text(value):
+    """A label of a list or an annotation -> text, "" for null alone: 0 is a label. ValueError where it is no plain text or number."""
+    if value is None:
+        return ""
+    if not isinstance(value, (str, bool)) and not fits(float, value) or re.search(UNPRINTABLE, str(value)):
+        raise ValueError(f"label {shown(value)} must be a text without control characters or a number")
+    return str(value)
+
+
+def csv_cells(line, separator):
+    """The cells of one line by the rules of csv: quotes hold separators, doubled quotes stand for one. csv.Error when too long."""
+    mark = separator if len(separator) == 1 else "\x1f"
+    rows = csv.reader([line.replace(separator, mark)], delimiter=mark, skipinitialspace=True)
+    return [cell.replace(mark, separator).strip() for row in rows for cell in row]
+
+
+def list_header(line):
+    """A list's first line -> (separator, column of the path, column of the label or None), None when it names a video or no column."""
+    if any(suffix in line.lower() for suffix in VIDEO_SUFFIXES):
+        return None
+    separator = next((separator for separator in SEPARATORS if separator in line), "\t")
+    cells = csv_cells(line, separator)
+    columns = {kind: [number for number, cell in enumerate(cells) if re.fullmatch(words, cell)] for kind, words in HEADER_WORDS.items()}
+    if columns["path"] or re.match(r"(path|video|file\w*)\b", line, re.IGNORECASE):
+        path = (columns["path"] or [0])[0]
+        label = [number for number in columns["label"] if number != path] or ([1 - path] if len(cells) == 2 else [])
+        return separator, path, label[0] if label else None
+    return None
+
+
+def list_candidates(line, header):
+    """What a line of a list may say -> [(path, label)], best first: the header's columns, the whole line, all before a last
+    separator (blanks and commas in paths need no quotes), then the first two cells of a csv line."""
+    named, split, quoted = [], [(line.strip('"'), "")], []
+    if header:
+        cells = csv_cells(line, header[0])
+        path, label = (cells[column] if column is not None and column < len(cells) else "" for column in header[1:])
+        named = [(path, label)] if path else []
+    for separator in SEPARATORS:
         head, found, tail = line.rpartition(separator)
         if found:
-            candidates.append((head.strip().strip('"'), tail.strip().strip('"')))
-    for path, label in candidates:
-        if os.path.exists(os.path.join(folder, path)):
-            return VideoFile(path.replace(os.sep, "/"), os.path.abspath(os.path.join(folder, path)), label)
-    path, label = candidates[1] if len(candidates) > 1 else candidates[0]  # missing on disk: named as bad when first read
-    return VideoFile(path, os.path.abspath(os.path.join(folder, path)), label)
+            split.append((head.strip().strip('"'), tail.strip().strip('"')))
+            quoted += [tuple(cells[:2]) for cells in [csv_cells(line, separator)] if len(cells) > 1]
+    return named + (quoted + split if '"' in line else split + quoted)
+
+
+def parse_list_line(line, folder, header=None):
+    """One line of a list, `path` or `path<separator>label` -> VideoFile, None for a comment. ValueError or csv.Error for no text.
+
+    Which reading holds is seen on the disk; where none of the files exists, the first that ends like a video is named.
+    """
+    check_path(line)
+    candidates = [(path, label, os.path.abspath(os.path.join(folder, os.path.expanduser(path)))) for path, label in list_candidates(line, header) if path]
+    present = [candidate for candidate in candidates if os.path.isfile(candidate[2])] or [c for c in candidates if os.path.exists(c[2])]
+    if not present and (line.startswith("#") or not candidates):
+        return None
+    named = [candidate for candidate in candidates if candidate[0].lower().endswith(VIDEO_SUFFIXES)]
+    path, label, absolute = (present or named or candidates[1:2] or candidates)[0]
+    return VideoFile(path.replace(os.sep, "/"), absolute, label_text(label))
+
+
+def parse_json_line(line, folder):
+    """One line of a jsonl list -> VideoFile. ValueError or RecursionError says what it lacks."""
+    row = parse_json(line)
+    name = row.get("video") or row.get("path") if isinstance(row, dict) else None
+    if not isinstance(name, str) and not (name and fits(int, name)):
+        raise ValueError("it has no such text")
+    check_path(str(name))
+    path = os.path.abspath(os.path.join(folder, os.path.expanduser(str(name))))
+    return VideoFile(str(name), path, label_text(row.get("maneuver")) or label_text(row.get("label")))
 
 
 def read_list(path):
-    """A csv, txt or jsonl list -> [VideoFile] in file order. UsageError names a line that is not understood."""
-    folder, found = os.path.dirname(os.path.abspath(path)), []
+    """A csv, txt or jsonl list -> Listing in file order; blank lines, comments (#) and a header are no videos. UsageError names a
+    line that is not understood."""
+    folder, found, header, first = os.path.dirname(os.path.abspath(path)), [], None, True
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = read_text(path, MAX_LIST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"data_root {path}: list cannot be read ({error})") from error
-    for number, line in enumerate(lines, 1):
+        raise UsageError(f"data_root {one_line(path)}: list cannot be read ({one_line(error)})") from error
+    as_json = str(path).lower().endswith(".jsonl")
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
         line = line.strip()
-        if not line or (number == 1 and re.match(r"(path|video|file\w*)\b", line, re.IGNORECASE)
-                        and not any(suffix in line.lower() for suffix in VIDEO_SUFFIXES)):
-            continue  # blank, or a header
-        if not str(path).lower().endswith(".jsonl"):
-            found.append(parse_list_line(line, folder))
-            continue
         try:
-            row = json.loads(line)
-            name = row.get("video") or row["path"]
-            found.append(VideoFile(str(name), os.path.abspath(os.path.join(folder, str(name))), str(row.get("maneuver") or row.get("label") or "")))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise UsageError(f"data_root {path} line {number}: needs a JSON object with a key 'video' or 'path'") from error
-    return found
+            if not line or as_json and line.startswith("#"):
+                continue
+            if first and not as_json and not line.startswith("#"):
+                first, header = False, list_header(line)
+                if header and not os.path.isfile(os.path.join(folder, line)):
+                    continue
+                header = None
+            video = parse_json_line(line, folder) if as_json else parse_list_line(line, folder, header)
+        except (ValueError, RecursionError, csv.Error) as error:
+            needs = "needs a JSON object with a key 'video' or 'path'" if as_json else "cannot be understood"
+            raise UsageError(f"data_root {one_line(path)} line {number}: {needs} ({one_line(error)})") from error
+        found += [video] if video else []
+    videos, links = one_name_each(found, [file_identity(partial(os.stat, video.path)) for video in found])
+    notes = [f"note: {len(links)} line(s) of {one_line(path)} name files again under other names (links) and are left out: {name_some(links)}"] if links else []
+    return Listing(videos, notes, "the list names no video")
 
 
 def find_videos(data_root, video_glob):
-    """Folder (its videos/ if it has one), list file or single video -> [VideoFile]. UsageError if the path is absent."""
+    """Folder (its videos/ if it has one), list file or single video -> Listing. UsageError if the path is absent."""
     if not os.path.exists(data_root):
         raise UsageError(f"data_root {data_root}: no such file or folder; give a folder of videos, or leave --data_root out for built-in scenes")
     if not os.access(data_root, os.R_OK):
@@ -781,7 +974,7 @@ def find_videos(data_root, video_glob):
         if data_root.lower().endswith((".csv", ".txt", ".jsonl")):
             return read_list(data_root)
         if data_root.lower().endswith(VIDEO_SUFFIXES):
-            return [VideoFile(os.path.basename(data_root), os.path.abspath(data_root))]
+            return Listing([VideoFile(os.path.basename(data_root), os.path.abspath(data_root))])
         raise UsageError(f"data_root {data_root}: neither a folder, a video, nor a csv, txt or jsonl list")
     videos = os.path.join(data_root, "videos")
     return scan_folder(videos if os.path.isdir(videos) else data_root, video_glob)
@@ -794,27 +987,54 @@ def name_hash(video):
 
 def split_videos(videos, val_fraction, at_least=1):
     """Hold out files by the hash of their name, never by window -> (train, val). Both are non-empty from two files up."""
-    ranked = sorted(videos, key=name_hash)
+    hashes = {video.name: name_hash(video) for video in videos}  # a list may name a file more than once
+    ranked = sorted(hashes, key=hashes.get)
     threshold = f"{int(val_fraction * 16**8):08x}"
-    num_val = sum(name_hash(video)[:8] < threshold for video in ranked)
+    num_val = sum(hashed[:8] < threshold for hashed in hashes.values())
     num_val = min(max(num_val, at_least if val_fraction > 0 else 0), len(ranked) - 1)
-    val = {video.name for video in ranked[:num_val]}
+    val = set(ranked[: max(num_val, 0)])
     return [v for v in videos if v.name not in val], [v for v in videos if v.name in val]
 
 
-def read_annotation(data_root, video):
-    """DIR/annotations/<clip>.json of a video, in its own subfolder or flat -> dict, empty when there is none. BadFile when it is not a JSON object."""
-    folder, relative = Path(data_root) / "annotations", Path(video.name).with_suffix(".json")
-    path = folder / relative if (folder / relative).is_file() else folder / relative.name
-    if not data_root or not path.is_file():
-        return {}
-    try:
-        annotation = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise BadFile(f"annotation {path.name}: {error}") from error
+def check_annotation(annotation):
+    """Bring the parts of an annotation that are read to their types, in place. ValueError names the key, in one line."""
     if not isinstance(annotation, dict):
-        raise BadFile(f"annotation {path.name}: must hold a JSON object")
-    return annotation
+        raise ValueError("must hold a JSON object")
+    fps = annotation.get("fps")
+    if fps is not None and not (fits(float, fps) and 0 < fps <= 10**6):
+        raise ValueError(f"fps = {shown(fps)} must be a positive number")
+    label = label_text(annotation.pop("maneuver", None))
+    if label:
+        annotation["maneuver"] = label
+    for name in SIGNALS:
+        signal = annotation.get(name)
+        if isinstance(signal, list) and not set(map(type, signal)) <= {int, float, bool, type(None)}:
+            raise ValueError(f"{name} must be a list of numbers, null where it is unknown")
+        if isinstance(signal, list) and not all(abs(value) < 1e30 for value in signal if value is not None):
+            raise ValueError(f"{name} holds a number that is too large")
+
+
+def read_annotation(data_root, video):
+    """DIR/annotations/<clip>.json of a video, in its own subfolder or flat -> dict, empty when there is none; `maneuver` is a text
+    or absent. BadFile with the reason when it is not what it should be."""
+    if not data_root:
+        return {}
+    folder, relative = Path(data_root) / "annotations", Path(video.name).with_suffix(".json")
+    for path in dict.fromkeys((folder / relative, folder / relative.name)):
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                continue
+            annotation = parse_json(read_text(path, MAX_ANNOTATION_BYTES))
+            check_annotation(annotation)
+            return annotation
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+                continue  # no file can have this name
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise BadFile(f"annotation {one_line(path.name)}: {one_line(reason)}") from error
+    return {}
 
 
 def frame_times(plan, duration, native_fps):
@@ -1417,11 +1637,12 @@ def siblings(scene_seed, num, cfg, kind=""):
         yield scene(scene_seed, future_seed, cfg, kind)
 
 
-def write_video(path, frames, fps):
-    """frames uint8 [T, H, W, 3] -> H.264 file. Without look-ahead or B-frames: a frame's bits depend on no later frame."""
+def write_video(path, frames, fps, comment=""):
+    """frames uint8 [T, H, W, 3] -> H.264 in a file or an open file, with a comment in its header. Without look-ahead or B-frames: a frame's bits depend on no later frame."""
     import av
 
-    with av.open(str(path), "w", format="mp4") as container:
+    with av.open(path if hasattr(path, "write") else str(path), "w", format="mp4") as container:
+        container.metadata.update({"comment": comment} if comment else {})
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         even = frames.shape[1] % 2 == 0 and frames.shape[2] % 2 == 0
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p" if even else "yuv444p"
@@ -1432,27 +1653,69 @@ def write_video(path, frames, fps):
         container.mux(stream.encode())
 
 
+def write_new(path, content):
+    """Bytes -> a file that is whole from the moment it has its name. What stands there already stays as it is."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # nobody else's name
+    try:
+        temporary.write_bytes(content)
+        if not os.path.lexists(path):
+            os.rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_scene(folder, name, cfg, scene_seed, future_seed=0, kind="", twin=""):
-    """Render one scene into folder/videos/<name>.mp4 and folder/annotations/<name>.json -> labels."""
+    """Render one scene into folder/videos/<name>.mp4 and folder/annotations/<name>.json, as far as they are absent -> labels."""
     frames, labels = scene(scene_seed, future_seed, cfg, kind, twin)
-    write_video(Path(folder) / "videos" / f"{name}.mp4", frames, labels["fps"])
-    (Path(folder) / "annotations" / f"{name}.json").write_text(json.dumps(labels))
+    video = io.BytesIO()
+    write_video(video, frames, labels["fps"])
+    write_new(Path(folder) / "videos" / f"{name}.mp4", video.getvalue())
+    write_new(Path(folder) / "annotations" / f"{name}.json", json.dumps(labels).encode())
     return labels
 
 
-def write_scenes(folder, cfg):
-    """Write `scene_clips` scenes as mp4 with annotations, once per folder and setting."""
+def scene_names(cfg):
+    """File stems of the written scenes, in order."""
+    return [f"scene_{index:06d}" for index in range(cfg.scene_clips)]
+
+
+def scenes_folder(folder, cfg):
+    """Where the scenes of a setting stand -> (folder, its setting as text, whether it is taken up).
+
+    A folder is theirs when its scenes.json holds the setting; an absent or empty one is free. Any other is somebody's own, and
+    folder_<digest of the setting> is looked at instead, then the same with _2, _3, ... at its end.
+    """
     names = ("seed", "scene_clips", "scene_size", "scene_mix", "image_size", "num_frames", "now_frames", "soon_frames", "clip_fps")
     setting = json.dumps({name: getattr(cfg, name) for name in names})
-    done = Path(folder) / "scenes.json"
-    if done.is_file() and done.read_text() == setting:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    (Path(folder) / "videos").mkdir(parents=True)
-    (Path(folder) / "annotations").mkdir()
-    for index in range(cfg.scene_clips):
-        write_scene(folder, f"scene_{index:06d}", cfg, scene_seed_at(cfg, index))
-    done.write_text(setting)
+    other = f"{folder}_{hashlib.sha256(setting.encode()).hexdigest()[:8]}"
+    for place in itertools.chain([str(folder), other], (f"{other}_{k}" for k in itertools.count(2))):
+        try:
+            if read_text(os.path.join(place, "scenes.json"), MAX_CONFIG_BYTES) == setting:
+                return Path(place), setting, True
+        except (OSError, ValueError):
+            pass  # absent, or not ours
+        if not os.path.lexists(place) or os.path.isdir(place) and not os.listdir(place):
+            return Path(place), setting, False
+
+
+def write_scenes(folder, cfg, stopping=None):
+    """Write `scene_clips` scenes as mp4 with annotations, as far as they are absent -> the folder, another one than `folder` where
+    that holds anything else. Nothing is deleted. `stopping()`, asked before every scene, may end the work by Stopped."""
+    folder, setting, taken = scenes_folder(folder, cfg)
+    if not taken:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_new(folder / "scenes.json", setting.encode())  # first: from here on the folder is known for what it is
+    for name in ("videos", "annotations"):
+        (folder / name).mkdir(exist_ok=True)
+    done = {name: set(os.listdir(folder / name)) for name in ("videos", "annotations")}
+    for index, name in enumerate(scene_names(cfg)):
+        if f"{name}.mp4" in done["videos"] and f"{name}.json" in done["annotations"]:
+            continue
+        if stopping is not None and stopping():
+            raise Stopped(f"{index} of {cfg.scene_clips} scenes are written; the same command goes on from there")
+        write_scene(folder, name, cfg, scene_seed_at(cfg, index))
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1821,11 +2084,14 @@ def maneuver_names(videos, data_root):
     names = set()
     for video in videos:
         try:
-            name = str(read_annotation(data_root, video).get("maneuver") or video.label)
+            name = read_annotation(data_root, video).get("maneuver", video.label)
         except BadFile:
             continue  # counted with its reason when the clip itself is read
         names |= {name, mirror_label(name)} - {""}
     return sorted(names)
+
+
+MAX_LISTED = 2**17  # names of files that a checkpoint holds at most
 
 
 @dataclass
@@ -1840,6 +2106,12 @@ class DataSource:
     held_out: bool  # False: a single file serves both sides
     quarantine: dict = field(default_factory=dict)  # files that no worker may open: name -> reason
 
+    def listing(self):
+        """What a checkpoint keeps of the listing: the number of files, their names as far as they are the user's and not too many."""
+        names = sorted({video.name for video in (*self.train, *self.val)})
+        told = self.kind == "videos" and len(names) <= MAX_LISTED
+        return {"kind": self.kind, "root": self.root, "files": len(names), "names": names if told else []}
+
     def dataset(self, cfg, stream):
         """The dataset of a stream: train files for `train` and `bank`, held-out files for `val`."""
         videos = self.val if stream == "val" else self.train
@@ -1847,16 +2119,22 @@ class DataSource:
         return kind(cfg, videos, self.root, stream, self.maneuvers, self.quarantine)
 
 
+def nothing_found(cfg, videos):
+    """What was looked for and what stands there instead, for a message."""
+    return f"no video matches {cfg.video_glob!r} among {', '.join(VIDEO_SUFFIXES)}; {videos.seen}"
+
+
 def list_data(cfg):
     """The videos that a config names, [] for built-in scenes. UsageError for a wrong path, or an empty one if so configured."""
-    videos = find_videos(cfg.data_root, cfg.video_glob) if cfg.data_root else []
+    videos = find_videos(cfg.data_root, cfg.video_glob) if cfg.data_root else Listing()
     if cfg.data_root and not videos and cfg.missing_data == "error":
-        raise UsageError(f"data_root {cfg.data_root}: no video matches {cfg.video_glob!r} among {', '.join(VIDEO_SUFFIXES)} (--video_glob)")
+        raise UsageError(f"data_root {cfg.data_root}: {nothing_found(cfg, videos)} (--video_glob)")
     return videos
 
 
-def open_data(cfg, videos, is_main, barrier):
-    """Listed videos -> DataSource. Rank 0 writes built-in scenes where they are needed, the others wait at `barrier()`."""
+def open_data(cfg, videos, is_main, barrier, stopping=None):
+    """Listed videos -> DataSource. Rank 0 writes built-in scenes where they are needed, the others wait at `barrier()`. Stopped
+    when `stopping()` says so while scenes are written."""
     kind, root = "videos", cfg.data_root
     if not videos and cfg.data_root and cfg.missing_data == "random":
         kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
@@ -1865,14 +2143,38 @@ def open_data(cfg, videos, is_main, barrier):
     elif not videos:
         kind, root = "scenes", os.path.join(cfg.out_dir, "scenes")
         if is_main:
-            write_scenes(root, cfg)
+            write_scenes(root, cfg, stopping)
         barrier()
-        videos = find_videos(root, "*")
+        root = str(scenes_folder(root, cfg)[0])
+        videos = sorted((VideoFile(f"{name}.mp4", os.path.join(root, "videos", f"{name}.mp4")) for name in scene_names(cfg)), key=lambda video: video.name)
     made_up = kind in ("random", "render")
     train, val = split_videos(videos, cfg.val_fraction) if made_up else split_readable(cfg, videos)
     held_out = bool(val) and bool(train)
     maneuvers = [] if not cfg.lambda_supcon else list(SCENE_MANEUVERS) if kind == "render" else maneuver_names(videos, root)
     return DataSource(kind, root, train or videos, val or videos, maneuvers, held_out)
+
+
+def listing_change(saved, source):
+    """How the data differ from those of a checkpoint, whose `data` is given -> one line, "" when they do not or when it does not say."""
+    listed = source.listing()
+    if "files" not in saved or all(saved[name] == listed[name] for name in ("kind", "files", "names")):
+        return ""
+    if saved["kind"] != listed["kind"] or not (saved["names"] and listed["names"]):
+        what = [f"{saved['files']} files ({saved['kind']}) then, {listed['files']} ({listed['kind']}) now"]
+    else:
+        before, now = set(saved["names"]), set(listed["names"])
+        changes = (("added", sorted(now - before)), ("removed", sorted(before - now)))
+        what = [f"{len(names)} {word} ({name_some(names)})" for word, names in changes if names]
+    return f"WARNING: the files are not those of the checkpoint: {', '.join(what)}; samples from here on are drawn from the present ones"
+
+
+def data_notes(cfg, videos, source, saved=None):
+    """What a user should know about the data before the first step -> lines. `saved`: `data` of the checkpoint gone on from."""
+    notes = list(getattr(videos, "notes", ()))
+    if source.kind == "scenes" and source.root != os.path.join(cfg.out_dir, "scenes"):
+        notes.append(f"note: {cfg.out_dir}/scenes holds something else and stays as it is; the scenes of this run stand in {source.root}")
+    change = listing_change(saved, source) if saved else ""
+    return notes + [change] if change else notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3072,6 +3374,32 @@ def write_atomic(path, write, announce=None):
     sync_folder(path.parent)
 
 
+def previous_folder(folder):
+    """A new folder previous_<k> for what a run no longer goes on from."""
+    aside = next(name for k in itertools.count(1) if not (name := Path(folder) / f"previous_{k}").exists())
+    aside.mkdir()
+    return aside
+
+
+MARK = "VJepa_AUTO_V2"  # stands in every result that is written under a fixed name: what proves a file to be the project's own
+
+
+def move_aside(path):
+    """Move somebody's file out of the way, into a new previous_<k> beside it, and say so. Nothing that is not ours is ever overwritten."""
+    aside = previous_folder(path.parent) / path.name
+    os.rename(path, aside)
+    with suppress(OSError):  # a lost terminal
+        print(f"note: {one_line(path)} was not written by a run; it now stands in {one_line(aside.parent)}", file=sys.stderr)
+
+
+def write_own(path, write):
+    """write_atomic for a result under a fixed name, which bears the MARK. Another file of that name is moved aside first."""
+    path = Path(path)
+    if os.path.lexists(path) and not (path.is_file() and MARK.encode() in path.read_bytes()):
+        move_aside(path)
+    write_atomic(path, write)
+
+
 def hash_file(path):
     """The file beside a checkpoint that holds its SHA-256, in the format of sha256sum."""
     return path.with_name(path.name + ".sha256")
@@ -3080,7 +3408,7 @@ def hash_file(path):
 def known_hashes(path):
     """SHA-256 sums that a checkpoint may have -> list, [] where none is on record. Two while one file takes another's place."""
     try:
-        return [line.split()[0] for line in hash_file(path).read_text(encoding="ascii").splitlines() if line.strip()]
+        return [line.split()[0] for line in hash_file(path).read_text(encoding="ascii", errors="replace").splitlines() if line.strip()]
     except FileNotFoundError:
         return []
 
@@ -3090,15 +3418,51 @@ def write_hashes(path, hashes):
     write_atomic(hash_file(path), lambda handle: handle.write("".join(f"{one}  {path.name}\n" for one in hashes).encode()))
 
 
+def drop_hashes(path):
+    """Delete the hashes of a checkpoint. A file of that name that is no record of ours is moved aside instead."""
+    if os.path.lexists(hash_file(path)):
+        record = re.compile(rf"([0-9a-f]{{64}}  {re.escape(path.name)}\n)*")
+        ours = hash_file(path).is_file() and record.fullmatch(hash_file(path).read_text(encoding="ascii", errors="replace"))
+        hash_file(path).unlink() if ours else move_aside(hash_file(path))
+
+
+def damage_of(path):
+    """What is wrong with the bytes of a checkpoint -> text, "" when they are those that were written."""
+    hashes = known_hashes(path)
+    if not hashes:  # copied without its hash: the archive's own checksums, which torch.load does not compare
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        return f"checksum of {damaged}" if damaged else ""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 22):
+            sha256.update(block)
+    return "" if sha256.hexdigest() in hashes else f"its SHA-256 is {sha256.hexdigest()[:12]}..., not {hashes[0][:12]}..."
+
+
+def is_written(path):
+    """Whether a run wrote this checkpoint, proven by the hash that it put on record beside it: no other file is overwritten or deleted."""
+    return path.is_file() and bool(known_hashes(path)) and not damage_of(path)
+
+
+def make_room(path):
+    """Move what stands under a checkpoint's name aside, unless it is proven to be a run's."""
+    if os.path.lexists(path) and not is_written(path):
+        move_aside(path)
+    if not os.path.lexists(path):
+        drop_hashes(path)
+
+
 def move_checkpoint(path, target):
-    """Rename a checkpoint together with its hash, over an older file of that name if there is one."""
+    """Rename a checkpoint together with its hash, over an older one of that name if there is one."""
+    make_room(target)
     hashes = known_hashes(path)
     if hashes:
         write_hashes(target, hashes + known_hashes(target) if target.exists() else hashes)
-    elif hash_file(target).exists():
-        hash_file(target).unlink()
+    else:
+        drop_hashes(target)
     os.replace(path, target)
-    hash_file(path).unlink(missing_ok=True)
+    drop_hashes(path)
     sync_folder(target.parent)
 
 
@@ -3124,7 +3488,7 @@ def checkpoint_state(model, optimizer, scaler, source, process, progress):
         "soon_predictor": model.soon_predictor.state_dict() if model.soon_predictor else None,
         "scaler": scaler.state_dict(), "flow_stats": model.space.state_dict(),
         "outcome_queue": {"keys": model.queue, "filled": model.queue_filled}, "rng": rng,
-        "world_size": process.world_size, "data": {"kind": source.kind, "root": source.root}, "source": source_text(),
+        "world_size": process.world_size, "data": source.listing(), "source": source_text(),
     }
 
 
@@ -3144,31 +3508,19 @@ def save_checkpoint(state, out_dir, cfg, final):
     folder = Path(out_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("ckpt_final.pt" if final else f"ckpt_{state['step']}.pt")
+    make_room(path)
     before = known_hashes(path) if path.exists() else []
     write_atomic(path, lambda handle: torch.save(state, handle), lambda sha256: write_hashes(path, [sha256, *before]))
-    numbered = [old for step, old in checkpoint_files(out_dir) if step != math.inf]
+    numbered = [old for step, old in checkpoint_files(out_dir) if step != math.inf and known_hashes(old)]
     for old in numbered[: -cfg.keep_last]:
-        old.unlink()
-        hash_file(old).unlink(missing_ok=True)
+        if is_written(old):
+            old.unlink()
+            drop_hashes(old)
     return path
 
 
 class BadCheckpoint(UserError):
     """A checkpoint file that cannot be trusted."""
-
-
-def damage_of(path):
-    """What is wrong with the bytes of a checkpoint -> text, "" when they are those that were written."""
-    hashes = known_hashes(path)
-    if not hashes:  # copied without its hash: the archive's own checksums, which torch.load does not compare
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        return f"checksum of {damaged}" if damaged else ""
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 22):
-            sha256.update(block)
-    return "" if sha256.hexdigest() in hashes else f"its SHA-256 is {sha256.hexdigest()[:12]}..., not {hashes[0][:12]}..."
 
 
 def load_checkpoint(path):
@@ -3371,22 +3723,41 @@ class RunLog:
                 write_atomic(path, lambda handle: handle.write(kept.encode()))
 
 
+# Names that belong to a run in its folder, checkpoints aside.
+RUN_FILES = ("config.json", "status.json", "metrics.jsonl", "train.log", "bad_files.jsonl", "futures.png")
+
+
 def sweep_folder(folder):
-    """Delete what writers that were killed left behind: temporary files, and hashes without their checkpoint."""
+    """Delete what writers that were killed left behind: temporary files under a run's own names, and hashes without their checkpoint."""
+    own = "|".join([r"ckpt_(\d+|final)\.pt(\.sha256)?", *map(re.escape, RUN_FILES)])
     for stale in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
-        stale.unlink(missing_ok=True)
-    for hashes in (folder / "checkpoints").glob("*.sha256"):
-        if not hashes.with_suffix("").exists():
-            hashes.unlink()
+        if re.fullmatch(rf"\.({own})\.\d+\.tmp", stale.name) and stale.is_file():
+            stale.unlink(missing_ok=True)
+    for hashes in (folder / "checkpoints").glob("ckpt_*.pt.sha256"):
+        if not os.path.lexists(hashes.with_suffix("")):
+            drop_hashes(hashes.with_suffix(""))
+
+
+def is_run_folder(folder):
+    """Whether a run has owned this folder before: its lease stands there, or a config.json as a run writes it."""
+    try:
+        return (folder / ".lease").exists() or {"versions", "config"} <= set(parse_json(read_text(folder / "config.json", 2**20), float))
+    except (OSError, ValueError, RecursionError, TypeError):
+        return False
 
 
 def open_folder(cfg):
-    """Create out_dir and prove that it is writable. UserError says what is in the way."""
+    """Create out_dir and prove that it is writable; files with a run's names in a folder that was none are moved aside. UserError
+    says what is in the way."""
     folder = Path(cfg.out_dir)
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / ".writable", lambda handle: handle.write(b"ok"))
-        (folder / ".writable").unlink()
+        trial = folder / f".writable_{secrets.token_hex(8)}"  # nobody else's name
+        write_atomic(trial, lambda handle: handle.write(b"ok"))
+        trial.unlink()
+        for name in () if is_run_folder(folder) else RUN_FILES:
+            if os.path.lexists(folder / name):
+                move_aside(folder / name)
     except OSError as error:
         raise UserError(f"out_dir {cfg.out_dir}: cannot be written ({error.strerror}); choose another --out_dir") from error
 
@@ -3447,13 +3818,6 @@ class RunFolder:
         finally:
             self.lease.close()
             self.lease = None
-
-
-def previous_folder(folder):
-    """A new folder previous_<k> for what a run no longer goes on from."""
-    aside = next(name for k in itertools.count(1) if not (name := Path(folder) / f"previous_{k}").exists())
-    aside.mkdir()
-    return aside
 
 
 def put_aside(cfg):
@@ -3565,6 +3929,15 @@ def picture_canvas(num_blocks, num_samples, columns, side, caption):
     return image, draw, font, block_h
 
 
+def save_picture(image, path):
+    """Write a PNG that bears the MARK."""
+    from PIL import PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", MARK)
+    write_own(path, partial(image.save, format="PNG", optimize=True, pnginfo=info))
+
+
 @torch.no_grad()
 def draw_futures(model, source, process, metrics, path, num_clips=3, num_samples=4):
     """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames of
@@ -3600,7 +3973,7 @@ def draw_futures(model, source, process, metrics, path, num_clips=3, num_samples
                 if row == 0:
                     title = f"NOW {frame + 1}" if column < len(now) else f"SOON {frame + 1 - cfg.now_frames}"
                     draw.text((x, y - 18), title, fill="black", font=font)  # frames, not seconds: short files are sampled denser
-    image.save(path)
+    save_picture(image, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3997,8 +4370,10 @@ def run(cfg, overrides, argv, videos, process, folder):
     if not cfg.data_root:
         log.line(f"no --data_root: training on built-in driving scenes, {cfg.scene_clips} clips in {cfg.out_dir}/scenes")
     elif not videos:
-        log.line(f"WARNING: no video under {cfg.data_root} matches {cfg.video_glob!r}; going on with data:{cfg.missing_data} (--missing_data error refuses instead)")
+        log.line(f"WARNING: no video under {cfg.data_root}: {nothing_found(cfg, videos)}; going on with data:{cfg.missing_data} (--missing_data error refuses instead)")
     source = open_data(cfg, videos, process.is_main, process.barrier)
+    for note in data_notes(cfg, videos, source, state["data"] if state else None):
+        log.line(note)
     mark = "" if source.kind == "videos" else f"data:{source.kind} "
 
     # -- model
