@@ -813,14 +813,16 @@ def walk_folder(root):
 def one_name_each(videos, identities):
     """Leave out further names of one file (links) -> (videos, names left out). Where such a name brings another label it stays,
     under the first one's name: the split goes by names, so no file ever stands on both sides."""
-    first, kept, left_out = {}, [], []
+    first, more, kept, left_out = {}, set(), [], []
     for video, identity in zip(videos, identities):
-        name, labels = first.setdefault(identity or video, (video.name, set()))
-        if video.name != name and video.label in labels:
+        known = first.setdefault(identity, video) if identity else video
+        if video.name == known.name:
+            kept.append(video)
+        elif video.label == known.label or (identity, video.label) in more:
             left_out.append(video.name)
-            continue
-        labels.add(video.label)
-        kept.append(video if video.name == name else replace(video, name=name))
+        else:
+            more.add((identity, video.label))
+            kept.append(replace(video, name=known.name))
     return kept, left_out
 
 
@@ -835,22 +837,24 @@ def scan_folder(root, video_glob):
 
     Names that begin with a dot do not count: they are hidden, or macOS's twins of other files. UsageError for a closed root.
     """
-    matches, found, others, closed = glob_pattern(video_glob).match, [], [], []
+    matches, found, identities, others, closed = glob_pattern(video_glob).match, [], {}, [], []
     below = os.path.basename(root) + "/" if os.path.basename(root) == "videos" else ""  # a glob may name the videos/ folder or not
     for parent, entries, error in walk_folder(root):
         if error is not None and not parent:
             raise UsageError(f"data_root {one_line(root)}: cannot be read ({error.strerror})") from error
         if error is not None:
-            closed.append(f"{parent[:-1]} ({error.strerror})")
+            closed.append(f"{error.strerror}: {parent[:-1]}")
+        folder = os.path.join(root, parent)
         for entry in entries:
             name = entry.name
             if name.lower().endswith(VIDEO_SUFFIXES) and name[0] != "." and (
                     matches(name) or matches(parent + name) or below and matches(below + parent + name)):
-                found.append((VideoFile(parent + name, os.path.join(root, parent + name)), file_identity(entry.stat)))
+                found.append(VideoFile(parent + name, folder + name))
+                identities[parent + name] = file_identity(entry.stat)
             else:
                 others.append(name)
-    found.sort(key=lambda pair: pair[0].name)
-    videos, links = one_name_each(*zip(*found)) if found else ([], [])
+    found.sort(key=lambda video: video.name)
+    videos, links = one_name_each(found, [identities[video.name] for video in found])
     notes = [f"WARNING: {len(closed)} folder(s) below {one_line(root)} cannot be read and are left out: {name_some(closed)}"] if closed else []
     notes += [f"note: {len(links)} further name(s) of files that are listed already (links) are left out: {name_some(links)}"] if links else []
     return Listing(videos, notes, f"found {count_suffixes(others)}" if not videos else "")
