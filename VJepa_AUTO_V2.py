@@ -110,7 +110,7 @@ class VJepaAutoV2Config:
     # -- run
     preset: str = "base"  # tiny | proof | small | base | large: a named set of overrides (base = these defaults)
     data_root: str = ""  # folder of videos, one video, or a list file (csv, txt, jsonl); empty = built-in driving scenes
-    video_glob: str = "*"  # which files count: *.mp4 on the name, sub/*.mp4 on the path below data_root, **/ is any folders or none
+    video_glob: str = "*"  # *.mp4: by name; sub/*.mp4: by path below data_root; **/: any folders or none
     out_dir: str = "runs/vjepa_auto_v2"  # everything the run writes
     resume: str = "auto"  # auto (newest checkpoint in out_dir) | never | a checkpoint file
     steps: int = 20000  # optimizer steps of the whole run; all schedules end here
@@ -529,7 +529,8 @@ def refuse_constant(name):
 
 
 def parse_json(text, constant=refuse_constant):
-    """JSON text -> plain values. ValueError or RecursionError when it cannot be read. `constant` gets NaN and its like."""
+    """JSON text -> plain values. ValueError or RecursionError when it cannot be read. `constant` gets NaN and its
+    like."""
     try:
         return json.loads(text, object_pairs_hook=unique_pairs, parse_constant=constant)
     except DuplicateKey as error:
@@ -540,7 +541,8 @@ def parse_json(text, constant=refuse_constant):
 
 
 def read_text(path, most_bytes):
-    """A file that a user wrote -> its text, a byte-order mark left out. OSError, or ValueError where it is not UTF-8."""
+    """A file that a user wrote -> its text, a byte-order mark left out. OSError, or ValueError where it is not
+    UTF-8."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a file")  # a pipe or a device may have no end
     with open(path, "rb") as file:
@@ -693,8 +695,8 @@ def resolve_config(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 
 VIDEO_SUFFIXES = (
-    ".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts", ".hevc", ".h264", ".mts", ".m2ts", ".3gp", ".3g2", ".f4v", ".265", ".h265", ".264",
-    ".wmv", ".asf", ".flv", ".mpg", ".mpeg", ".vob", ".ogv",
+    ".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts", ".hevc", ".h264", ".mts", ".m2ts", ".3gp", ".3g2", ".f4v",
+    ".265", ".h265", ".264", ".wmv", ".asf", ".flv", ".mpg", ".mpeg", ".vob", ".ogv",
 )
 # Demuxers that may open a file: a playlist script named .mp4 would otherwise make FFmpeg read other files.
 CONTAINER_WHITELIST = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,hevc,h264,asf,flv,mpeg,ogg"
@@ -742,11 +744,13 @@ SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
 SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in the order in which they are tried
 HEADER_WORDS = {"path": r"(?i)(path|video|file|clip)\w*", "label": r"(?i)(maneuver|label|class)\w*"}
 MAX_LIST_BYTES, MAX_ANNOTATION_BYTES = 2**28, 2**26
-SIGNALS = ("speed", "yaw_rate", "lane_offset", "lead_gap", "steer", "mover_u")  # per frame, of an annotation; tools/evaluate.py probes for them
+# Lists of numbers in an annotation, one per frame: tools/evaluate.py fits probes on them.
+SIGNALS = ("speed", "yaw_rate", "lane_offset", "lead_gap", "steer", "mover_u")
 
 
 class Listing(list):
-    """The videos of a data_root. `notes`: lines that the user should read; `seen`: what else was found, for the case that nothing was."""
+    """The videos of a data_root. `notes`: lines that the user should read; `seen`: what else was found, for the case
+    that nothing was."""
 
     def __init__(self, videos=(), notes=(), seen=""):
         super().__init__(videos)
@@ -761,7 +765,8 @@ def name_some(names, most=3):
 
 
 def glob_pattern(video_glob):
-    """A glob -> compiled pattern. * crosses folders, as in fnmatch; **/ at the start of a name is any number of folders, none included."""
+    """A glob -> compiled pattern. * crosses folders, as in fnmatch; **/ at the start of a name is any number of
+    folders, none included."""
     marked = re.sub(r"(^|(?<=/))(\*\*/)+", "\0", video_glob.removeprefix("./"))
     return re.compile(fnmatch.translate(marked).replace("\0", "(?:.*/)?"))
 
@@ -775,7 +780,8 @@ def file_identity(look):
         info = look()
     except (OSError, ValueError):
         return None
-    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) if info.st_ino and stat.S_ISREG(info.st_mode) else None
+    told = info.st_ino and stat.S_ISREG(info.st_mode)
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) if told else None
 
 
 def is_folder(entry):
@@ -787,8 +793,9 @@ def is_folder(entry):
 
 
 def walk_folder(root):
-    """All folders below a root, links followed, each once under its first name in sorted order, hidden and system folders left out
-    -> generator of (path below the root with / at its end, entries that are no folder, OSError or None)."""
+    """All folders below a root, links followed, each once under its first name in sorted order, hidden and system
+    folders left out -> generator of (path below the root with / at its end, entries that are no folder, OSError or
+    None)."""
     visited, todo = set(), [(root, "")]
     while todo:
         folder, parent = todo.pop()
@@ -806,13 +813,14 @@ def walk_folder(root):
         for entry in entries:
             (folders if is_folder(entry) else files).append(entry)
         names = sorted((entry.name for entry in folders), reverse=True)  # the last one is taken first
-        todo += [(os.path.join(folder, name), f"{parent}{name}/") for name in names if name[0] != "." and name not in SYSTEM_FOLDERS]
+        names = [name for name in names if name[0] != "." and name not in SYSTEM_FOLDERS]
+        todo += [(os.path.join(folder, name), f"{parent}{name}/") for name in names]
         yield parent, files, None
 
 
 def one_name_each(videos, identities):
-    """Leave out further names of one file (links) -> (videos, names left out). Where such a name brings another label it stays,
-    under the first one's name: the split goes by names, so no file ever stands on both sides."""
+    """Leave out further names of one file (links) -> (videos, names left out). Where such a name brings another label
+    it stays, under the first one's name: the split goes by names, so no file ever stands on both sides."""
     first, more, kept, left_out = {}, set(), [], []
     for video, identity in zip(videos, identities):
         known = first.setdefault(identity, video) if identity else video
@@ -828,17 +836,20 @@ def one_name_each(videos, identities):
 
 def count_suffixes(names):
     """File names -> '12 .jpg, 3 .wmv, 2 hidden', the most frequent first."""
-    counts = Counter("hidden" if name[0] == "." else os.path.splitext(name)[1].lower() or "without suffix" for name in names)
+    kinds = ("hidden" if name[0] == "." else os.path.splitext(name)[1].lower() or "without suffix" for name in names)
+    counts = Counter(kinds)
     return ", ".join(f"{count} {one_line(suffix, 20)}" for suffix, count in counts.most_common(8)) or "no file at all"
 
 
 def scan_folder(root, video_glob):
-    """Walk a folder -> Listing, sorted by name, of the files with a known suffix that match the glob, one name for each file.
+    """Walk a folder -> Listing, sorted by name, of the files with a known suffix that match the glob, one name for
+    each file.
 
-    Names that begin with a dot do not count: they are hidden, or macOS's twins of other files. UsageError for a closed root.
+    Names that begin with a dot do not count: they are hidden, or macOS's twins of other files. UsageError for a
+    closed root.
     """
     matches, found, identities, others, closed = glob_pattern(video_glob).match, [], {}, [], []
-    below = os.path.basename(root) + "/" if os.path.basename(root) == "videos" else ""  # a glob may name the videos/ folder or not
+    below = "videos/" if os.path.basename(root) == "videos" else ""  # a glob may name that folder or not
     for parent, entries, error in walk_folder(root):
         if error is not None and not parent:
             raise UsageError(f"data_root {one_line(root)}: cannot be read ({error.strerror})") from error
@@ -855,8 +866,13 @@ def scan_folder(root, video_glob):
                 others.append(name)
     found.sort(key=lambda video: video.name)
     videos, links = one_name_each(found, [identities[video.name] for video in found])
-    notes = [f"WARNING: {len(closed)} folder(s) below {one_line(root)} cannot be read and are left out: {name_some(closed)}"] if closed else []
-    notes += [f"note: {len(links)} further name(s) of files that are listed already (links) are left out: {name_some(links)}"] if links else []
+    notes = []
+    if closed:
+        what = f"{len(closed)} folder(s) below {one_line(root)}"
+        notes.append(f"WARNING: {what} cannot be read and are left out: {name_some(closed)}")
+    if links:
+        what = f"{len(links)} further name(s) of files listed already (links)"
+        notes.append(f"note: {what} are left out: {name_some(links)}")
     return Listing(videos, notes, f"found {count_suffixes(others)}" if not videos else "")
 
 
@@ -868,7 +884,8 @@ def check_path(path):
 
 
 def label_text(value):
-    """A label of a list or an annotation -> text, "" for null alone: 0 is a label. ValueError where it is no plain text or number."""
+    """A label of a list or an annotation -> text, "" for null alone: 0 is a label. ValueError where it is no plain
+    text or number."""
     if value is None:
         return ""
     if not isinstance(value, (str, bool)) and not fits(float, value) or re.search(UNPRINTABLE, str(value)):
@@ -877,19 +894,23 @@ def label_text(value):
 
 
 def csv_cells(line, separator):
-    """The cells of one line by the rules of csv: quotes hold separators, doubled quotes stand for one. csv.Error when too long."""
+    """The cells of one line by the rules of csv: quotes hold separators, doubled quotes stand for one. csv.Error when
+    too long."""
     mark = separator if len(separator) == 1 else "\x1f"
     rows = csv.reader([line.replace(separator, mark)], delimiter=mark, skipinitialspace=True)
     return [cell.replace(mark, separator).strip() for row in rows for cell in row]
 
 
 def list_header(line):
-    """A list's first line -> (separator, column of the path, column of the label or None), None when it names a video or no column."""
+    """A list's first line -> (separator, column of the path, column of the label or None), None when it names a video
+    or no column."""
     if any(suffix in line.lower() for suffix in VIDEO_SUFFIXES):
         return None
     separator = next((separator for separator in SEPARATORS if separator in line), "\t")
     cells = csv_cells(line, separator)
-    columns = {kind: [number for number, cell in enumerate(cells) if re.fullmatch(words, cell)] for kind, words in HEADER_WORDS.items()}
+    columns = {}
+    for kind, words in HEADER_WORDS.items():
+        columns[kind] = [number for number, cell in enumerate(cells) if re.fullmatch(words, cell)]
     if columns["path"] or re.match(r"(path|video|file\w*)\b", line, re.IGNORECASE):
         path = (columns["path"] or [0])[0]
         label = [number for number in columns["label"] if number != path] or ([1 - path] if len(cells) == 2 else [])
@@ -898,8 +919,8 @@ def list_header(line):
 
 
 def list_candidates(line, header):
-    """What a line of a list may say -> [(path, label)], best first: the header's columns, the whole line, all before a last
-    separator (blanks and commas in paths need no quotes), then the first two cells of a csv line."""
+    """What a line of a list may say -> [(path, label)], best first: the header's columns, the whole line, all before
+    a last separator (blanks and commas in paths need no quotes), then the first two cells of a csv line."""
     named, split, quoted = [], [(line.strip('"'), "")], []
     if header:
         cells = csv_cells(line, header[0])
@@ -914,13 +935,19 @@ def list_candidates(line, header):
 
 
 def parse_list_line(line, folder, header=None):
-    """One line of a list, `path` or `path<separator>label` -> VideoFile, None for a comment. ValueError or csv.Error for no text.
+    """One line of a list, `path` or `path<separator>label` -> VideoFile, None for a comment. ValueError or csv.Error
+    for no text.
 
-    Which reading holds is seen on the disk; where none of the files exists, the first that ends like a video is named.
+    Which reading holds is seen on the disk; where none of the files exists, the first that ends like a video is
+    named.
     """
     check_path(line)
-    candidates = [(path, label, os.path.abspath(os.path.join(folder, os.path.expanduser(path)))) for path, label in list_candidates(line, header) if path]
-    present = [candidate for candidate in candidates if os.path.isfile(candidate[2])] or [c for c in candidates if os.path.exists(c[2])]
+    candidates = [
+        (path, label, os.path.abspath(os.path.join(folder, os.path.expanduser(path))))
+        for path, label in list_candidates(line, header) if path
+    ]
+    present = [candidate for candidate in candidates if os.path.isfile(candidate[2])]
+    present = present or [candidate for candidate in candidates if os.path.exists(candidate[2])]
     if not present and (line.startswith("#") or not candidates):
         return None
     named = [candidate for candidate in candidates if candidate[0].lower().endswith(VIDEO_SUFFIXES)]
@@ -940,8 +967,8 @@ def parse_json_line(line, folder):
 
 
 def read_list(path):
-    """A csv, txt or jsonl list -> Listing in file order; blank lines, comments (#) and a header are no videos. UsageError names a
-    line that is not understood."""
+    """A csv, txt or jsonl list -> Listing in file order; blank lines, comments (#) and a header are no videos.
+    UsageError names a line that is not understood."""
     folder, found, header, first = os.path.dirname(os.path.abspath(path)), [], None, True
     try:
         text = read_text(path, MAX_LIST_BYTES)
@@ -964,8 +991,9 @@ def read_list(path):
             raise UsageError(f"data_root {one_line(path)} line {number}: {needs} ({one_line(error)})") from error
         found += [video] if video else []
     videos, links = one_name_each(found, [file_identity(partial(os.stat, video.path)) for video in found])
-    notes = [f"note: {len(links)} line(s) of {one_line(path)} name files again under other names (links) and are left out: {name_some(links)}"] if links else []
-    return Listing(videos, notes, "the list names no video")
+    again = f"note: {len(links)} line(s) of {one_line(path)} name files again under other names (links) and "
+    again += f"are left out: {name_some(links)}"
+    return Listing(videos, [again] if links else [], "the list names no video")
 
 
 def find_videos(data_root, video_glob):
@@ -1001,7 +1029,8 @@ def split_videos(videos, val_fraction, at_least=1):
 
 
 def check_annotation(annotation):
-    """Bring the parts of an annotation that are read to their types, in place. ValueError names the key, in one line."""
+    """Bring the parts of an annotation that are read to their types, in place. ValueError names the key, in one
+    line."""
     if not isinstance(annotation, dict):
         raise ValueError("must hold a JSON object")
     fps = annotation.get("fps")
@@ -1019,8 +1048,8 @@ def check_annotation(annotation):
 
 
 def read_annotation(data_root, video):
-    """DIR/annotations/<clip>.json of a video, in its own subfolder or flat -> dict, empty when there is none; `maneuver` is a text
-    or absent. BadFile with the reason when it is not what it should be."""
+    """DIR/annotations/<clip>.json of a video, in its own subfolder or flat -> dict, empty when there is none;
+    `maneuver` is a text or absent. BadFile with the reason when it is not what it should be."""
     if not data_root:
         return {}
     folder, relative = Path(data_root) / "annotations", Path(video.name).with_suffix(".json")
@@ -1642,7 +1671,8 @@ def siblings(scene_seed, num, cfg, kind=""):
 
 
 def write_video(path, frames, fps, comment=""):
-    """frames uint8 [T, H, W, 3] -> H.264 in a file or an open file, with a comment in its header. Without look-ahead or B-frames: a frame's bits depend on no later frame."""
+    """frames uint8 [T, H, W, 3] -> H.264 in a file or an open file, with a comment in its header. Without look-ahead
+    or B-frames: a frame's bits depend on no later frame."""
     import av
 
     with av.open(path if hasattr(path, "write") else str(path), "w", format="mp4") as container:
@@ -1670,7 +1700,8 @@ def write_new(path, content):
 
 
 def write_scene(folder, name, cfg, scene_seed, future_seed=0, kind="", twin=""):
-    """Render one scene into folder/videos/<name>.mp4 and folder/annotations/<name>.json, as far as they are absent -> labels."""
+    """Render one scene into folder/videos/<name>.mp4 and folder/annotations/<name>.json, as far as they are absent ->
+    labels."""
     frames, labels = scene(scene_seed, future_seed, cfg, kind, twin)
     video = io.BytesIO()
     write_video(video, frames, labels["fps"])
@@ -1687,8 +1718,8 @@ def scene_names(cfg):
 def scenes_folder(folder, cfg):
     """Where the scenes of a setting stand -> (folder, its setting as text, whether it is taken up).
 
-    A folder is theirs when its scenes.json holds the setting; an absent or empty one is free. Any other is somebody's own, and
-    folder_<digest of the setting> is looked at instead, then the same with _2, _3, ... at its end.
+    A folder is theirs when its scenes.json holds the setting; an absent or empty one is free. Any other is somebody's
+    own, and folder_<digest of the setting> is looked at instead, then the same with _2, _3, ... at its end.
     """
     names = ("seed", "scene_clips", "scene_size", "scene_mix", "image_size", "num_frames", "now_frames", "soon_frames", "clip_fps")
     setting = json.dumps({name: getattr(cfg, name) for name in names})
@@ -1704,8 +1735,9 @@ def scenes_folder(folder, cfg):
 
 
 def write_scenes(folder, cfg, stopping=None):
-    """Write `scene_clips` scenes as mp4 with annotations, as far as they are absent -> the folder, another one than `folder` where
-    that holds anything else. Nothing is deleted. `stopping()`, asked before every scene, may end the work by Stopped."""
+    """Write `scene_clips` scenes as mp4 with annotations, as far as they are absent -> the folder, another one than
+    `folder` where that holds anything else. Nothing is deleted. `stopping()`, asked before every scene, may end the
+    work by Stopped."""
     folder, setting, taken = scenes_folder(folder, cfg)
     if not taken:
         folder.mkdir(parents=True, exist_ok=True)
@@ -2111,7 +2143,8 @@ class DataSource:
     quarantine: dict = field(default_factory=dict)  # files that no worker may open: name -> reason
 
     def listing(self):
-        """What a checkpoint keeps of the listing: the number of files, their names as far as they are the user's and not too many."""
+        """What a checkpoint keeps of the listing: the number of files, their names as far as they are the user's and
+        not too many."""
         names = sorted({video.name for video in (*self.train, *self.val)})
         told = self.kind == "videos" and len(names) <= MAX_LISTED
         return {"kind": self.kind, "root": self.root, "files": len(names), "names": names if told else []}
@@ -2137,8 +2170,8 @@ def list_data(cfg):
 
 
 def open_data(cfg, videos, is_main, barrier, stopping=None):
-    """Listed videos -> DataSource. Rank 0 writes built-in scenes where they are needed, the others wait at `barrier()`. Stopped
-    when `stopping()` says so while scenes are written."""
+    """Listed videos -> DataSource. Rank 0 writes built-in scenes where they are needed, the others wait at
+    `barrier()`. Stopped when `stopping()` says so while scenes are written."""
     kind, root = "videos", cfg.data_root
     if not videos and cfg.data_root and cfg.missing_data == "random":
         kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
@@ -2150,7 +2183,8 @@ def open_data(cfg, videos, is_main, barrier, stopping=None):
             write_scenes(root, cfg, stopping)
         barrier()
         root = str(scenes_folder(root, cfg)[0])
-        videos = sorted((VideoFile(f"{name}.mp4", os.path.join(root, "videos", f"{name}.mp4")) for name in scene_names(cfg)), key=lambda video: video.name)
+        names = sorted(f"{name}.mp4" for name in scene_names(cfg))  # not what else may stand there
+        videos = [VideoFile(name, os.path.join(root, "videos", name)) for name in names]
     made_up = kind in ("random", "render")
     train, val = split_videos(videos, cfg.val_fraction) if made_up else split_readable(cfg, videos)
     held_out = bool(val) and bool(train)
@@ -2159,7 +2193,8 @@ def open_data(cfg, videos, is_main, barrier, stopping=None):
 
 
 def listing_change(saved, source):
-    """How the data differ from those of a checkpoint, whose `data` is given -> one line, "" when they do not or when it does not say."""
+    """How the data differ from those of a checkpoint, whose `data` is given -> one line, "" when they do not or when
+    it does not say."""
     listed = source.listing()
     if "files" not in saved or all(saved[name] == listed[name] for name in ("kind", "files", "names")):
         return ""
@@ -2169,14 +2204,17 @@ def listing_change(saved, source):
         before, now = set(saved["names"]), set(listed["names"])
         changes = (("added", sorted(now - before)), ("removed", sorted(before - now)))
         what = [f"{len(names)} {word} ({name_some(names)})" for word, names in changes if names]
-    return f"WARNING: the files are not those of the checkpoint: {', '.join(what)}; samples from here on are drawn from the present ones"
+    what = ", ".join(what)
+    return f"WARNING: the files are not those of the checkpoint: {what}; samples are drawn from the present ones now"
 
 
 def data_notes(cfg, videos, source, saved=None):
-    """What a user should know about the data before the first step -> lines. `saved`: `data` of the checkpoint gone on from."""
+    """What a user should know about the data before the first step -> lines. `saved`: `data` of the checkpoint gone
+    on from."""
     notes = list(getattr(videos, "notes", ()))
     if source.kind == "scenes" and source.root != os.path.join(cfg.out_dir, "scenes"):
-        notes.append(f"note: {cfg.out_dir}/scenes holds something else and stays as it is; the scenes of this run stand in {source.root}")
+        place = f"{cfg.out_dir}/scenes"
+        notes.append(f"note: {place} holds something else and stays as it is; this run's scenes stand in {source.root}")
     change = listing_change(saved, source) if saved else ""
     return notes + [change] if change else notes
 
@@ -3385,23 +3423,39 @@ def previous_folder(folder):
     return aside
 
 
-MARK = "VJepa_AUTO_V2"  # stands in every result that is written under a fixed name: what proves a file to be the project's own
+# Stands in every result that is written under a fixed name: what proves a file to be the project's own.
+MARK = "VJepa_AUTO_V2"
 
 
 def move_aside(path):
-    """Move somebody's file out of the way, into a new previous_<k> beside it, and say so. Nothing that is not ours is ever overwritten."""
+    """Move somebody's file out of the way, into a new previous_<k> beside it, and say so. Nothing that is not ours is
+    ever overwritten."""
     aside = previous_folder(path.parent) / path.name
     os.rename(path, aside)
     with suppress(OSError):  # a lost terminal
-        print(f"note: {one_line(path)} was not written by a run; it now stands in {one_line(aside.parent)}", file=sys.stderr)
+        text = f"note: {one_line(path)} was not written by a run; it now stands in {one_line(aside.parent)}"
+        print(text, file=sys.stderr)
+
+
+def clear_name(path):
+    """Move what stands under the name of a result aside, unless it is a file that bears the MARK."""
+    if os.path.lexists(path) and not (path.is_file() and MARK.encode() in path.read_bytes()):
+        move_aside(path)
 
 
 def write_own(path, write):
-    """write_atomic for a result under a fixed name, which bears the MARK. Another file of that name is moved aside first."""
+    """write_atomic for a result under a fixed name, which bears the MARK. Another file of that name is moved aside
+    first."""
     path = Path(path)
-    if os.path.lexists(path) and not (path.is_file() and MARK.encode() in path.read_bytes()):
-        move_aside(path)
+    clear_name(path)
     write_atomic(path, write)
+
+
+def write_report(path, values):
+    """A dict of plain values -> JSON file with the MARK in it, by write_own. NaN is refused: ValueError."""
+    text = json.dumps({"made_by": MARK, **values}, indent=1, allow_nan=False) + "\n"
+    clear_name(Path(path))
+    write_atomic(path, lambda handle: handle.write(text.encode()))
 
 
 def hash_file(path):
@@ -3412,7 +3466,8 @@ def hash_file(path):
 def known_hashes(path):
     """SHA-256 sums that a checkpoint may have -> list, [] where none is on record. Two while one file takes another's place."""
     try:
-        return [line.split()[0] for line in hash_file(path).read_text(encoding="ascii", errors="replace").splitlines() if line.strip()]
+        text = hash_file(path).read_text(encoding="ascii", errors="replace")
+        return [line.split()[0] for line in text.splitlines() if line.strip()]
     except FileNotFoundError:
         return []
 
@@ -3426,7 +3481,8 @@ def drop_hashes(path):
     """Delete the hashes of a checkpoint. A file of that name that is no record of ours is moved aside instead."""
     if os.path.lexists(hash_file(path)):
         record = re.compile(rf"([0-9a-f]{{64}}  {re.escape(path.name)}\n)*")
-        ours = hash_file(path).is_file() and record.fullmatch(hash_file(path).read_text(encoding="ascii", errors="replace"))
+        text = hash_file(path).read_text(encoding="ascii", errors="replace") if hash_file(path).is_file() else "no file"
+        ours = record.fullmatch(text)
         hash_file(path).unlink() if ours else move_aside(hash_file(path))
 
 
@@ -3441,11 +3497,13 @@ def damage_of(path):
     with open(path, "rb") as handle:
         while block := handle.read(1 << 22):
             sha256.update(block)
-    return "" if sha256.hexdigest() in hashes else f"its SHA-256 is {sha256.hexdigest()[:12]}..., not {hashes[0][:12]}..."
+    found = sha256.hexdigest()
+    return "" if found in hashes else f"its SHA-256 is {found[:12]}..., not {hashes[0][:12]}..."
 
 
 def is_written(path):
-    """Whether a run wrote this checkpoint, proven by the hash that it put on record beside it: no other file is overwritten or deleted."""
+    """Whether a run wrote this checkpoint, proven by the hash that it put on record beside it: no other file is
+    overwritten or deleted."""
     return path.is_file() and bool(known_hashes(path)) and not damage_of(path)
 
 
@@ -3732,7 +3790,8 @@ RUN_FILES = ("config.json", "status.json", "metrics.jsonl", "train.log", "bad_fi
 
 
 def sweep_folder(folder):
-    """Delete what writers that were killed left behind: temporary files under a run's own names, and hashes without their checkpoint."""
+    """Delete what writers that were killed left behind: temporary files under a run's own names, and hashes without
+    their checkpoint."""
     own = "|".join([r"ckpt_(\d+|final)\.pt(\.sha256)?", *map(re.escape, RUN_FILES)])
     for stale in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
         if re.fullmatch(rf"\.({own})\.\d+\.tmp", stale.name) and stale.is_file():
@@ -3745,14 +3804,16 @@ def sweep_folder(folder):
 def is_run_folder(folder):
     """Whether a run has owned this folder before: its lease stands there, or a config.json as a run writes it."""
     try:
-        return (folder / ".lease").exists() or {"versions", "config"} <= set(parse_json(read_text(folder / "config.json", 2**20), float))
+        if (folder / ".lease").exists():
+            return True
+        return {"versions", "config"} <= set(parse_json(read_text(folder / "config.json", 2**20), float))
     except (OSError, ValueError, RecursionError, TypeError):
         return False
 
 
 def open_folder(cfg):
-    """Create out_dir and prove that it is writable; files with a run's names in a folder that was none are moved aside. UserError
-    says what is in the way."""
+    """Create out_dir and prove that it is writable; files with a run's names in a folder that was none are moved
+    aside. UserError says what is in the way."""
     folder = Path(cfg.out_dir)
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -4374,7 +4435,8 @@ def run(cfg, overrides, argv, videos, process, folder):
     if not cfg.data_root:
         log.line(f"no --data_root: training on built-in driving scenes, {cfg.scene_clips} clips in {cfg.out_dir}/scenes")
     elif not videos:
-        log.line(f"WARNING: no video under {cfg.data_root}: {nothing_found(cfg, videos)}; going on with data:{cfg.missing_data} (--missing_data error refuses instead)")
+        log.line(f"WARNING: no video under {cfg.data_root}: {nothing_found(cfg, videos)}; "
+                 f"going on with data:{cfg.missing_data} (--missing_data error refuses instead)")
     source = open_data(cfg, videos, process.is_main, process.barrier)
     for note in data_notes(cfg, videos, source, state["data"] if state else None):
         log.line(note)

@@ -351,7 +351,8 @@ def contents(folder):
 
 
 def test_write_scenes_once_per_setting(tmp_path):
-    """A second call changes nothing, another setting takes a folder of its own, a writing that was cut short goes on."""
+    """A second call changes nothing, another setting takes a folder of its own, a writing that was cut short goes
+    on."""
     folder, cfg = tmp_path / "scenes", small_config(image_size=16, patch=8, scene_clips=4)
     V.write_scenes(folder, cfg)
     before = contents(folder)

@@ -1,7 +1,9 @@
-"""Nothing of the user's is ever deleted or overwritten: files of others in every folder that the project writes to outlive every command.
+"""Nothing of the user's is ever deleted or overwritten: files of others in every folder that the project writes to
+outlive every command.
 
-The rule: what the project deletes it can prove to have made (a numbered checkpoint by the SHA-256 on record beside it, a temporary
-file by a run's own name for it), and what stands under a name that it writes is moved to previous_<k> unless it bears its mark.
+The rule: what the project deletes it can prove to have made (a numbered checkpoint by the SHA-256 on record beside
+it, a temporary file by a run's own name for it), and what stands under a name that it writes is moved to previous_<k>
+unless it bears its mark.
 """
 
 import importlib.util
@@ -15,9 +17,32 @@ from conftest import ROOT, V, small_config
 from test_evaluate import SMALL, E
 from test_faults import small_state
 
-OURS = ("futures.png", "evaluation.json", "evaluation.html", "probe_drive.json", "summary.json", "summary.md", "split.json", "rollout.mp4",
-        "frames.png", "latents.png", "fan.png", "ckpt_7.pt", "ckpt_2.pt.sha256")  # names that some command writes
-FOREIGN = ("mine.txt", ".x.tmp", ".mine.pt.1.tmp", "a.sha256", "model_best.pth", ".writable", "scene_000001.mp4.tmp", "mine/deep.mp4", "mine/ckpt_1.pt")
+OURS = (
+    "futures.png",
+    "evaluation.json",
+    "evaluation.html",
+    "probe_drive.json",
+    "summary.json",
+    "summary.md",
+    "split.json",
+    "rollout.mp4",
+    "frames.png",
+    "latents.png",
+    "fan.png",
+    "ckpt_7.pt",
+    "ckpt_2.pt.sha256",
+)  # names that some command writes
+FOREIGN = (
+    "mine.txt",
+    ".x.tmp",
+    ".mine.pt.1.tmp",
+    "a.sha256",
+    "model_best.pth",
+    ".writable",
+    "scene_000001.mp4.tmp",
+    "mine/deep.mp4",
+    "mine/ckpt_1.pt",
+)
 
 
 def load_tool(name):
@@ -61,7 +86,19 @@ def make(tmp_path, **overrides):
     return V.open_data(cfg, V.list_data(cfg), True, lambda: None)
 
 
-@pytest.mark.parametrize("what", ["files", "a setting of make_scenes", "another setting", "a file", "a dead link", "no scenes.json", "a torn scenes.json", "a scenes.json that is a folder"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "files",
+        "a setting of make_scenes",
+        "another setting",
+        "a file",
+        "a dead link",
+        "no scenes.json",
+        "a torn scenes.json",
+        "a scenes.json that is a folder",
+    ],
+)
 def test_a_folder_scenes_of_others_is_left_alone(tmp_path, what):
     """The run takes another folder, the same one each time. Seen red: rmtree of the whole folder, exit 0."""
     folder = tmp_path / "scenes"
@@ -74,7 +111,9 @@ def test_a_folder_scenes_of_others_is_left_alone(tmp_path, what):
         (folder / "videos" / "holiday.mp4").write_bytes(b"irreplaceable")
         (folder / "videos" / "scene_000001.mp4").write_bytes(b"irreplaceable as well")
     if what in ("a setting of make_scenes", "another setting"):
-        (folder / "scenes.json").write_text('{"seed": 1}' if what == "another setting" else '{"seed": 1337, "siblings": 1}')
+        (folder / "scenes.json").write_text(
+            '{"seed": 1}' if what == "another setting" else '{"seed": 1337, "siblings": 1}'
+        )
     elif what == "a torn scenes.json":
         (folder / "scenes.json").write_bytes(b"\xff\0")
     elif what.endswith("folder"):
@@ -96,14 +135,19 @@ def test_strangers_among_the_scenes_stay_and_do_not_train(tmp_path):
     before = (folder / "videos/scene_000002.mp4").read_bytes()
     (folder / "videos/scene_000002.mp4").unlink()
     again = make(tmp_path)
-    assert (again.root, again.train, again.val) == (source.root, source.train, source.val) and len(again.train + again.val) == 4
+    assert (again.root, again.train, again.val) == (source.root, source.train, source.val) and len(
+        again.train + again.val
+    ) == 4
     assert (folder / "videos/scene_000002.mp4").read_bytes() == before
     check(planted, tmp_path)
-    assert make(tmp_path, scene_clips=5).root != source.root and make(tmp_path).root == source.root  # two settings, two folders
+    assert (
+        make(tmp_path, scene_clips=5).root != source.root and make(tmp_path).root == source.root
+    )  # two settings, two folders
 
 
 def test_writing_scenes_hears_a_stop(tmp_path):
-    """Stopped between two scenes; the next call goes on with the same bytes and renders nothing twice. Seen red: no such parameter."""
+    """Stopped between two scenes; the next call goes on with the same bytes and renders nothing twice. Seen red: no
+    such parameter."""
     cfg, asked = small_config(image_size=16, scene_clips=6), []
     V.write_scenes(tmp_path / "straight", cfg)
     with pytest.raises(V.Stopped):
@@ -113,7 +157,11 @@ def test_writing_scenes_hears_a_stop(tmp_path):
     assert V.write_scenes(tmp_path / "cut", cfg) == tmp_path / "cut"
     for path in (tmp_path / "straight").rglob("*.*"):
         other = tmp_path / "cut" / path.relative_to(tmp_path / "straight")
-        assert other.read_bytes() == path.read_bytes() and first.get(path.name, 0) in (0, other.stat().st_mtime_ns) or path.name not in first
+        assert (
+            other.read_bytes() == path.read_bytes()
+            and first.get(path.name, 0) in (0, other.stat().st_mtime_ns)
+            or path.name not in first
+        )
     assert not list((tmp_path / "cut").rglob(".*"))
 
 
@@ -121,12 +169,15 @@ def test_writing_scenes_hears_a_stop(tmp_path):
 
 
 def test_checkpoints_of_others_are_neither_dropped_nor_overwritten(tmp_path):
-    """A ckpt_7.pt without a hash, one whose hash is of other bytes, and files where ours belong. Seen red: dropped by keep_last, overwritten by the save."""
+    """A ckpt_7.pt without a hash, one whose hash is of other bytes, and files where ours belong. Seen red: dropped by
+    keep_last, overwritten by the save."""
     cfg, folder = small_config(keep_last=1), tmp_path / "checkpoints"
     V.save_checkpoint(small_state(3), tmp_path, cfg, False)
     planted = plant(folder)
     copied = (folder / "ckpt_3.pt").read_bytes()
-    (folder / "ckpt_1.pt").write_bytes(copied)  # a copy of one of ours without its hash, and one with a hash of other bytes
+    (folder / "ckpt_1.pt").write_bytes(
+        copied
+    )  # a copy of one of ours without its hash, and one with a hash of other bytes
     (folder / "ckpt_4.pt").write_bytes(b"mine")
     (folder / "ckpt_4.pt.sha256").write_text(f"{'0' * 64}  ckpt_4.pt\n")
     planted |= {folder / "ckpt_1.pt": copied, folder / "ckpt_4.pt": b"mine"}
@@ -149,8 +200,14 @@ def test_a_renamed_checkpoint_overwrites_nobodys(tmp_path):
 
 
 def test_the_sweep_takes_only_what_writers_left(tmp_path):
-    """Temporary files under a run's own names and hash records without their checkpoint go, all else stays. Seen red: .x.tmp and a.sha256 deleted."""
-    left = [".config.json.7.tmp", "checkpoints/.ckpt_8.pt.1.tmp", "checkpoints/.ckpt_final.pt.sha256.12.tmp", "checkpoints/ckpt_5.pt.sha256"]
+    """Temporary files under a run's own names and hash records without their checkpoint go, all else stays. Seen red:
+    .x.tmp and a.sha256 deleted."""
+    left = [
+        ".config.json.7.tmp",
+        "checkpoints/.ckpt_8.pt.1.tmp",
+        "checkpoints/.ckpt_final.pt.sha256.12.tmp",
+        "checkpoints/ckpt_5.pt.sha256",
+    ]
     (tmp_path / "checkpoints").mkdir()
     for name in left:
         (tmp_path / name).write_text(f"{'a' * 64}  ckpt_5.pt\n")
@@ -169,26 +226,53 @@ def test_what_stands_under_our_names_is_moved_aside(tmp_path, capsys):
     for name in ("report.json", "folder.json"):
         planted = plant(tmp_path, names=("report.json", "folder.json/deep"))
         for number in range(2):
-            V.write_own(tmp_path / name, lambda handle: handle.write(json.dumps({"made_by": V.MARK, "number": number}).encode()))
+            V.write_own(
+                tmp_path / name, lambda handle: handle.write(json.dumps({"made_by": V.MARK, "number": number}).encode())
+            )
         assert json.loads((tmp_path / name).read_text())["number"] == 1
-    assert (tmp_path / "previous_1/report.json").read_bytes() == planted.get(tmp_path / "report.json", (tmp_path / "previous_1/report.json").read_bytes())
-    assert (tmp_path / "previous_2/folder.json/deep").is_file() and capsys.readouterr().err.count("was not written by a run") == 2
+    assert (tmp_path / "previous_1/report.json").read_bytes() == planted.get(
+        tmp_path / "report.json", (tmp_path / "previous_1/report.json").read_bytes()
+    )
+    assert (tmp_path / "previous_2/folder.json/deep").is_file() and capsys.readouterr().err.count(
+        "was not written by a run"
+    ) == 2
 
 
 def settings(scene_folder, folder, **overrides):
     """A short run in this folder."""
-    return small_config(**{**dict(data_root=str(scene_folder), out_dir=str(folder), steps=4, val_clips=2, ckpt_every=1, keep_last=1, lambda_flow=1.0), **overrides})
+    return small_config(
+        **{
+            **dict(
+                data_root=str(scene_folder),
+                out_dir=str(folder),
+                steps=4,
+                val_clips=2,
+                ckpt_every=1,
+                keep_last=1,
+                lambda_flow=1.0,
+            ),
+            **overrides,
+        }
+    )
 
 
 @pytest.mark.faults
 def test_training_harms_no_stranger(scene_folder, tmp_path):
-    """A fresh folder with a user's files under all names of a run; a used one; --resume never; scenes; each leaves every byte.
-    Seen red: config.json, metrics.jsonl, futures.png and scenes/ were overwritten or removed."""
+    """A fresh folder with a user's files under all names of a run; a used one; --resume never; scenes; each leaves
+    every byte. Seen red: config.json, metrics.jsonl, futures.png and scenes/ were overwritten or removed."""
     run = tmp_path / "run"
     planted = plant(run, names=(*OURS, *FOREIGN, *V.RUN_FILES))
-    planted |= plant(run / "checkpoints", names=("mine.txt", "a.sha256", ".x.tmp", "mine/ckpt_1.pt")) | plant(run / "scenes", run / "scenes/videos")
+    planted |= plant(run / "checkpoints", names=("mine.txt", "a.sha256", ".x.tmp", "mine/ckpt_1.pt")) | plant(
+        run / "scenes", run / "scenes/videos"
+    )
     plain = dict(picture=False)
-    for overrides in (dict(), dict(steps=6), dict(steps=2, resume="never", **plain), dict(steps=3, data_root="", **plain), dict(steps=4, data_root="", resume="never", **plain)):
+    for overrides in (
+        dict(),
+        dict(steps=6),
+        dict(steps=2, resume="never", **plain),
+        dict(steps=3, data_root="", **plain),
+        dict(steps=4, data_root="", resume="never", **plain),
+    ):
         assert V.train(settings(scene_folder, run, **overrides)) == 0
         check(planted, tmp_path)
         (run / "futures.png").unlink(missing_ok=True)
@@ -198,19 +282,59 @@ def test_training_harms_no_stranger(scene_folder, tmp_path):
 
 @pytest.mark.faults
 def test_tools_harm_no_stranger(scene_folder, tmp_path, capsys):
-    """evaluate, futures, make_scenes and prove over folders with a user's files. Seen red: evaluation.json, frames.png, split.json and summary.md overwritten."""
+    """evaluate, futures, make_scenes and prove over folders with a user's files. Seen red: evaluation.json,
+    frames.png, split.json and summary.md overwritten."""
     futures, scenes, prove = map(load_tool, ("futures", "make_scenes", "prove"))
     run = tmp_path / "run"
-    cfg = settings(scene_folder, run, scenes="render", data_root="", num_frames=12, steps=2, scene_clips=16, val_clips=2)
+    cfg = settings(
+        scene_folder, run, scenes="render", data_root="", num_frames=12, steps=2, scene_clips=16, val_clips=2
+    )
     assert V.train(cfg) == 0
     planted = plant(run, run / "checkpoints", run / "futures", tmp_path / "record")
     checkpoint = str(run / "checkpoints/ckpt_final.pt")
-    assert E.run(E.parse(["--ckpt", checkpoint, "--data_root", str(scene_folder), "--split", "all", "--num_workers", "0", "--device", "cpu"]), SMALL) == 0
+    assert (
+        E.run(
+            E.parse(
+                [
+                    "--ckpt",
+                    checkpoint,
+                    "--data_root",
+                    str(scene_folder),
+                    "--split",
+                    "all",
+                    "--num_workers",
+                    "0",
+                    "--device",
+                    "cpu",
+                ]
+            ),
+            SMALL,
+        )
+        == 0
+    )
     check(planted, tmp_path)
-    assert futures.main(["--ckpt", checkpoint, "--minutes", "0.01", "--num_samples", "2", "--num_workers", "0", "--device", "cpu"]) == 0, capsys.readouterr().err
+    assert (
+        futures.main(
+            ["--ckpt", checkpoint, "--minutes", "0.01", "--num_samples", "2", "--num_workers", "0", "--device", "cpu"]
+        )
+        == 0
+    ), capsys.readouterr().err
     check(planted, tmp_path)
     made = tmp_path / "made"
-    command = ["--out", str(made), "--num", "4", "--size", "32", "--num_frames", "12", "--soon_frames", "4", "--workers", "1"]
+    command = [
+        "--out",
+        str(made),
+        "--num",
+        "4",
+        "--size",
+        "32",
+        "--num_frames",
+        "12",
+        "--soon_frames",
+        "4",
+        "--workers",
+        "1",
+    ]
     args = scenes.parse(command)
     scenes.open_folder(made, scenes.settings_of(scenes.make_config(args), args))
     planted |= plant(made, made / "videos", made / "annotations") | plant(made / "videos", names=("scene_000002.mp4",))
@@ -230,7 +354,13 @@ def test_tools_harm_no_stranger(scene_folder, tmp_path, capsys):
 
 def test_no_command_removes_whole_folders():
     """rmtree stands nowhere in the project, and every unlink is one of those that the rule allows."""
-    allowed = {"temporary.unlink(missing_ok=True)", "trial.unlink()", "stale.unlink(missing_ok=True)", "old.unlink()", "path.unlink()"}  # path: in the fuzzer's own temporary folder
+    allowed = {
+        "temporary.unlink(missing_ok=True)",
+        "trial.unlink()",
+        "stale.unlink(missing_ok=True)",
+        "old.unlink()",
+        "path.unlink()",
+    }  # path: in the fuzzer's own temporary folder
     for path in (ROOT / "VJepa_AUTO_V2.py", *sorted((ROOT / "tools").glob("*.py"))):
         text = path.read_text(encoding="utf-8")
         assert "rmtree" not in text and "os.remove" not in text, path

@@ -177,7 +177,7 @@ def main():
         versions = {name: importlib.import_module(name).__version__ for name in ("av", "decord") if importlib.util.find_spec(name)}
         report = dict(video=dict(seconds=args.seconds, fps=FPS, size_mb=size_mb, gop=GOP), ways=rows, torch=torch.__version__,
                       versions=versions, machine=platform.processor() or platform.machine())
-        V.write_own(args.out, lambda handle: handle.write(json.dumps({"made_by": V.MARK, **report}, indent=1).encode() + b"\n"))
+        V.write_report(args.out, report)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def main(argv=None):
     for name, value in figures.items():
         print(f"{name:<18}{value:.4g}")
     if args.out:
-        V.write_own(args.out, lambda handle: handle.write(json.dumps({"made_by": V.MARK, **figures}, indent=1).encode()))
+        V.write_report(args.out, figures)
     return 0
 
 

@@ -1927,7 +1927,8 @@ def parse(argv):
     """Command line -> namespace."""
     parser = argparse.ArgumentParser(description="Measure a checkpoint and write evaluation.json and evaluation.html.", allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, type=os.path.expanduser, help="checkpoint file of VJepa_AUTO_V2.py")
-    parser.add_argument("--data_root", default="", type=os.path.expanduser, help="real videos (folder, video or list) instead of built-in scenes")
+    parser.add_argument("--data_root", default="", type=os.path.expanduser,
+                        help="real videos (folder, video or list) instead of built-in scenes")
     parser.add_argument("--split", choices=("val", "all"), default="val", help="with --data_root: held-out files, or all of them [val]")
     parser.add_argument("--out", default="", type=os.path.expanduser, help="folder to write into [the run's folder]")
     parser.add_argument("--quick", action="store_true", help="a fifth of the scenes: wide intervals, about a minute")
@@ -1978,9 +1979,9 @@ def run(args, sizes):
     out = Path(args.out) if args.out else run_folder(args.ckpt)
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    report = {"made_by": V.MARK, "checkpoint": str(args.ckpt), "step": step, **evaluate(model, sizes, source, args.split, args.seed, args.num_workers, Progress())}
+    report = {"checkpoint": str(args.ckpt), "step": step, **evaluate(model, sizes, source, args.split, args.seed, args.num_workers, Progress())}
     report["seconds"] = round(time.perf_counter() - began, 1)
-    V.write_own(out / "evaluation.json", lambda handle: handle.write(json.dumps(report, indent=1, allow_nan=False).encode()))
+    V.write_report(out / "evaluation.json", report)
     write_page(report, cfg, out / "evaluation.html")
     print_table(report)
     print(f"written: {out / 'evaluation.json'}, {out / 'evaluation.html'} ({report['seconds']:.0f} s)")

@@ -489,8 +489,8 @@ def get_decoder(model, source, path, key, minutes, num_workers, perceptual, seed
     torch.manual_seed(seed)
     width = 96 if device.type == "cpu" else 192
     decoder, _ = train_decoder(PixelDecoder(cfg, width).to(device), pool, cfg, 0.65 * seconds, perceptual=perceptual, seed=seed)
-    saved = {"made_by": V.MARK, "key": key, "width": width, "minutes": minutes, "decoder": decoder.state_dict(), "readings": fit_readings(pool, held_out, cfg),
-             "report": judge_decoder(decoder, pool, held_out, cfg)}
+    saved = {"key": key, "width": width, "minutes": minutes, "decoder": decoder.state_dict(), "readings": fit_readings(pool, held_out, cfg),
+             "made_by": V.MARK, "report": judge_decoder(decoder, pool, held_out, cfg)}
     try:
         V.write_own(path, lambda handle: torch.save(saved, handle))
     except OSError as error:
@@ -949,9 +949,11 @@ def parse_arguments(argv):
     """Flags -> namespace. UsageError in one line."""
     parser = V.ArgumentParser(description="Pictures of what a world model expects: decoded forecasts and sampled futures.", allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, type=os.path.expanduser, help="checkpoint of a run")
-    parser.add_argument("--clip", default="", type=os.path.expanduser, help="show this video instead of clips of the run's own data")
+    parser.add_argument("--clip", default="", type=os.path.expanduser,
+                        help="show this video instead of clips of the run's own data")
     parser.add_argument("--start", type=float, default=0.0, help="where the clip's window begins, in seconds [0]")
-    parser.add_argument("--data_root", default="", type=os.path.expanduser, help="folder, video or list that the decoder is trained on; default the run's own data")
+    parser.add_argument("--data_root", default="", type=os.path.expanduser,
+                        help="folder, video or list that the decoder is trained on; default the run's own data")
     parser.add_argument("--num_samples", type=int, default=8, help="sampled futures shown per clip [8]")
     parser.add_argument("--out", default="", type=os.path.expanduser, help="output folder [the run's folder / futures]")
     parser.add_argument("--minutes", type=float, default=3.0, help="time for the decoder: a third for clips, the rest for training [3]")

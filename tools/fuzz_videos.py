@@ -462,7 +462,7 @@ def main(argv=None):
     if args.out:
         versions = {name: importlib.metadata.version(name) for name in ("av", args.reader.replace("pyav", "av"))}
         report = dict(num=args.num, seed=args.seed, reader=args.reader, versions=versions, table=table, rows=rows)
-        V.write_own(args.out, lambda handle: handle.write(json.dumps({"made_by": V.MARK, **report}, indent=1).encode() + b"\n"))
+        V.write_report(args.out, report)
     return 0 if passed(rows) else 1
 
 

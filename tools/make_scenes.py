@@ -103,7 +103,7 @@ def write_split(folder, cfg, num_siblings):
     if num_siblings > 1:
         held = {name.split("_future_")[0] for name in split["val"]}
         split["train_shares_a_scene_with_val"] = [name for name in split["train"] if name.split("_future_")[0] in held]
-    V.write_own(folder / "split.json", lambda handle: handle.write(json.dumps({"made_by": V.MARK, **split}, indent=1).encode()))
+    V.write_report(folder / "split.json", split)
     return len(train), len(val)
 
 

@@ -486,13 +486,13 @@ def probe(args):
     for row in rows:
         row.pop("predictions")
     report = dict(
-        made_by=V.MARK, ckpt=str(args.ckpt), drive=str(args.drive), signal=args.signal, windows=len(labels), drive_fps=drive.fps, clip_fps=clip_fps,
+        ckpt=str(args.ckpt), drive=str(args.drive), signal=args.signal, windows=len(labels), drive_fps=drive.fps, clip_fps=clip_fps,
         now_frames=cfg.now_frames, soon_frames=cfg.soon_frames, folds=args.folds, gap_s=args.gap_s, block_s=args.block_s, stride=args.stride,
         blocks=int(blocks.max()) + 1, deviation=float(labels.std()), epochs=args.epochs, seed=args.seed,
         train_windows=[len(train) for train, _ in folds], rows=rows,
     )
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    V.write_own(Path(args.out) / "probe_drive.json", lambda handle: handle.write(json.dumps(report, indent=1).encode() + b"\n"))
+    V.write_report(Path(args.out) / "probe_drive.json", report)
     print_table(report)
     return report
 
@@ -544,8 +544,10 @@ def build_parser():
     parser = V.ArgumentParser(prog="probe_drive.py", description="Probe frozen features for the steering of a recorded drive.", allow_abbrev=False)
     parser.add_argument("--drive", required=True, type=os.path.expanduser, help="folder of a Donkeycar tub")
     parser.add_argument("--ckpt", default="", type=os.path.expanduser, help="checkpoint to probe")
-    parser.add_argument("--export", default="", type=os.path.expanduser, metavar="DIR", help="write the drive as videos/ and annotations/ instead of probing")
-    parser.add_argument("--out", default="runs/probe_drive", type=os.path.expanduser, help="folder of probe_drive.json [runs/probe_drive]")
+    parser.add_argument("--export", default="", type=os.path.expanduser, metavar="DIR",
+                        help="write the drive as videos/ and annotations/ instead of probing")
+    parser.add_argument("--out", default="runs/probe_drive", type=os.path.expanduser,
+                        help="folder of probe_drive.json [runs/probe_drive]")
     parser.add_argument("--signal", default="steer", choices=tuple(SIGNALS), help="what is predicted [steer]")
     parser.add_argument("--fps", type=float, default=0.0, help="pictures per second of the drive; 0 = by its time stamps [0]")
     parser.add_argument("--clip_fps", type=float, default=0.0, help="frames per second of a window; 0 = the checkpoint's [0]")
