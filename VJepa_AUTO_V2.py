@@ -43,6 +43,7 @@ import fnmatch
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -52,6 +53,7 @@ import os
 import platform
 import re
 import resource
+import secrets
 import shutil
 import signal
 import socket
@@ -63,7 +65,7 @@ import time
 import typing
 import weakref
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
@@ -109,7 +111,7 @@ class VJepaAutoV2Config:
     # -- run
     preset: str = "base"  # tiny | proof | small | base | large: a named set of overrides (base = these defaults)
     data_root: str = ""  # folder of videos, one video, or a list file (csv, txt, jsonl); empty = built-in driving scenes
-    video_glob: str = "*"  # which files count, matched on the name or on the path below data_root
+    video_glob: str = "*"  # *.mp4: by name; sub/*.mp4: by path below data_root; **/: any folders or none
     out_dir: str = "runs/vjepa_auto_v2"  # everything the run writes
     resume: str = "auto"  # auto (newest checkpoint in out_dir) | never | a checkpoint file
     steps: int = 20000  # optimizer steps of the whole run; all schedules end here
@@ -214,6 +216,12 @@ class VJepaAutoV2Config:
     track: str = ""  # tensorboard, wandb or both, separated by a comma
     picture: bool = True  # write futures.png at the end
     dist_timeout_s: float = 600.0  # seconds before a stuck collective ends the run
+
+    def __post_init__(self):
+        """A ~ at the front of a path is the home folder, wherever the config comes from."""
+        for name in ("data_root", "out_dir", "resume"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
 
     @property
     def height(self) -> int:
@@ -550,15 +558,33 @@ def unique_pairs(pairs):
     return values
 
 
-def parse_json(text):
-    """JSON text -> plain values. ValueError or RecursionError when it cannot be read."""
+def refuse_constant(name):
+    """NaN, Infinity and -Infinity, which Python's reader takes for JSON."""
+    raise ValueError(f"{name} is no JSON; write null for what is unknown")
+
+
+def parse_json(text, constant=refuse_constant):
+    """JSON text -> plain values. ValueError or RecursionError when it cannot be read. `constant` gets NaN and its
+    like."""
     try:
-        return json.loads(text, object_pairs_hook=unique_pairs)
+        return json.loads(text, object_pairs_hook=unique_pairs, parse_constant=constant)
     except DuplicateKey as error:
         (key,) = error.args
         places = re.finditer(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", text)
         lines = " and ".join(str(text.count("\n", 0, place.start()) + 1) for place in places)
         raise ValueError(f"key {shown(key)} stands twice, in lines {lines}") from error
+
+
+def read_text(path, most_bytes):
+    """A file that a user wrote -> its text, a byte-order mark left out. OSError, or ValueError where it is not
+    UTF-8."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a file")  # a pipe or a device may have no end
+    with open(path, "rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"larger than {most_bytes} bytes")
+    return content.decode("utf-8-sig")
 
 
 def yaml_value(node, seen):
@@ -607,17 +633,11 @@ def parse_config(path):
     if kind == "YAML" and importlib.util.find_spec("yaml") is None:
         raise UsageError(f"config {one_line(path)}: YAML needs pyyaml (pip install pyyaml), or write the file as JSON")
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError("not a file")  # a pipe or a device may have no end
-        with open(path, "rb") as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)
-        if len(content) > MAX_CONFIG_BYTES:
-            raise OSError(f"larger than {MAX_CONFIG_BYTES} bytes")
-        text = content.decode("utf-8-sig")
+        text = read_text(path, MAX_CONFIG_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"config {one_line(path)}: cannot be read ({one_line(error)})") from error
     try:
-        data = parse_yaml(text) if kind == "YAML" else parse_json(text)
+        data = parse_yaml(text) if kind == "YAML" else parse_json(text, float)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"config {one_line(path)}: not valid {kind} ({one_line(error)})") from error
     data = data.get("config", data) if isinstance(data, dict) and "versions" in data else data  # a run's own config.json
@@ -632,7 +652,7 @@ def read_config_file(path, seen=None):
     An inherited file lies in the folder of the first one or below it. Loops and unknown keys raise UsageError, like all else.
     """
     seen = {} if seen is None else seen
-    path = Path(path if re.search(UNPRINTABLE, str(path)) else os.path.realpath(path))
+    path = Path(path if re.search(UNPRINTABLE, str(path)) else os.path.realpath(os.path.expanduser(path)))
     if re.search(UNPRINTABLE, str(path)):
         raise UsageError(f"config {one_line(path)}: its name must hold no control characters, and only UTF-8")
     trail = [*(file for file, values in seen.items() if values is None), path]
@@ -652,7 +672,7 @@ def read_config_file(path, seen=None):
         raise UsageError(f"config {one_line(path)}: inherits = {shown(parents)} must be a file name or a list of them")
     merged = {}
     for parent in parents:
-        merged.update(read_config_file(path.parent / parent, seen))
+        merged.update(read_config_file(path.parent / os.path.expanduser(parent), seen))
     for key, value in data.items():
         if key not in FIELD_TYPES:
             raise UsageError(f"config {one_line(path)}: unknown key {shown(key)}{nearest(key, FIELD_TYPES)}")
@@ -709,9 +729,12 @@ def resolve_config(argv):
 # 3  Video files: folder / list -> decoded frames
 # ---------------------------------------------------------------------------------------------------------------------
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts", ".hevc", ".h264")
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts", ".hevc", ".h264", ".mts", ".m2ts", ".3gp", ".3g2", ".f4v",
+    ".265", ".h265", ".264", ".wmv", ".asf", ".flv", ".mpg", ".mpeg", ".vob", ".ogv",
+)
 # Demuxers that may open a file: a playlist script named .mp4 would otherwise make FFmpeg read other files.
-CONTAINER_WHITELIST = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,hevc,h264"
+CONTAINER_WHITELIST = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,hevc,h264,asf,flv,mpeg,ogg"
 DECODERS = {"auto": ("pyav", "decord"), "pyav": ("pyav", "decord"), "decord": ("decord", "pyav"), "torchcodec": ("torchcodec", "pyav")}
 # What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing): not programming errors here.
 DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError, ArithmeticError)
@@ -751,63 +774,265 @@ class ClipPlan:
     u_y: float
 
 
-def scan_folder(root, video_glob):
-    """Walk a folder, following links but no loops -> sorted [VideoFile] with a known suffix that match the glob."""
-    found, visited = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        info = os.stat(folder)
-        if (info.st_dev, info.st_ino) in visited:
-            subfolders.clear()
+# Folders of copies that systems and network disks keep beside the files themselves.
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
+SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in the order in which they are tried
+HEADER_WORDS = {"path": r"(?i)(path|video|file|clip)\w*", "label": r"(?i)(maneuver|label|class)\w*"}
+MAX_LIST_BYTES, MAX_ANNOTATION_BYTES = 2**28, 2**26
+# Lists of numbers in an annotation, one per frame: tools/evaluate.py fits probes on them.
+SIGNALS = ("speed", "yaw_rate", "lane_offset", "lead_gap", "steer", "mover_u")
+
+
+class Listing(list):
+    """The videos of a data_root. `notes`: lines that the user should read; `seen`: what else was found, for the case
+    that nothing was."""
+
+    def __init__(self, videos=(), notes=(), seen=""):
+        super().__init__(videos)
+        self.notes, self.seen = list(notes), seen
+
+
+def name_some(names, most=3):
+    """The first few of many names, and how many more there are, for a message."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(one_line(name, 100) for name in names[:most]) + more
+
+
+def glob_pattern(video_glob):
+    """A glob -> compiled pattern. * crosses folders, as in fnmatch; **/ at the start of a name is any number of
+    folders, none included."""
+    marked = re.sub(r"(^|(?<=/))(\*\*/)+", "\0", video_glob.removeprefix("./"))
+    return re.compile(fnmatch.translate(marked).replace("\0", "(?:.*/)?"))
+
+
+def file_identity(look):
+    """What all names of one file share -> tuple, None where it cannot be told. `look` is its stat without arguments.
+
+    Size and time of change stand beside the number, since some network disks give one number to many files.
+    """
+    try:
+        info = look()
+    except (OSError, ValueError):
+        return None
+    told = info.st_ino and stat.S_ISREG(info.st_mode)
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) if told else None
+
+
+def is_folder(entry):
+    """Whether an entry of a folder is a folder or a link to one; a link that leads nowhere is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def walk_folder(root):
+    """All folders below a root, links followed, each once under its first name in sorted order, hidden and system
+    folders left out -> generator of (path below the root with / at its end, entries that are no folder, OSError or
+    None)."""
+    visited, todo = set(), [(root, "")]
+    while todo:
+        folder, parent = todo.pop()
+        try:
+            info = os.stat(folder)
+            if (info.st_dev, info.st_ino) in visited:
+                continue
+            visited.add((info.st_dev, info.st_ino))
+            with os.scandir(folder) as found:
+                entries = list(found)
+        except OSError as error:  # no permission, gone meanwhile, or deeper than a path may be long
+            yield parent, [], error
             continue
-        visited.add((info.st_dev, info.st_ino))
-        subfolders.sort()  # of several links to one folder the first name counts, on every machine
-        parent = "" if folder == root else os.path.relpath(folder, root).replace(os.sep, "/") + "/"  # once per folder: relpath is slow
-        for name in names:
-            if name.lower().endswith(VIDEO_SUFFIXES) and (fnmatch.fnmatch(name, video_glob) or fnmatch.fnmatch(parent + name, video_glob)):
-                found.append(VideoFile(parent + name, os.path.join(folder, name)))
-    return sorted(found, key=lambda video: video.name)
+        folders, files = [], []
+        for entry in entries:
+            (folders if is_folder(entry) else files).append(entry)
+        names = sorted((entry.name for entry in folders), reverse=True)  # the last one is taken first
+        names = [name for name in names if name[0] != "." and name not in SYSTEM_FOLDERS]
+        todo += [(os.path.join(folder, name), f"{parent}{name}/") for name in names]
+        yield parent, files, None
 
 
-def parse_list_line(line, folder):
-    """One line of a list file, `path` or `path<separator>label` with blanks allowed in the path -> VideoFile."""
-    candidates = [(line.strip('"'), "")]
-    for separator in ("\t", ",", "::", ";", " "):
+def one_name_each(videos, identities):
+    """Leave out further names of one file (links) -> (videos, names left out). Where such a name brings another label
+    it stays, under the first one's name: the split goes by names, so no file ever stands on both sides."""
+    first, more, kept, left_out = {}, set(), [], []
+    for video, identity in zip(videos, identities):
+        known = first.setdefault(identity, video) if identity else video
+        if video.name == known.name:
+            kept.append(video)
+        elif video.label == known.label or (identity, video.label) in more:
+            left_out.append(video.name)
+        else:
+            more.add((identity, video.label))
+            kept.append(replace(video, name=known.name))
+    return kept, left_out
+
+
+def count_suffixes(names):
+    """File names -> '12 .jpg, 3 .wmv, 2 hidden', the most frequent first."""
+    kinds = ("hidden" if name[0] == "." else os.path.splitext(name)[1].lower() or "without suffix" for name in names)
+    counts = Counter(kinds)
+    return ", ".join(f"{count} {one_line(suffix, 20)}" for suffix, count in counts.most_common(8)) or "no file at all"
+
+
+def scan_folder(root, video_glob):
+    """Walk a folder -> Listing, sorted by name, of the files with a known suffix that match the glob, one name for
+    each file.
+
+    Names that begin with a dot do not count: they are hidden, or macOS's twins of other files. UsageError for a
+    closed root.
+    """
+    matches, found, identities, others, closed = glob_pattern(video_glob).match, [], {}, [], []
+    below = "videos/" if os.path.basename(root) == "videos" else ""  # a glob may name that folder or not
+    for parent, entries, error in walk_folder(root):
+        if error is not None and not parent:
+            raise UsageError(f"data_root {one_line(root)}: cannot be read ({error.strerror})") from error
+        if error is not None:
+            closed.append(f"{error.strerror}: {parent[:-1]}")
+        folder = os.path.join(root, parent)
+        for entry in entries:
+            name = entry.name
+            if name.lower().endswith(VIDEO_SUFFIXES) and name[0] != "." and (
+                    matches(name) or matches(parent + name) or below and matches(below + parent + name)):
+                found.append(VideoFile(parent + name, folder + name))
+                identities[parent + name] = file_identity(entry.stat)
+            else:
+                others.append(name)
+    found.sort(key=lambda video: video.name)
+    videos, links = one_name_each(found, [identities[video.name] for video in found])
+    notes = []
+    if closed:
+        what = f"{len(closed)} folder(s) below {one_line(root)}"
+        notes.append(f"WARNING: {what} cannot be read and are left out: {name_some(closed)}")
+    if links:
+        what = f"{len(links)} further name(s) of files listed already (links)"
+        notes.append(f"note: {what} are left out: {name_some(links)}")
+    return Listing(videos, notes, f"found {count_suffixes(others)}" if not videos else "")
+
+
+def check_path(path):
+    """ValueError for a text that no path can be: NUL, or characters that the file system's encoding lacks."""
+    if "\0" in path:
+        raise ValueError("a path holds no NUL")
+    os.fsencode(path)
+
+
+def label_text(value):
+    """A label of a list or an annotation -> text, "" for null alone: 0 is a label. ValueError where it is no plain
+    text or number."""
+    if value is None:
+        return ""
+    if not isinstance(value, (str, bool)) and not fits(float, value) or re.search(UNPRINTABLE, str(value)):
+        raise ValueError(f"label {shown(value)} must be a text without control characters or a number")
+    return str(value)
+
+
+def csv_cells(line, separator):
+    """The cells of one line by the rules of csv: quotes hold separators, doubled quotes stand for one. csv.Error when
+    too long."""
+    mark = separator if len(separator) == 1 else "\x1f"
+    rows = csv.reader([line.replace(separator, mark)], delimiter=mark, skipinitialspace=True)
+    return [cell.replace(mark, separator).strip() for row in rows for cell in row]
+
+
+def list_header(line):
+    """A list's first line -> (separator, column of the path, column of the label or None), None when it names a video
+    or no column."""
+    if any(suffix in line.lower() for suffix in VIDEO_SUFFIXES):
+        return None
+    separator = next((separator for separator in SEPARATORS if separator in line), "\t")
+    cells = csv_cells(line, separator)
+    columns = {}
+    for kind, words in HEADER_WORDS.items():
+        columns[kind] = [number for number, cell in enumerate(cells) if re.fullmatch(words, cell)]
+    if columns["path"] or re.match(r"(path|video|file\w*)\b", line, re.IGNORECASE):
+        path = (columns["path"] or [0])[0]
+        label = [number for number in columns["label"] if number != path] or ([1 - path] if len(cells) == 2 else [])
+        return separator, path, label[0] if label else None
+    return None
+
+
+def list_candidates(line, header):
+    """What a line of a list may say -> [(path, label)], best first: the header's columns, the whole line, all before
+    a last separator (blanks and commas in paths need no quotes), then the first two cells of a csv line."""
+    named, split, quoted = [], [(line.strip('"'), "")], []
+    if header:
+        cells = csv_cells(line, header[0])
+        path, label = (cells[column] if column is not None and column < len(cells) else "" for column in header[1:])
+        named = [(path, label)] if path else []
+    for separator in SEPARATORS:
         head, found, tail = line.rpartition(separator)
         if found:
-            candidates.append((head.strip().strip('"'), tail.strip().strip('"')))
-    for path, label in candidates:
-        if os.path.exists(os.path.join(folder, path)):
-            return VideoFile(path.replace(os.sep, "/"), os.path.abspath(os.path.join(folder, path)), label)
-    path, label = candidates[1] if len(candidates) > 1 else candidates[0]  # missing on disk: named as bad when first read
-    return VideoFile(path, os.path.abspath(os.path.join(folder, path)), label)
+            split.append((head.strip().strip('"'), tail.strip().strip('"')))
+            quoted += [tuple(cells[:2]) for cells in [csv_cells(line, separator)] if len(cells) > 1]
+    return named + (quoted + split if '"' in line else split + quoted)
+
+
+def parse_list_line(line, folder, header=None):
+    """One line of a list, `path` or `path<separator>label` -> VideoFile, None for a comment. ValueError or csv.Error
+    for no text.
+
+    Which reading holds is seen on the disk; where none of the files exists, the first that ends like a video is
+    named.
+    """
+    check_path(line)
+    candidates = [
+        (path, label, os.path.abspath(os.path.join(folder, os.path.expanduser(path))))
+        for path, label in list_candidates(line, header) if path
+    ]
+    present = [candidate for candidate in candidates if os.path.isfile(candidate[2])]
+    present = present or [candidate for candidate in candidates if os.path.exists(candidate[2])]
+    if not present and (line.startswith("#") or not candidates):
+        return None
+    named = [candidate for candidate in candidates if candidate[0].lower().endswith(VIDEO_SUFFIXES)]
+    path, label, absolute = (present or named or candidates[1:2] or candidates)[0]
+    return VideoFile(path.replace(os.sep, "/"), absolute, label_text(label))
+
+
+def parse_json_line(line, folder):
+    """One line of a jsonl list -> VideoFile. ValueError or RecursionError says what it lacks."""
+    row = parse_json(line)
+    name = row.get("video") or row.get("path") if isinstance(row, dict) else None
+    if not isinstance(name, str) and not (name and fits(int, name)):
+        raise ValueError("it has no such text")
+    check_path(str(name))
+    path = os.path.abspath(os.path.join(folder, os.path.expanduser(str(name))))
+    return VideoFile(str(name), path, label_text(row.get("maneuver")) or label_text(row.get("label")))
 
 
 def read_list(path):
-    """A csv, txt or jsonl list -> [VideoFile] in file order. UsageError names a line that is not understood."""
-    folder, found = os.path.dirname(os.path.abspath(path)), []
+    """A csv, txt or jsonl list -> Listing in file order; blank lines, comments (#) and a header are no videos.
+    UsageError names a line that is not understood."""
+    folder, found, header, first = os.path.dirname(os.path.abspath(path)), [], None, True
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = read_text(path, MAX_LIST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"data_root {path}: list cannot be read ({error})") from error
-    for number, line in enumerate(lines, 1):
+        raise UsageError(f"data_root {one_line(path)}: list cannot be read ({one_line(error)})") from error
+    as_json = str(path).lower().endswith(".jsonl")
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
         line = line.strip()
-        if not line or (number == 1 and re.match(r"(path|video|file\w*)\b", line, re.IGNORECASE)
-                        and not any(suffix in line.lower() for suffix in VIDEO_SUFFIXES)):
-            continue  # blank, or a header
-        if not str(path).lower().endswith(".jsonl"):
-            found.append(parse_list_line(line, folder))
-            continue
         try:
-            row = json.loads(line)
-            name = row.get("video") or row["path"]
-            found.append(VideoFile(str(name), os.path.abspath(os.path.join(folder, str(name))), str(row.get("maneuver") or row.get("label") or "")))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise UsageError(f"data_root {path} line {number}: needs a JSON object with a key 'video' or 'path'") from error
-    return found
+            if not line or as_json and line.startswith("#"):
+                continue
+            if first and not as_json and not line.startswith("#"):
+                first, header = False, list_header(line)
+                if header and not os.path.isfile(os.path.join(folder, line)):
+                    continue
+                header = None
+            video = parse_json_line(line, folder) if as_json else parse_list_line(line, folder, header)
+        except (ValueError, RecursionError, csv.Error) as error:
+            needs = "needs a JSON object with a key 'video' or 'path'" if as_json else "cannot be understood"
+            raise UsageError(f"data_root {one_line(path)} line {number}: {needs} ({one_line(error)})") from error
+        found += [video] if video else []
+    videos, links = one_name_each(found, [file_identity(partial(os.stat, video.path)) for video in found])
+    again = f"note: {len(links)} line(s) of {one_line(path)} name files again under other names (links) and "
+    again += f"are left out: {name_some(links)}"
+    return Listing(videos, [again] if links else [], "the list names no video")
 
 
 def find_videos(data_root, video_glob):
-    """Folder (its videos/ if it has one), list file or single video -> [VideoFile]. UsageError if the path is absent."""
+    """Folder (its videos/ if it has one), list file or single video -> Listing. UsageError if the path is absent."""
     if not os.path.exists(data_root):
         raise UsageError(f"data_root {data_root}: no such file or folder; give a folder of videos, or leave --data_root out for built-in scenes")
     if not os.access(data_root, os.R_OK):
@@ -816,7 +1041,7 @@ def find_videos(data_root, video_glob):
         if data_root.lower().endswith((".csv", ".txt", ".jsonl")):
             return read_list(data_root)
         if data_root.lower().endswith(VIDEO_SUFFIXES):
-            return [VideoFile(os.path.basename(data_root), os.path.abspath(data_root))]
+            return Listing([VideoFile(os.path.basename(data_root), os.path.abspath(data_root))])
         raise UsageError(f"data_root {data_root}: neither a folder, a video, nor a csv, txt or jsonl list")
     videos = os.path.join(data_root, "videos")
     return scan_folder(videos if os.path.isdir(videos) else data_root, video_glob)
@@ -829,27 +1054,55 @@ def name_hash(video):
 
 def split_videos(videos, val_fraction, at_least=1):
     """Hold out files by the hash of their name, never by window -> (train, val). Both are non-empty from two files up."""
-    ranked = sorted(videos, key=name_hash)
+    hashes = {video.name: name_hash(video) for video in videos}  # a list may name a file more than once
+    ranked = sorted(hashes, key=hashes.get)
     threshold = f"{int(val_fraction * 16**8):08x}"
-    num_val = sum(name_hash(video)[:8] < threshold for video in ranked)
+    num_val = sum(hashed[:8] < threshold for hashed in hashes.values())
     num_val = min(max(num_val, at_least if val_fraction > 0 else 0), len(ranked) - 1)
-    val = {video.name for video in ranked[:num_val]}
+    val = set(ranked[: max(num_val, 0)])
     return [v for v in videos if v.name not in val], [v for v in videos if v.name in val]
 
 
-def read_annotation(data_root, video):
-    """DIR/annotations/<clip>.json of a video, in its own subfolder or flat -> dict, empty when there is none. BadFile when it is not a JSON object."""
-    folder, relative = Path(data_root) / "annotations", Path(video.name).with_suffix(".json")
-    path = folder / relative if (folder / relative).is_file() else folder / relative.name
-    if not data_root or not path.is_file():
-        return {}
-    try:
-        annotation = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise BadFile(f"annotation {path.name}: {error}") from error
+def check_annotation(annotation):
+    """Bring the parts of an annotation that are read to their types, in place. ValueError names the key, in one
+    line."""
     if not isinstance(annotation, dict):
-        raise BadFile(f"annotation {path.name}: must hold a JSON object")
-    return annotation
+        raise ValueError("must hold a JSON object")
+    fps = annotation.get("fps")
+    if fps is not None and not (fits(float, fps) and 0 < fps <= 10**6):
+        raise ValueError(f"fps = {shown(fps)} must be a positive number")
+    label = label_text(annotation.pop("maneuver", None))
+    if label:
+        annotation["maneuver"] = label
+    for name in SIGNALS:
+        signal = annotation.get(name)
+        if isinstance(signal, list) and not set(map(type, signal)) <= {int, float, bool, type(None)}:
+            raise ValueError(f"{name} must be a list of numbers, null where it is unknown")
+        if isinstance(signal, list) and not all(abs(value) < 1e30 for value in signal if value is not None):
+            raise ValueError(f"{name} holds a number that is too large")
+
+
+def read_annotation(data_root, video):
+    """DIR/annotations/<clip>.json of a video, in its own subfolder or flat -> dict, empty when there is none;
+    `maneuver` is a text or absent. BadFile with the reason when it is not what it should be."""
+    if not data_root:
+        return {}
+    folder, relative = Path(data_root) / "annotations", Path(video.name).with_suffix(".json")
+    for path in dict.fromkeys((folder / relative, folder / relative.name)):
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                continue
+            annotation = parse_json(read_text(path, MAX_ANNOTATION_BYTES))
+            check_annotation(annotation)
+            return annotation
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+                continue  # no file can have this name
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise BadFile(f"annotation {one_line(path.name)}: {one_line(reason)}") from error
+    return {}
 
 
 def frame_times(plan, duration, native_fps):
@@ -1452,11 +1705,13 @@ def siblings(scene_seed, num, cfg, kind=""):
         yield scene(scene_seed, future_seed, cfg, kind)
 
 
-def write_video(path, frames, fps):
-    """frames uint8 [T, H, W, 3] -> H.264 file. Without look-ahead or B-frames: a frame's bits depend on no later frame."""
+def write_video(path, frames, fps, comment=""):
+    """frames uint8 [T, H, W, 3] -> H.264 in a file or an open file, with a comment in its header. Without look-ahead
+    or B-frames: a frame's bits depend on no later frame."""
     import av
 
-    with av.open(str(path), "w", format="mp4") as container:
+    with av.open(path if hasattr(path, "write") else str(path), "w", format="mp4") as container:
+        container.metadata.update({"comment": comment} if comment else {})
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         even = frames.shape[1] % 2 == 0 and frames.shape[2] % 2 == 0
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p" if even else "yuv444p"
@@ -1467,27 +1722,71 @@ def write_video(path, frames, fps):
         container.mux(stream.encode())
 
 
+def write_new(path, content):
+    """Bytes -> a file that is whole from the moment it has its name. What stands there already stays as it is."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # nobody else's name
+    try:
+        temporary.write_bytes(content)
+        if not os.path.lexists(path):
+            os.rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_scene(folder, name, cfg, scene_seed, future_seed=0, kind="", twin=""):
-    """Render one scene into folder/videos/<name>.mp4 and folder/annotations/<name>.json -> labels."""
+    """Render one scene into folder/videos/<name>.mp4 and folder/annotations/<name>.json, as far as they are absent ->
+    labels."""
     frames, labels = scene(scene_seed, future_seed, cfg, kind, twin)
-    write_video(Path(folder) / "videos" / f"{name}.mp4", frames, labels["fps"])
-    (Path(folder) / "annotations" / f"{name}.json").write_text(json.dumps(labels))
+    video = io.BytesIO()
+    write_video(video, frames, labels["fps"])
+    write_new(Path(folder) / "videos" / f"{name}.mp4", video.getvalue())
+    write_new(Path(folder) / "annotations" / f"{name}.json", json.dumps(labels).encode())
     return labels
 
 
-def write_scenes(folder, cfg):
-    """Write `scene_clips` scenes as mp4 with annotations, once per folder and setting."""
+def scene_names(cfg):
+    """File stems of the written scenes, in order."""
+    return [f"scene_{index:06d}" for index in range(cfg.scene_clips)]
+
+
+def scenes_folder(folder, cfg):
+    """Where the scenes of a setting stand -> (folder, its setting as text, whether it is taken up).
+
+    A folder is theirs when its scenes.json holds the setting; an absent or empty one is free. Any other is somebody's
+    own, and folder_<digest of the setting> is looked at instead, then the same with _2, _3, ... at its end.
+    """
     names = ("seed", "scene_clips", "scene_size", "scene_mix", "image_size", "num_frames", "now_frames", "soon_frames", "clip_fps")
     setting = json.dumps({name: getattr(cfg, name) for name in names})
-    done = Path(folder) / "scenes.json"
-    if done.is_file() and done.read_text() == setting:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    (Path(folder) / "videos").mkdir(parents=True)
-    (Path(folder) / "annotations").mkdir()
-    for index in range(cfg.scene_clips):
-        write_scene(folder, f"scene_{index:06d}", cfg, scene_seed_at(cfg, index))
-    done.write_text(setting)
+    other = f"{folder}_{hashlib.sha256(setting.encode()).hexdigest()[:8]}"
+    for place in itertools.chain([str(folder), other], (f"{other}_{k}" for k in itertools.count(2))):
+        try:
+            if read_text(os.path.join(place, "scenes.json"), MAX_CONFIG_BYTES) == setting:
+                return Path(place), setting, True
+        except (OSError, ValueError):
+            pass  # absent, or not ours
+        if not os.path.lexists(place) or os.path.isdir(place) and not os.listdir(place):
+            return Path(place), setting, False
+
+
+def write_scenes(folder, cfg, stopping=None):
+    """Write `scene_clips` scenes as mp4 with annotations, as far as they are absent -> the folder, another one than
+    `folder` where that holds anything else. Nothing is deleted. `stopping()`, asked before every scene, may end the
+    work by Stopped."""
+    folder, setting, taken = scenes_folder(folder, cfg)
+    if not taken:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_new(folder / "scenes.json", setting.encode())  # first: from here on the folder is known for what it is
+    for name in ("videos", "annotations"):
+        (folder / name).mkdir(exist_ok=True)
+    done = {name: set(os.listdir(folder / name)) for name in ("videos", "annotations")}
+    for index, name in enumerate(scene_names(cfg)):
+        if f"{name}.mp4" in done["videos"] and f"{name}.json" in done["annotations"]:
+            continue
+        if stopping is not None and stopping():
+            raise Stopped(f"{index} of {cfg.scene_clips} scenes are written; the same command goes on from there")
+        write_scene(folder, name, cfg, scene_seed_at(cfg, index))
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1856,11 +2155,14 @@ def maneuver_names(videos, data_root):
     names = set()
     for video in videos:
         try:
-            name = str(read_annotation(data_root, video).get("maneuver") or video.label)
+            name = read_annotation(data_root, video).get("maneuver", video.label)
         except BadFile:
             continue  # counted with its reason when the clip itself is read
         names |= {name, mirror_label(name)} - {""}
     return sorted(names)
+
+
+MAX_LISTED = 2**17  # names of files that a checkpoint holds at most
 
 
 @dataclass
@@ -1875,6 +2177,13 @@ class DataSource:
     held_out: bool  # False: a single file serves both sides
     quarantine: dict = field(default_factory=dict)  # files that no worker may open: name -> reason
 
+    def listing(self):
+        """What a checkpoint keeps of the listing: the number of files, their names as far as they are the user's and
+        not too many."""
+        names = sorted({video.name for video in (*self.train, *self.val)})
+        told = self.kind == "videos" and len(names) <= MAX_LISTED
+        return {"kind": self.kind, "root": self.root, "files": len(names), "names": names if told else []}
+
     def dataset(self, cfg, stream):
         """The dataset of a stream: train files for `train` and `bank`, held-out files for `val`."""
         videos = self.val if stream == "val" else self.train
@@ -1882,16 +2191,22 @@ class DataSource:
         return kind(cfg, videos, self.root, stream, self.maneuvers, self.quarantine)
 
 
+def nothing_found(cfg, videos):
+    """What was looked for and what stands there instead, for a message."""
+    return f"no video matches {cfg.video_glob!r} among {', '.join(VIDEO_SUFFIXES)}; {videos.seen}"
+
+
 def list_data(cfg):
     """The videos that a config names, [] for built-in scenes. UsageError for a wrong path, or an empty one if so configured."""
-    videos = find_videos(cfg.data_root, cfg.video_glob) if cfg.data_root else []
+    videos = find_videos(cfg.data_root, cfg.video_glob) if cfg.data_root else Listing()
     if cfg.data_root and not videos and cfg.missing_data == "error":
-        raise UsageError(f"data_root {cfg.data_root}: no video matches {cfg.video_glob!r} among {', '.join(VIDEO_SUFFIXES)} (--video_glob)")
+        raise UsageError(f"data_root {cfg.data_root}: {nothing_found(cfg, videos)} (--video_glob)")
     return videos
 
 
-def open_data(cfg, videos, is_main, barrier):
-    """Listed videos -> DataSource. Rank 0 writes built-in scenes where they are needed, the others wait at `barrier()`."""
+def open_data(cfg, videos, is_main, barrier, stopping=None):
+    """Listed videos -> DataSource. Rank 0 writes built-in scenes where they are needed, the others wait at
+    `barrier()`. Stopped when `stopping()` says so while scenes are written."""
     kind, root = "videos", cfg.data_root
     if not videos and cfg.data_root and cfg.missing_data == "random":
         kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
@@ -1900,14 +2215,43 @@ def open_data(cfg, videos, is_main, barrier):
     elif not videos:
         kind, root = "scenes", os.path.join(cfg.out_dir, "scenes")
         if is_main:
-            write_scenes(root, cfg)
+            write_scenes(root, cfg, stopping)
         barrier()
-        videos = find_videos(root, "*")
+        root = str(scenes_folder(root, cfg)[0])
+        names = sorted(f"{name}.mp4" for name in scene_names(cfg))  # not what else may stand there
+        videos = [VideoFile(name, os.path.join(root, "videos", name)) for name in names]
     made_up = kind in ("random", "render")
     train, val = split_videos(videos, cfg.val_fraction) if made_up else split_readable(cfg, videos)
     held_out = bool(val) and bool(train)
     maneuvers = [] if not cfg.lambda_supcon else list(SCENE_MANEUVERS) if kind == "render" else maneuver_names(videos, root)
     return DataSource(kind, root, train or videos, val or videos, maneuvers, held_out)
+
+
+def listing_change(saved, source):
+    """How the data differ from those of a checkpoint, whose `data` is given -> one line, "" when they do not or when
+    it does not say."""
+    listed = source.listing()
+    if "files" not in saved or all(saved[name] == listed[name] for name in ("kind", "files", "names")):
+        return ""
+    if saved["kind"] != listed["kind"] or not (saved["names"] and listed["names"]):
+        what = [f"{saved['files']} files ({saved['kind']}) then, {listed['files']} ({listed['kind']}) now"]
+    else:
+        before, now = set(saved["names"]), set(listed["names"])
+        changes = (("added", sorted(now - before)), ("removed", sorted(before - now)))
+        what = [f"{len(names)} {word} ({name_some(names)})" for word, names in changes if names]
+    what = ", ".join(what)
+    return f"WARNING: the files are not those of the checkpoint: {what}; samples are drawn from the present ones now"
+
+
+def data_notes(cfg, videos, source, saved=None):
+    """What a user should know about the data before the first step -> lines. `saved`: `data` of the checkpoint gone
+    on from."""
+    notes = list(getattr(videos, "notes", ()))
+    if source.kind == "scenes" and source.root != os.path.join(cfg.out_dir, "scenes"):
+        place = f"{cfg.out_dir}/scenes"
+        notes.append(f"note: {place} holds something else and stays as it is; this run's scenes stand in {source.root}")
+    change = listing_change(saved, source) if saved else ""
+    return notes + [change] if change else notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3295,10 +3639,11 @@ def sync_folder(folder):
         os.close(number)
 
 
-def write_atomic(path, write):
+def write_atomic(path, write, announce=None):
     """Write through a temporary file, fsync, rename, fsync of the folder: at any moment the old or the new file is whole.
 
-    `write` gets the open file. OSError when the disk refuses.
+    `write` gets the open file; `announce`, if given, the path of the temporary one before it is renamed. OSError when the
+    disk refuses.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -3313,6 +3658,8 @@ def write_atomic(path, write):
                 raise handle.error from None
             raw.flush()
             os.fsync(raw.fileno())
+        if announce is not None:
+            announce(temporary)
         os.replace(temporary, path)
     finally:
         with suppress(OSError):  # the error above tells more
@@ -3320,27 +3667,90 @@ def write_atomic(path, write):
     sync_folder(path.parent)
 
 
-def drop_hash(path):
-    """Remove the SHA-256 that earlier versions put beside a checkpoint, once it tells of a file that is no longer
-    there."""
-    hashes = path.with_name(path.name + ".sha256")
-    if hashes.is_file() and re.match(rb"[0-9a-f]{64}  ", hashes.read_bytes()[:66]):
-        hashes.unlink()
-
-
-def move_checkpoint(path, target):
-    """Rename a checkpoint, over an older file of that name if there is one."""
-    os.replace(path, target)
-    for name in (path, target):
-        drop_hash(name)
-    sync_folder(target.parent)
-
-
 def previous_folder(folder):
     """A new folder previous_<k> for what a run no longer goes on from."""
     aside = next(name for k in itertools.count(1) if not os.path.lexists(name := Path(folder) / f"previous_{k}"))
     aside.mkdir()
     return aside
+
+
+# Stands in every result that is written under a fixed name: what proves a file to be the project's own.
+MARK = "VJepa_AUTO_V2"
+
+
+def move_aside(path):
+    """Move somebody's file out of the way, into a new previous_<k> beside it, and say so. Nothing that is not ours is
+    ever overwritten."""
+    aside = previous_folder(path.parent) / path.name
+    os.rename(path, aside)
+    say(f"note: {path} was not written by a run; it now stands in {aside.parent}", sys.stderr)
+
+
+def clear_name(path):
+    """Move what stands under the name of a result aside, unless it is a file that bears the MARK."""
+    if os.path.lexists(path) and not (path.is_file() and MARK.encode() in path.read_bytes()):
+        move_aside(path)
+
+
+def write_own(path, write):
+    """write_atomic for a result under a fixed name, which bears the MARK. Another file of that name is moved aside
+    first."""
+    path = Path(path)
+    clear_name(path)
+    write_atomic(path, write)
+
+
+def write_report(path, values):
+    """A dict of plain values -> JSON file with the MARK in it, by write_own. NaN is refused: ValueError."""
+    text = json.dumps({"made_by": MARK, **values}, indent=1, allow_nan=False) + "\n"
+    write_own(path, lambda handle: handle.write(text.encode()))
+
+
+WRITTEN = ".written.json"  # in the folder of checkpoints: size and time of each one that a run wrote there
+
+
+def stamp(path):
+    """What tells a file from any other of its name: [size, time of its last change in ns]."""
+    info = os.stat(path)
+    return [info.st_size, info.st_mtime_ns]
+
+
+def written_record(folder):
+    """What runs wrote into a folder of checkpoints -> {name: [stamps]}, {} where the record is absent or damaged: then
+    nothing is proven, and nothing is deleted."""
+    try:
+        record = parse_json(read_text(folder / WRITTEN, 2**22))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) and all(isinstance(stamps, list) for stamps in record.values()) else {}
+
+
+def is_written(path):
+    """Whether a run wrote this checkpoint, by its record: no other file is ever overwritten or deleted."""
+    return path.is_file() and stamp(path) in written_record(path.parent).get(path.name, [])
+
+
+def note_written(path, new):
+    """Put on record that a run wrote the file that is about to get this name, whose stamp is `new`; the one that still
+    has it stays on record."""
+    record = {name: stamps for name, stamps in written_record(path.parent).items() if os.path.lexists(path.parent / name)}
+    record[path.name] = [new, *record.get(path.name, [])[:1]]
+    write_atomic(path.parent / WRITTEN, lambda handle: handle.write(json.dumps(record).encode()))
+
+
+def make_room(path):
+    """Move what stands under a checkpoint's name aside, unless a run wrote it."""
+    if os.path.lexists(path) and not is_written(path):
+        move_aside(path)
+
+
+def move_checkpoint(path, target):
+    """Rename a checkpoint, over an older one of that name if there is one."""
+    make_room(target)
+    if is_written(path):
+        note_written(target, stamp(path))
+    os.replace(path, target)
+    sync_folder(target.parent)
 
 
 CHECKPOINT_FORMAT = 2  # 2: SOON positions start from the last seen tubelet
@@ -3365,7 +3775,7 @@ def checkpoint_state(model, optimizer, scaler, source, process, progress):
         "soon_predictor": model.soon_predictor.state_dict() if model.soon_predictor else None,
         "scaler": scaler.state_dict(), "flow_stats": model.space.state_dict(),
         "outcome_queue": {"keys": model.queue, "filled": model.queue_filled}, "rng": rng,
-        "world_size": process.world_size, "precision": PRECISIONS[process.amp_dtype], "data": {"kind": source.kind, "root": source.root}, "source": source_text(),
+        "world_size": process.world_size, "precision": PRECISIONS[process.amp_dtype], "data": source.listing(), "source": source_text(),
     }
 
 
@@ -3385,14 +3795,11 @@ def save_checkpoint(state, out_dir, cfg, final):
     folder = Path(out_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("ckpt_final.pt" if final else f"ckpt_{state['step']}.pt")
-    if path.is_dir():
-        path.rename(previous_folder(out_dir) / path.name)
-    write_atomic(path, lambda handle: torch.save(state, handle))
-    drop_hash(path)
-    numbered = [old for step, old in checkpoint_files(out_dir) if step != math.inf and old.is_file()]
+    make_room(path)
+    write_atomic(path, lambda handle: torch.save(state, handle), lambda written: note_written(path, stamp(written)))
+    numbered = [old for step, old in checkpoint_files(out_dir) if step != math.inf and is_written(old)]
     for old in numbered[: -cfg.keep_last]:
         old.unlink()
-        drop_hash(old)
     return path
 
 
@@ -3787,22 +4194,35 @@ class RunLog:
                 write_atomic(path, lambda handle: handle.write(kept.encode()))
 
 
-# files of a run beside its checkpoints
-COMPANIONS = ("metrics.jsonl", "train.log", "bad_files.jsonl", "config.json", "futures.png")
+# Names that belong to a run in its folder, checkpoints aside.
+RUN_FILES = ("config.json", "status.json", "metrics.jsonl", "train.log", "bad_files.jsonl", "futures.png")
 
 
 def sweep_folder(folder):
-    """Delete the temporary files of writers that were killed; move aside what has a companion's name and is no file (a
-    pipe would block)."""
+    """Delete the temporary files that killed writers left under a run's own names."""
+    own = "|".join([r"ckpt_(\d+|final)\.pt", *map(re.escape, (WRITTEN, *RUN_FILES))])
     for stale in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
-        ours = re.fullmatch(r"\.(ckpt_(\d+|final)\.pt(\.sha256)?|(status|config)\.json|[a-z_]+\.jsonl)\.\d+\.tmp", stale.name)
-        if ours and stale.is_file():
+        if re.fullmatch(rf"\.({own})\.\d+\.tmp", stale.name) and stale.is_file():
             stale.unlink(missing_ok=True)
-    for path in [folder / name for name in (*COMPANIONS, "status.json")]:
-        if os.path.lexists(path) and not path.is_file():
-            aside = previous_folder(folder)
-            path.rename(aside / path.name)
-            say(f"WARNING: {path} is not a file, and was moved to {aside}", sys.stderr)
+
+
+def is_run_folder(folder):
+    """Whether a run has owned this folder before: its lease stands there, or a config.json as a run writes it."""
+    try:
+        if (folder / ".lease").exists():
+            return True
+        return {"versions", "config"} <= set(parse_json(read_text(folder / "config.json", 2**20), float))
+    except (OSError, ValueError, RecursionError, TypeError):
+        return False
+
+
+def clear_folder(folder):
+    """Move aside what bears a run's name and cannot be a run's: all of it in a folder that was none, else what is no
+    file (a pipe would block)."""
+    known = is_run_folder(folder)
+    for path in [folder / name for name in RUN_FILES]:
+        if os.path.lexists(path) and not (known and path.is_file()):
+            move_aside(path)
 
 
 class RunFolder:
@@ -3820,6 +4240,7 @@ class RunFolder:
         try:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.place = self.folder.stat()
+            clear_folder(self.folder)
             self.take()
             sweep_folder(self.folder)
             self.write_status("running", None)
@@ -3892,7 +4313,7 @@ class RunFolder:
 def put_aside(cfg):
     """`--resume never` in a used folder: move the old run's files to previous_<k> instead of mixing with or losing them."""
     folder = Path(cfg.out_dir)
-    old = [folder / name for name in ("checkpoints", *COMPANIONS)]
+    old = [folder / name for name in ("checkpoints", *RUN_FILES) if name != "status.json"]
     old = [path for path in old if path.is_file() or path.is_dir() and any(path.iterdir())]
     aside = previous_folder(folder) if old else None
     for path in old:
@@ -4028,6 +4449,15 @@ def picture_rows(model, data, bank, process, number, side, num_samples):
     return [("truth", frames)] + [(f"sample {k + 1}: nearest", data["bank"].decode(bank_numbers[place], *side)[0]) for k, place in enumerate(nearest)]
 
 
+def save_picture(image, path):
+    """Write a PNG that bears the MARK."""
+    from PIL import PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", MARK)
+    write_own(path, partial(image.save, format="PNG", optimize=True, pnginfo=info))
+
+
 @torch.no_grad()
 def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, num_samples=4):
     """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames of
@@ -4059,7 +4489,7 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
                 if row == 0:
                     title = f"NOW {frame + 1}" if column < len(now) else f"SOON {frame + 1 - cfg.now_frames}"
                     draw.text((x, y - 18), title, fill="black", font=font)  # frames, not seconds: short files are sampled denser
-    image.save(path)
+    save_picture(image, path)
     return len(blocks), len(bank[1])
 
 
@@ -4527,8 +4957,11 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     if not cfg.data_root:
         log.line(f"no --data_root: training on built-in driving scenes, {cfg.scene_clips} clips in {cfg.out_dir}/scenes")
     elif not videos:
-        log.line(f"WARNING: no video under {cfg.data_root} matches {cfg.video_glob!r}; going on with data:{cfg.missing_data} (--missing_data error refuses instead)")
-    source = process.together(open_data, cfg, videos, process.is_main, process.stop_together)
+        log.line(f"WARNING: no video under {cfg.data_root}: {nothing_found(cfg, videos)}; "
+                 f"going on with data:{cfg.missing_data} (--missing_data error refuses instead)")
+    source = process.together(open_data, cfg, videos, process.is_main, process.stop_together, process.stop.asked)
+    for note in data_notes(cfg, videos, source, state["data"] if state else None):
+        log.line(note)
     mark = "" if source.kind == "videos" else f"data:{source.kind} "
 
     # -- model

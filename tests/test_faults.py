@@ -270,19 +270,30 @@ def test_all_checkpoints_damaged_is_an_error_not_a_new_start(tmp_path):
         V.newest_checkpoint(tmp_path, print)
 
 
-def test_hash_files_of_earlier_versions(tmp_path):
-    """They are not read, whatever is in them, and go with the checkpoint that they tell of; a file of that name that holds no hash stays."""
-    cfg, folder = small_config(keep_last=1), tmp_path / "checkpoints"
+def test_hash_files_of_earlier_versions_are_left_alone(tmp_path):
+    """They are not read, whatever is in them, and nobody deletes them: they may be the user's own."""
+    folder, hashes = tmp_path / "checkpoints", {"ckpt_3.pt.sha256": b"0" * 64 + b"  ckpt_3.pt\n", "ckpt_6.pt.sha256": b"\xff\x00 mine"}
     for step in (3, 6):
         V.save_checkpoint(small_state(step), tmp_path, small_config(), False)
-    (folder / "ckpt_3.pt.sha256").write_text("0" * 64 + "  ckpt_3.pt\n")
-    (folder / "ckpt_6.pt.sha256").write_bytes(b"\xff\x00 notes of mine")
+    for name, content in hashes.items():
+        (folder / name).write_bytes(content)
     assert V.newest_checkpoint(tmp_path, print)[1].name == "ckpt_6.pt" and V.load_checkpoint(folder / "ckpt_3.pt")["step"] == 3
-    V.save_checkpoint(small_state(9), tmp_path, cfg, False)
-    assert sorted(path.name for path in folder.iterdir()) == ["ckpt_6.pt.sha256", "ckpt_9.pt"]
-    (folder / "ckpt_9.pt.sha256").write_text("0" * 64 + "  ckpt_9.pt\n")
+    V.save_checkpoint(small_state(9), tmp_path, small_config(keep_last=1), False)
     V.move_checkpoint(folder / "ckpt_9.pt", folder / "ckpt_8.pt")
-    assert sorted(path.name for path in folder.iterdir()) == ["ckpt_6.pt.sha256", "ckpt_8.pt"]
+    assert {path.name for path in folder.iterdir()} == {V.WRITTEN, "ckpt_8.pt", *hashes}
+    assert all((folder / name).read_bytes() == content for name, content in hashes.items())
+
+
+def test_a_lost_record_of_what_was_written_proves_nothing(tmp_path):
+    """Without it, or with a damaged one, checkpoints stay, and one that is written again moves the old one aside."""
+    folder = tmp_path / "checkpoints"
+    for damage in (b"", b"5", b'{"ckpt_3.pt": 7}', b"\xff"):
+        V.save_checkpoint(small_state(3), tmp_path, small_config(), False)
+        (folder / V.WRITTEN).write_bytes(damage)
+        assert not V.is_written(folder / "ckpt_3.pt")
+    V.save_checkpoint(small_state(6), tmp_path, small_config(keep_last=1), False)
+    assert (folder / "ckpt_3.pt").is_file() and V.is_written(folder / "ckpt_6.pt")
+    assert len(list(folder.glob("previous_*/ckpt_3.pt"))) == 3
 
 
 class Recorder:

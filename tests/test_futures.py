@@ -1,6 +1,5 @@
 """tools/futures.py: the pixel decoder and its cache, what is read from latents, the pictures, and the command's errors."""
 
-import json
 import math
 import sys
 from dataclasses import replace

@@ -351,21 +351,24 @@ def contents(folder):
 
 
 def test_write_scenes_once_per_setting(tmp_path):
-    """A second call changes nothing; another setting, or a writing that was cut short, writes all anew and leaves no old file."""
+    """A second call changes nothing, another setting takes a folder of its own, a writing that was cut short goes
+    on."""
     folder, cfg = tmp_path / "scenes", small_config(image_size=16, patch=8, scene_clips=4)
     V.write_scenes(folder, cfg)
     before = contents(folder)
     assert len(before) == 9  # 4 videos, 4 annotations, the setting
     V.write_scenes(folder, small_config(image_size=16, patch=8, scene_clips=4, steps=999))
     assert contents(folder) == before
-    V.write_scenes(folder, small_config(image_size=16, patch=8, scene_clips=3, seed=7))
-    after = contents(folder)
-    assert len(after) == 7
+    other = small_config(image_size=16, patch=8, scene_clips=3, seed=7)
+    place = V.write_scenes(folder, other)
+    after = contents(place)
+    assert contents(folder) == before and place.parent == folder.parent and len(after) == 7
     assert after["videos/scene_000000.mp4"][0] != before["videos/scene_000000.mp4"][0]
-    (folder / "scenes.json").unlink()
-    (folder / "videos" / "scene_000001.mp4").write_bytes(b"half a vid")
-    V.write_scenes(folder, small_config(image_size=16, patch=8, scene_clips=3, seed=7))
-    assert {name: data for name, (data, _) in contents(folder).items()} == {name: data for name, (data, _) in after.items()}
+    (place / "videos" / "scene_000001.mp4").unlink()  # as after a kill: a file has its name when it is whole
+    (place / "videos" / ".scene_000001.mp4.0123456789abcdef.tmp").write_bytes(b"half a vid")
+    assert V.write_scenes(folder, other) == place and V.write_scenes(folder, cfg) == folder
+    again = {name: data for name, (data, _) in contents(place).items() if not name.endswith(".tmp")}
+    assert again == {name: data for name, (data, _) in after.items()} and contents(folder) == before
 
 
 def test_scene_file_name_matches_annotation(scene_folder):

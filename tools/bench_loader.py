@@ -18,7 +18,6 @@ reads 20 clips (one, for the whole file), less what it held after its imports.
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import platform
 import resource
@@ -150,7 +149,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, medians are reported [5]")
     parser.add_argument("--clips", type=int, default=3, help="clips per decoder and round [3]")
     parser.add_argument("--x264_preset", default="veryfast", help="how the video is coded; ultrafast has no B-frames [veryfast]")
-    parser.add_argument("--out", default="", help="JSON file to write")
+    parser.add_argument("--out", default="", type=os.path.expanduser, help="JSON file to write")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     parser.add_argument("--video", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -177,7 +176,7 @@ def main():
         versions = {name: importlib.import_module(name).__version__ for name in ("av", "decord") if importlib.util.find_spec(name)}
         report = dict(video=dict(seconds=args.seconds, fps=FPS, size_mb=size_mb, gop=GOP), ways=rows, torch=torch.__version__,
                       versions=versions, machine=platform.processor() or platform.machine())
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+        V.write_report(args.out, report)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def main(argv=None):
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--nproc", type=int, default=1, help="ranks, under torchrun when above 1")
-    parser.add_argument("--out", default="", help="json file for the figures")
+    parser.add_argument("--out", default="", type=os.path.expanduser, help="json file for the figures")
     args, flags = parser.parse_known_args(argv)
     rng, waits, lost, times = random.Random(0), [], [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +101,7 @@ def main(argv=None):
     for name, value in figures.items():
         V.say(f"{name:<18}{value:.4g}")
     if args.out:
-        Path(args.out).write_text(json.dumps(figures, indent=1))
+        V.write_report(args.out, figures)
     return 0
 
 

@@ -21,7 +21,6 @@ import hashlib
 import html
 import importlib.util
 import io
-import json
 import math
 import os
 import sys
@@ -133,7 +132,7 @@ CONTROL_TESTS = {
     "shuffled targets": ("calibration_slope", "calibration_ece", "near_real", "between_share", "es_vs_oracle"),
     "mean + noise": ("between_share", "near_real", "es_vs_oracle"),
 }
-SIGNALS = ("speed", "yaw_rate", "lane_offset", "lead_gap", "steer", "mover_u")  # per-frame signals that probes read at the end of SOON
+SIGNALS = V.SIGNALS  # per-frame signals that probes read at the end of SOON
 
 
 def expectation(limits):
@@ -1916,7 +1915,7 @@ def write_page(report, cfg, path):
             f"<h2>Every figure</h2>{''.join(figure_card(name, figure) for name, figure in report['figures'].items())}"]
     page = ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>Evaluation</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>")
-    V.write_atomic(Path(path), lambda handle: handle.write(page.encode()))
+    V.write_own(path, lambda handle: handle.write(f"{page}<!-- {V.MARK} -->\n".encode()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1927,10 +1926,11 @@ def write_page(report, cfg, path):
 def parse(argv):
     """Command line -> namespace."""
     parser = argparse.ArgumentParser(description="Measure a checkpoint and write evaluation.json and evaluation.html.", allow_abbrev=False)
-    parser.add_argument("--ckpt", required=True, help="checkpoint file of VJepa_AUTO_V2.py")
-    parser.add_argument("--data_root", default="", help="real videos (folder, video or list) instead of built-in scenes")
+    parser.add_argument("--ckpt", required=True, type=os.path.expanduser, help="checkpoint file of VJepa_AUTO_V2.py")
+    parser.add_argument("--data_root", default="", type=os.path.expanduser,
+                        help="real videos (folder, video or list) instead of built-in scenes")
     parser.add_argument("--split", choices=("val", "all"), default="val", help="with --data_root: held-out files, or all of them [val]")
-    parser.add_argument("--out", default="", help="folder to write into [the run's folder]")
+    parser.add_argument("--out", default="", type=os.path.expanduser, help="folder to write into [the run's folder]")
     parser.add_argument("--quick", action="store_true", help="a fifth of the scenes: wide intervals, about a minute")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     parser.add_argument("--seed", type=int, default=0, help="other scenes, other samples [0]")
@@ -1970,7 +1970,10 @@ def run(args, sizes):
     source = None
     if args.data_root:
         cfg = model.cfg = replace(cfg, data_root=args.data_root, missing_data="error")
-        source = V.open_data(cfg, V.list_data(cfg), True, None)
+        videos = V.list_data(cfg)
+        source = V.open_data(cfg, videos, True, None)
+        for note in V.data_notes(cfg, videos, source):
+            V.say(note, sys.stderr)
     elif cfg.data_root:
         V.say("note: this run learned from videos; without --data_root it is measured on built-in scenes, which it never saw", sys.stderr)
     out = Path(args.out) if args.out else run_folder(args.ckpt)
@@ -1978,7 +1981,7 @@ def run(args, sizes):
     began = time.perf_counter()
     report = {"checkpoint": str(args.ckpt), "step": step, **evaluate(model, sizes, source, args.split, args.seed, args.num_workers, Progress())}
     report["seconds"] = round(time.perf_counter() - began, 1)
-    V.write_atomic(out / "evaluation.json", lambda handle: handle.write(json.dumps(report, indent=1, allow_nan=False).encode()))
+    V.write_report(out / "evaluation.json", report)
     write_page(report, cfg, out / "evaluation.html")
     print_table(report)
     V.say(f"written: {out / 'evaluation.json'}, {out / 'evaluation.html'} ({report['seconds']:.0f} s)")

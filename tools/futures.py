@@ -16,10 +16,10 @@ run's folder / futures):
 A video of your own is shown with --clip FILE [--start SECONDS]. Where it ends inside SOON there is no truth to show.
 """
 
-import argparse
 import copy
 import hashlib
 import importlib.util
+import io
 import math
 import os
 import pickle
@@ -493,9 +493,9 @@ def get_decoder(model, source, path, key, minutes, num_workers, perceptual, seed
     width = 96 if device.type == "cpu" else 192
     decoder, _ = train_decoder(PixelDecoder(cfg, width).to(device), pool, cfg, 0.65 * seconds, perceptual=perceptual, seed=seed)
     saved = {"key": key, "width": width, "minutes": minutes, "decoder": decoder.state_dict(), "readings": fit_readings(pool, held_out, cfg),
-             "report": judge_decoder(decoder, pool, held_out, cfg)}
+             "made_by": V.MARK, "report": judge_decoder(decoder, pool, held_out, cfg)}
     try:
-        V.write_atomic(path, lambda handle: torch.save(saved, handle))
+        V.write_own(path, lambda handle: torch.save(saved, handle))
     except OSError as error:
         V.say(f"decoder: not kept, {path.parent} cannot be written ({error.strerror})", sys.stderr)
     return decoder, saved
@@ -629,7 +629,7 @@ def font(size):
 
 def save_png(image, path):
     """A Pillow image as PNG, whole or not at all."""
-    V.write_atomic(path, lambda handle: image.save(handle, "PNG"))
+    V.save_picture(image, path)
 
 
 def scaled(picture, size):
@@ -728,12 +728,9 @@ def write_rollout(path, exhibits, cfg):
         pages += clip + clip[-1:] * 3
     fps = int(np.clip(round(len(pages) / 9), 4, 8))
     pages = pages * max(1, round(6 * fps / len(pages)))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        V.write_video(temporary, np.stack(pages), fps)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    video = io.BytesIO()
+    V.write_video(video, np.stack(pages), fps, V.MARK)
+    V.write_own(path, lambda handle: handle.write(video.getvalue()))
 
 
 def even_picks(count, most):
@@ -918,7 +915,7 @@ def draw_fan(path, fans, readings, cfg):
     lower.supxlabel(f"{len(fans[0.5][0]['samples'])} samples per scene, {len(fans[0.5])} scenes per sign; {between:.0%} of samples lie between the branches.\n"
                     f"Places are read from latents by a linear probe: R2 {float(readings['probe_r2']):.2f}, branch of real futures told in "
                     f"{float(readings['branch_told']):.0%} of held-out forks.", fontsize=10)
-    V.write_atomic(path, lambda handle: figure.savefig(handle, format="png", dpi=120))
+    V.write_own(path, lambda handle: figure.savefig(handle, format="png", dpi=120, metadata={"Software": V.MARK}))
 
 
 def draw_plane(path, exhibits, readings):
@@ -945,7 +942,7 @@ def draw_plane(path, exhibits, readings):
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("second principal component of SOON")
     figure.axes[0].legend(frameon=False, fontsize=9)
-    V.write_atomic(path, lambda handle: figure.savefig(handle, format="png", dpi=120))
+    V.write_own(path, lambda handle: figure.savefig(handle, format="png", dpi=120, metadata={"Software": V.MARK}))
 
 
 # -- the command
@@ -954,12 +951,14 @@ def draw_plane(path, exhibits, readings):
 def parse_arguments(argv):
     """Flags -> namespace. UsageError in one line."""
     parser = V.ArgumentParser(description="Pictures of what a world model expects: decoded forecasts and sampled futures.", allow_abbrev=False)
-    parser.add_argument("--ckpt", required=True, help="checkpoint of a run")
-    parser.add_argument("--clip", default="", help="show this video instead of clips of the run's own data")
+    parser.add_argument("--ckpt", required=True, type=os.path.expanduser, help="checkpoint of a run")
+    parser.add_argument("--clip", default="", type=os.path.expanduser,
+                        help="show this video instead of clips of the run's own data")
     parser.add_argument("--start", type=float, default=0.0, help="where the clip's window begins, in seconds [0]")
-    parser.add_argument("--data_root", default="", help="folder, video or list that the decoder is trained on; default the run's own data")
+    parser.add_argument("--data_root", default="", type=os.path.expanduser,
+                        help="folder, video or list that the decoder is trained on; default the run's own data")
     parser.add_argument("--num_samples", type=int, default=8, help="sampled futures shown per clip [8]")
-    parser.add_argument("--out", default="", help="output folder [the run's folder / futures]")
+    parser.add_argument("--out", default="", type=os.path.expanduser, help="output folder [the run's folder / futures]")
     parser.add_argument("--minutes", type=float, default=3.0, help="time for the decoder: a third for clips, the rest for training [3]")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that read or draw clips [2]")
     parser.add_argument("--perceptual", action="store_true", help="add a VGG16 loss; its weights must lie in torchvision's cache")
@@ -986,7 +985,7 @@ def open_source(cfg, data, data_root):
         raise V.UsageError(f"data_root {root}: no such file or folder" + ("" if data_root else ", the run's videos are gone; say where they are (--data_root)"))
     videos = V.find_videos(root, cfg.video_glob)
     if not videos:
-        raise V.UsageError(f"data_root {root}: no video matches {cfg.video_glob!r}")
+        raise V.UsageError(f"data_root {root}: {V.nothing_found(cfg, videos)}")
     train, val = V.split_readable(cfg, videos)
     return V.DataSource("videos", root, train or videos, val or videos, [], bool(train) and bool(val))
 

@@ -28,7 +28,6 @@ import argparse
 import ctypes
 import faulthandler
 import importlib.metadata
-import json
 import multiprocessing
 import os
 import resource
@@ -449,7 +448,7 @@ def main(argv=None):
     parser.add_argument("--reader", choices=("pyav", "decord"), default="pyav", help="decoder that is asked first [pyav]")
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds that one reading may take [10]")
     parser.add_argument("--memory", type=float, default=1000.0, help="MB of address space that one reading may add [1000]")
-    parser.add_argument("--out", default="", help="JSON file to write")
+    parser.add_argument("--out", default="", type=os.path.expanduser, help="JSON file to write")
     args = parser.parse_args(argv)
     begin = time.monotonic()
     rows = fuzz(args.num, args.seed, args.reader, args.timeout, args.memory)
@@ -462,7 +461,7 @@ def main(argv=None):
     if args.out:
         versions = {name: importlib.metadata.version(name) for name in ("av", args.reader.replace("pyav", "av"))}
         report = dict(num=args.num, seed=args.seed, reader=args.reader, versions=versions, table=table, rows=rows)
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+        V.write_report(args.out, report)
     return 0 if passed(rows) else 1
 
 

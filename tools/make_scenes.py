@@ -7,7 +7,7 @@
 Written under --out: videos/*.mp4, annotations/*.json (labels of `scene`), split.json (the files that training will hold out)
 and scenes.json (the settings). Scene i is the one that training with the same seed writes or renders itself. With --siblings n every
 scene has n futures, scene_<i>_future_<k>, whose NOW frames are bit-identical. The same command goes on where it was
-interrupted; a folder with other settings or other contents is refused.
+interrupted; a folder with other settings or other contents is refused, and no file that stands there is overwritten.
 """
 
 import argparse
@@ -55,13 +55,17 @@ def open_folder(folder, settings):
     """Make the folder, or take up one of the same settings. UserError for any other that is not empty."""
     done = folder / "scenes.json"
     if done.is_file():
-        if json.loads(done.read_text()) != settings:
+        try:
+            found = V.parse_json(V.read_text(done, V.MAX_CONFIG_BYTES))
+        except (OSError, ValueError, RecursionError) as error:
+            raise V.UserError(f"{V.one_line(done)}: cannot be read ({V.one_line(error)}); use another --out") from error
+        if found != settings:
             raise V.UserError(f"{folder} holds scenes of other settings ({done}); use another --out or delete it")
     elif folder.exists() and any(folder.iterdir()):
         raise V.UserError(f"{folder} is not empty and holds no scenes.json; use another --out")
     for name in ("videos", "annotations"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    done.write_text(json.dumps(settings))
+    V.write_new(done, json.dumps(settings).encode())
 
 
 def scene_name(index, future_seed, num_siblings):
@@ -70,14 +74,11 @@ def scene_name(index, future_seed, num_siblings):
 
 
 def write_one(job):
-    """Render and write one (folder, cfg, index, future seed, name) unless it is there: video first, under a temporary name, then annotation."""
+    """Render and write one (folder, cfg, index, future seed, name) unless it is there."""
     folder, cfg, index, future_seed, name = job
     if (folder / "videos" / f"{name}.mp4").is_file() and (folder / "annotations" / f"{name}.json").is_file():
         return
-    temporary = f".{name}.{os.getpid()}"
-    V.write_scene(folder, temporary, cfg, V.scene_seed_at(cfg, index), future_seed)
-    for part, suffix in (("videos", "mp4"), ("annotations", "json")):
-        os.replace(folder / part / f"{temporary}.{suffix}", folder / part / f"{name}.{suffix}")
+    V.write_scene(folder, name, cfg, V.scene_seed_at(cfg, index), future_seed)
 
 
 def write_all(folder, cfg, args):
@@ -102,7 +103,7 @@ def write_split(folder, cfg, num_siblings):
     if num_siblings > 1:
         held = {name.split("_future_")[0] for name in split["val"]}
         split["train_shares_a_scene_with_val"] = [name for name in split["train"] if name.split("_future_")[0] in held]
-    (folder / "split.json").write_text(json.dumps(split, indent=1))
+    V.write_report(folder / "split.json", split)
     return len(train), len(val)
 
 
@@ -136,13 +137,13 @@ def draw_sheet(path, cfg, columns=(0, 3, 5, 7, 9, 11)):
             sheet.paste(Image.fromarray(np.ascontiguousarray(frames[frame])), (left, 28 + row * (side + text) + 24))
     for row, (title, _) in enumerate(rows):
         draw.text((4, 28 + row * (side + text)), title, fill="black", font=font)
-    sheet.quantize(128).save(path, optimize=True)  # a third of the bytes
+    V.save_picture(sheet.quantize(128), path)  # a third of the bytes
 
 
 def parse(argv):
     """Command line -> namespace."""
     parser = argparse.ArgumentParser(description="Write built-in driving scenes as videos with annotations.", allow_abbrev=False)
-    parser.add_argument("--out", default="", help="folder to write")
+    parser.add_argument("--out", default="", type=os.path.expanduser, help="folder to write")
     parser.add_argument("--num", type=int, default=100, help="scenes")
     parser.add_argument("--size", type=int, default=96, help="side in pixels, even")
     parser.add_argument("--seed", type=int, default=1337, help="run seed: scene i is training's scene i of that seed")
@@ -154,7 +155,7 @@ def parse(argv):
     parser.add_argument("--fps", type=float, default=4.0)
     parser.add_argument("--mix", default="default", help="kinds of scenes, as --scene_mix of the script")
     parser.add_argument("--val_fraction", type=float, default=0.1)
-    parser.add_argument("--sheet", default="", help="draw a contact sheet to this png")
+    parser.add_argument("--sheet", default="", type=os.path.expanduser, help="draw a contact sheet to this png")
     args = parser.parse_args(argv)
     if not args.out and not args.sheet:
         parser.error("one of --out and --sheet is needed")

@@ -26,9 +26,9 @@ Written under --out: probe_drive.json. Printed: the same as a table.
 Between two files cut from one stretch --gap_s seconds are left out, so that a held-out file continues no training file.
 """
 
-import argparse
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -94,13 +94,13 @@ def parse_lines(path):
     """A file of JSON objects or lists, one per line -> list. UserError names the line that is none."""
     rows = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(V.read_text(path, V.MAX_LIST_BYTES).splitlines(), 1):
             if line.strip():
-                rows.append(json.loads(line))
-    except json.JSONDecodeError as error:
-        raise V.UserError(f"drive {path}: line {number} is not JSON ({error.msg})") from error
+                rows.append(V.parse_json(line, float))
     except (OSError, UnicodeDecodeError) as error:
         raise V.UserError(f"drive {path}: cannot be read ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise V.UserError(f"drive {path}: line {number} is not JSON ({V.one_line(error)})") from error
     return rows
 
 
@@ -491,7 +491,7 @@ def probe(args):
         train_windows=[len(train) for train, _ in folds], rows=rows,
     )
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    V.write_atomic(Path(args.out) / "probe_drive.json", lambda handle: handle.write(json.dumps(report, indent=1).encode() + b"\n"))
+    V.write_report(Path(args.out) / "probe_drive.json", report)
     print_table(report)
     return report
 
@@ -541,10 +541,12 @@ def export(args):
 def build_parser():
     """Flags of the tool."""
     parser = V.ArgumentParser(prog="probe_drive.py", description="Probe frozen features for the steering of a recorded drive.", allow_abbrev=False)
-    parser.add_argument("--drive", required=True, help="folder of a Donkeycar tub")
-    parser.add_argument("--ckpt", default="", help="checkpoint to probe")
-    parser.add_argument("--export", default="", metavar="DIR", help="write the drive as videos/ and annotations/ instead of probing")
-    parser.add_argument("--out", default="runs/probe_drive", help="folder of probe_drive.json [runs/probe_drive]")
+    parser.add_argument("--drive", required=True, type=os.path.expanduser, help="folder of a Donkeycar tub")
+    parser.add_argument("--ckpt", default="", type=os.path.expanduser, help="checkpoint to probe")
+    parser.add_argument("--export", default="", type=os.path.expanduser, metavar="DIR",
+                        help="write the drive as videos/ and annotations/ instead of probing")
+    parser.add_argument("--out", default="runs/probe_drive", type=os.path.expanduser,
+                        help="folder of probe_drive.json [runs/probe_drive]")
     parser.add_argument("--signal", default="steer", choices=tuple(SIGNALS), help="what is predicted [steer]")
     parser.add_argument("--fps", type=float, default=0.0, help="pictures per second of the drive; 0 = by its time stamps [0]")
     parser.add_argument("--clip_fps", type=float, default=0.0, help="frames per second of a window; 0 = the checkpoint's [0]")

@@ -52,6 +52,9 @@ def prove_seed(seed, run_dir, record, preset, flags, quick):
     evaluate_s = run(["tools/evaluate.py", "--ckpt", checkpoint, "--out", run_dir, *(["--quick"] if quick else [])])
     record.mkdir(parents=True, exist_ok=True)
     for name in RECORD:
+        there = record / name
+        if there.exists() and (there.is_dir() or there.read_bytes() != (run_dir / name).read_bytes()):
+            V.move_aside(record / name)
         shutil.copyfile(run_dir / name, record / name)
     spent = {"train_s": round(train_s, 1), "evaluate_s": round(evaluate_s, 1), "cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
     times.write_text(json.dumps(spent))
@@ -89,8 +92,9 @@ def table(summary, times):
 def main(argv=None):
     """Command line -> exit code."""
     parser = argparse.ArgumentParser(description="Train and evaluate the proof run over seeds.", allow_abbrev=False)
-    parser.add_argument("--out", required=True, help="folder of the record")
-    parser.add_argument("--run_dir", default="", help="folder of the runs themselves; default runs/<name of --out>")
+    parser.add_argument("--out", required=True, type=os.path.expanduser, help="folder of the record")
+    parser.add_argument("--run_dir", default="", type=os.path.expanduser,
+                        help="folder of the runs themselves; default runs/<name of --out>")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338, 1339])
     parser.add_argument("--preset", default="proof")
     parser.add_argument("--quick", action="store_true", help="the short evaluation")
@@ -99,8 +103,8 @@ def main(argv=None):
     runs = Path(args.run_dir).resolve() if args.run_dir else ROOT / "runs" / out.name
     times = {seed: prove_seed(seed, runs / f"seed_{seed}", out / f"seed_{seed}", args.preset, flags, args.quick) for seed in args.seeds}
     summary = summarise({seed: json.loads((out / f"seed_{seed}" / "evaluation.json").read_text()) for seed in args.seeds})
-    (out / "summary.json").write_text(json.dumps({"seeds": args.seeds, "flags": flags, "times": times, "figures": summary}, indent=1))
-    (out / "summary.md").write_text(table(summary, times))
+    V.write_report(out / "summary.json", {"seeds": args.seeds, "flags": flags, "times": times, "figures": summary})
+    V.write_own(out / "summary.md", lambda handle: handle.write(f"{table(summary, times)}<!-- {V.MARK} -->\n".encode()))
     V.emit(table(summary, times) + "\n", sys.stdout)
     return 0
 
