@@ -120,7 +120,7 @@ class VJepaAutoV2Config:
     seed: int = 1337  # every sample, mask and noise draw is a pure function of (seed, sample number)
     # -- data
     clip_fps: float = 4.0  # frames per second taken from a video; 0 spreads the frames over the whole file
-    frame_fps: float = 0.0  # frames per second of files that hold no times of their own (raw H.264 / HEVC); 0 = as the stream's header or the annotation's fps say
+    frame_fps: float = 0.0  # frames per second of raw H.264 / HEVC, which hold no times; 0 = as header or annotation say
     decoder: str = "auto"  # auto (pyav, then decord) | pyav | decord | torchcodec
     missing_data: str = "scenes"  # when data_root holds no video: scenes | error | random
     val_fraction: float = 0.1  # share of the files held out, by hash of the name
@@ -325,7 +325,8 @@ def mix_shares(scene_mix):
 UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 # field -> (smallest, largest) value allowed; None leaves a side open
 RANGES = {
-    "steps": (1, 10**9), "seed": (0, 2**31 - 1), "clip_fps": (0, 1000), "frame_fps": (0, 1000), "val_fraction": (0, 0.9), "max_bad_fraction": (0, 0.99),
+    "steps": (1, 10**9), "seed": (0, 2**31 - 1), "clip_fps": (0, 1000), "frame_fps": (0, 1000),
+    "val_fraction": (0, 0.9), "max_bad_fraction": (0, 0.99),
     "decode_timeout_s": (0.1, 10**6), "crop_scale_min": (0.01, 1), "crop_scale_max": (0.01, 1), "crop_ratio_min": (0.1, 10), "crop_ratio_max": (0.1, 10),
     "num_workers": (0, 512), "scene_clips": (4, 10**7), "scene_size": (0, 4096), "num_frames": (3, 100000),
     "channels": (3, 3), "now_frames": (1, None), "soon_frames": (1, None), "eventually_frames": (1, None),
@@ -683,9 +684,10 @@ DECODERS = {"auto": ("pyav", "decord"), "pyav": ("pyav", "decord"), "decord": ("
 # What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing): not programming errors here.
 DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError, ArithmeticError)
 MAX_PIXELS = 2**26  # frames larger than this (8K has half of it), or stretched beyond it, are refused instead of filling the memory
+RAW_SUFFIXES = (".h264", ".hevc", ".264", ".265", ".h265")  # names of bare streams
 RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times at all and cannot be rewound
-RAW_FPS = 25.0  # frames per second of a raw stream of which neither its header, its annotation nor the user says anything
-LOOK_AHEAD = 20  # packets read ahead of the one that is decoded: no frame is overtaken by more than 16, says every level of H.264 and HEVC
+RAW_FPS = 25.0  # frames per second of a raw stream of which neither header nor annotation nor the user says anything
+LOOK_AHEAD = 20  # packets read ahead of the one that is decoded: in H.264 and HEVC no frame is overtaken by more than 16
 MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further than this has lost what lay between
 SKIPPING_CODECS = ("h264", "hevc")  # decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file
 
@@ -728,17 +730,18 @@ class ClipPlan:
 class TimeLine:
     """When the frames of the video stream that plays are on screen, the one definition that every reading follows.
 
-    Second 0 is the presentation time `start` (in units of `unit` seconds) of the first picture that can be shown: the first
-    key frame, or where an edit list hides that one, the list's beginning. The picture at second t is the frame with the latest
-    presentation time at or before t. The line ends after `duration` seconds, where the last frame of this stream ends: sound,
-    covers and what the container says of them have no part in it. pyav_walk without `fast` is the reference for it.
+    Second 0 is the presentation time `start` (in units of `unit` seconds) of the first picture that can be shown: the
+    first key frame, or where an edit list hides that one, the list's beginning. The picture at second t is the frame
+    with the latest presentation time at or before t. The line ends after `duration` seconds, where the last frame of
+    this stream ends: sound, covers and what the container says of them have no part in it. pyav_walk without `fast` is
+    the reference for it.
     """
 
     start: int
     unit: float  # seconds
     duration: float
     fps: float  # mean frames per second
-    in_order: bool = False  # no presentation times at all: frames are shown at the times at which their packets stand, in order
+    in_order: bool = False  # no presentation times at all: frames come in order, at the times at which packets stand
 
     def second(self, pts):
         """Presentation time -> seconds since the start."""
@@ -907,22 +910,6 @@ def open_pyav(url):
         raise CannotOpen(f"pyav cannot open it ({getattr(error, 'strerror', None) or error})") from error
 
 
-def playing_stream(container):
-    """The video stream of an open file that plays. Attached pictures and streams of one frame (covers, thumbnails) never count beside
-    another one; of several the first that is marked as default, else the first. BadFile when there is none."""
-    from av.stream import Disposition
-
-    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-    moving = [stream for stream in streams if stream.frames != 1]  # 0: not known
-    if len(moving) > 1 and not all(stream.frames for stream in moving):
-        alive = streams_alive(container.name, file_stamp(container.name))
-        moving = [stream for stream in moving if stream.index in alive]
-    chosen = sorted(moving or streams, key=lambda stream: not stream.disposition & Disposition.default)
-    if not chosen:
-        raise BadFile("no video stream")
-    return chosen[0]
-
-
 def file_stamp(url):
     """What changes when a file is replaced or rewritten: its inode, size and time."""
     info = os.stat(url.removeprefix("file:"))
@@ -941,9 +928,25 @@ def streams_alive(url, stamp):
     return {number for number, count in counts.items() if count > 1}
 
 
+def playing_stream(container):
+    """The video stream of an open file that plays. Attached pictures and streams of one frame (covers, thumbnails) never
+    count beside another one; of several the first that is marked as default, else the first. BadFile when there is none."""
+    from av.stream import Disposition
+
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    moving = [stream for stream in streams if stream.frames != 1]  # 0: not known
+    if len(moving) > 1 and not all(stream.frames for stream in moving):
+        alive = streams_alive(container.name, file_stamp(container.name))
+        moving = [stream for stream in moving if stream.index in alive]
+    chosen = sorted(moving or streams, key=lambda stream: not stream.disposition & Disposition.default)
+    if not chosen:
+        raise BadFile("no video stream")
+    return chosen[0]
+
+
 def from_key(packets, pts=None):
-    """Packets from the first key packet on (or the one at `pts`), without those that belong before it: they stand behind it, are
-    shown earlier, and refer to pictures that are not there."""
+    """Packets from the first key packet on (or the one at `pts`), without those that belong before it: they stand behind
+    it, are shown earlier, and refer to pictures that are not there."""
     key = None
     for packet in packets:
         if key is None and packet.is_keyframe and packet.size and pts in (None, packet.pts):
@@ -958,7 +961,7 @@ def clock_step(dts, before):
 
 
 def until_jump(packets, unit):
-    """Packets up to the first whose decoding time lies before that of its forerunner, or MAX_JUMP_S or more behind it."""
+    """Packets up to the first whose decoding time lies before that of its forerunner, or over MAX_JUMP_S behind it."""
     before = None
     for packet in packets:
         if packet.dts is not None:
@@ -969,8 +972,8 @@ def until_jump(packets, unit):
 
 
 def frame_length(packet, stream):
-    """How long the last frame of a stream stays, which only the container can say, in the stream's units. What it says may be 0: a
-    video's frame stays for the mean of all at least."""
+    """How long the last frame of a stream stays, which only the container can say, in the stream's units. What it says
+    may be 0: a video's frame stays for the mean of all at least."""
     rate = stream.average_rate if stream.type == "video" else 0
     return max(packet.duration or 0, round(1 / (rate * packet.time_base)) if rate else 0)
 
@@ -987,7 +990,7 @@ class Part:
 
 @lru_cache(maxsize=16)
 def stream_parts(url, number, stamp):
-    """Demux a transport stream once, without decoding -> [Part] in the file's order. BadFile when it holds no key frame.
+    """Demux a transport stream once, without decoding -> [Part] in the file's order. BadFile without any key frame.
 
     After a jump forward the next part lies as much later; a part whose clock starts anew follows at once.
     """
@@ -1019,8 +1022,8 @@ def stream_parts(url, number, stamp):
 def end_of_stream(url, number, stamp):
     """Where the last frame of a video stream ends whose container does not say it -> its end in s by the file's clock.
 
-    Only what follows the last key frame is demuxed. Where no stream at all reaches the length that the header promises, the file is
-    cut short, and the promise stands: windows in the missing part are then refused.
+    Only what follows the last key frame is demuxed. Where no stream at all reaches the length that the header promises,
+    the file is cut short, and the promise stands: windows in the missing part are then refused.
     """
     import av
 
@@ -1034,8 +1037,9 @@ def end_of_stream(url, number, stamp):
                 continue  # it cannot be sought at all: it then stands at its start, or was read from there
             for packet in container.demux():
                 if packet.pts is not None and packet.size:
-                    end = float((packet.pts + frame_length(packet, container.streams[packet.stream_index])) * packet.time_base)
-                    ends[packet.stream_index] = max(end, ends.get(packet.stream_index, end))
+                    other = packet.stream_index
+                    end = float((packet.pts + frame_length(packet, container.streams[other])) * packet.time_base)
+                    ends[other] = max(end, ends.get(other, end))
             if number in ends:
                 break
     reached = max(ends.values(), default=0.0)
@@ -1044,7 +1048,7 @@ def end_of_stream(url, number, stamp):
 
 @lru_cache(maxsize=1024)
 def count_packets(url, stamp):
-    """Number of pictures of a raw stream, from its first key frame on. It is opened anew, since it cannot be rewound."""
+    """Number of pictures of a raw stream, from its first key frame on. Opened anew, since it cannot be rewound."""
     with open_pyav(url) as container:
         return sum(1 for packet in from_key(container.demux(video=0)) if packet.size)
 
@@ -1055,7 +1059,7 @@ def raw_fps(stream, plan):
 
 
 def time_line(container, stream, plan, fast=True):
-    """-> (TimeLine, its packets from the first key packet on). A transport stream's line covers all its parts and starts with the first."""
+    """-> (TimeLine, its packets from the first key packet on). A transport stream's line covers all its parts."""
     kind, url, fps = container.format.name, container.name, float(stream.average_rate or stream.guessed_rate or 25)
     packets = from_key(container.demux(stream))
     if kind in RAW_FORMATS:
@@ -1071,11 +1075,13 @@ def time_line(container, stream, plan, fast=True):
         first = next(packets := container.demux(stream), None)
     if first is None:
         raise BadFile("no key frame in it")
-    in_order = kind == "avi" and (not fast or bool(stream.codec_context.has_b_frames))  # its presentation times are FFmpeg's guess
+    # the presentation times of AVI are FFmpeg's guess, wrong where frames are stored in another order than shown
+    in_order = kind == "avi" and (not fast or bool(stream.codec_context.has_b_frames))
     begin = stream.start_time or 0
     start = first.dts if in_order else max(begin, begin if first.pts is None else first.pts)
     if stream.duration:
-        duration = (stream.duration - max(start - begin, 0)) * unit
+        lost = (first.dts if kind == "avi" else start) - begin  # what stands before the first key frame
+        duration = (stream.duration - max(lost, 0)) * unit
     else:
         duration = end_of_stream(url, stream.index, file_stamp(url)) - start * unit
     return TimeLine(start, unit, duration, fps, in_order), itertools.chain([first], packets)
@@ -1096,9 +1102,9 @@ def enter_window(container, stream, line, times):
 
 
 def enter_part(container, stream, line, times, fast):
-    """Go to the part of a transport stream in which a window lies -> (TimeLine in that part's clock, packets up to its end).
+    """Go to the part of a transport stream in which a window lies -> (TimeLine by that part's clock, packets to its end).
 
-    `fast` enters it at the last key packet before the window, else at its first. BadFile when the window reaches over a jump.
+    `fast` enters it at the last key packet before the window, else at its first. BadFile for a window across a jump.
     """
     parts = stream_parts(container.name, stream.index, file_stamp(container.name))
     number = bisect.bisect_right([part.at for part in parts], times[0]) - 1
@@ -1113,16 +1119,16 @@ def enter_part(container, stream, line, times, fast):
 
 
 def orientation(frame):
-    """How a decoded frame is shown -> (whether rows and columns change places, then the step through rows, through columns: 1 or -1).
+    """How a decoded frame is shown -> (whether rows and columns change places, then the steps through rows and columns).
 
-    Its display matrix a b u, c d v, x y w shows what is stored in column p and row q in column a p + c q and row b p + d q, up to a
-    shift (ISO/IEC 14496-12, 6.2.2). BadFile unless it is one of the eight that turn by quarters or mirror. Its scale counts for
-    nothing here: that is part of the pixels' aspect.
+    Its display matrix a b u, c d v, x y w shows what is stored in column p and row q in column a p + c q and row
+    b p + d q, up to a shift (ISO/IEC 14496-12, 6.2.2). BadFile unless it is one of the eight that turn by quarters or
+    mirror. Its scale counts for nothing here: that is part of the pixels' aspect.
     """
     from av.sidedata.sidedata import SideDataContainer
 
-    # frame.side_data would tie the frame to itself: it would wait for the garbage collector with its scaler's threads, which after a
-    # fork are no longer there, and the collector then hangs for ever
+    # frame.side_data would tie the frame to itself: it would wait for the garbage collector together with its scaler's
+    # threads, which after a fork are no longer there, and the collector then hangs for ever
     data = SideDataContainer(frame).get("DISPLAYMATRIX")
     if data is None:
         return False, 1, 1
@@ -1136,7 +1142,7 @@ def orientation(frame):
 
 
 def pyav_picture(frame, plan, pixel_aspect):
-    """One decoded frame -> uint8 [H, W, 3], turned and mirrored as the file asks, non-square pixels squared, cropped and resized."""
+    """One decoded frame -> uint8 [H, W, 3], turned and mirrored as the file asks, pixels squared, cropped and resized."""
     on_its_side, down, across = orientation(frame)
     width, height = frame.width * pixel_aspect, frame.height
     if on_its_side:
@@ -1149,8 +1155,9 @@ def pyav_picture(frame, plan, pixel_aspect):
 
 
 def is_wanted(packet, near, line, times):
-    """Whether the frame of a packet is on screen at one of the requested times: from its own presentation time to the next of `near`,
-    the known ones in order. One that is not known yet makes that span longer, so that a frame too many is decoded, never one too few."""
+    """Whether the frame of a packet is on screen at one of the requested times: from its own presentation time to the next
+    of `near`, the known ones in order. One that is not known yet makes that span longer: a frame too many is decoded,
+    never one too few."""
     place, following = bisect.bisect_left(near, packet.pts), bisect.bisect_right(near, packet.pts)
     if place == 0 or near[place - 1] < line.start:
         return True  # the first picture also stands for whatever is asked for before it
@@ -1159,9 +1166,10 @@ def is_wanted(packet, near, line, times):
 
 
 def pyav_frames(container, stream, times, fast, line=None, packets=None):
-    """Decoded frames in display order, by default all that the container holds. `fast` leaves out frames that nobody refers to and
-    that are not on screen at a requested time, by the presentation times of the packets around them: those that are kept come
-    out bit for bit the same. What a container says of a frame's duration is its guess, and has no part in it."""
+    """Decoded frames in display order, by default all that the container holds. `fast` leaves out frames that nobody
+    refers to and that are not on screen at a requested time, by the presentation times of the packets around them: those
+    that are kept come out bit for bit the same. What a container says of a frame's duration is its guess and counts for
+    nothing."""
     line = line or TimeLine(stream.start_time or 0, float(stream.time_base), 0.0, 0.0)
     may_skip = fast and stream.codec_context.name in SKIPPING_CODECS
     queue, near, order, count = deque(), [], deque(), 0
@@ -1192,7 +1200,8 @@ def pyav_frames(container, stream, times, fast, line=None, packets=None):
 def pyav_walk(container, stream, plan, fast):
     """Decode forward and keep the frame shown at each requested time -> uint8 [T, H, W, 3]."""
     line, packets = time_line(container, stream, plan, fast)
-    times, aspect, fast = frame_times(plan, line.duration, line.fps), float(stream.sample_aspect_ratio or 1), fast and not line.in_order
+    times, aspect = frame_times(plan, line.duration, line.fps), float(stream.sample_aspect_ratio or 1)
+    fast = fast and not line.in_order
     sought = fast and times[0] > 1
     if not 1 / 8 <= aspect <= 8:
         raise BadFile(f"its pixels are {aspect:g} times as wide as high")
@@ -1203,9 +1212,10 @@ def pyav_walk(container, stream, plan, fast):
     frames, shown, before, shown_end = [], None, -math.inf, 0.0
     for frame in pyav_frames(container, stream, times, fast, line, packets):
         if frame.pts is None and fast:
-            raise BadFile("a picture without a presentation time")  # only its forerunner tells its time: none may be left out
+            raise BadFile("a picture without a presentation time")  # its forerunner tells it: none may be left out
         now = before + 1 / line.fps if frame.pts is None else line.second(frame.pts)
-        if shown is None and sought and (now > times[0] or now > 0 and not frame.key_frame):  # at 0 the key frame may be hidden
+        # at 0 the key frame may be hidden
+        if shown is None and sought and (now > times[0] or now > 0 and not frame.key_frame):
             raise BadFile(f"seek to {times[0]:.2f} s landed at {now:.2f} s{'' if frame.key_frame else ', on no key frame'}")
         if now < before:
             raise BadFile(f"its time stamps run backwards, from {before:.2f} s to {now:.2f} s")
@@ -1246,7 +1256,7 @@ def read_pyav(path, plan, fast=True):
     except CannotOpen:
         raise
     except (BadFile, av.FFmpegError, *DECODE_ERRORS) as error:
-        if fast:  # an open GOP cannot be entered at its key frame, and frame durations may be wrong
+        if fast:  # an open GOP cannot always be entered at its key frame
             return read_pyav(path, plan, fast=False)
         if isinstance(error, BadFile):
             raise
@@ -1254,7 +1264,7 @@ def read_pyav(path, plan, fast=True):
 
 
 def video_timing(path, plan):
-    """-> (seconds, frames per second) of the video that a plan is read from, for frame_times. BadFile when it cannot be read."""
+    """-> (seconds, frames per second) of the video that a plan is read from, for frame_times. BadFile for a bad one."""
     import av
 
     try:
@@ -1266,9 +1276,9 @@ def video_timing(path, plan):
 
 
 def check_simple_file(path):
-    """CannotOpen for what decord and torchcodec cannot be trusted with. They take no list of allowed demuxers (a playlist would open
-    other files), decord's frames are seconds off in ts and repeat in avi; they choose a video stream by rules of their own, do not
-    mirror, and know nothing of streams whose first frames cannot be shown."""
+    """CannotOpen for what decord and torchcodec cannot be trusted with. They take no list of allowed demuxers (a playlist
+    would open other files), decord's frames are seconds off in ts and repeat in avi; they choose a video stream by rules
+    of their own, do not mirror, and know nothing of streams whose first frames cannot be shown."""
     import av
 
     with open(path, "rb") as file:
@@ -1365,6 +1375,47 @@ def can_read(cfg, video):
     process.kill()
     process.join()
     return process.exitcode == 0
+
+
+def send_guessed(pipe, root, videos):
+    """Send the names of raw streams whose rate nobody gives, one by one, then None, and end this process."""
+    for video in videos:
+        try:
+            check_regular(video.path)
+            with open_pyav(f"file:{video.path}") as container:
+                streams = container.streams.video if container.format.name in RAW_FORMATS else ()
+                codec = streams[0].codec_context if streams else None
+                if codec and codec.width and not codec.framerate and not noted_fps(read_annotation(root, video)):
+                    pipe.send(video.name)
+        except BadFile:
+            continue  # named with its reason when a clip of it is read
+    pipe.send(None)
+    os._exit(0)
+
+
+def guessed_rates(cfg, root, videos):
+    """Names of the files that are read at RAW_FPS because neither frame_fps nor header nor annotation says more -> (list,
+    whether all were looked at). Only raw suffixes are opened, in a process of its own: a crash or a hang costs little."""
+    raw = [video for video in videos if video.path.lower().endswith(RAW_SUFFIXES)]
+    names, done = [], False
+    if cfg.frame_fps or not raw:
+        return names, True
+    fork = multiprocessing.get_context("fork")
+    pipe, end = fork.Pipe(duplex=False)
+    process = fork.Process(target=send_guessed, args=(end, root, raw))
+    process.start()
+    end.close()
+    deadline = time.monotonic() + min(cfg.decode_timeout_s, 20.0)
+    try:
+        while not done and pipe.poll(max(deadline - time.monotonic(), 0.0)):
+            name = pipe.recv()
+            done = name is None
+            names += [] if done else [name]
+    except EOFError:
+        done = False  # it died of a file
+    process.kill()
+    process.join()
+    return names, done
 
 
 def split_readable(cfg, videos):
@@ -3963,6 +4014,11 @@ def print_summary(cfg, overrides, model, source, process, log):
              + f"); memory about {memory_estimate_gb(cfg, trained):.1f} GB per process plus the framework")
     held = "" if source.held_out else "; ONE FILE ONLY: validation uses the training file"
     log.line(f"data: {source.kind}, {len(source.train)} train and {len(source.val)} val files under {source.root or 'no folder'}{held}")
+    guessed, complete = guessed_rates(cfg, source.root, dict.fromkeys((*source.train, *source.val)))
+    if guessed:
+        log.line(f"data: {len(guessed)}{'' if complete else ' or more'} raw streams name no frame rate and are read at {RAW_FPS:g} per second, "
+                 f"a guess (--frame_fps, or fps in their annotation): {', '.join(one_line(name, 60) for name in guessed[:5])}"
+                 + (", ..." if len(guessed) > 5 else ""))
     log.line(f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}" + (f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else ""))
     log.line("set: " + (", ".join(f"{name}={value}" for name, value in overrides.items()) or "nothing, all defaults"))
     estimate = seconds * cfg.steps
