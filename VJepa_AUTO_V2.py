@@ -930,7 +930,7 @@ def streams_alive(url, stamp):
 
 def playing_stream(container):
     """The video stream of an open file that plays. Attached pictures and streams of one frame (covers, thumbnails) never
-    count beside another one; of several the first that is marked as default, else the first. BadFile when there is none."""
+    count beside another one; of several the first that is marked as default, else the first. BadFile without any."""
     from av.stream import Disposition
 
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
@@ -1213,6 +1213,8 @@ def pyav_walk(container, stream, plan, fast):
     for frame in pyav_frames(container, stream, times, fast, line, packets):
         if frame.pts is None and fast:
             raise BadFile("a picture without a presentation time")  # its forerunner tells it: none may be left out
+        if frame.pts is None and shown is None:
+            continue  # before the beginning of time
         now = before + 1 / line.fps if frame.pts is None else line.second(frame.pts)
         # at 0 the key frame may be hidden
         if shown is None and sought and (now > times[0] or now > 0 and not frame.key_frame):
@@ -1394,8 +1396,8 @@ def send_guessed(pipe, root, videos):
 
 
 def guessed_rates(cfg, root, videos):
-    """Names of the files that are read at RAW_FPS because neither frame_fps nor header nor annotation says more -> (list,
-    whether all were looked at). Only raw suffixes are opened, in a process of its own: a crash or a hang costs little."""
+    """Names of the files that are read at RAW_FPS since neither frame_fps nor header nor annotation says more -> (list,
+    whether all were looked at). Only raw suffixes are opened, in a process of its own: a crash or hang costs little."""
     raw = [video for video in videos if video.path.lower().endswith(RAW_SUFFIXES)]
     names, done = [], False
     if cfg.frame_fps or not raw:
@@ -4016,9 +4018,9 @@ def print_summary(cfg, overrides, model, source, process, log):
     log.line(f"data: {source.kind}, {len(source.train)} train and {len(source.val)} val files under {source.root or 'no folder'}{held}")
     guessed, complete = guessed_rates(cfg, source.root, dict.fromkeys((*source.train, *source.val)))
     if guessed:
-        log.line(f"data: {len(guessed)}{'' if complete else ' or more'} raw streams name no frame rate and are read at {RAW_FPS:g} per second, "
-                 f"a guess (--frame_fps, or fps in their annotation): {', '.join(one_line(name, 60) for name in guessed[:5])}"
-                 + (", ..." if len(guessed) > 5 else ""))
+        log.line(f"data: {len(guessed)}{'' if complete else ' or more'} raw streams name no frame rate and are read at "
+                 f"{RAW_FPS:g} per second, a guess (--frame_fps, or fps in their annotation): "
+                 + ", ".join(one_line(name, 60) for name in guessed[:5]) + (", ..." if len(guessed) > 5 else ""))
     log.line(f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}" + (f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else ""))
     log.line("set: " + (", ".join(f"{name}={value}" for name, value in overrides.items()) or "nothing, all defaults"))
     estimate = seconds * cfg.steps
