@@ -738,14 +738,15 @@ class TimeLine:
     """
 
     start: int
-    unit: float  # seconds
+    unit: Fraction  # seconds
     duration: float
     fps: float  # mean frames per second
     in_order: bool = False  # no presentation times at all: frames come in order, at the times at which packets stand
 
     def second(self, pts):
-        """Presentation time -> seconds since the start."""
-        return (pts - self.start) * self.unit
+        """Presentation time, or an array of them -> seconds since the start, to the last bit: a moment on the very border of
+        two frames must not waver."""
+        return (pts - self.start) * self.unit.numerator / self.unit.denominator
 
 
 def scan_folder(root, video_glob):
@@ -1064,8 +1065,9 @@ def time_line(container, stream, plan, fast=True):
     packets = from_key(container.demux(stream))
     if kind in RAW_FORMATS:
         fps = raw_fps(stream, plan)
-        return TimeLine(0, 1 / fps, count_packets(url, file_stamp(url)) / fps, fps, in_order=True), packets
-    unit = float(stream.time_base)
+        unit = 1 / Fraction(fps).limit_denominator(10**6)
+        return TimeLine(0, unit, count_packets(url, file_stamp(url)) / fps, fps, in_order=True), packets
+    unit = stream.time_base
     if kind == "mpegts":
         parts = stream_parts(url, stream.index, file_stamp(url))
         return TimeLine(parts[0].start, unit, parts[-1].at + parts[-1].seconds, fps), packets
@@ -1081,9 +1083,9 @@ def time_line(container, stream, plan, fast=True):
     start = first.dts if in_order else max(begin, begin if first.pts is None else first.pts)
     if stream.duration:
         lost = (first.dts if kind == "avi" else start) - begin  # what stands before the first key frame
-        duration = (stream.duration - max(lost, 0)) * unit
+        duration = float((stream.duration - max(lost, 0)) * unit)
     else:
-        duration = end_of_stream(url, stream.index, file_stamp(url)) - start * unit
+        duration = end_of_stream(url, stream.index, file_stamp(url)) - float(start * unit)
     return TimeLine(start, unit, duration, fps, in_order), itertools.chain([first], packets)
 
 
@@ -1170,7 +1172,7 @@ def pyav_frames(container, stream, times, fast, line=None, packets=None):
     refers to and that are not on screen at a requested time, by the presentation times of the packets around them: those
     that are kept come out bit for bit the same. What a container says of a frame's duration is its guess and counts for
     nothing."""
-    line = line or TimeLine(stream.start_time or 0, float(stream.time_base), 0.0, 0.0)
+    line = line or TimeLine(stream.start_time or 0, stream.time_base, 0.0, 0.0)
     may_skip = fast and stream.codec_context.name in SKIPPING_CODECS
     queue, near, order, count = deque(), [], deque(), 0
     for ahead in itertools.chain(packets or container.demux(stream), [None] * LOOK_AHEAD):
@@ -1229,7 +1231,7 @@ def pyav_walk(container, stream, plan, fast):
             return np.stack(frames)
         if frame.is_corrupt:
             raise BadFile(f"damaged picture at {now:.2f} s")
-        length = 1 / line.fps if line.in_order else (frame.duration or 0) * line.unit
+        length = 1 / line.fps if line.in_order else float((frame.duration or 0) * line.unit)
         shown, before, shown_end = frame, now, now + length
     if shown is None:
         raise BadFile("no frame could be decoded")
