@@ -120,7 +120,7 @@ class VJepaAutoV2Config:
     seed: int = 1337  # every sample, mask and noise draw is a pure function of (seed, sample number)
     # -- data
     clip_fps: float = 4.0  # frames per second taken from a video; 0 spreads the frames over the whole file
-    frame_fps: float = 0.0  # frames per second of raw H.264 / HEVC, which hold no times; 0 = as header or annotation say
+    frame_fps: float = 0.0  # frames per second of raw H.264 / HEVC without times; 0 = as header or annotation say
     decoder: str = "auto"  # auto (pyav, then decord) | pyav | decord | torchcodec
     missing_data: str = "scenes"  # when data_root holds no video: scenes | error | random
     val_fraction: float = 0.1  # share of the files held out, by hash of the name
@@ -687,7 +687,7 @@ MAX_PIXELS = 2**26  # frames larger than this (8K has half of it), or stretched 
 RAW_SUFFIXES = (".h264", ".hevc", ".264", ".265", ".h265")  # names of bare streams
 RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times at all and cannot be rewound
 RAW_FPS = 25.0  # frames per second of a raw stream of which neither header nor annotation nor the user says anything
-LOOK_AHEAD = 20  # packets read ahead of the one that is decoded: in H.264 and HEVC no frame is overtaken by more than 16
+LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC no frame is overtaken by more than 16
 MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further than this has lost what lay between
 SKIPPING_CODECS = ("h264", "hevc")  # decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file
 
@@ -930,8 +930,8 @@ def streams_alive(url, stamp):
 
 
 def playing_stream(container):
-    """The video stream of an open file that plays. Attached pictures and streams of one frame (covers, thumbnails) never
-    count beside another one; of several the first that is marked as default, else the first. BadFile without any."""
+    """The video stream of an open file that plays. Attached pictures and streams of one frame (covers, thumbnails)
+    never count beside another one; of several the first that is marked as default, else the first. BadFile without any."""
     from av.stream import Disposition
 
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
@@ -946,8 +946,8 @@ def playing_stream(container):
 
 
 def from_key(packets, pts=None):
-    """Packets from the first key packet on (or the one at `pts`), without those that belong before it: they stand behind
-    it, are shown earlier, and refer to pictures that are not there."""
+    """Packets from the first key packet on (or the one at `pts`), without those that belong before it: they stand
+    behind it, are shown earlier, and refer to pictures that are not there."""
     key = None
     for packet in packets:
         if key is None and packet.is_keyframe and packet.size and pts in (None, packet.pts):
@@ -1104,7 +1104,7 @@ def enter_window(container, stream, line, times):
 
 
 def enter_part(container, stream, line, times, fast):
-    """Go to the part of a transport stream in which a window lies -> (TimeLine by that part's clock, packets to its end).
+    """Go to the part of a transport stream in which a window lies -> (TimeLine by its clock, packets to its end).
 
     `fast` enters it at the last key packet before the window, else at its first. BadFile for a window across a jump.
     """
@@ -1121,7 +1121,7 @@ def enter_part(container, stream, line, times, fast):
 
 
 def orientation(frame):
-    """How a decoded frame is shown -> (whether rows and columns change places, then the steps through rows and columns).
+    """How a decoded frame is shown -> (whether rows and columns change places, steps through rows and columns).
 
     Its display matrix a b u, c d v, x y w shows what is stored in column p and row q in column a p + c q and row
     b p + d q, up to a shift (ISO/IEC 14496-12, 6.2.2). BadFile unless it is one of the eight that turn by quarters or
@@ -1144,7 +1144,7 @@ def orientation(frame):
 
 
 def pyav_picture(frame, plan, pixel_aspect):
-    """One decoded frame -> uint8 [H, W, 3], turned and mirrored as the file asks, pixels squared, cropped and resized."""
+    """One decoded frame -> uint8 [H, W, 3], turned and mirrored as it asks, pixels squared, cropped and resized."""
     on_its_side, down, across = orientation(frame)
     width, height = frame.width * pixel_aspect, frame.height
     if on_its_side:
@@ -1157,8 +1157,8 @@ def pyav_picture(frame, plan, pixel_aspect):
 
 
 def is_wanted(packet, near, line, times):
-    """Whether the frame of a packet is on screen at one of the requested times: from its own presentation time to the next
-    of `near`, the known ones in order. One that is not known yet makes that span longer: a frame too many is decoded,
+    """Whether the frame of a packet is on screen at one of the requested times: from its own presentation time to the
+    next of `near`, the known ones in order. One that is not known yet makes that span longer: a frame too many is decoded,
     never one too few."""
     place, following = bisect.bisect_left(near, packet.pts), bisect.bisect_right(near, packet.pts)
     if place == 0 or near[place - 1] < line.start:
@@ -1169,8 +1169,8 @@ def is_wanted(packet, near, line, times):
 
 def pyav_frames(container, stream, times, fast, line=None, packets=None):
     """Decoded frames in display order, by default all that the container holds. `fast` leaves out frames that nobody
-    refers to and that are not on screen at a requested time, by the presentation times of the packets around them: those
-    that are kept come out bit for bit the same. What a container says of a frame's duration is its guess and counts for
+    refers to and that are not on screen at a requested time, by the presentation times of the packets around them:
+    those that are kept come out bit for bit the same. What a container says of a frame's duration is its guess and counts for
     nothing."""
     line = line or TimeLine(stream.start_time or 0, stream.time_base, 0.0, 0.0)
     may_skip = fast and stream.codec_context.name in SKIPPING_CODECS
@@ -1280,9 +1280,9 @@ def video_timing(path, plan):
 
 
 def check_simple_file(path):
-    """CannotOpen for what decord and torchcodec cannot be trusted with. They take no list of allowed demuxers (a playlist
-    would open other files), decord's frames are seconds off in ts and repeat in avi; they choose a video stream by rules
-    of their own, do not mirror, and know nothing of streams whose first frames cannot be shown."""
+    """CannotOpen for what decord and torchcodec cannot be trusted with. They take no list of allowed demuxers (a
+    playlist would open other files), decord's frames are seconds off in ts and repeat in avi; they choose a video stream
+    by rules of their own, do not mirror, and know nothing of streams whose first frames cannot be shown."""
     import av
 
     with open(path, "rb") as file:
