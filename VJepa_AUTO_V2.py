@@ -34,6 +34,7 @@ RankMe (2210.02885), incremental PCA (Ross et al. 2008), AdaLN-zero (DiT, 2212.0
 """
 
 import argparse
+import bisect
 import copy
 import csv
 import difflib
@@ -65,7 +66,7 @@ import time
 import typing
 import weakref
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
@@ -122,6 +123,7 @@ class VJepaAutoV2Config:
     seed: int = 1337  # every sample, mask and noise draw is a pure function of (seed, sample number)
     # -- data
     clip_fps: float = 4.0  # frames per second taken from a video; 0 spreads the frames over the whole file
+    frame_fps: float = 0.0  # frames per second of raw H.264 / HEVC without times; 0 = as header or annotation say
     decoder: str = "auto"  # auto (pyav, then decord) | pyav | decord | torchcodec
     missing_data: str = "scenes"  # when data_root holds no video: scenes | error | random
     val_fraction: float = 0.1  # share of the files held out, by hash of the name
@@ -333,7 +335,8 @@ MAX_LINE = 4000  # characters of a message or of a line of the log
 UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 # field -> (smallest, largest) value allowed; None leaves a side open
 RANGES = {
-    "steps": (1, 10**9), "seed": (0, 2**31 - 1), "clip_fps": (0, 1000), "val_fraction": (0, 0.9), "max_bad_fraction": (0, 0.99),
+    "steps": (1, 10**9), "seed": (0, 2**31 - 1), "clip_fps": (0, 1000), "frame_fps": (0, 1000),
+    "val_fraction": (0, 0.9), "max_bad_fraction": (0, 0.99),
     "decode_timeout_s": (0.1, 10**6), "crop_scale_min": (0.01, 1), "crop_scale_max": (0.01, 1), "crop_ratio_min": (0.1, 10), "crop_ratio_max": (0.1, 10),
     "num_workers": (0, 512), "scene_clips": (4, 10**7), "scene_size": (0, 4096), "num_frames": (3, 100000),
     "channels": (3, 3), "now_frames": (1, 100000), "soon_frames": (1, 100000), "eventually_frames": (1, 100000),
@@ -739,6 +742,11 @@ DECODERS = {"auto": ("pyav", "decord"), "pyav": ("pyav", "decord"), "decord": ("
 # What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing): not programming errors here.
 DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError, ArithmeticError)
 MAX_PIXELS = 2**26  # frames larger than this (8K has half of it), or stretched beyond it, are refused instead of filling the memory
+RAW_SUFFIXES = (".h264", ".hevc", ".264", ".265", ".h265")  # names of bare streams
+RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times at all and cannot be rewound
+RAW_FPS = 25.0  # frames per second of a raw stream of which neither header nor annotation nor the user says anything
+LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC no frame is overtaken by more than 16
+MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further than this has lost what lay between
 SKIPPING_CODECS = ("h264", "hevc")  # decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file
 
 
@@ -772,6 +780,31 @@ class ClipPlan:
     ratio: float  # stretch of the crop's width over height
     u_x: float
     u_y: float
+    frame_fps: float = 0.0  # rate of a file without times (raw streams), whatever its header says; 0: the header's
+    noted_fps: float = 0.0  # rate that its annotation names, for such a file whose header names none
+
+
+@dataclass(frozen=True)
+class TimeLine:
+    """When the frames of the video stream that plays are on screen, the one definition that every reading follows.
+
+    Second 0 is the presentation time `start` (in units of `unit` seconds) of the first picture that can be shown: the
+    first key frame, or where an edit list hides that one, the list's beginning. The picture at second t is the frame
+    with the latest presentation time at or before t. The line ends after `duration` seconds, where the last frame of
+    this stream ends: sound, covers and what the container says of them have no part in it. pyav_walk without `fast` is
+    the reference for it.
+    """
+
+    start: int
+    unit: Fraction  # seconds
+    duration: float
+    fps: float  # mean frames per second
+    in_order: bool = False  # no presentation times at all: frames come in order, at the times at which packets stand
+
+    def second(self, pts):
+        """Presentation time, or an array of them -> seconds since the start, to the last bit: a moment on the very border of
+        two frames must not waver."""
+        return (pts - self.start) * self.unit.numerator / self.unit.denominator
 
 
 # Folders of copies that systems and network disks keep beside the files themselves.
@@ -1156,62 +1189,318 @@ def open_pyav(url):
         raise CannotOpen(f"pyav cannot open it ({getattr(error, 'strerror', None) or error})") from error
 
 
-def pyav_timing(container, stream):
-    """-> (duration in s, frames per second). Raw H.264 / HEVC streams hold no times: their packets are counted."""
-    fps = float(stream.average_rate or stream.guessed_rate or 25)
+def file_stamp(url):
+    """What changes when a file is replaced or rewritten: its inode, size and time."""
+    info = os.stat(url.removeprefix("file:"))
+    return info.st_ino, info.st_size, info.st_mtime_ns
+
+
+@lru_cache(maxsize=256)
+def streams_alive(url, stamp):
+    """Numbers of the video streams that show a second frame before some other one shows its hundredth -> set."""
+    counts = {}
+    with open_pyav(url) as container:
+        for packet in container.demux(video=tuple(range(len(container.streams.video)))):
+            counts[packet.stream_index] = counts.get(packet.stream_index, 0) + (packet.size > 0)
+            if counts[packet.stream_index] == 100:
+                break
+    return {number for number, count in counts.items() if count > 1}
+
+
+def playing_stream(container):
+    """The video stream of an open file that plays. Attached pictures and streams of one frame (covers, thumbnails)
+    never count beside another one; of several the first that is marked as default, else the first. BadFile without any."""
+    from av.stream import Disposition
+
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    moving = [stream for stream in streams if stream.frames != 1]  # 0: not known
+    if len(moving) > 1 and not all(stream.frames for stream in moving):
+        alive = streams_alive(container.name, file_stamp(container.name))
+        moving = [stream for stream in moving if stream.index in alive]
+    chosen = sorted(moving or streams, key=lambda stream: not stream.disposition & Disposition.default)
+    if not chosen:
+        raise BadFile("no video stream")
+    return chosen[0]
+
+
+def from_key(packets, pts=None):
+    """Packets from the first key packet on (or the one at `pts`), without those that belong before it: they stand
+    behind it, are shown earlier, and refer to pictures that are not there."""
+    key = None
+    for packet in packets:
+        if key is None and packet.is_keyframe and packet.size and pts in (None, packet.pts):
+            key = packet
+        if key is not None and (packet is key or None in (packet.pts, key.pts) or packet.pts >= key.pts):
+            yield packet
+
+
+def clock_step(dts, before):
+    """From one decoding time of a transport stream to the next, whose clock of 33 bits starts anew every 26.5 hours."""
+    return (dts - before + 2**32) % 2**33 - 2**32
+
+
+def until_jump(packets, unit):
+    """Packets up to the first whose decoding time lies before that of its forerunner, or over MAX_JUMP_S behind it."""
+    before = None
+    for packet in packets:
+        if packet.dts is not None:
+            if before is not None and not 0 <= clock_step(packet.dts, before) * unit <= MAX_JUMP_S:
+                return
+            before = packet.dts
+        yield packet
+
+
+def frame_length(packet, stream):
+    """How long the last frame of a stream stays, which only the container can say, in the stream's units. What it says
+    may be 0: a video's frame stays for the mean of all at least."""
+    rate = stream.average_rate if stream.type == "video" else 0
+    return max(packet.duration or 0, round(1 / (rate * packet.time_base)) if rate else 0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a transport stream in which its clock does not jump."""
+
+    at: float  # second of the file's time line at which it begins
+    start: int  # presentation time of its first key frame
+    seconds: float  # its length
+    keys: np.ndarray  # int64 [n, 2]: presentation time and byte of its key packets
+
+
+@lru_cache(maxsize=16)
+def stream_parts(url, number, stamp):
+    """Demux a transport stream once, without decoding -> [Part] in the file's order. BadFile without any key frame.
+
+    After a jump forward the next part lies as much later; a part whose clock starts anew follows at once.
+    """
+    stretches, before, parts = [], None, []
+    with open_pyav(url) as container:
+        unit = float(container.streams[number].time_base)
+        for packet in container.demux(container.streams[number]):
+            if packet.pts is None or packet.dts is None:
+                continue
+            if before is None or not 0 <= clock_step(packet.dts, before) * unit <= MAX_JUMP_S:
+                stretches.append(([], []))  # key packets, ends
+            before = packet.dts
+            keys, ends = stretches[-1]
+            if packet.is_keyframe and packet.pos is not None:
+                keys.append((packet.pts, packet.pos))
+            if keys:
+                ends.append(packet.pts + frame_length(packet, container.streams[number]))
+    for keys, ends in stretches:
+        if keys:
+            start, last = keys[0][0], parts[-1] if parts else None
+            at = last.at + max(clock_step(start, last.start) * unit, last.seconds) if last else 0.0
+            parts.append(Part(at, start, (max(ends) - start) * unit, np.array(keys)))
+    if not parts:
+        raise BadFile("no key frame in it")
+    return parts
+
+
+@lru_cache(maxsize=1024)
+def end_of_stream(url, number, stamp):
+    """Where the last frame of a video stream ends whose container does not say it -> its end in s by the file's clock.
+
+    Only what follows the last key frame is demuxed. Where no stream at all reaches the length that the header promises,
+    the file is cut short, and the promise stands: windows in the missing part are then refused.
+    """
+    import av
+
+    with open_pyav(url) as container:
+        stream, promised = container.streams[number], (container.duration or 0) / 1e6
+        ends = {}
+        for late in (True, False):
+            try:
+                container.seek(int((promised or 10**9) / stream.time_base) if late else 0, stream=stream)
+            except av.FFmpegError:
+                continue  # it cannot be sought at all: it then stands at its start, or was read from there
+            for packet in container.demux():
+                if packet.pts is not None and packet.size:
+                    other = packet.stream_index
+                    end = float((packet.pts + frame_length(packet, container.streams[other])) * packet.time_base)
+                    ends[other] = max(end, ends.get(other, end))
+            if number in ends:
+                break
+    reached = max(ends.values(), default=0.0)
+    return ends[number] if number in ends and reached > promised - 1.0 else promised
+
+
+@lru_cache(maxsize=1024)
+def count_packets(url, stamp):
+    """Number of pictures of a raw stream, from its first key frame on. Opened anew, since it cannot be rewound."""
+    with open_pyav(url) as container:
+        return sum(1 for packet in from_key(container.demux(video=0)) if packet.size)
+
+
+def raw_fps(stream, plan):
+    """Frames per second of a raw stream: what the user set, its header, its annotation, or RAW_FPS."""
+    return plan.frame_fps or float(stream.codec_context.framerate or 0) or plan.noted_fps or RAW_FPS
+
+
+def time_line(container, stream, plan, fast=True):
+    """-> (TimeLine, its packets from the first key packet on). A transport stream's line covers all its parts."""
+    kind, url, fps = container.format.name, container.name, float(stream.average_rate or stream.guessed_rate or 25)
+    packets = from_key(container.demux(stream))
+    if kind in RAW_FORMATS:
+        fps = raw_fps(stream, plan)
+        unit = 1 / Fraction(fps).limit_denominator(10**6)
+        return TimeLine(0, unit, count_packets(url, file_stamp(url)) / fps, fps, in_order=True), packets
+    unit = stream.time_base
+    if kind == "mpegts":
+        parts = stream_parts(url, stream.index, file_stamp(url))
+        return TimeLine(parts[0].start, unit, parts[-1].at + parts[-1].seconds, fps), packets
+    first = next(packets, None)
+    if first is None and not fast:  # no packet is marked: the decoder decides what can be shown
+        container.seek(stream.start_time or 0, stream=stream)
+        first = next(packets := container.demux(stream), None)
+    if first is None:
+        raise BadFile("no key frame in it")
+    # the presentation times of AVI are FFmpeg's guess, wrong where frames are stored in another order than shown
+    in_order = kind == "avi" and (not fast or bool(stream.codec_context.has_b_frames))
+    begin = stream.start_time or 0
+    start = first.dts if in_order else max(begin, begin if first.pts is None else first.pts)
     if stream.duration:
-        return float(stream.duration * stream.time_base), fps
-    if container.duration:
-        return container.duration / 1e6, fps
-    fps = float(stream.guessed_rate or fps)  # the average is the demuxer's default here, the guess reads the stream's header
-    with open_pyav(container.name) as counted:  # raw streams cannot be rewound
-        num_frames = sum(1 for packet in counted.demux(video=0) if packet.size)
-    return num_frames / fps, fps
+        lost = (first.dts if kind == "avi" else start) - begin  # what stands before the first key frame
+        duration = float((stream.duration - max(lost, 0)) * unit)
+    else:
+        duration = end_of_stream(url, stream.index, file_stamp(url)) - float(start * unit)
+    return TimeLine(start, unit, duration, fps, in_order), itertools.chain([first], packets)
+
+
+def enter_window(container, stream, line, times):
+    """Go to a key frame at or before a window -> its packets from there on. BadFile where none is found.
+
+    Some demuxers seek by decoding times, which lie before presentation times: then the first try lands too late.
+    """
+    for back in (0.0, 2.0, 10.0):  # seconds
+        container.seek(line.start + int((times[0] - back) / line.unit), stream=stream)
+        packets = from_key(container.demux(stream))
+        key = next(packets, None)
+        if key is not None and (key.pts is None or line.second(key.pts) <= times[0]):
+            return itertools.chain([key], packets)
+    raise BadFile(f"no key frame found at or before {times[0]:.2f} s")
+
+
+def enter_part(container, stream, line, times, fast):
+    """Go to the part of a transport stream in which a window lies -> (TimeLine by its clock, packets to its end).
+
+    `fast` enters it at the last key packet before the window, else at its first. BadFile for a window across a jump.
+    """
+    parts = stream_parts(container.name, stream.index, file_stamp(container.name))
+    number = bisect.bisect_right([part.at for part in parts], times[0]) - 1
+    part = parts[number]
+    if part is not parts[-1] and times[-1] > part.at + part.seconds:
+        raise BadFile(f"its time stamps jump at {part.at + part.seconds:.2f} s, inside the window; cut the file there")
+    line = replace(line, start=part.start - round(part.at / line.unit))
+    early = part.keys[line.second(part.keys[:, 0]) <= times[0]] if fast else part.keys[:1]
+    pts, byte = (int(number) for number in early[-1])
+    container.seek(byte, unsupported_byte_offset=True)
+    return line, until_jump(from_key(container.demux(stream), pts), line.unit)
+
+
+def orientation(frame):
+    """How a decoded frame is shown -> (whether rows and columns change places, steps through rows and columns).
+
+    Its display matrix a b u, c d v, x y w shows what is stored in column p and row q in column a p + c q and row
+    b p + d q, up to a shift (ISO/IEC 14496-12, 6.2.2). BadFile unless it is one of the eight that turn by quarters or
+    mirror. Its scale counts for nothing here: that is part of the pixels' aspect.
+    """
+    from av.sidedata.sidedata import SideDataContainer
+
+    # frame.side_data would tie the frame to itself: it would wait for the garbage collector together with its scaler's
+    # threads, which after a fork are no longer there, and the collector then hangs for ever
+    data = SideDataContainer(frame).get("DISPLAYMATRIX")
+    if data is None:
+        return False, 1, 1
+    matrix = np.frombuffer(bytes(data), np.int32).reshape(3, 3).astype(np.float64)
+    scale = np.maximum(np.hypot(matrix[0, :2], matrix[1, :2]), 1e-9)
+    signs = np.round(matrix[:2, :2] / scale)
+    across, down = signs.sum(0)  # each column holds one 1 or -1 beside a 0
+    if np.abs(matrix[:2, :2] / scale - signs).max() > 0.01 or abs(np.linalg.det(signs)) != 1 or matrix[:2, 2].any():
+        raise BadFile(f"its display matrix {matrix.astype(int).ravel().tolist()} neither turns by quarters nor mirrors")
+    return not signs[0, 0], int(down), int(across)
 
 
 def pyav_picture(frame, plan, pixel_aspect):
-    """One decoded frame -> uint8 [H, W, 3], rotated as the file asks, non-square pixels squared, cropped and resized."""
-    quarter_turns = round(frame.rotation / 90) % 4
-    if abs((frame.rotation + 45) % 90 - 45) > 5:  # in degrees; a damaged display matrix, -2**31 where it holds no rotation at all
-        raise BadFile(f"its display matrix turns it by {frame.rotation} degrees")
+    """One decoded frame -> uint8 [H, W, 3], turned and mirrored as it asks, pixels squared, cropped and resized."""
+    on_its_side, down, across = orientation(frame)
     width, height = frame.width * pixel_aspect, frame.height
-    if quarter_turns % 2:
+    if on_its_side:
         width, height = height, width
     scaled_w, scaled_h, x, y = crop_box(plan, width, height)
-    size = (scaled_h, scaled_w) if quarter_turns % 2 else (scaled_w, scaled_h)
+    size = (scaled_h, scaled_w) if on_its_side else (scaled_w, scaled_h)
     picture = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation="AREA").to_ndarray()
-    return np.rot90(picture, quarter_turns)[y : y + plan.height, x : x + plan.width]
+    picture = picture.swapaxes(0, 1) if on_its_side else picture
+    return picture[::down, ::across][y : y + plan.height, x : x + plan.width]
 
 
-def pyav_frames(container, stream, times, fast):
-    """Decoded frames in display order. `fast` leaves out frames that nobody refers to and that lie half a frame or more away
-    from every requested time, by the packets' own times and durations: the frames that are kept come out bit for bit the same."""
-    start, unit = stream.start_time or 0, float(stream.time_base)
+def is_wanted(packet, near, line, times):
+    """Whether the frame of a packet is on screen at one of the requested times: from its own presentation time to the
+    next of `near`, the known ones in order. One that is not known yet makes that span longer: a frame too many is decoded,
+    never one too few."""
+    place, following = bisect.bisect_left(near, packet.pts), bisect.bisect_right(near, packet.pts)
+    if place == 0 or near[place - 1] < line.start:
+        return True  # the first picture also stands for whatever is asked for before it
+    request = np.searchsorted(times, line.second(packet.pts))
+    return request < len(times) and (following == len(near) or times[request] < line.second(near[following]))
+
+
+def pyav_frames(container, stream, times, fast, line=None, packets=None):
+    """Decoded frames in display order, by default all that the container holds. `fast` leaves out frames that nobody
+    refers to and that are not on screen at a requested time, by the presentation times of the packets around them:
+    those that are kept come out bit for bit the same. What a container says of a frame's duration is its guess and counts for
+    nothing."""
+    line = line or TimeLine(stream.start_time or 0, stream.time_base, 0.0, 0.0)
     may_skip = fast and stream.codec_context.name in SKIPPING_CODECS
-    for packet in container.demux(stream):
-        if may_skip and packet.pts is not None and packet.duration:
-            begin, length = (packet.pts - start) * unit, packet.duration * unit
-            near = np.searchsorted(times, begin - length / 2)  # first request that this packet's frame could serve
-            wanted = near < len(times) and times[near] < begin + 1.5 * length
-            stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
-        yield from packet.decode()
+    queue, near, order, count = deque(), [], deque(), 0
+    for ahead in itertools.chain(packets or container.demux(stream), [None] * LOOK_AHEAD):
+        if ahead is not None:
+            queue.append(ahead)
+            if ahead.pts is not None and not ahead.is_discard:
+                bisect.insort(near, ahead.pts)
+                del near[: -4 * LOOK_AHEAD]
+        if not queue or ahead is not None and len(queue) <= LOOK_AHEAD:
+            continue
+        packet = queue.popleft()
+        if not packet.size and packet.dts is None:
+            continue  # the demuxer's word for the end
+        if may_skip and packet.pts is not None:
+            stream.codec_context.skip_frame = "DEFAULT" if is_wanted(packet, near, line, times) else "NONREF"
+        if line.in_order and packet.size:
+            order.append(count if packet.dts is None else packet.dts)
+            count += 1
+        for frame in packet.decode():
+            frame.pts = order.popleft() if line.in_order else frame.pts
+            yield frame
+    for frame in stream.codec_context.decode(None):
+        frame.pts = order.popleft() if line.in_order else frame.pts
+        yield frame
 
 
 def pyav_walk(container, stream, plan, fast):
     """Decode forward and keep the frame shown at each requested time -> uint8 [T, H, W, 3]."""
-    duration, fps = pyav_timing(container, stream)
-    times = frame_times(plan, duration, fps)
-    start, aspect = stream.start_time or 0, float(stream.sample_aspect_ratio or 1)
+    line, packets = time_line(container, stream, plan, fast)
+    times, aspect = frame_times(plan, line.duration, line.fps), float(stream.sample_aspect_ratio or 1)
+    fast = fast and not line.in_order
+    sought = fast and times[0] > 1
     if not 1 / 8 <= aspect <= 8:
         raise BadFile(f"its pixels are {aspect:g} times as wide as high")
-    if fast and times[0] > 1:
-        container.seek(start + int(times[0] / stream.time_base), stream=stream)
-    frames, shown, shown_end, count = [], None, 0.0, 0
-    for frame in pyav_frames(container, stream, times, fast):
-        now = count / fps if frame.pts is None else float((frame.pts - start) * stream.time_base)
-        if count == 0 and fast and times[0] > 1 and (now > times[0] or now > 0 and not frame.key_frame):  # at 0 the key frame may be hidden
+    if container.format.name == "mpegts":
+        line, packets = enter_part(container, stream, line, times, fast)
+    elif sought:
+        packets = enter_window(container, stream, line, times)
+    frames, shown, before, shown_end = [], None, -math.inf, 0.0
+    for frame in pyav_frames(container, stream, times, fast, line, packets):
+        if frame.pts is None and fast:
+            raise BadFile("a picture without a presentation time")  # its forerunner tells it: none may be left out
+        if frame.pts is None and shown is None:
+            continue  # before the beginning of time
+        now = before + 1 / line.fps if frame.pts is None else line.second(frame.pts)
+        # at 0 the key frame may be hidden
+        if shown is None and sought and (now > times[0] or now > 0 and not frame.key_frame):
             raise BadFile(f"seek to {times[0]:.2f} s landed at {now:.2f} s{'' if frame.key_frame else ', on no key frame'}")
-        count += 1
+        if now < before:
+            raise BadFile(f"its time stamps run backwards, from {before:.2f} s to {now:.2f} s")
         picture = None
         while len(frames) < len(times) and shown is not None and now > times[len(frames)]:
             picture = pyav_picture(shown, plan, aspect) if picture is None else picture
@@ -1220,12 +1509,13 @@ def pyav_walk(container, stream, plan, fast):
             return np.stack(frames)
         if frame.is_corrupt:
             raise BadFile(f"damaged picture at {now:.2f} s")
-        shown, shown_end = frame, now + float((frame.duration or 0) * stream.time_base)
+        length = 1 / line.fps if line.in_order else float((frame.duration or 0) * line.unit)
+        shown, before, shown_end = frame, now, now + length
     if shown is None:
         raise BadFile("no frame could be decoded")
-    slack = 1.0 + 2 / fps  # containers round their length; a whole missing second is a truncated file
-    if times[-1] > shown_end + slack and duration * fps >= plan.num_frames:
-        raise BadFile(f"ends at {shown_end:.2f} s, its header promises {duration:.2f} s")
+    slack = 1.0 + 2 / line.fps  # containers round their length; a whole missing second is a truncated file
+    if times[-1] > shown_end + slack and line.duration * line.fps >= plan.num_frames:
+        raise BadFile(f"ends at {shown_end:.2f} s, its header promises {line.duration:.2f} s")
     last = pyav_picture(shown, plan, aspect)
     return np.stack(frames + [last] * (len(times) - len(frames)))
 
@@ -1235,30 +1525,60 @@ def read_pyav(path, plan, fast=True):
     and leaves out frames that are not needed; a file on which that fails is read plainly from its start."""
     import av
 
-    container = open_pyav(f"file:{path}")
     try:
-        with container:
-            if not container.streams.video:
-                raise BadFile("no video stream")
-            stream = container.streams.video[0]
+        with open_pyav(f"file:{path}") as container:
+            stream = playing_stream(container)
             stream.thread_type, stream.thread_count = "NONE", 1
             stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
-            return pyav_walk(container, stream, plan, fast)
+            reorders = stream.codec_context.has_b_frames
+            frames = pyav_walk(container, stream, plan, fast)
+            if fast and container.format.name == "avi" and stream.codec_context.has_b_frames != reorders:
+                raise BadFile("its frames are not stored in the order in which they are shown")
+            return frames
+    except CannotOpen:
+        raise
     except (BadFile, av.FFmpegError, *DECODE_ERRORS) as error:
-        if fast:  # an open GOP cannot be entered at its key frame, and frame durations may be wrong
+        if fast:  # an open GOP cannot always be entered at its key frame
             return read_pyav(path, plan, fast=False)
         if isinstance(error, BadFile):
             raise
         raise BadFile(f"pyav stopped decoding ({getattr(error, 'strerror', None) or error})") from error
 
 
-def check_mp4_or_mkv(path):
-    """CannotOpen for anything but mp4, mov, mkv and webm: decord and torchcodec take no list of allowed demuxers (a playlist
-    would open other files), and decord's frames are seconds off in ts and repeat in avi."""
+def video_timing(path, plan):
+    """-> (seconds, frames per second) of the video that a plan is read from, for frame_times. BadFile for a bad one."""
+    import av
+
+    try:
+        with open_pyav(f"file:{path}") as container:
+            line, _ = time_line(container, playing_stream(container), plan)
+            return line.duration, line.fps
+    except av.FFmpegError as error:
+        raise BadFile(f"pyav stopped reading ({getattr(error, 'strerror', None) or error})") from error
+
+
+def check_simple_file(path):
+    """CannotOpen for what decord and torchcodec cannot be trusted with. They take no list of allowed demuxers (a
+    playlist would open other files), decord's frames are seconds off in ts and repeat in avi; they choose a video stream
+    by rules of their own, do not mirror, and know nothing of streams whose first frames cannot be shown."""
+    import av
+
     with open(path, "rb") as file:
         head = file.read(12)
     if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip") and head[:4] != b"\x1aE\xdf\xa3":
         raise CannotOpen("only pyav is trusted with containers other than mp4, mov, mkv and webm")
+    try:
+        with open_pyav(f"file:{path}") as container:
+            if len(container.streams.video) != 1:
+                raise CannotOpen(f"only pyav is trusted with {len(container.streams.video)} video streams in one file")
+            first = next(container.demux(video=0))
+            if first.is_discard or not first.is_keyframe:
+                raise CannotOpen("only pyav is trusted with a stream whose first frame is not shown")
+            on_its_side, down, across = orientation(next(iter(first.decode()), None) or next(container.decode(video=0)))
+            if (down * across < 0) != on_its_side:
+                raise CannotOpen("only pyav is trusted with mirrored pictures")
+    except (av.FFmpegError, StopIteration, *DECODE_ERRORS) as error:
+        raise CannotOpen(f"no first frame to be seen ({getattr(error, 'strerror', None) or error})") from error
 
 
 def read_decord(path, plan):
@@ -1267,7 +1587,7 @@ def read_decord(path, plan):
         raise CannotOpen("decord is not installed")
     import decord
 
-    check_mp4_or_mkv(path)
+    check_simple_file(path)
     decord.logging.set_level(decord.logging.FATAL)
     try:
         reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
@@ -1292,7 +1612,7 @@ def read_torchcodec(path, plan):
     from torchcodec.decoders import VideoDecoder
     from torchcodec.transforms import Resize
 
-    check_mp4_or_mkv(path)
+    check_simple_file(path)
     try:
         info = VideoDecoder(path, num_ffmpeg_threads=1).metadata
         scaled_w, scaled_h, x, y = crop_box(plan, info.width, info.height)
@@ -1337,6 +1657,47 @@ def can_read(cfg, video):
     process.kill()
     process.join()
     return process.exitcode == 0
+
+
+def send_guessed(pipe, root, videos):
+    """Send the names of raw streams whose rate nobody gives, one by one, then None, and end this process."""
+    for video in videos:
+        try:
+            check_regular(video.path)
+            with open_pyav(f"file:{video.path}") as container:
+                streams = container.streams.video if container.format.name in RAW_FORMATS else ()
+                codec = streams[0].codec_context if streams else None
+                if codec and codec.width and not codec.framerate and not read_annotation(root, video).get("fps"):
+                    pipe.send(video.name)
+        except BadFile:
+            continue  # named with its reason when a clip of it is read
+    pipe.send(None)
+    os._exit(0)
+
+
+def guessed_rates(cfg, root, videos):
+    """Names of the files that are read at RAW_FPS since neither frame_fps nor header nor annotation says more -> (list,
+    whether all were looked at). Only raw suffixes are opened, in a process of its own: a crash or hang costs little."""
+    raw = [video for video in videos if video.path.lower().endswith(RAW_SUFFIXES)]
+    names, done = [], False
+    if cfg.frame_fps or not raw:
+        return names, True
+    fork = multiprocessing.get_context("fork")
+    pipe, end = fork.Pipe(duplex=False)
+    process = fork.Process(target=send_guessed, args=(end, root, raw))
+    process.start()
+    end.close()
+    deadline = time.monotonic() + min(cfg.decode_timeout_s, 20.0)
+    try:
+        while not done and pipe.poll(max(deadline - time.monotonic(), 0.0)):
+            name = pipe.recv()
+            done = name is None
+            names += [] if done else [name]
+    except EOFError:
+        done = False  # it died of a file
+    process.kill()
+    process.join()
+    return names, done
 
 
 def split_readable(cfg, videos):
@@ -1871,7 +2232,7 @@ def draw_plan(rng, cfg, stream):
     ratio = cfg.crop_ratio_min * (cfg.crop_ratio_max / cfg.crop_ratio_min) ** u_ratio
     if stream != "train":
         scale, ratio, u_x, u_y = 1.0, 1.0, 0.5, 0.5
-    return ClipPlan(cfg.num_frames, cfg.clip_fps, cfg.height, cfg.width, u_start, scale, ratio, u_x, u_y)
+    return ClipPlan(cfg.num_frames, cfg.clip_fps, cfg.height, cfg.width, u_start, scale, ratio, u_x, u_y, cfg.frame_fps)
 
 
 def mirror_label(label):
@@ -1938,10 +2299,10 @@ class ClipDataset(torch.utils.data.Dataset):
                 bad[video.name] = self.quarantine[video.name]
                 continue
             try:
-                with self.watch.holding(number) if self.watch else nullcontext():
-                    frames = read_frames(video.path, plan, self.cfg.decoder)
                 annotation = {"maneuver": video.label} if video.label else {}
                 annotation.update((key, value) for key, value in read_annotation(self.data_root, video).items() if value is not None)
+                with self.watch.holding(number) if self.watch else nullcontext():
+                    frames = read_frames(video.path, replace(plan, noted_fps=annotation.get("fps") or 0.0), self.cfg.decoder)
             except BadFile as error:
                 bad[video.name] = str(error)
                 continue
@@ -4536,6 +4897,11 @@ def print_summary(cfg, overrides, model, source, process, reason, log):
              + f"); memory about {memory_estimate_gb(cfg, trained):.1f} GB per process plus the framework")
     held = "" if source.held_out else "; ONE FILE ONLY: validation uses the training file"
     log.line(f"data: {source.kind}, {len(source.train)} train and {len(source.val)} val files under {source.root or 'no folder'}{held}")
+    guessed, complete = guessed_rates(cfg, source.root, dict.fromkeys((*source.train, *source.val)))
+    if guessed:
+        log.line(f"data: {len(guessed)}{'' if complete else ' or more'} raw streams name no frame rate and are read at "
+                 f"{RAW_FPS:g} per second, a guess (--frame_fps, or fps in their annotation): "
+                 + ", ".join(one_line(name, 60) for name in guessed[:5]) + (", ..." if len(guessed) > 5 else ""))
     log.line(f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}" + (f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else ""))
     log.line("set: " + (", ".join(f"{name}={value}" for name, value in overrides.items()) or "nothing, all defaults"))
 

@@ -80,7 +80,7 @@ def read_whole(path, plan):
 
     kept = []
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
+        stream = V.playing_stream(container)
         stream.thread_type, stream.thread_count = "NONE", 1
         wanted = set(np.linspace(0, stream.frames - 1, plan.num_frames).round().astype(int).tolist())
         for number, frame in enumerate(container.decode(stream)):

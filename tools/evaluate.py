@@ -736,8 +736,7 @@ def timed_annotation(annotation, video, plan):
     if not signals:
         return labels
     try:
-        with V.open_pyav(video.path) as container:
-            duration, native_fps = V.pyav_timing(container, container.streams.video[0])
+        duration, native_fps = V.video_timing(video.path, V.replace(plan, noted_fps=annotation.get("fps") or 0.0))
     except (V.BadFile, *V.DECODE_ERRORS) as error:
         raise V.UserError(f"annotation of {video.name}: the times of its video cannot be read ({error})") from error
     times = V.frame_times(plan, duration, native_fps)

@@ -556,10 +556,8 @@ def clip_window(path, start, cfg):
         raise V.UsageError(f"clip {path}: no such file")
     try:
         V.check_regular(path)
-        with V.open_pyav(f"file:{path}") as container:
-            if not container.streams.video:
-                raise V.UserError(f"clip {path}: no video stream")
-            duration, native_fps = V.pyav_timing(container, container.streams.video[0])
+        plan = V.ClipPlan(cfg.num_frames, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5, cfg.frame_fps)
+        duration, native_fps = V.video_timing(path, plan)
     except (V.BadFile, *V.DECODE_ERRORS) as error:
         raise V.UserError(f"clip {path}: cannot be opened ({getattr(error, 'strerror', None) or error})") from error
     num_frames = cfg.num_frames  # without clip_fps the frames are spread over the whole file
@@ -570,7 +568,7 @@ def clip_window(path, start, cfg):
             raise V.UserError(f"clip {path}: {duration:.2f} s long, NOW needs {cfg.now_frames / cfg.clip_fps:.2f} s from {start:g} s on (--start)")
         num_frames = fitting[0]
     room = duration - num_frames / cfg.clip_fps if cfg.clip_fps else 0.0
-    plan = V.ClipPlan(num_frames, cfg.clip_fps, cfg.height, cfg.width, min(start / room, 1.0) if room > 0 else 0.0, 1.0, 1.0, 0.5, 0.5)
+    plan = V.replace(plan, num_frames=num_frames, u_start=min(start / room, 1.0) if room > 0 else 0.0)
     try:
         return V.read_frames(path, plan, cfg.decoder)
     except V.BadFile as error:

@@ -242,8 +242,8 @@ def plain_pyav(path, plan):
     """The clip with PyAV's defaults: every frame is decoded, the one shown at each requested time is kept."""
     import av
 
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
+    with av.open(f"file:{path}") as container:
+        stream = V.playing_stream(container)
         frames = list(container.decode(stream))
         begin, unit = stream.start_time or 0, float(stream.time_base)
         starts = np.array([(frame.pts - begin) * unit for frame in frames])
