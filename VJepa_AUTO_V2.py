@@ -129,7 +129,7 @@ class VJepaAutoV2Config:
     missing_data: str = "scenes"  # when data_root holds no video: scenes | error | random
     val_fraction: float = 0.1  # share of the files held out, by hash of the name
     max_bad_fraction: float = 0.5  # stop when more than this share of the files cannot be decoded
-    decode_timeout_s: float = 60.0  # a file that one clip takes longer from is left out (with num_workers > 0)
+    decode_timeout_s: float = 60.0  # a file that a clip takes longer from twice is left out (with num_workers > 0); data that are away are waited for so long
     crop_scale_min: float = 0.6  # smallest crop, share of the largest box that fits the frame
     crop_scale_max: float = 1.0  # largest crop, same unit
     crop_ratio_min: float = 0.85  # stretch of the crop's aspect ratio
@@ -687,6 +687,7 @@ DECODERS = {"auto": ("pyav", "decord"), "pyav": ("pyav", "decord"), "decord": ("
 # What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing): not programming errors here.
 DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError, ArithmeticError)
 MAX_PIXELS = 2**26  # frames larger than this (8K has half of it), or stretched beyond it, are refused instead of filling the memory
+WORKERS_IGNORE = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the main process saves first and then ends them
 SKIPPING_CODECS = ("h264", "hevc")  # decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file
 
 
@@ -1038,6 +1039,26 @@ def read_frames(path, plan, decoder):
     raise BadFile("; ".join(reasons))
 
 
+class HeldSignals:
+    """Context that holds back signals which have a handler, and raises them again at its end. Around a fork: Python drops the
+    exception of a handler (Ctrl-C) that runs in one of its fork hooks, and a process whose start was cut off is ended by nobody."""
+
+    def hear(self, number, frame):
+        self.heard.append(number)
+
+    def __enter__(self):
+        in_main = threading.current_thread() is threading.main_thread()  # nobody else may set handlers
+        numbers = [number for number in WORKERS_IGNORE if in_main and callable(signal.getsignal(number))]
+        self.heard = []
+        self.previous = {number: signal.signal(number, self.hear) for number in numbers}
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        for number in self.heard:
+            signal.raise_signal(number)
+
+
 def end_without(parent):
     """End this process within a second of its parent's death, which no signal may tell it: run in a thread."""
     while os.getppid() == parent:
@@ -1058,7 +1079,8 @@ def exit_unless_readable(cfg, video, parent):
 def can_read(cfg, video):
     """Whether one small clip of a video can be decoded, tried in a process of its own: a decoder may crash or hang."""
     process = multiprocessing.get_context("fork").Process(target=exit_unless_readable, args=(cfg, video, os.getpid()))
-    process.start()
+    with HeldSignals():
+        process.start()
     process.join(cfg.decode_timeout_s)
     process.kill()
     process.join()
@@ -1746,6 +1768,7 @@ QUARANTINED = "quarantined"  # how the reason of a file begins that must not be 
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # macOS: its system libraries do not survive a fork
 PREFETCH = 2  # batches that a worker may be ahead of the loop
 TICK_S = 0.25  # how often a wait for a batch looks up
+QUIET_S = 10.0  # a worker without a file in hand may be silent for so long at least: it starts, draws, copies
 INLINE_BYTES = 4096  # smaller arrays travel in the message itself
 TOO_MANY = "raise the limit on processes and open files (ulimit -u, ulimit -n) or lower --num_workers (0 reads in the main process)"
 CURE = "lower --num_workers or --batch_size, give the container more memory (docker run --memory), or read in the main process (--num_workers 0)"
@@ -1756,9 +1779,9 @@ WORKER_ERRORS = {"UsageError": UsageError, "UserError": UserError, "MemoryError"
 
 
 def init_worker():
-    """Loader workers leave signals to the main process, which saves first and then ends them; one thread each."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)
+    """Loader workers leave signals to the main process; one thread each."""
+    for number in WORKERS_IGNORE:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -1797,6 +1820,11 @@ class WorkerEnd(Attendant):
 
     def waiting(self, text):
         self.say("waiting", text)
+
+    def pass_on(self, sample):
+        """A sample was made: said so that a long batch is not taken for a standstill."""
+        self.say("hold", -1)
+        return sample
 
     def place(self, array):
         """Put an array's bytes into the slot if they fit -> whether they must travel in the message instead."""
@@ -1843,7 +1871,7 @@ def serve_batches(parent, channel, memory, dataset, files, sampler, batch_number
         if files is not None:
             files.watch = own_end
         for turn, number in enumerate(batch_numbers):
-            own_end.hand_over(collate_fn([dataset[index] for index in sampler[number]]), turn)
+            own_end.hand_over(collate_fn([own_end.pass_on(dataset[index]) for index in sampler[number]]), turn)
 
 
 class Worker:
@@ -1995,7 +2023,8 @@ class ClipLoader:
         try:
             for number in range(min(self.num_workers, len(self.sampler) - self.delivered)):
                 self.workers.append(Worker(range(self.delivered + number, len(self.sampler), self.num_workers), PREFETCH * self.batch_bytes))
-                self.workers[-1].start(self.dataset, self.files, self.sampler, self.collate_fn)
+                with HeldSignals():
+                    self.workers[-1].start(self.dataset, self.files, self.sampler, self.collate_fn)
         except OSError as error:
             self.close()
             raise UserError(f"loader workers cannot be started ({error.strerror or error}); {TOO_MANY}") from error
@@ -2049,7 +2078,7 @@ class ClipLoader:
         for worker in self.workers:
             worker.silent += waited if worker.owes else 0.0
         gone = [worker for worker in self.workers if worker.died]
-        late = [worker for worker in self.workers if worker.silent > self.timeout_s and not worker.lost]
+        late = [worker for worker in self.workers if worker.silent > (self.timeout_s if worker.held >= 0 else max(self.timeout_s, QUIET_S)) and not worker.lost]
         if gone or late:
             self.replace_workers(gone, late)
 

@@ -12,10 +12,10 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPT, V, small_config
@@ -94,6 +94,19 @@ def test_batches_are_the_same_bytes_by_every_way(scene_folder):
             assert all(value.dtype == other[key].dtype for key, value in batch.items() if key != "bad")
 
 
+def test_batches_that_a_thread_copies(scene_folder, monkeypatch):
+    """The path of pinned memory with its thread, the pinning itself replaced by a copy: each batch is whole and in its place.
+
+    Seen red with the slot released before the copy: later clips stood in earlier batches.
+    """
+    cfg, videos = data_of(scene_folder)
+    monkeypatch.setattr(V, "pin_batch", lambda batch: time.sleep(0.02) or {key: value.clone() if torch.is_tensor(value) else value for key, value in batch.items()})
+    for workers in (1, 2):
+        loader = open_clips(cfg, videos, workers)
+        loader.pinning = ThreadPoolExecutor(1)
+        assert rows_of(loader) == undisturbed(cfg, videos)
+
+
 def test_a_batch_is_not_overwritten_by_the_next(scene_folder):
     """Batches are copies: kept ones do not change while workers fill the shared memory again. Seen red with take(in_place=True)."""
     cfg, videos = data_of(scene_folder)
@@ -112,7 +125,7 @@ def without_shared_memory(mount, tmpdir, code):
 
 
 @pytest.mark.parametrize("mount", [
-    pytest.param("mount -t tmpfs -o size=4k tmpfs /dev/shm", id="4k"),
+    pytest.param("mount -t tmpfs -o size=4k tmpfs /dev/shm", id="4k", marks=pytest.mark.faults),
     pytest.param("mount -t tmpfs -o size=8m tmpfs /dev/shm", id="8m", marks=pytest.mark.faults),
     pytest.param("mount -t tmpfs -o ro tmpfs /dev/shm", id="read-only", marks=pytest.mark.faults),
     pytest.param("mount -t tmpfs tmpfs /dev && mknod /dev/null c 1 3 && mknod /dev/urandom c 1 9", id="absent", marks=pytest.mark.faults),
@@ -156,6 +169,7 @@ def test_a_worker_that_ends_or_stops_in_the_middle_of_a_message(scene_folder, tm
         real(end, kind, content)
 
     monkeypatch.setattr(V.WorkerEnd, "say", say)
+    monkeypatch.setattr(V, "QUIET_S", 0.0)
     loader = open_clips(cfg, videos, 2, timeout_s=1.0)
     assert rows_of(loader) == undisturbed(cfg, videos) and not loader.files.quarantine and (tmp_path / "mark").exists()
 
@@ -213,17 +227,17 @@ def test_an_exception_in_a_worker_is_one_short_reason(scene_folder, monkeypatch,
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_wait_hears_the_stop_flag_and_loses_nothing(scene_folder, tmp_path, monkeypatch, workers):
-    """Stopped within a second; the batch that was due is still due. Seen red without `stopping`: the wait took the five seconds."""
+    """Stopped within a second; the batch that was due is still due. Seen red without `stopping`."""
     cfg, videos = data_of(scene_folder)
     expected = undisturbed(cfg, videos)
-    before_reading(monkeypatch, once(tmp_path / "mark", lambda: time.sleep(4)))
+    before_reading(monkeypatch, once(tmp_path / "mark", lambda: time.sleep(2.5)))
     asked = threading.Event()
     loader = open_clips(cfg, videos, workers, stopping=asked.is_set)
     began = time.monotonic()
-    threading.Timer(0.5, asked.set).start()
+    threading.Timer(0.3, asked.set).start()
     with pytest.raises(V.Stopped):
         list(loader)
-    assert time.monotonic() - began < 2.5 and loader.delivered == 0
+    assert time.monotonic() - began < 2 and loader.delivered == 0
     asked.clear()
     assert rows_of(loader) == expected
 
@@ -253,6 +267,7 @@ def fork_group(work):
     return pid
 
 
+@pytest.mark.faults
 def test_a_suspended_group_quarantines_nothing(scene_folder, tmp_path, monkeypatch):
     """Ctrl-Z and fg, longer than the time-out, with files in hand: no file is left out. Seen red with wall time held against it."""
     cfg, videos = data_of(scene_folder)
@@ -261,7 +276,6 @@ def test_a_suspended_group_quarantines_nothing(scene_folder, tmp_path, monkeypat
 
     def work():
         loader = open_clips(cfg, videos, 2, timeout_s=1.5)
-        loader.strikes = Strikes()
         (tmp_path / "began").touch()
         assert rows_of(loader) == expected and not loader.files.quarantine and not loader.strikes
 
@@ -279,10 +293,6 @@ def test_a_suspended_group_quarantines_nothing(scene_folder, tmp_path, monkeypat
             os.killpg(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass  # all ended
-
-
-class Strikes(dict):
-    """Strikes of a loader under test; a plain dict with a name of its own in a failed assertion."""
 
 
 def test_workers_end_with_their_parent(scene_folder, tmp_path, monkeypatch):
@@ -467,7 +477,10 @@ def test_an_error_in_a_worker_of_evaluate_is_one_line(scene_folder, checkpoint, 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_evaluate_ends_with_its_workers(checkpoint, tmp_path, number):
-    """Ctrl-C to the group, and kill -9 of the main process alone: nobody is left. Seen red for both."""
+    """Ctrl-C to the group, and kill -9 of the main process alone: nobody is left.
+
+    Seen red with torch's DataLoader (Ctrl-C), and with workers forked while handlers were in place: Python lost the Ctrl-C in a fork hook.
+    """
     pytest.importorskip("sklearn")
     process = start_evaluation(checkpoint, tmp_path)
     try:
