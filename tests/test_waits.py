@@ -100,7 +100,7 @@ def test_batches_that_a_thread_copies(scene_folder, monkeypatch):
     Seen red with the slot released before the copy: later clips stood in earlier batches.
     """
     cfg, videos = data_of(scene_folder)
-    monkeypatch.setattr(V, "pin_batch", lambda batch: time.sleep(0.02) or {key: value.clone() if torch.is_tensor(value) else value for key, value in batch.items()})
+    monkeypatch.setattr(V, "pin_batch", lambda batch: time.sleep(0.15) or {key: value.clone() if torch.is_tensor(value) else value for key, value in batch.items()})
     for workers in (1, 2):
         loader = open_clips(cfg, videos, workers)
         loader.pinning = ThreadPoolExecutor(1)
@@ -182,6 +182,16 @@ def test_a_stopped_worker_is_replaced_and_its_file_is_not_blamed(scene_folder, t
     began, loader = time.monotonic(), open_clips(cfg, videos, 2, timeout_s=1.0)
     assert rows_of(loader) == expected and not loader.files.quarantine and (tmp_path / "mark").exists()
     assert time.monotonic() - began < 15
+
+
+def test_a_signal_during_a_fork_is_heard_after_it():
+    """Ctrl-C while workers are started is raised once they are known. Seen red without the context: the fork was cut off, or the key lost."""
+    started = []
+    with pytest.raises(KeyboardInterrupt):
+        with V.HeldSignals():
+            signal.raise_signal(signal.SIGINT)
+            started.append(True)
+    assert started and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_workers_that_die_again_and_again_end_the_run_in_one_line(scene_folder, monkeypatch):
