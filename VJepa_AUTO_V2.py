@@ -1802,12 +1802,13 @@ class WorkerEnd(Attendant):
     def __init__(self, channel, memory):
         super().__init__()
         self.channel, self.memory, self.places, self.free, self.end = channel, b"" if memory is None else memory, [], 0, 0
+        self.spoken = time.monotonic()
 
     def say(self, kind, content):
         """Send one message. OSError when the main process is gone."""
         message = ForkingPickler.dumps((kind, content), 5)
-        self.channel.sendall(len(message).to_bytes(8, "little"))
-        self.channel.sendall(message)
+        self.channel.sendall(len(message).to_bytes(8, "little") + message)
+        self.spoken = time.monotonic()
 
     @contextmanager
     def holding(self, number):
@@ -1822,8 +1823,9 @@ class WorkerEnd(Attendant):
         self.say("waiting", text)
 
     def pass_on(self, sample):
-        """A sample was made: said so that a long batch is not taken for a standstill."""
-        self.say("hold", -1)
+        """A sample was made: said now and then, so that a long batch is not taken for a standstill."""
+        if time.monotonic() - self.spoken > 1.0:
+            self.say("hold", -1)
         return sample
 
     def place(self, array):
@@ -2027,7 +2029,8 @@ class ClipLoader:
                     self.workers[-1].start(self.dataset, self.files, self.sampler, self.collate_fn)
         except OSError as error:
             self.close()
-            raise UserError(f"loader workers cannot be started ({error.strerror or error}); {TOO_MANY}") from error
+            cure = CURE if error.errno == errno.ENOMEM else TOO_MANY
+            raise UserError(f"loader workers cannot be started ({error.strerror or error}); {cure}") from error
 
     def __iter__(self):
         return self
