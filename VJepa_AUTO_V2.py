@@ -48,7 +48,9 @@ import io
 import itertools
 import json
 import math
+import mmap
 import multiprocessing
+import multiprocessing.connection
 import operator
 import os
 import platform
@@ -63,15 +65,18 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import typing
 import weakref
 import zipfile
 from collections import Counter, OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fractions import Fraction
 from functools import lru_cache, partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +133,7 @@ class VJepaAutoV2Config:
     missing_data: str = "scenes"  # when data_root holds no video: scenes | error | random
     val_fraction: float = 0.1  # share of the files held out, by hash of the name
     max_bad_fraction: float = 0.5  # stop when more than this share of the files cannot be decoded
-    decode_timeout_s: float = 60.0  # a file that one clip takes longer from is left out (with num_workers > 0)
+    decode_timeout_s: float = 60.0  # a file that a clip takes longer from twice is left out (with num_workers > 0); data that are away are waited for so long
     crop_scale_min: float = 0.6  # smallest crop, share of the largest box that fits the frame
     crop_scale_max: float = 1.0  # largest crop, same unit
     crop_ratio_min: float = 0.85  # stretch of the crop's aspect ratio
@@ -747,6 +752,8 @@ RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times 
 RAW_FPS = 25.0  # frames per second of a raw stream of which neither header nor annotation nor the user says anything
 LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC no frame is overtaken by more than 16
 MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further than this has lost what lay between
+# the main process saves first and then ends its workers
+WORKERS_IGNORE = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SKIPPING_CODECS = ("h264", "hevc")  # decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file
 
 
@@ -1640,8 +1647,36 @@ def read_frames(path, plan, decoder):
     raise BadFile("; ".join(reasons))
 
 
-def exit_unless_readable(cfg, video):
+class HeldSignals:
+    """Context that holds back signals which have a handler, and raises them again at its end. Around a fork: Python drops the
+    exception of a handler (Ctrl-C) that runs in one of its fork hooks, and a process whose start was cut off is ended by nobody."""
+
+    def hear(self, number, frame):
+        self.heard.append(number)
+
+    def __enter__(self):
+        in_main = threading.current_thread() is threading.main_thread()  # nobody else may set handlers
+        numbers = [number for number in WORKERS_IGNORE if in_main and callable(signal.getsignal(number))]
+        self.heard = []
+        self.previous = {number: signal.signal(number, self.hear) for number in numbers}
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        for number in self.heard:
+            signal.raise_signal(number)
+
+
+def end_without(parent):
+    """End this process within a second of its parent's death, which no signal may tell it: run in a thread."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(EXIT_ERROR)
+
+
+def exit_unless_readable(cfg, video, parent):
     """Decode one small clip of a video and end this process: exit code 0 when it worked."""
+    threading.Thread(target=end_without, args=(parent,), daemon=True).start()
     try:
         read_frames(video.path, ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5), cfg.decoder)
     except BadFile:
@@ -1651,8 +1686,9 @@ def exit_unless_readable(cfg, video):
 
 def can_read(cfg, video):
     """Whether one small clip of a video can be decoded, tried in a process of its own: a decoder may crash or hang."""
-    process = multiprocessing.get_context("fork").Process(target=exit_unless_readable, args=(cfg, video))
-    process.start()
+    process = multiprocessing.get_context("fork").Process(target=exit_unless_readable, args=(cfg, video, os.getpid()))
+    with HeldSignals():
+        process.start()
     process.join(cfg.decode_timeout_s)
     process.kill()
     process.join()
@@ -2261,20 +2297,48 @@ def mask_and_noise(cfg, stream, index):
     return sample
 
 
+# Faults of a machine or a network, told in a reason by their texts, that say nothing about a file that is there.
+PASSING_FAULTS = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+                  errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EACCES, errno.ENOENT)
+RETRY_S = 0.5  # between two looks at a file whose fault may pass
+
+
+class Attendant:
+    """Who a dataset tells what it does; this one reads in the main process. `stopping`, if given, says whether the run was asked to stop."""
+
+    def __init__(self, stopping=None):
+        self.stopping, self.told = stopping, False
+
+    def holding(self, number):
+        """Context in which a file is in hand."""
+        return nullcontext()
+
+    def tell(self, text):
+        """Say what is waited for, once; "" says nothing."""
+        if text and not self.told:
+            say(text, sys.stderr)
+            self.told = True
+
+    def waiting(self, text):
+        """Called again and again while a fault may pass. Stopped when the run was asked to stop."""
+        self.tell(text)
+        if self.stopping is not None and self.stopping():
+            raise Stopped
+
+
 class ClipDataset(torch.utils.data.Dataset):
     """Sample i is a pure function of (seed, i): video, window, crop, flip, masks and flow noise.
 
     `data_root` locates annotations. A file that cannot be decoded is replaced by the next one of an order drawn from
     (seed, i), and named in the sample's `bad` list; when no file at all can be decoded the sample holds zeros, and the
     list then names every file, which the caller must treat as the end of the run. `quarantine` (name -> reason) holds files
-    that must not be opened at all; `watch` is told which file is in hand.
+    that must not be opened at all; `watch`, an Attendant, is told which file is in hand.
     """
-
-    watch = None  # a WorkerWatch
 
     def __init__(self, cfg, videos, data_root, stream, maneuvers=(), quarantine=None):
         self.cfg, self.videos, self.data_root, self.stream, self.quarantine = cfg, videos, data_root, stream, {} if quarantine is None else quarantine
         self.maneuvers = {name: number for number, name in enumerate(maneuvers)}
+        self.watch, self.waited, self.retried = Attendant(), 0.0, set()
 
     def __len__(self):
         return len(self.videos)
@@ -2284,6 +2348,36 @@ class ClipDataset(torch.utils.data.Dataset):
         count = len(self.videos)
         yield int(epoch_order(self.cfg.seed, self.stream, index // count, count)[index % count])
         yield from sample_rng(self.cfg.seed, self.stream, index, 1).permutation(count).tolist()
+
+    def are_away(self):
+        """Whether none of a handful of files can be seen: then their disk or their mount is missing, not a file."""
+        return not any(os.path.exists(video.path) for video in self.videos[:: max(1, len(self.videos) // 16)])
+
+    def read(self, number, plan):
+        """Decode a plan's frames of a file -> uint8 [T, H, W, 3]. BadFile with the reason.
+
+        A fault that may pass does not condemn a file, and no other one takes its place at once: data that are away as a
+        whole are waited for, decode_timeout_s at most until one is read again; a fault of the machine is tried four times, once per file.
+        """
+        video, tries, limit_s = self.videos[number], 0, self.cfg.decode_timeout_s
+        while True:
+            try:
+                with self.watch.holding(number):
+                    frames = read_frames(video.path, plan, self.cfg.decoder)
+            except BadFile as error:
+                away = not os.path.exists(video.path) and self.are_away()
+                passing = os.path.exists(video.path) and number not in self.retried and any(os.strerror(code) in str(error) for code in PASSING_FAULTS)
+                if passing and tries == 3:
+                    self.retried.add(number)
+                if self.waited >= limit_s or not away and (not passing or tries == 3):
+                    raise
+                missing = f"{video.name}: {error}, and no other file of {self.data_root or 'the list'} can be seen; waiting up to {limit_s:g} s for the data"
+                self.watch.waiting(missing if away else "")
+                tries, self.waited = tries + passing, self.waited + RETRY_S
+                time.sleep(RETRY_S)
+            else:
+                self.waited = 0.0
+                return frames
 
     def decode(self, index, height, width):
         """-> (uint8 [T, height, width, 3], file number, annotation, bad files as (name, reason), flipped)."""
@@ -2301,8 +2395,7 @@ class ClipDataset(torch.utils.data.Dataset):
             try:
                 annotation = {"maneuver": video.label} if video.label else {}
                 annotation.update((key, value) for key, value in read_annotation(self.data_root, video).items() if value is not None)
-                with self.watch.holding(number) if self.watch else nullcontext():
-                    frames = read_frames(video.path, replace(plan, noted_fps=annotation.get("fps") or 0.0), self.cfg.decoder)
+                frames = self.read(number, replace(plan, noted_fps=annotation.get("fps") or 0.0))
             except BadFile as error:
                 bad[video.name] = str(error)
                 continue
@@ -2352,15 +2445,11 @@ class StepSampler:
     def __len__(self):
         return self.num_batches
 
-    def after(self, num_batches):
-        """The sampler that goes on where this one stands after so many batches."""
-        start = self.start + num_batches * self.batch_size * self.world_size
-        return StepSampler(start, self.num_batches - num_batches, self.batch_size, self.rank, self.world_size)
-
-    def __iter__(self):
-        for batch in range(self.num_batches):
-            first = batch * self.batch_size
-            yield [self.start + (first + i) * self.world_size + self.rank for i in range(self.batch_size)]
+    def __getitem__(self, batch):
+        if not 0 <= batch < self.num_batches:
+            raise IndexError(batch)
+        first = batch * self.batch_size
+        return [self.start + (first + i) * self.world_size + self.rank for i in range(self.batch_size)]
 
 
 def collate(samples):
@@ -2371,91 +2460,272 @@ def collate(samples):
 
 
 QUARANTINED = "quarantined"  # how the reason of a file begins that must not be opened again
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # macOS: its system libraries do not survive a fork
+PREFETCH = 2  # batches that a worker may be ahead of the loop
+TICK_S = 0.25  # how often a wait for a batch looks up
+QUIET_S = 10.0  # a worker without a file in hand may be silent for so long at least: it starts, draws, copies
+INLINE_BYTES = 4096  # smaller arrays travel in the message itself
+TOO_MANY = "raise the limit on processes and open files (ulimit -u, ulimit -n) or lower --num_workers (0 reads in the main process)"
+CURE = "lower --num_workers or --batch_size, give the container more memory (docker run --memory), or read in the main process (--num_workers 0)"
 
 
-def init_worker(worker_id):
-    """Loader workers leave signals to the main process, which saves first and then ends them; one thread each."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)
+# What a worker's exception comes out as in the main process; others are programming errors.
+WORKER_ERRORS = {"UsageError": UsageError, "UserError": UserError, "MemoryError": MemoryError, "OSError": OSError}
+
+
+def init_worker():
+    """Loader workers leave signals to the main process; one thread each."""
+    for number in WORKERS_IGNORE:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
-class WorkerWatch:
-    """What each loader worker has in hand, in memory that the main process can read after the worker's death.
+class BatchPickler(ForkingPickler):
+    """Writes tensors as NumPy arrays, whose contents can travel beside the message (protocol 5)."""
 
-    One row per worker: process id, number of the file in hand (-1: none), monotonic time since when.
+    def reducer_override(self, thing):
+        return (torch.from_numpy, (thing.numpy(),)) if isinstance(thing, torch.Tensor) else NotImplemented
+
+
+class WorkerEnd(Attendant):
+    """A worker's side of its socket: messages (kind, content), each preceded by its length. Kinds: hold (number of the file in
+    hand, -1 for none), waiting (text), batch, error. Whatever exception leaves its `with` block is told.
+
+    The large arrays of a batch lie in shared memory where there is some; the message says where.
     """
 
-    def __init__(self, num_workers):
-        self.rows, self.own = torch.zeros(num_workers, 3, dtype=torch.float64).share_memory_(), None
-        self.rows[:, 1] = -1
+    def __init__(self, channel, memory):
+        super().__init__()
+        self.channel, self.memory, self.places, self.free, self.end = channel, b"" if memory is None else memory, [], 0, 0
+        self.spoken = time.monotonic()
 
-    def start(self, worker_id):
-        """Called in the worker as it starts."""
-        init_worker(worker_id)
-        self.own = self.rows[worker_id]
-        self.own[0] = os.getpid()
+    def say(self, kind, content):
+        """Send one message. OSError when the main process is gone."""
+        message = ForkingPickler.dumps((kind, content), 5)
+        self.channel.sendall(len(message).to_bytes(8, "little") + message)
+        self.spoken = time.monotonic()
 
     @contextmanager
     def holding(self, number):
         """Mark a file as in hand while it is read."""
-        if self.own is None:  # read in the main process
-            yield
-            return
-        self.own[2] = time.monotonic()
-        self.own[1] = number
+        self.say("hold", number)
         try:
             yield
         finally:
-            self.own[1] = -1
+            self.say("hold", -1)
 
-    def state(self, patience_s=0.0):
-        """-> (whether some worker has died, file numbers in dead hands, [(file number, seconds)] in living hands).
+    def waiting(self, text):
+        self.say("waiting", text)
 
-        With patience, a worker whose socket is closed already gets the time to die.
-        """
-        deadline, started = time.monotonic() + patience_s, {int(pid) for pid in self.rows[:, 0].tolist() if pid}
-        while started <= (alive := {process.pid for process in multiprocessing.active_children()}) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        rows = [(int(pid), int(number), time.monotonic() - since) for pid, number, since in self.rows.tolist() if pid]
-        lost = [number for pid, number, _ in rows if pid not in alive]
-        return bool(lost), [n for n in lost if n >= 0], [(n, seconds) for pid, n, seconds in rows if pid in alive and n >= 0]
+    def pass_on(self, sample):
+        """A sample was made: said now and then, so that a long batch is not taken for a standstill."""
+        if time.monotonic() - self.spoken > 1.0:
+            self.say("hold", -1)
+        return sample
 
-    def kill(self):
-        """End all workers at once: one that hangs in a decoder hears nothing else."""
-        for process in multiprocessing.active_children():
-            if process.pid in self.rows[:, 0].tolist():
-                process.kill()
-                process.join()
+    def place(self, array):
+        """Put an array's bytes into the slot if they fit -> whether they must travel in the message instead."""
+        raw = array.raw()
+        if raw.nbytes < INLINE_BYTES or self.free + raw.nbytes > self.end:
+            return True
+        self.memory[self.free : self.free + raw.nbytes] = raw
+        self.places.append((self.free, raw.nbytes))
+        self.free += -(-raw.nbytes // 64) * 64
+        return False
+
+    def hand_over(self, batch, turn):
+        """Send a batch, its arrays in slot turn % PREFETCH; before a slot is used again the main process has said that it is free."""
+        if turn >= PREFETCH and not self.channel.recv(1):
+            raise EOFError("the main process is gone")
+        slot = len(self.memory) // PREFETCH
+        self.places, self.free, self.end = [], turn % PREFETCH * slot, (turn % PREFETCH + 1) * slot
+        inner = io.BytesIO()
+        BatchPickler(inner, 5, True, self.place).dump(batch)
+        self.say("batch", (self.places, inner.getvalue()))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is not None:
+            known = next((name for name, base in WORKER_ERRORS.items() if isinstance(error, base)), "")
+            text = str(error) if known else f"{kind.__name__}: {error}"
+            try:
+                self.say("error", (known, text, "".join(traceback.format_exception(kind, error, trace))))
+            except OSError:
+                pass  # the main process is gone: nobody is left to tell
+        return True
+
+
+def serve_batches(parent, channel, memory, dataset, files, sampler, batch_numbers, collate_fn):
+    """Life of a loader worker: make its share of the batches, in order, at most PREFETCH ahead of the loop."""
+    init_worker()
+    with WorkerEnd(channel, memory) as own_end:
+        try:
+            threading.Thread(target=end_without, args=(parent,), daemon=True).start()
+        except RuntimeError as error:  # Python's word for a limit on processes
+            raise UserError(f"loader workers cannot be started ({error}); {TOO_MANY}") from error
+        if files is not None:
+            files.watch = own_end
+        for turn, number in enumerate(batch_numbers):
+            own_end.hand_over(collate_fn([own_end.pass_on(dataset[index]) for index in sampler[number]]), turn)
+
+
+class Worker:
+    """The main process's side of a worker: its process, its socket and what it has said.
+
+    `held` is the file in its hand, `silent` for how long the loop has waited without a word from it, `parcels` its batches
+    that were not taken yet, `failure` the exception that ended it (name in WORKER_ERRORS or "", text, traceback).
+    """
+
+    def __init__(self, batch_numbers, memory_bytes):
+        self.memory = mmap.mmap(-1, memory_bytes) if START_METHOD == "fork" and memory_bytes else None  # anonymous: needs no /dev/shm
+        self.channel, self.theirs = socket.socketpair()
+        for end in (self.channel, self.theirs):
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                end.setsockopt(socket.SOL_SOCKET, option, 2**20)
+        self.channel.setblocking(False)
+        self.batch_numbers, self.received, self.taken = batch_numbers, 0, 0
+        self.inbox, self.held, self.silent, self.parcels, self.lost, self.failure, self.process = bytearray(), -1, 0.0, [], False, None, None
+
+    def start(self, dataset, files, sampler, collate_fn):
+        """Start the process. OSError when the system refuses."""
+        work = os.getpid(), self.theirs, self.memory, dataset, files, sampler, self.batch_numbers, collate_fn
+        self.process = multiprocessing.get_context(START_METHOD).Process(target=serve_batches, args=work, daemon=True)
+        self.process.start()
+        self.theirs.close()  # the worker alone holds it: its death closes it
+
+    @property
+    def owes(self):
+        """Whether it has a batch to make now."""
+        return self.received < min(len(self.batch_numbers), self.taken + PREFETCH)
+
+    @property
+    def died(self):
+        """Whether it ended with work undone and without an exception."""
+        return self.lost and self.failure is None and self.received < len(self.batch_numbers)
+
+    def read(self):
+        """Take in what has arrived, without waiting -> texts for whoever watches."""
+        try:
+            while piece := self.channel.recv(2**20):
+                self.silent = 0.0
+                self.inbox += piece
+            self.lost = True
+        except BlockingIOError:
+            pass  # no more for now
+        except ConnectionError:
+            self.lost = True
+        told = []
+        while len(self.inbox) >= 8 and len(self.inbox) >= (until := 8 + int.from_bytes(self.inbox[:8], "little")):
+            kind, content = ForkingPickler.loads(memoryview(self.inbox)[8:until].tobytes())
+            del self.inbox[:until]
+            if kind == "hold":
+                self.held = content
+            elif kind == "batch":
+                self.received += 1
+                self.parcels.append(content)
+            elif kind == "error":
+                self.failure = content
+            else:
+                told.append(content)
+        return told
+
+    @property
+    def fate(self):
+        """How it ended, in words."""
+        self.process.join(1.0)
+        code = self.process.exitcode
+        if not self.lost or code is None:
+            return "no sign of life"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def fail(self):
+        """Raise the exception that ended it, its traceback there as the cause."""
+        known, text, trace = self.failure
+        raise WORKER_ERRORS.get(known, RuntimeError)(text if known else f"in a loader worker: {text}") from RuntimeError(f"\n{trace}")
+
+    def take(self, in_place=False):
+        """The next batch. Its arrays are copies, or lie in shared memory until `release` when `in_place`."""
+        places, inner = self.parcels.pop(0)
+        pieces = [np.frombuffer(self.memory, np.uint8, size, start) for start, size in places]
+        return ForkingPickler.loads(inner, buffers=pieces if in_place else [piece.copy() for piece in pieces])
+
+    def release(self):
+        """Say that the slot of the batch taken last is free."""
+        self.taken += 1
+        try:
+            self.channel.send(b"f")
+        except ConnectionError:
+            pass  # it has made its last batch, or its death is noticed when it is waited for
+
+    def end(self):
+        """End it at once: a worker that hangs in a decoder hears nothing else."""
+        if self.process is not None and self.process.pid:
+            self.process.kill()
+            self.process.join(5.0)  # a disk that does not answer may hold it for longer
+        self.channel.close()
+        self.theirs.close()
+
+
+def end_workers(workers, owner):
+    """End all workers of a list and forget them, in the process that started them alone: a fork of it holds the same list."""
+    if os.getpid() == owner:
+        for worker in workers:
+            worker.end()
+    workers.clear()
+
+
+def init_pinning(device):
+    """The thread that fills pinned memory stays on the rank's GPU and on one core."""
+    torch.cuda.set_device(device)
+    torch.set_num_threads(1)
+
+
+def pin_batch(batch):
+    """A batch's tensors in pinned memory, for copies that the GPU fetches itself."""
+    return {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
 class ClipLoader:
     """Iterator over batches in the sampler's order, whatever the number of workers and whatever becomes of them.
 
-    A file whose reading outlasts decode_timeout_s, or kills two workers, goes into the dataset's `quarantine`; the
-    workers are replaced and reading goes on with the batch that was due. Since a sample's substitute depends on the sample
-    alone, all later batches are the same as if the file had been left out from the start. With num_workers = 0 nothing
-    guards the process. It draws from a generator of its own: the global one stays untouched.
+    Each worker makes every num_workers-th batch. One that dies, or says nothing while the loop waits for decode_timeout_s,
+    is replaced and reading goes on with the batch that was due; the file in its hand at two such ends goes into the
+    `quarantine` of `files`, the ClipDataset that reads. Since a sample's substitute depends on the sample alone, all later
+    batches are the same as if the file had been left out from the start. With num_workers = 0 nothing guards the process.
+
+    A wait looks at `stopping()` and raises Stopped; the batch is still due then. `failing` (name -> reason) is kept up to
+    date with the files that could not be decoded and have not been since. It draws no random numbers.
     """
 
-    def __init__(self, dataset, sampler, num_workers, pin_memory, timeout_s=60.0):
-        self.dataset, self.sampler, self.num_workers, self.pin_memory, self.timeout_s = dataset, sampler, num_workers, pin_memory, timeout_s
-        self.delivered, self.strikes, self.deaths = 0, {}, 0
-        self.start()
+    def __init__(self, dataset, sampler, num_workers, pin_memory=False, timeout_s=60.0, *, collate_fn=None, files=None, batch_bytes=0, stopping=None,
+                 failing=None):
+        self.dataset, self.sampler, self.num_workers, self.timeout_s, self.batch_bytes = dataset, sampler, num_workers, timeout_s, batch_bytes
+        self.collate_fn, self.files = collate_fn or collate, files or (dataset if isinstance(dataset, ClipDataset) else None)
+        self.stopping, self.failing, self.attendant = stopping, failing, Attendant(stopping)
+        self.delivered, self.begun, self.strikes, self.deaths, self.workers, self.pinned, self.pinning = 0, 0, {}, 0, [], None, None
+        if pin_memory and torch.cuda.is_available():
+            self.pinning = ThreadPoolExecutor(1, initializer=init_pinning, initargs=(torch.cuda.current_device(),))
+        # forgotten or at exit: workers ignore SIGTERM, and the interpreter would wait for them for ever
+        weakref.finalize(self, end_workers, self.workers, os.getpid())
+        if num_workers:
+            self.start()
+        elif self.files is not None:
+            self.files.watch = self.attendant
 
     def start(self):
-        """Start workers at the batch that is due."""
-        dataset = copy.copy(self.dataset)  # a watch of its own; the quarantine stays shared
-        self.watch = dataset.watch = WorkerWatch(self.num_workers) if self.num_workers else None
-        workers = {"timeout": min(5.0, self.timeout_s), "prefetch_factor": 2, "worker_init_fn": self.watch.start} if self.num_workers else {}
-        self.batches = iter(torch.utils.data.DataLoader(
-            dataset, batch_sampler=self.sampler.after(self.delivered), num_workers=self.num_workers, collate_fn=collate,
-            pin_memory=self.pin_memory, generator=torch.Generator().manual_seed(0), **workers,
-        ))
-        if self.num_workers:  # forgotten or at exit: workers ignore SIGTERM, and the interpreter would wait for them for ever
-            weakref.finalize(self, self.watch.kill)
-        if self.num_workers and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise in the middle of whatever runs
+        """Start workers at the batch that is due. UserError when the system refuses."""
+        self.begun, self.pinned = self.delivered, None
+        try:
+            for number in range(min(self.num_workers, len(self.sampler) - self.delivered)):
+                self.workers.append(Worker(range(self.delivered + number, len(self.sampler), self.num_workers), PREFETCH * self.batch_bytes))
+                with HeldSignals():
+                    self.workers[-1].start(self.dataset, self.files, self.sampler, self.collate_fn)
+        except OSError as error:
+            self.close()
+            cure = CURE if error.errno == errno.ENOMEM else TOO_MANY
+            raise UserError(f"loader workers cannot be started ({error.strerror or error}); {cure}") from error
 
     def __iter__(self):
         return self
@@ -2463,52 +2733,103 @@ class ClipLoader:
     def __len__(self):
         return len(self.sampler)
 
-    def __next__(self):
-        while True:
-            try:
-                batch = next(self.batches)
-            except StopIteration:
-                self.close()
-                raise
-            except (RuntimeError, OSError, EOFError) as error:
-                # RuntimeError is DataLoader's word for a dead worker and for a wait that reached its timeout; the others come
-                # from the socket of a worker that is dying. Whatever else it may be is raised again below.
-                if not self.num_workers:
-                    raise
-                died, dropped, held = self.watch.state(0.0 if isinstance(error, RuntimeError) else 5.0)
-                hung = [number for number, seconds in held if seconds > self.timeout_s]
-                if not died and not str(error).startswith("DataLoader timed out"):
-                    raise
-                if died or hung:
-                    self.replace_workers(dropped, hung)
-            else:
-                self.delivered, self.deaths = self.delivered + 1, 0
-                return batch
+    @property
+    def due(self):
+        """The worker whose batch is due."""
+        return self.workers[(self.delivered - self.begun) % self.num_workers]
 
-    def replace_workers(self, dropped, hung):
-        """Count strikes, quarantine, start anew. UserError when workers die without a file in hand, again and again."""
-        self.watch.kill()
-        for number in dropped:
+    def __next__(self):
+        if self.delivered >= len(self.sampler):
+            self.close()
+            raise StopIteration
+        if not self.num_workers:
+            batch = self.collate_fn([self.dataset[index] for index in self.sampler[self.delivered]])
+            batch = pin_batch(batch) if self.pinning else batch
+        else:
+            self.look(0.0)
+            while not self.due.parcels and not self.pinned:
+                self.wait()
+            batch = self.receive()
+        self.delivered, self.deaths, self.attendant.told = self.delivered + 1, 0, False
+        if self.pinning and self.workers and self.delivered < len(self.sampler) and self.due.parcels:  # while the loop computes
+            self.pinned = self.pinning.submit(pin_batch, self.due.take(in_place=True))
+        if self.failing is not None:
+            self.keep_account(batch)
+        return batch
+
+    def look(self, seconds):
+        """Read what the workers say, and wait for it at most so long."""
+        multiprocessing.connection.wait([worker.channel for worker in self.workers if not worker.lost], seconds)
+        for worker in self.workers:
+            for text in [] if worker.lost else worker.read():
+                self.attendant.tell(text)
+
+    def wait(self):
+        """One tick of waiting for the batch that is due. Stopped, or the exception that ended its worker."""
+        if self.due.failure:
+            self.due.fail()
+        if self.stopping is not None and self.stopping():
+            raise Stopped
+        before = time.monotonic()
+        self.look(TICK_S)
+        waited = min(time.monotonic() - before, 2 * TICK_S)  # no more: time in which this process stood still counts for nobody
+        for worker in self.workers:
+            worker.silent += waited if worker.owes else 0.0
+        gone = [worker for worker in self.workers if worker.died]
+        late = [worker for worker in self.workers if worker.silent > (self.timeout_s if worker.held >= 0 else max(self.timeout_s, QUIET_S)) and not worker.lost]
+        if gone or late:
+            self.replace_workers(gone, late)
+
+    def receive(self):
+        """The batch that is due and has arrived."""
+        worker = self.due
+        if self.pinning:
+            batch = (self.pinned or self.pinning.submit(pin_batch, worker.take(in_place=True))).result()
+            self.pinned = None
+        else:
+            batch = worker.take()
+        worker.release()
+        return batch
+
+    def replace_workers(self, gone, late):
+        """Count strikes, quarantine, start anew. UserError when workers fail without a file in hand, again and again."""
+        ends = {worker.fate for worker in gone} | {f"no word for {self.timeout_s:g} s" for worker in late}
+        held = [(worker.held, f"one clip took longer than decode_timeout_s = {self.timeout_s:g}") for worker in late if worker.held >= 0]
+        held += [(worker.held, "it killed two loader workers") for worker in gone if worker.held >= 0]
+        self.close()
+        for number, reason in held:
             self.strikes[number] = self.strikes.get(number, 0) + 1
-        for number in hung:
-            self.dataset.quarantine[self.dataset.videos[number].name] = f"{QUARANTINED}: one clip took longer than decode_timeout_s = {self.timeout_s:g}"
-        for number, strikes in self.strikes.items():
-            if strikes > 1:
-                self.dataset.quarantine[self.dataset.videos[number].name] = f"{QUARANTINED}: it killed two loader workers"
-        self.deaths += not dropped and not hung
+            if self.strikes[number] > 1:
+                self.files.quarantine[self.files.videos[number].name] = f"{QUARANTINED}: {reason}"
+        self.deaths += not held
         if self.deaths > 2:
-            raise UserError("loader workers die before they open a file (out of memory?); lower --num_workers or --batch_size")
+            raise UserError(f"loader workers die before they open a file ({', '.join(sorted(ends))}); {CURE}")
         self.start()
+
+    def keep_account(self, batch):
+        """Files decoded now are good again; those that could not be decoded are failing."""
+        for number in batch["file"].tolist():
+            if number >= 0:
+                self.failing.pop(self.files.videos[number].name, None)
+        self.failing.update(batch["bad"])
 
     def close(self):
         """End the workers."""
-        if self.num_workers:
-            self.watch.kill()
+        self.pinned = None
+        end_workers(self.workers, os.getpid())
 
 
-def open_loader(source, cfg, stream, sampler, num_workers, pin_memory=False):
-    """The ClipLoader of a stream of a DataSource."""
-    return ClipLoader(source.dataset(cfg, stream), sampler, num_workers, pin_memory, cfg.decode_timeout_s)
+def batch_bytes(cfg, num_clips):
+    """Room that the large arrays of a batch take: frames, noise, masks."""
+    noise = cfg.flow_draws * cfg.flow_tokens * cfg.flow_rank * 4
+    masks = len(MASK_FAMILIES) * cfg.mask_draws * cfg.num_tokens * 8
+    return num_clips * (cfg.num_frames * cfg.channels * cfg.height * cfg.width + noise + masks) + 2**16
+
+
+def open_loader(source, cfg, stream, sampler, num_workers, pin_memory=False, stopping=None):
+    """The ClipLoader of a stream of a DataSource. While it waits for a batch and `stopping()` is true, it raises Stopped."""
+    return ClipLoader(source.dataset(cfg, stream), sampler, num_workers, pin_memory, cfg.decode_timeout_s,
+                      batch_bytes=batch_bytes(cfg, sampler.batch_size), stopping=stopping, failing=source.failing)
 
 
 def maneuver_names(videos, data_root):
@@ -2537,6 +2858,7 @@ class DataSource:
     maneuvers: list
     held_out: bool  # False: a single file serves both sides
     quarantine: dict = field(default_factory=dict)  # files that no worker may open: name -> reason
+    failing: dict = field(default_factory=dict)  # files that this process could not decode and has not decoded since: name -> reason
 
     def listing(self):
         """What a checkpoint keeps of the listing: the number of files, their names as far as they are the user's and
@@ -4522,9 +4844,9 @@ class RunLog:
             tracker.record(values)
 
     def add_bad(self, entries):
-        """Name files that could not be decoded, each once."""
+        """Name files that could not be decoded, each once, and once more when it must not be opened again. This is history, not what counts now."""
         for name, reason in entries:
-            if name in self.bad:
+            if name in self.bad and (self.bad[name].startswith(QUARANTINED) or not reason.startswith(QUARANTINED)):
                 continue
             self.bad[name] = reason
             if self.is_main:
@@ -4713,7 +5035,7 @@ def validate(model, source, process, deadline=math.inf):
     cfg = model.cfg
     num_batches = max(1, math.ceil(cfg.val_clips / (cfg.batch_size * process.world_size)))
     sampler = StepSampler(0, num_batches, cfg.batch_size, process.rank, process.world_size)
-    loader = open_loader(source, cfg, "val", sampler, min(cfg.num_workers, 2), process.device.type == "cuda")
+    loader = open_loader(source, cfg, "val", sampler, min(cfg.num_workers, 2), process.device.type == "cuda", process.stop.asked)
     was_training, sums, targets, looks, bad, spread = model.training, {}, [], [], [], 0.0
     model.eval()
     for batch in process.walk(loader):
@@ -4763,7 +5085,7 @@ def encode_bank(model, source, process, num_clips, deadline):
     cfg, size = model.cfg, min(model.cfg.batch_size, num_clips)
     sampler = StepSampler(0, math.ceil(num_clips / size), size, 0, 1)
     futures, numbers, files = [], [], []
-    loader = open_loader(source, cfg, "bank", sampler, min(cfg.num_workers, 2))
+    loader = open_loader(source, cfg, "bank", sampler, min(cfg.num_workers, 2), stopping=process.stop.asked)
     for batch in loader:
         if process.stop.asked():  # rank 0 alone is here, the others learn of it afterwards
             raise Stopped
@@ -5056,16 +5378,18 @@ def log_values(metrics, carries, model, process, log, clock, progress):
 
 
 def check_bad_files(log, entries, source, cfg, process):
-    """Name new bad files of all ranks; stop when too large a share of the data is bad."""
-    log.add_bad([entry for part in process.collect(entries) for entry in part])
+    """Name new bad files of all ranks; stop when too large a share of the data is bad now: named by this attempt of the run and not decoded since."""
+    told, failing = zip(*process.collect((entries, source.failing)))
+    log.add_bad([entry for part in told for entry in part])
+    failing = {name: reason for part in failing for name, reason in part.items()}
     for side, videos in (("training", source.train), ("validation", source.val)):
-        if all(video.name in log.bad for video in videos):  # blank frames would stand in for them
-            raise UserError(f"all {len(videos)} {side} files cannot be decoded; the first is {videos[0].name}: {log.bad[videos[0].name]}; "
+        if all(video.name in failing for video in videos):  # blank frames would stand in for them
+            raise UserError(f"all {len(videos)} {side} files cannot be decoded; the first is {videos[0].name}: {failing[videos[0].name]}; "
                             f"all are in {cfg.out_dir}/bad_files.jsonl")
     total = len({video.name for video in source.train + source.val})
-    if len(log.bad) / total > cfg.max_bad_fraction:
-        name, reason = next(iter(log.bad.items()))
-        raise UserError(f"{len(log.bad)} of {total} files cannot be decoded (max_bad_fraction {cfg.max_bad_fraction}); the first is {name}: {reason}; "
+    if len(failing) / total > cfg.max_bad_fraction:
+        name, reason = next(iter(failing.items()))
+        raise UserError(f"{len(failing)} of {total} files cannot be decoded (max_bad_fraction {cfg.max_bad_fraction}); the first is {name}: {reason}; "
                         f"all are in {cfg.out_dir}/bad_files.jsonl")
 
 
@@ -5105,7 +5429,8 @@ def cache_latents(model, source, process, start, num_clips, log):
     num_batches = math.ceil(num_clips / (size * process.world_size))
     sampler = StepSampler(start, num_batches, size, process.rank, process.world_size)
     cached, began, told = None, time.perf_counter(), 1
-    for number, batch in enumerate(process.walk(open_loader(source, cfg, "train", sampler, cfg.num_workers))):
+    loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, stopping=process.stop.asked)
+    for number, batch in enumerate(process.walk(loader)):
         with torch.no_grad(), autocast(process):
             clip = model.normalise(batch["frames"].to(process.device))
             parts = model.encode_now(model.online.tokenizer(clip[:, : cfg.now_frames])), model.future_target(model.make_targets(clip))
@@ -5378,7 +5703,7 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     process.stop.saved = progress.step
     model.train()
     sampler = StepSampler(progress.consumed, (cfg.steps - progress.step) * cfg.grad_accum, cfg.batch_size, process.rank, process.world_size)
-    loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, process.device.type == "cuda")
+    loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, process.device.type == "cuda", process.stop.asked)
     folder.closing.append(loader)
     if is_due(cfg.val_every, progress, cfg) and process.any(progress.step not in log.evaluated)[0]:  # the stop came before it
         bad, stopping = evaluate(model, source, process, log, mark, progress)

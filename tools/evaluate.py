@@ -754,7 +754,7 @@ class VideoClips(torch.utils.data.Dataset):
     """Clips of real videos by the script's own dataset, with annotations at the clip's times. labels: file, maneuver, signals, bad."""
 
     def __init__(self, dataset, count):
-        self.dataset, self.count = dataset, count
+        self.dataset, self.count, self.cfg = dataset, count, dataset.cfg
 
     def __len__(self):
         return self.count
@@ -765,7 +765,8 @@ class VideoClips(torch.utils.data.Dataset):
         labels = {}
         if number >= 0:
             plan = V.draw_plan(V.sample_rng(cfg.seed, data.stream, index, 2), cfg, data.stream)
-            labels = timed_annotation(annotation, data.videos[number], plan)
+            with data.watch.holding(number):
+                labels = timed_annotation(annotation, data.videos[number], plan)
         clip = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
         return clip, {**labels, "file": number, "bad": bad}
 
@@ -778,8 +779,10 @@ def collate_clips(pairs):
 def stream(clips, sizes, num_workers, progress, name):
     """Batches of a dataset in order, made by worker processes -> generator of (frames uint8 on the host, labels)."""
     progress.stage(name, len(clips))
-    loader = torch.utils.data.DataLoader(clips, batch_size=sizes.batch, num_workers=num_workers, collate_fn=collate_clips,
-                                         worker_init_fn=V.init_worker, prefetch_factor=4 if num_workers else None)
+    numbers, files = range(len(clips)), getattr(clips, "dataset", None)
+    batches = [numbers[first : first + sizes.batch] for first in range(0, len(clips), sizes.batch)]
+    room = V.batch_bytes(clips.cfg, sizes.batch)
+    loader = V.ClipLoader(clips, batches, num_workers, timeout_s=clips.cfg.decode_timeout_s, collate_fn=collate_clips, files=files, batch_bytes=room)
     for frames, labels in loader:
         yield frames, labels
         progress.step(len(labels))

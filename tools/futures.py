@@ -164,8 +164,9 @@ def fill_pool(model, source, stream, seconds, most, num_workers=0, least=8):
     cfg, device = model.cfg, model.image_mean.device
     seen, tubelets = cfg.now_frames + cfg.soon_frames, (cfg.now_frames + cfg.soon_frames) // cfg.tubelet_t
     most = max(least, min(most, POOL_BYTES // (seen * 3 * cfg.height * cfg.width + 2 * tubelets * cfg.sites * cfg.enc_dim)))
-    loader = torch.utils.data.DataLoader(PoolClips(cfg, source, stream), batch_size=4, sampler=range(most), num_workers=num_workers,
-                                         worker_init_fn=V.init_worker, generator=torch.Generator().manual_seed(0))
+    clips, numbers = PoolClips(cfg, source, stream), range(most)
+    loader = V.ClipLoader(clips, [numbers[first : first + 4] for first in range(0, most, 4)], num_workers, timeout_s=cfg.decode_timeout_s,
+                          collate_fn=torch.utils.data.default_collate, files=clips.videos, batch_bytes=V.batch_bytes(cfg, 4))
     bar, rows, count = Bar("encode held-out clips" if stream == "val" else "encode clips"), [], 0
     for batch in loader:
         if not batch["readable"].all():
@@ -179,6 +180,7 @@ def fill_pool(model, source, stream, seconds, most, num_workers=0, least=8):
         bar.show(max(bar.seconds / seconds, count / most), f"{count} clips")
         if bar.seconds > seconds and count >= least:
             break
+    loader.close()
     bar.close(f"{count} of them")
     return Pool(*(torch.cat(parts) for parts in zip(*rows)))
 
