@@ -257,7 +257,7 @@ def make_folder(path):
     [make_folder, lambda path: path.symlink_to("nowhere"), lambda path: path.symlink_to(path.name), os.mkfifo],
     ids=["folder", "dangling", "loop", "pipe"],
 )
-@pytest.mark.parametrize("name", ["ckpt_7.pt", "ckpt_final.pt"])
+@pytest.mark.parametrize("name", [pytest.param("ckpt_7.pt", marks=pytest.mark.slow), "ckpt_final.pt"])
 def test_a_checkpoint_that_is_no_file(run, make, name, capsys):
     """Named and passed over; the run goes on, saves under that name, and deletes nothing. Seen red: UsageError,
     IsADirectoryError, or a hang."""
@@ -328,13 +328,13 @@ def test_damaged_lines_are_left_out(run, name, lines, capsys):
 
 
 def test_flipped_bits_in_companions(run):
-    """60 single flips over all small files of the folder: the run starts and ends, whatever it finds. Seen red with
+    """20 single flips over all small files of the folder: the run starts and ends, whatever it finds. Seen red with
     UnicodeDecodeError."""
     folder, cfg = run
     (folder / "bad_files.jsonl").write_text('{"path": "a", "reason": "b"}\n')
     rng, whole = random.Random(2), {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert {"metrics.jsonl", "bad_files.jsonl", "config.json", "status.json", ".lease", "train.log"} <= set(whole)
-    for _ in range(60):
+    for _ in range(20):
         for name, content in whole.items():
             place = rng.randrange(len(content))
             (folder / name).write_bytes(

@@ -261,6 +261,7 @@ def test_commands_into_a_closed_pipe(tmp_path, words, code):
     assert done.returncode == code and b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr, done
 
 
+@pytest.mark.faults
 def test_report_errors_with_nobody_to_tell():
     """stdout and stderr both broken: the code is still the right one."""
     code = f"""
@@ -368,6 +369,7 @@ def test_a_folder_that_another_run_makes_anew(scene_folder, tmp_path, monkeypatc
     )
 
 
+@pytest.mark.faults
 def test_a_lease_that_is_deleted_is_taken_again(scene_folder, tmp_path, monkeypatch):
     """rm out_dir/.lease, by someone who thought it stale: the run takes it anew, and a second one is still refused."""
     cfg, refused = config(scene_folder, tmp_path / "run", steps=6, ckpt_every=2), []

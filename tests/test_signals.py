@@ -218,6 +218,9 @@ STAGES = {
 }
 
 
+FAST = ("listing", "batch", "final save", "final evaluation", "latents")
+
+
 def strike(monkeypatch, name, at, number):
     """Send this process a signal in the at-th call of a function of the script."""
     real, count = getattr(V, name), [0]
@@ -247,11 +250,7 @@ def straight(scene_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "stage",
-    [
-        pytest.param(stage, marks=pytest.mark.faults if stage in ("picture", "soon fit", "first checks") else ())
-        for stage in STAGES
-    ],
+    "stage", [pytest.param(stage, marks=() if stage in FAST else pytest.mark.slow) for stage in STAGES]
 )
 def test_a_signal_at_every_stage(scene_folder, tmp_path, straight, monkeypatch, capsys, stage):
     """Exit 75, status stopped with the reason, saved what there is; the same command ends the run with the same bits as
@@ -329,7 +328,7 @@ def die_at(monkeypatch, step):
     monkeypatch.setattr(V, "take_step", take_step)
 
 
-@pytest.mark.parametrize("dies_at, goes_on_at", [(5, 4), (1, 0)])
+@pytest.mark.parametrize("dies_at, goes_on_at", [(5, 4), pytest.param(1, 0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("resume", ["never", "file"])
 def test_a_restart_goes_on_from_its_own_newest_checkpoint(
     scene_folder, tmp_path, monkeypatch, capsys, resume, dies_at, goes_on_at
