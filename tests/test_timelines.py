@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from conftest import V, small_config
-from test_videos import DECODER_NAMES, PLAN, coded_frames, frame_numbers, read_with, write_coded
+from test_videos import DECODER_NAMES, PLAN, coded_frames, frame_numbers, write_coded
 
 TS_PACKET = 188  # bytes
 
