@@ -4765,67 +4765,90 @@ class Tracker:
         self.writer.flush()
 
 
+SILENCE_S = 18.0  # after so long without a word a thread says what the run is at: nobody waits 20 s for a sign of life
+
+
 class RunLog:
     """Console text to stdout and train.log, records to metrics.jsonl, bad files to bad_files.jsonl. Silent off rank 0.
 
-    `folder` is the RunFolder, without which nobody checks whether out_dir is still ours. A console that is lost costs
-    nothing else.
+    `folder` is the RunFolder, without which nobody checks whether out_dir is still ours; with it a thread tells `stage`,
+    what the run is at, whenever nothing else is said. A console that is lost costs nothing else.
     """
 
     def __init__(self, cfg, is_main, folder=None):
         self.folder, self.is_main, self.owner, self.bad, self.trackers = Path(cfg.out_dir), is_main, folder, {}, []
         self.bar_width, self.pending, self.evaluated, self.lost = 0, {}, set(), ""
+        self.stage, self.spoken, self.lock, self.closed = "starting", time.monotonic(), threading.RLock(), threading.Event()
         packages = list(filter(None, cfg.track.split(","))) if is_main else []
         for package in packages:
             if importlib.util.find_spec(package) is None:
                 raise UsageError(f"track = {cfg.track}: {package} is not installed (pip install {package}), or leave --track out")
         self.trackers = [Tracker(package, cfg, self.line) for package in packages]
+        self.pulse = threading.Thread(target=self.tell_stage, daemon=True) if is_main and folder is not None else None
+        if self.pulse is not None:
+            self.pulse.start()
+
+    def tell_stage(self):
+        """Say now and then what the run is at, for as long as nothing else is said: run in a thread."""
+        while not self.closed.wait(min(1.0, SILENCE_S)):
+            if time.monotonic() - self.spoken >= SILENCE_S:
+                self.line(f"at work: {self.stage}")
 
     def line(self, text):
         """One line of console text."""
-        if self.is_main:
-            text = one_line(text, MAX_LINE) + "\n"
+        if not self.is_main:
+            return
+        text = one_line(text, MAX_LINE) + "\n"
+        with self.lock:
             self.clear_bar()
             self.show(text)
             self.append("train.log", text)
 
     def show(self, text):
         """Text on the console; the first time that it cannot be written is remembered."""
+        self.spoken = time.monotonic()
         self.lost = self.lost or emit(text, sys.stdout)
 
     def append(self, name, text):
         """Add whole lines to a file of the run. While the disk refuses they wait in memory, and no half line stays behind."""
-        path, size, told = self.folder / name, None, name in self.pending
-        waiting = self.pending.pop(name, "") + text
-        try:
-            if self.owner is not None:
-                self.owner.check()
-            size = path.stat().st_size if path.exists() else 0
-            with open(path, "ab") as handle:
-                handle.write(waiting.encode())
-        except OSError as error:
-            self.pending[name] = waiting
-            if not told:
-                say(f"WARNING: {path} cannot be written ({error.strerror}); its lines wait in memory", sys.stderr)
-            if size is not None:
-                with suppress(OSError):  # a disk that refuses this as well has taken no half line either
-                    os.truncate(path, size)
+        with self.lock:
+            path, size, told = self.folder / name, None, name in self.pending
+            waiting = self.pending.pop(name, "") + text
+            try:
+                if self.owner is not None:
+                    self.owner.check()
+                size = path.stat().st_size if path.exists() else 0
+                with open(path, "ab") as handle:
+                    handle.write(waiting.encode())
+            except OSError as error:
+                self.pending[name] = waiting
+                if not told:
+                    say(f"WARNING: {path} cannot be written ({error.strerror}); its lines wait in memory", sys.stderr)
+                if size is not None:
+                    with suppress(OSError):  # a disk that refuses this as well has taken no half line either
+                        os.truncate(path, size)
 
     def close(self):
         """The last word in train.log, where the console did not get all."""
+        self.closed.set()
+        if self.pulse is not None:
+            self.pulse.join()
         for name in list(self.pending):
             self.append(name, "")
         if self.is_main and self.lost:
             why = one_line(self.lost)
             self.append("train.log", f"WARNING: the console was lost in this run ({why}); this file holds all its lines\n")
 
-    def bar(self, step, steps, text):
-        """Progress bar on a terminal; nothing elsewhere, where plain lines tell."""
+    def bar(self, step, steps, text, what="step"):
+        """Progress bar on a terminal; nothing elsewhere, where plain lines tell. `what` is counted."""
+        self.stage = f"{what} {step} of {steps} is done"
         if self.is_main and is_terminal(sys.stdout):
             filled = round(24 * step / steps)
-            bar = one_line(f"[{'#' * filled}{'.' * (24 - filled)}] {step}/{steps} {text}")[: shutil.get_terminal_size().columns - 1]
-            self.show("\r" + bar.ljust(self.bar_width))
-            self.bar_width = len(bar)
+            bar = one_line(f"[{'#' * filled}{'.' * (24 - filled)}] {step}/{steps} {text}")
+            bar = bar[: shutil.get_terminal_size().columns - 1]
+            with self.lock:
+                self.show("\r" + bar.ljust(self.bar_width))
+                self.bar_width = len(bar)
 
     def clear_bar(self):
         if self.bar_width:
@@ -5315,9 +5338,9 @@ def save_run(model, optimizer, scaler, source, process, progress, log, final=Fal
     """Gather the state of all ranks, which must still hold the same weights, and let rank 0 write it.
 
     Where the disk refuses, that is told and the run goes on to its next checkpoint; with `must`, or when another run
-    has taken
-    the folder, it is a UserError.
+    has taken the folder, it is a UserError.
     """
+    log.stage = f"saving step {progress.step}"
     check_ranks(process, weights=digest(fingerprint(model)))
     state = checkpoint_state(model, optimizer, scaler, source, process, progress)
     if not process.is_main:
@@ -5428,7 +5451,7 @@ def cache_latents(model, source, process, start, num_clips, log):
     kept = torch.bfloat16 if cfg.amp else torch.float32
     num_batches = math.ceil(num_clips / (size * process.world_size))
     sampler = StepSampler(start, num_batches, size, process.rank, process.world_size)
-    cached, began, told = None, time.perf_counter(), 1
+    cached = None
     loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, stopping=process.stop.asked)
     for number, batch in enumerate(process.walk(loader)):
         with torch.no_grad(), autocast(process):
@@ -5438,10 +5461,7 @@ def cache_latents(model, source, process, start, num_clips, log):
             cached = tuple(torch.empty((num_batches * size, *part.shape[1:]), dtype=kept) for part in parts)
         for whole, part in zip(cached, parts):
             whole[number * size : (number + 1) * size] = part
-        log.bar(number + 1, num_batches, "latents for the flow phase")
-        if time.perf_counter() - began > 60 * told:
-            told += 1
-            log.line(f"latents for the flow phase: {(number + 1) * size * process.world_size} of {num_clips} clips")
+        log.bar(number + 1, num_batches, "latents for the flow phase", "latents for the flow phase: batch")
     return cached
 
 
@@ -5529,7 +5549,7 @@ def fit_net(net, slow, num_steps, loss_at, name, key, began, cfg, process, log):
         if slow is not None:
             with torch.no_grad():
                 torch._foreach_lerp_(list(slow.parameters()), list(net.parameters()), 1 - flow_momentum_at(step, cfg))
-        log.bar(step + 1, num_steps, name)
+        log.bar(step + 1, num_steps, name, f"{name}: step")
         if (step + 1) % (4 * cfg.log_every) == 0 or step + 1 == num_steps:
             with torch.no_grad():
                 held = float(loss_at())
@@ -5582,7 +5602,7 @@ def show_futures(model, source, process, values, log, seconds):
     """Rank 0 draws futures.png in at most about so many seconds; a full disk does not turn it into an error."""
     if not process.is_main:
         return
-    path = Path(model.cfg.out_dir) / "futures.png"
+    path, log.stage = Path(model.cfg.out_dir) / "futures.png", "drawing futures.png"
     model.eval()
     try:
         drawn, looked = draw_futures(model, source, process, values, path, seconds)
@@ -5595,6 +5615,7 @@ def show_futures(model, source, process, values, log, seconds):
 def finish(model, source, process, log, mark, progress):
     """After ckpt_final.pt: evaluate on held-out clips, draw futures.png -> exit code. StoppedTogether on a signal."""
     cfg, seconds = model.cfg, max(END_S, 0.01 * progress.seconds)
+    log.stage = "evaluating on held-out clips after the last step"
     values, bad = validate(model, source, process, time.monotonic() + seconds)
     check_bad_files(log, bad, source, cfg, process)
     if values["val_clips"] < cfg.val_clips:
@@ -5622,6 +5643,7 @@ def end_early(stop, folder, tell, where):
 def evaluate(model, source, process, log, mark, progress):
     """An evaluation in the middle of a run -> (bad files, whether a stop cut it off: then it is due when the run goes
     on)."""
+    log.stage = f"evaluating on held-out clips after step {progress.step}"
     try:
         values, bad = validate(model, source, process)
     except StoppedTogether:
@@ -5650,12 +5672,14 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     elif not videos:
         log.line(f"WARNING: no video under {cfg.data_root}: {nothing_found(cfg, videos)}; "
                  f"going on with data:{cfg.missing_data} (--missing_data error refuses instead)")
+    log.stage = "opening the data"
     source = process.together(open_data, cfg, videos, process.is_main, process.stop_together, process.stop.asked)
     for note in data_notes(cfg, videos, source, state["data"] if state else None):
         log.line(note)
     mark = "" if source.kind == "videos" else f"data:{source.kind} "
 
     # -- model
+    log.stage = "building the model and timing a pass on noise"
     process.amp_dtype, reason = choose_precision(cfg, process, state["precision"] if state and "precision" in state else "")
     torch.manual_seed(cfg.seed)
     model = WorldModel(cfg, process.rank, process.world_size).to(process.device)
@@ -5698,6 +5722,7 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     began -= progress.seconds
 
     # -- loop
+    log.stage = f"step {progress.step + 1} of {cfg.steps} has begun"
     save = partial(save_run, model, optimizer, scaler, source, process, progress, log)
     clock, bad, last, stopping, first_step = Clock(), [], {}, False, progress.step + 1
     process.stop.saved = progress.step

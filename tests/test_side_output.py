@@ -537,3 +537,26 @@ def test_say_from_threads(capsys):
     for thread in threads:
         thread.join()
     assert capsys.readouterr().out == ("x" * 50 + "\n") * 200
+
+
+# -- a sign of life
+
+
+def test_a_silent_run_says_what_it_is_at(scene_folder, tmp_path, monkeypatch, capsys):
+    """Steps that take long: the stage is told in between, on the console and in train.log, and no thread stays behind.
+
+    Seen red without the thread: nothing was said while `base` took its first step of 83 s.
+    """
+    real, before = V.take_step, threading.active_count()
+    monkeypatch.setattr(V, "SILENCE_S", 0.3)
+    monkeypatch.setattr(V, "take_step", lambda *args: V.time.sleep(0.8) or real(*args))
+    assert V.train(config(scene_folder, tmp_path / "run", steps=2, log_every=5)) == 0
+    lines = (tmp_path / "run/train.log").read_text().splitlines()
+    assert {"at work: step 1 of 2 has begun", "at work: step 1 of 2 is done"} <= set(lines)
+    assert capsys.readouterr().out.splitlines() == lines and threading.active_count() == before
+
+
+def test_a_run_that_talks_is_left_in_peace(scene_folder, tmp_path):
+    """No such line while others come."""
+    assert V.train(config(scene_folder, tmp_path / "run", steps=2)) == 0
+    assert "at work" not in (tmp_path / "run/train.log").read_text()
