@@ -122,7 +122,7 @@ class VJepaAutoV2Config:
     resume: str = "auto"  # auto (newest checkpoint in out_dir) | never | a checkpoint file
     steps: int = 20000  # optimizer steps of the whole run; all schedules end here
     device: str = "auto"  # auto | cuda | mps | cpu
-    amp: bool = False  # bf16 autocast (fp16 with a loss scaler on CUDA cards without bf16)
+    amp: bool = False  # bf16 autocast where it is no slower (fp16 with a loss scaler on CUDA cards without bf16)
     compile: bool = False  # torch.compile of the model's forward
     grad_checkpoint: bool = False  # recompute block activations in backward: less memory, about 26 % more compute
     seed: int = 1337  # every sample, mask and noise draw is a pure function of (seed, sample number)
