@@ -5104,7 +5104,7 @@ def verdict(metrics, cfg):
 @torch.no_grad()
 def encode_bank(model, source, process, num_clips, deadline):
     """Real futures to look samples up in, as many as the deadline allows -> (futures [n, F * D] on the CPU, sample numbers in
-    the `bank` stream, file numbers)."""
+    the `bank` stream, file numbers, clips read)."""
     cfg, size = model.cfg, min(model.cfg.batch_size, num_clips)
     sampler = StepSampler(0, math.ceil(num_clips / size), size, 0, 1)
     futures, numbers, files = [], [], []
@@ -5121,7 +5121,7 @@ def encode_bank(model, source, process, num_clips, deadline):
         if time.monotonic() > deadline:
             break
     loader.close()
-    return torch.cat(futures), numbers, files
+    return torch.cat(futures), numbers, files, size * loader.delivered
 
 
 def picture_canvas(num_blocks, num_samples, columns, side, caption):
@@ -5143,7 +5143,7 @@ def picture_canvas(num_blocks, num_samples, columns, side, caption):
 def picture_rows(model, data, bank, process, number, side, num_samples):
     """The rows of one val clip: the clip itself, then for each sampled future the nearest real clip in latent space
     -> [(title, uint8 frames [T, *side, 3])]. The clip's own file never answers for a sample."""
-    cfg, (futures, bank_numbers, bank_files) = model.cfg, bank
+    cfg, (futures, bank_numbers, bank_files, _) = model.cfg, bank
     frames, file, _, _, _ = data["val"].decode(number, *side)
     clip = torch.from_numpy(np.ascontiguousarray(data["val"].decode(number, cfg.height, cfg.width)[0].transpose(0, 3, 1, 2)))
     generator = torch.Generator(process.device).manual_seed(number)
@@ -5167,14 +5167,15 @@ def save_picture(image, path):
 @torch.no_grad()
 def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, num_samples=4):
     """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames of
-    the nearest real clip, with the verdict under them -> (clips drawn, real clips looked through). One clip is drawn at least,
-    the others while `seconds` last, of which the search may take two fifths."""
+    the nearest real clip, with the verdict under them -> what was left out for want of time, "" for nothing. One clip is
+    drawn at least, the others while `seconds` last, of which the search may take two fifths."""
     from PIL import Image
 
     cfg, began = model.cfg, time.monotonic()
     data = {stream: source.dataset(cfg, stream) for stream in ("val", "bank")}
     budget = (2e15 if process.device.type == "cuda" else 2e13) / flops_per_clip(cfg)["target"]
-    bank = encode_bank(model, source, process, int(min(max(budget, 16), 256)), began + 0.4 * seconds)
+    wanted = int(min(max(budget, 16), 256))
+    bank = encode_bank(model, source, process, wanted, began + 0.4 * seconds)
     grow = max(1, round(96 / min(cfg.height, cfg.width)))
     side = cfg.height * grow, cfg.width * grow
     now = sorted({0, cfg.now_frames - 1})
@@ -5196,7 +5197,9 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
                     title = f"NOW {frame + 1}" if column < len(now) else f"SOON {frame + 1 - cfg.now_frames}"
                     draw.text((x, y - 18), title, fill="black", font=font)  # frames, not seconds: short files are sampled denser
     save_picture(image, path)
-    return len(blocks), len(bank[1])
+    if len(blocks) == num_clips and bank[-1] >= wanted:
+        return ""
+    return f"its {seconds:.0f} s were over after {len(blocks)} of {num_clips} clips and a search among {bank[-1]} of {wanted}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5605,11 +5608,11 @@ def show_futures(model, source, process, values, log, seconds):
     path, log.stage = Path(model.cfg.out_dir) / "futures.png", "drawing futures.png"
     model.eval()
     try:
-        drawn, looked = draw_futures(model, source, process, values, path, seconds)
+        cut = draw_futures(model, source, process, values, path, seconds)
     except OSError as error:
         log.line(f"WARNING: {path} could not be written ({error.strerror})")
     else:
-        log.line(f"picture: {path}, {drawn} clips, each sample's nearest of {looked} real ones in at most {seconds:.0f} s")
+        log.line(f"picture: {path}" + (f"; {cut}" if cut else ""))
 
 
 def finish(model, source, process, log, mark, progress):
