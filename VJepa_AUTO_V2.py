@@ -4572,6 +4572,11 @@ def check_insides(state):
         raise ValueError(f"flow_fitted = {shown(state['flow_fitted'])}")
     if not all(isinstance(text, str) for text in (state["source"], state["data"]["kind"], state["data"]["root"])):
         raise ValueError("source and data must be texts")
+    files, names = state["data"].get("files", 0), state["data"].get("names", [])
+    if not fits(int, files) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("data: its listing is a count and a list of names")
+    if state.get("precision", "fp32") not in PRECISIONS.values():
+        raise ValueError(f"precision = {shown(state['precision'])}")
     for name in ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target"):
         compare_tensors(state[name], getattr(model, name).state_dict(), name)
     if state.get("soon_predictor") is not None:
