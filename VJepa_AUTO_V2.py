@@ -336,6 +336,7 @@ def mix_shares(scene_mix):
 
 
 MAX_LINE = 4000  # characters of a message or of a line of the log
+SILENCE_S = 18.0  # after so long without a word a run says what it is at: nobody waits 20 s for a sign of life
 # Control characters, line separators, and the surrogates that stand for bytes of a file name that is not UTF-8.
 UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 # field -> (smallest, largest) value allowed; None leaves a side open
@@ -4101,20 +4102,34 @@ def restart_count():
     return read_count("TORCHELASTIC_RESTART_COUNT", 0, 0, 10**9 - 1)
 
 
-def reach(address, port, deadline, stop):
-    """Wait until something listens at an address. UserError after the deadline, Stopped on a signal: the store's own
-    wait would hear none."""
+def rounds_of_wait(what, deadline, stop, pause_s):
+    """Generator of the rounds of a wait between ranks, one at least and none after the deadline. Stopped on a signal;
+    what is waited for is said whenever nothing was said for SILENCE_S."""
+    spoken = time.monotonic()
     while True:
         if stop.asked():
             raise Stopped
+        if time.monotonic() - spoken >= SILENCE_S:
+            say(f"at work: waiting for {what}, {deadline - time.monotonic():.0f} s more")
+            spoken = time.monotonic()
+        yield
+        if time.monotonic() > deadline:
+            return
+        time.sleep(pause_s)
+
+
+def reach(address, port, deadline, stop):
+    """Wait until something listens at an address. UserError after the deadline, Stopped on a signal: the store's own
+    wait would hear none."""
+    reason = ""
+    for _ in rounds_of_wait(f"rank 0 at {address} port {port}", deadline, stop, 0.2):
         try:
             socket.create_connection((address, port), timeout=1.0).close()
             return
         except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(f"rank 0 does not answer at {address} port {port} ({error.strerror or error}): start it "
-                                "there, or correct MASTER_ADDR and MASTER_PORT") from error
-        time.sleep(0.2)
+            reason = error.strerror or error
+    raise UserError(f"rank 0 does not answer at {address} port {port} ({reason}): start it there, or correct MASTER_ADDR "
+                    "and MASTER_PORT")
 
 
 def open_store(rank, world_size, timeout_s, stop):
@@ -4140,17 +4155,16 @@ def open_store(rank, world_size, timeout_s, stop):
         one_node = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")
         store = dist.PrefixStore(f"attempt_{restart_count() if one_node else 'any'}", store)
         store.set(f"here/{rank}", "1")
-        while absent := [other for other in range(world_size) if not store.check([f"here/{other}"])]:
-            if stop.asked():
-                raise Stopped
-            if time.monotonic() > deadline:
-                raise UserError(f"rank {', '.join(map(str, absent))} of {world_size} did not come within dist_timeout_s = "
-                                f"{timeout_s:g} s; start all of them, on all nodes")
-            time.sleep(0.05)
+        absent = range(world_size)
+        for _ in rounds_of_wait(f"the other ranks of {world_size}", deadline, stop, 0.05):
+            absent = [other for other in absent if not store.check([f"here/{other}"])]
+            if not absent:
+                return store
+        raise UserError(f"rank {', '.join(map(str, absent))} of {world_size} did not come within dist_timeout_s = "
+                        f"{timeout_s:g} s; start all of them, on all nodes")
     except dist.DistError as error:
         raise UserError(f"ranks cannot meet at {address} port {port} ({' '.join(str(error).split())[:200]}); rank 0 may be "
                         "gone, or the port in use") from error
-    return store
 
 
 def identify_process(cfg, stop):
@@ -4768,9 +4782,6 @@ class Tracker:
         for key, value in numbers.items():
             self.writer.add_scalar(key, value, step)
         self.writer.flush()
-
-
-SILENCE_S = 18.0  # after so long without a word a thread says what the run is at: nobody waits 20 s for a sign of life
 
 
 class RunLog:

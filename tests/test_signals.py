@@ -417,13 +417,16 @@ def free_port():
     [("0", "rank 1 of 2 did not come within dist_timeout_s = 1 s"), ("1", "rank 0 does not answer at 127.0.0.1")],
 )
 def test_an_absent_peer(scene_folder, tmp_path, monkeypatch, capsys, rank, words):
-    """Named in one line, exit 1, when dist_timeout_s is over. Seen red: a traceback of DistStoreError."""
+    """Named in one line, exit 1, when dist_timeout_s is over; what is waited for is said before. Seen red: a traceback
+    of DistStoreError."""
+    monkeypatch.setattr(V, "SILENCE_S", 0.3)
     for name, value in dict(
         RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()
     ).items():
         monkeypatch.setenv(name, value)
     assert V.main(["--config", config_file(config(scene_folder, tmp_path / "run", dist_timeout_s=1.0), tmp_path)]) == 1
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert out.startswith("at work: waiting for ")
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
 
 
