@@ -184,3 +184,12 @@ def test_ranks_share_one_flow(tmp_path):
     assert "flow phase: latents of 32 clips" in done.stdout
     state = V.load_checkpoint(tmp_path / "run" / "checkpoints" / "ckpt_final.pt")
     assert state["flow_fitted"] and state["flow"]["out.weight"].any()
+
+
+def test_latents_kept_in_bf16_serve_a_net_in_fp32(tmp_path, monkeypatch):
+    """--amp on a CPU that is slow at bf16: contexts are kept short, and computed with in full. Seen red without `.float()`."""
+    monkeypatch.setattr(V, "amp_cost", lambda *_: 31.0)
+    cfg = small_config(out_dir=str(tmp_path), amp=True, steps=1, flow_fit_clips=16, flow_fit_steps=1, soon_fit_steps=1, scenes="render",
+                       val_every=0, val_clips=2, picture=False)
+    assert V.train(cfg) == 0
+    assert "flow phase step:1" in (tmp_path / "train.log").read_text()
