@@ -373,6 +373,16 @@ def one_line(text, limit=300):
     return text if len(text) <= limit else text[:limit] + "..."
 
 
+def flat(text):
+    """Any text, an error say, with line breaks and runs of blanks as single blanks."""
+    return " ".join(str(text).split())
+
+
+def reason_of(error):
+    """What an error says, for a message: the system's own words without number and path, else all of its text."""
+    return getattr(error, "strerror", None) or flat(error)
+
+
 def emit(text, stream):
     """Write text to a console stream -> "" or why it did not get out. It cannot fail: what the encoding lacks is
     escaped.
@@ -390,7 +400,7 @@ def emit(text, stream):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, stream.fileno())
             os.close(null)
-        return getattr(error, "strerror", None) or str(error)
+        return reason_of(error)
     return ""
 
 
@@ -429,12 +439,12 @@ def shown(value):
 def type_problems(cfg):
     """Fields of another type than their own, and texts that no log line or path should hold -> list of messages."""
     problems = []
-    for field in fields(cfg):
-        value, wanted = getattr(cfg, field.name), getattr(field.type, "__name__", "a number or a pair of numbers")
-        if not fits(field.type, value):
-            problems.append(f"{field.name} = {shown(value)}: must be {wanted} (--{field.name})")
+    for entry in fields(cfg):
+        value, wanted = getattr(cfg, entry.name), getattr(entry.type, "__name__", "a number or a pair of numbers")
+        if not fits(entry.type, value):
+            problems.append(f"{entry.name} = {shown(value)}: must be {wanted} (--{entry.name})")
         elif isinstance(value, str) and re.search(UNPRINTABLE, value):
-            problems.append(f"{field.name} = {shown(value)}: must hold no control characters, and only UTF-8 (--{field.name})")
+            problems.append(f"{entry.name} = {shown(value)}: must hold no control characters, and only UTF-8 (--{entry.name})")
     return problems
 
 
@@ -631,7 +641,7 @@ def parse_yaml(text):
     try:
         node = yaml.compose(text, Loader=loader)
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(flat(error)) from error
     return None if node is None else yaml_value(node, set())
 
 
@@ -702,14 +712,14 @@ def build_parser():
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="JSON or YAML file of fields; later files win")
     parser.add_argument("--print_config", "--print-config", action="store_true", help="print the resolved config and leave")
     comments = field_help()
-    for field in fields(VJepaAutoV2Config):
-        flags = list(dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]))
-        options = dict(dest=field.name, default=argparse.SUPPRESS, help=comments[field.name].replace("%", "%%") + f" [{field.default}]")
-        if FIELD_TYPES[field.name] is bool:
+    for entry in fields(VJepaAutoV2Config):
+        flags = list(dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"]))
+        options = dict(dest=entry.name, default=argparse.SUPPRESS, help=comments[entry.name].replace("%", "%%") + f" [{entry.default}]")
+        if FIELD_TYPES[entry.name] is bool:
             parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
         else:
-            kind = parse_image_size if field.name == "image_size" else FIELD_TYPES[field.name]
-            parser.add_argument(*flags, type=kind, metavar=field.name.upper(), **options)
+            kind = parse_image_size if entry.name == "image_size" else FIELD_TYPES[entry.name]
+            parser.add_argument(*flags, type=kind, metavar=entry.name.upper(), **options)
     return parser
 
 
@@ -1140,8 +1150,7 @@ def read_annotation(data_root, video):
         except (OSError, ValueError, RecursionError) as error:
             if getattr(error, "errno", None) == errno.ENAMETOOLONG:
                 continue  # no file can have this name
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise BadFile(f"annotation {one_line(path.name)}: {one_line(reason)}") from error
+            raise BadFile(f"annotation {one_line(path.name)}: {one_line(reason_of(error))}") from error
     return {}
 
 
@@ -1193,7 +1202,7 @@ def open_pyav(url):
     try:
         return av.open(url, options={"format_whitelist": CONTAINER_WHITELIST, "max_pixels": str(MAX_PIXELS)}, metadata_errors="ignore")
     except (av.FFmpegError, *DECODE_ERRORS) as error:  # PatchWelcomeError, UnknownError and some others are FFmpegError and nothing else
-        raise CannotOpen(f"pyav cannot open it ({getattr(error, 'strerror', None) or error})") from error
+        raise CannotOpen(f"pyav cannot open it ({reason_of(error)})") from error
 
 
 def file_stamp(url):
@@ -1549,7 +1558,7 @@ def read_pyav(path, plan, fast=True):
             return read_pyav(path, plan, fast=False)
         if isinstance(error, BadFile):
             raise
-        raise BadFile(f"pyav stopped decoding ({getattr(error, 'strerror', None) or error})") from error
+        raise BadFile(f"pyav stopped decoding ({reason_of(error)})") from error
 
 
 def video_timing(path, plan):
@@ -1561,7 +1570,7 @@ def video_timing(path, plan):
             line, _ = time_line(container, playing_stream(container), plan)
             return line.duration, line.fps
     except av.FFmpegError as error:
-        raise BadFile(f"pyav stopped reading ({getattr(error, 'strerror', None) or error})") from error
+        raise BadFile(f"pyav stopped reading ({reason_of(error)})") from error
 
 
 def check_simple_file(path):
@@ -1585,7 +1594,7 @@ def check_simple_file(path):
             if (down * across < 0) != on_its_side:
                 raise CannotOpen("only pyav is trusted with mirrored pictures")
     except (av.FFmpegError, StopIteration, *DECODE_ERRORS) as error:
-        raise CannotOpen(f"no first frame to be seen ({getattr(error, 'strerror', None) or error})") from error
+        raise CannotOpen(f"no first frame to be seen ({reason_of(error)})") from error
 
 
 def read_decord(path, plan):
@@ -2725,7 +2734,7 @@ class ClipLoader:
         except OSError as error:
             self.close()
             cure = CURE if error.errno == errno.ENOMEM else TOO_MANY
-            raise UserError(f"loader workers cannot be started ({error.strerror or error}); {cure}") from error
+            raise UserError(f"loader workers cannot be started ({reason_of(error)}); {cure}") from error
 
     def __iter__(self):
         return self
@@ -4112,7 +4121,7 @@ def reach(address, port, deadline, stop):
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise UserError(f"rank 0 does not answer at {address} port {port} ({error.strerror or error}): start it "
+                raise UserError(f"rank 0 does not answer at {address} port {port} ({reason_of(error)}): start it "
                                 "there, or correct MASTER_ADDR and MASTER_PORT") from error
         time.sleep(0.2)
 
@@ -4148,7 +4157,7 @@ def open_store(rank, world_size, timeout_s, stop):
                                 f"{timeout_s:g} s; start all of them, on all nodes")
             time.sleep(0.05)
     except dist.DistError as error:
-        raise UserError(f"ranks cannot meet at {address} port {port} ({' '.join(str(error).split())[:200]}); rank 0 may be "
+        raise UserError(f"ranks cannot meet at {address} port {port} ({flat(error)[:200]}); rank 0 may be "
                         "gone, or the port in use") from error
     return store
 
@@ -4614,7 +4623,7 @@ def load_checkpoint(path):
     except BadCheckpoint:
         raise
     except Exception as error:  # a foreign file makes the unpickler, and whoever looks at its insides, raise anything
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        why = f"{type(error).__name__}: {flat(error)[:160]}"
         raise BadCheckpoint(f"checkpoint {path}: not readable, damaged or made by another version ({why}); use another "
                             "one, or --resume never") from error
     return state
@@ -4986,7 +4995,7 @@ class RunFolder:
         for thing in self.closing:
             thing.close()
         if error is not None:
-            self.reason = " ".join(f"{kind.__name__}: {error}".split())[:500]
+            self.reason = flat(f"{kind.__name__}: {error}")[:500]
             self.status("failed", getattr(error, "exit_code", EXIT_ERROR))
         if self.lease is not None:
             self.lease.close()
@@ -5681,7 +5690,7 @@ def run(cfg, overrides, argv, videos, process, folder, log):
             restore_run(state, optimizer, scaler, process)
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"checkpoint {resumed_from}: does not fit this model ({str(error).splitlines()[0]})") from error
-        progress = Progress(**{field.name: state.get(field.name, field.default) for field in fields(Progress)})
+        progress = Progress(**{entry.name: state.get(entry.name, entry.default) for entry in fields(Progress)})
         progress.flow_fitted &= progress.step >= cfg.steps  # a run that is extended fits its flow anew at its new end
         if not progress.flow_fitted:
             model.soon_predictor = None
@@ -5818,7 +5827,7 @@ def train(cfg, overrides=None, argv=(), stop=None):
             raise
         silent = process.silent_ranks()
         who = f"rank {', '.join(map(str, silent))} did not answer: dead, hung or stopped" if silent else "all ranks are alive: a slow network?"
-        raise UserError(f"ranks lost each other at step {folder.step} ({' '.join(str(error).split())[:120]}); {who}; run the same command to go on "
+        raise UserError(f"ranks lost each other at step {folder.step} ({flat(error)[:120]}); {who}; run the same command to go on "
                         f"from the last checkpoint (dist_timeout_s = {cfg.dist_timeout_s:g})") from error
     finally:
         if own:
@@ -5837,7 +5846,7 @@ def start(argv, stop):
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):  # the CPU allocator has no type of its own
             raise
         peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
-        raise UserError(f"out of memory ({' '.join(str(error).split())[:160]}{peak}); in order of effect: lower --batch_size (raise --grad_accum), "
+        raise UserError(f"out of memory ({flat(error)[:160]}{peak}); in order of effect: lower --batch_size (raise --grad_accum), "
                         "--grad_checkpoint, --amp, smaller --image_size or --num_frames, --preset small; nothing saved before is harmed") from error
     except OSError as error:
         raise UserError(f"{error}; nothing saved before is harmed, run the same command to go on") from error
@@ -5864,7 +5873,7 @@ def report_errors(command, *args):
     try:
         return command(*args) or EXIT_OK
     except (UserError, OSError) as error:
-        say(f"error: {' '.join(str(error).split())}", sys.stderr)
+        say(f"error: {flat(error)}", sys.stderr)
         return getattr(error, "exit_code", EXIT_ERROR)
     except (Stopped, KeyboardInterrupt):
         say("error: interrupted", sys.stderr)
