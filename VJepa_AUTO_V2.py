@@ -605,6 +605,15 @@ def read_text(path, most_bytes):
     return content.decode("utf-8-sig")
 
 
+def read_mapping(path, most_bytes):
+    """A JSON file that a run wrote -> its dict, {} where it is absent, damaged or something else."""
+    try:
+        values = parse_json(read_text(path, most_bytes), float)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def yaml_value(node, seen):
     """A YAML node -> plain value. `seen` holds the ids of nodes met before: an alias, of which nine lines can make a billion values."""
     kind, line = node.tag.removeprefix("tag:yaml.org,2002:"), node.start_mark.line + 1
@@ -4410,11 +4419,8 @@ def stamp(path):
 def written_record(folder):
     """What runs wrote into a folder of checkpoints -> {name: [stamps]}, {} where the record is absent or damaged: then
     nothing is proven, and nothing is deleted."""
-    try:
-        record = parse_json(read_text(folder / WRITTEN, 2**22))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) and all(isinstance(stamps, list) for stamps in record.values()) else {}
+    record = read_mapping(folder / WRITTEN, 2**22)
+    return record if all(isinstance(stamps, list) for stamps in record.values()) else {}
 
 
 def is_written(path):
@@ -4710,18 +4716,13 @@ def format_number(value):
     return str(value) if isinstance(value, (int, str)) else f"{value:.4g}"
 
 
-def reject_constant(name):
-    """For json.loads: NaN and infinities are no JSON."""
-    raise ValueError(name)
-
-
 def read_rows(path, types):
     """The objects of a jsonl file that have these keys -> (list of dicts, numbers of the lines that are none: damaged,
     or torn by a kill)."""
     rows, damaged = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            row = json.loads(line.decode("utf-8"), parse_constant=reject_constant)
+            row = parse_json(line.decode("utf-8"))
             if not all(fits(kind, row[key]) for key, kind in types.items()):
                 raise ValueError("a value of another type")
             json.dumps(row, allow_nan=False)  # 1e999 is read as infinity
@@ -4900,12 +4901,7 @@ def sweep_folder(folder):
 
 def is_run_folder(folder):
     """Whether a run has owned this folder before: its lease stands there, or a config.json as a run writes it."""
-    try:
-        if (folder / ".lease").exists():
-            return True
-        return {"versions", "config"} <= set(parse_json(read_text(folder / "config.json", 2**20), float))
-    except (OSError, ValueError, RecursionError, TypeError):
-        return False
+    return os.path.exists(folder / ".lease") or {"versions", "config"} <= read_mapping(folder / "config.json", 2**20).keys()
 
 
 def clear_folder(folder):
@@ -5252,13 +5248,8 @@ def retire_later(cfg, step, resumed_from):
 
 def is_restart(cfg):
     """Whether torchrun starts this run again after it had begun: config.json then holds the id of this launch."""
-    if not restart_count():
-        return False
-    try:
-        config = json.loads((Path(cfg.out_dir) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and config.get("launch") == os.environ.get("TORCHELASTIC_RUN_ID")
+    config = read_mapping(os.path.join(cfg.out_dir, "config.json"), 2**20) if restart_count() else {}
+    return bool(config) and config.get("launch") == os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def newest_of_launch(cfg, tell):
