@@ -771,8 +771,6 @@ RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times 
 RAW_FPS = 25.0  # frames per second of a raw stream of which neither header nor annotation nor the user says anything
 LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC no frame is overtaken by more than 16
 MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further than this has lost what lay between
-# the main process saves first and then ends its workers
-WORKERS_IGNORE = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SKIPPING_CODECS = ("h264", "hevc")  # decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file
 
 
@@ -1665,6 +1663,9 @@ def read_frames(path, plan, decoder):
     raise BadFile("; ".join(reasons))
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # what asks a run to stop
+
+
 class HeldSignals:
     """Context that holds back signals which have a handler, and raises them again at its end. Around a fork: Python drops the
     exception of a handler (Ctrl-C) that runs in one of its fork hooks, and a process whose start was cut off is ended by nobody."""
@@ -1674,7 +1675,7 @@ class HeldSignals:
 
     def __enter__(self):
         in_main = threading.current_thread() is threading.main_thread()  # nobody else may set handlers
-        numbers = [number for number in WORKERS_IGNORE if in_main and callable(signal.getsignal(number))]
+        numbers = [number for number in STOP_SIGNALS if in_main and callable(signal.getsignal(number))]
         self.heard = []
         self.previous = {number: signal.signal(number, self.hear) for number in numbers}
 
@@ -2491,13 +2492,6 @@ CURE = "lower --num_workers or --batch_size, give the container more memory (doc
 WORKER_ERRORS = {"UsageError": UsageError, "UserError": UserError, "MemoryError": MemoryError, "OSError": OSError}
 
 
-def init_worker():
-    """Loader workers leave signals to the main process; one thread each."""
-    for number in WORKERS_IGNORE:
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
 class BatchPickler(ForkingPickler):
     """Writes tensors as NumPy arrays, whose contents can travel beside the message (protocol 5)."""
 
@@ -2577,7 +2571,9 @@ class WorkerEnd(Attendant):
 
 def serve_batches(parent, channel, memory, dataset, files, sampler, batch_numbers, collate_fn):
     """Life of a loader worker: make its share of the batches, in order, at most PREFETCH ahead of the loop."""
-    init_worker()
+    for number in STOP_SIGNALS:  # the main process saves first and then ends its workers
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
     with WorkerEnd(channel, memory) as own_end:
         try:
             threading.Thread(target=end_without, args=(parent,), daemon=True).start()
@@ -3891,7 +3887,7 @@ class StopFlag:
     launcher counts as well: nobody would end its ranks. A SIGHUP that nohup has switched off stays off.
     """
 
-    def __init__(self, signals=(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)):
+    def __init__(self, signals=STOP_SIGNALS):
         self.signal_name, self.since, self.saved = "", 0.0, 0
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         heard = [number for number in signals if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
@@ -4387,17 +4383,12 @@ def move_aside(path):
     say(f"note: {path} was not written by a run; it now stands in {aside.parent}", sys.stderr)
 
 
-def clear_name(path):
-    """Move what stands under the name of a result aside, unless it is a file that bears the MARK."""
-    if os.path.lexists(path) and not (path.is_file() and MARK.encode() in path.read_bytes()):
-        move_aside(path)
-
-
 def write_own(path, write):
     """write_atomic for a result under a fixed name, which bears the MARK. Another file of that name is moved aside
     first."""
     path = Path(path)
-    clear_name(path)
+    if os.path.lexists(path) and not (path.is_file() and MARK.encode() in path.read_bytes()):
+        move_aside(path)
     write_atomic(path, write)
 
 
