@@ -5637,7 +5637,8 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     began = time.perf_counter()
     state, resumed_from = open_run(cfg, process, log)
     if not cfg.data_root:
-        log.line(f"no --data_root: training on built-in driving scenes, {cfg.scene_clips} clips in {cfg.out_dir}/scenes")
+        where = "a new one for every sample" if cfg.scenes == "render" else f"{cfg.scene_clips} clips in {cfg.out_dir}/scenes"
+        log.line(f"no --data_root: training on built-in driving scenes, {where}")
     elif not videos:
         log.line(f"WARNING: no video under {cfg.data_root}: {nothing_found(cfg, videos)}; "
                  f"going on with data:{cfg.missing_data} (--missing_data error refuses instead)")
