@@ -2263,7 +2263,7 @@ def sample_mask(rng, cfg, family):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6  Loading: (seed, sample number) -> batch
+# 6  Samples: (seed, sample number) -> frames, masks, noise
 # ---------------------------------------------------------------------------------------------------------------------
 
 STREAMS = {"train": 0, "val": 1, "bank": 2}  # separate random streams of one seed
@@ -2453,6 +2453,118 @@ class SceneDataset(ClipDataset):
         frames, labels = scene(scene_seed_at(cfg, index, self.stream), 0, cfg)
         flip = bool(cfg.hflip and self.stream == "train" and sample_rng(cfg.seed, self.stream, index, 2).random() < 0.5)
         return (frames[:, :, ::-1] if flip else frames), index % len(self.videos), labels, [], flip
+
+
+def maneuver_names(videos, data_root):
+    """All maneuvers that lists and annotations name, mirrored ones included -> sorted list."""
+    names = set()
+    for video in videos:
+        try:
+            name = read_annotation(data_root, video).get("maneuver", video.label)
+        except BadFile:
+            continue  # counted with its reason when the clip itself is read
+        names |= {name, mirror_label(name)} - {""}
+    return sorted(names)
+
+
+MAX_LISTED = 2**17  # names of files that a checkpoint holds at most
+
+
+@dataclass
+class DataSource:
+    """What a run trains on. kind: videos | scenes | render | random, printed on every log line when it is not videos."""
+
+    kind: str
+    root: str
+    train: list
+    val: list
+    maneuvers: list
+    held_out: bool  # False: a single file serves both sides
+    quarantine: dict = field(default_factory=dict)  # files that no worker may open: name -> reason
+    failing: dict = field(default_factory=dict)  # files that this process could not decode and has not decoded since: name -> reason
+
+    def listing(self):
+        """What a checkpoint keeps of the listing: the number of files, their names as far as they are the user's and
+        not too many."""
+        names = sorted({video.name for video in (*self.train, *self.val)})
+        told = self.kind == "videos" and len(names) <= MAX_LISTED
+        return {"kind": self.kind, "root": self.root, "files": len(names), "names": names if told else []}
+
+    def dataset(self, cfg, stream):
+        """The dataset of a stream: train files for `train` and `bank`, held-out files for `val`."""
+        videos = self.val if stream == "val" else self.train
+        kind = {"random": NoiseDataset, "render": SceneDataset}.get(self.kind, ClipDataset)
+        return kind(cfg, videos, self.root, stream, self.maneuvers, self.quarantine)
+
+
+def nothing_found(cfg, videos):
+    """What was looked for and what stands there instead, for a message."""
+    return f"no video matches {cfg.video_glob!r} among {', '.join(VIDEO_SUFFIXES)}; {videos.seen}"
+
+
+def list_data(cfg):
+    """The videos that a config names, [] for built-in scenes. UsageError for a wrong path, or an empty one if so configured."""
+    videos = find_videos(cfg.data_root, cfg.video_glob) if cfg.data_root else Listing()
+    if cfg.data_root and not videos and cfg.missing_data == "error":
+        raise UsageError(f"data_root {cfg.data_root}: {nothing_found(cfg, videos)} (--video_glob)")
+    return videos
+
+
+def open_data(cfg, videos, is_main, barrier, stopping=None):
+    """Listed videos -> DataSource. Rank 0 writes built-in scenes where they are needed, the others wait at
+    `barrier()`. Stopped when `stopping()` says so while scenes are written."""
+    kind, root = "videos", cfg.data_root
+    if not videos and cfg.data_root and cfg.missing_data == "random":
+        kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
+    elif not videos and cfg.scenes == "render":
+        kind, videos = "render", [VideoFile(f"scene_{number}", "") for number in range(cfg.scene_clips)]
+    elif not videos:
+        kind, root = "scenes", os.path.join(cfg.out_dir, "scenes")
+        if is_main:
+            write_scenes(root, cfg, stopping)
+        barrier()
+        root = str(scenes_folder(root, cfg)[0])
+        names = sorted(f"{name}.mp4" for name in scene_names(cfg))  # not what else may stand there
+        videos = [VideoFile(name, os.path.join(root, "videos", name)) for name in names]
+    made_up = kind in ("random", "render")
+    train, val = split_videos(videos, cfg.val_fraction) if made_up else split_readable(cfg, videos)
+    held_out = bool(val) and bool(train)
+    maneuvers = [] if not cfg.lambda_supcon else list(SCENE_MANEUVERS) if kind == "render" else maneuver_names(videos, root)
+    return DataSource(kind, root, train or videos, val or videos, maneuvers, held_out)
+
+
+def listing_change(saved, source):
+    """How the data differ from those of a checkpoint, whose `data` is given -> one line, "" when they do not or when
+    it does not say."""
+    listed = source.listing()
+    if "files" not in saved or all(saved[name] == listed[name] for name in ("kind", "files", "names")):
+        return ""
+    if saved["kind"] != listed["kind"] or not (saved["names"] and listed["names"]):
+        what = [f"{saved['files']} files ({saved['kind']}) then, {listed['files']} ({listed['kind']}) now"]
+    else:
+        before, now = set(saved["names"]), set(listed["names"])
+        changes = (("added", sorted(now - before)), ("removed", sorted(before - now)))
+        what = [f"{len(names)} {word} ({name_some(names)})" for word, names in changes if names]
+    what = ", ".join(what)
+    return f"WARNING: the files are not those of the checkpoint: {what}; samples are drawn from the present ones now"
+
+
+def data_notes(cfg, videos, source, saved=None):
+    """What a user should know about the data before the first step -> lines. `saved`: `data` of the checkpoint gone
+    on from."""
+    notes = list(getattr(videos, "notes", ()))
+    if source.kind == "scenes" and source.root != os.path.join(cfg.out_dir, "scenes"):
+        place = f"{cfg.out_dir}/scenes"
+        notes.append(f"note: {place} holds something else and stays as it is; this run's scenes stand in {source.root}")
+    change = listing_change(saved, source) if saved else ""
+    return notes + [change] if change else notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7  Workers: samples -> batches in order, whatever becomes of a process
+# ---------------------------------------------------------------------------------------------------------------------
+# torch's DataLoader is not used: a worker that is killed or stopped in the middle of handing over a batch leaves the
+# parent waiting for ever in a read that nothing can interrupt. It also needs /dev/shm, which containers keep small.
 
 
 class StepSampler:
@@ -2846,113 +2958,8 @@ def open_loader(source, cfg, stream, sampler, num_workers, pin_memory=False, sto
                       batch_bytes=batch_bytes(cfg, sampler.batch_size), stopping=stopping, failing=source.failing)
 
 
-def maneuver_names(videos, data_root):
-    """All maneuvers that lists and annotations name, mirrored ones included -> sorted list."""
-    names = set()
-    for video in videos:
-        try:
-            name = read_annotation(data_root, video).get("maneuver", video.label)
-        except BadFile:
-            continue  # counted with its reason when the clip itself is read
-        names |= {name, mirror_label(name)} - {""}
-    return sorted(names)
-
-
-MAX_LISTED = 2**17  # names of files that a checkpoint holds at most
-
-
-@dataclass
-class DataSource:
-    """What a run trains on. kind: videos | scenes | render | random, printed on every log line when it is not videos."""
-
-    kind: str
-    root: str
-    train: list
-    val: list
-    maneuvers: list
-    held_out: bool  # False: a single file serves both sides
-    quarantine: dict = field(default_factory=dict)  # files that no worker may open: name -> reason
-    failing: dict = field(default_factory=dict)  # files that this process could not decode and has not decoded since: name -> reason
-
-    def listing(self):
-        """What a checkpoint keeps of the listing: the number of files, their names as far as they are the user's and
-        not too many."""
-        names = sorted({video.name for video in (*self.train, *self.val)})
-        told = self.kind == "videos" and len(names) <= MAX_LISTED
-        return {"kind": self.kind, "root": self.root, "files": len(names), "names": names if told else []}
-
-    def dataset(self, cfg, stream):
-        """The dataset of a stream: train files for `train` and `bank`, held-out files for `val`."""
-        videos = self.val if stream == "val" else self.train
-        kind = {"random": NoiseDataset, "render": SceneDataset}.get(self.kind, ClipDataset)
-        return kind(cfg, videos, self.root, stream, self.maneuvers, self.quarantine)
-
-
-def nothing_found(cfg, videos):
-    """What was looked for and what stands there instead, for a message."""
-    return f"no video matches {cfg.video_glob!r} among {', '.join(VIDEO_SUFFIXES)}; {videos.seen}"
-
-
-def list_data(cfg):
-    """The videos that a config names, [] for built-in scenes. UsageError for a wrong path, or an empty one if so configured."""
-    videos = find_videos(cfg.data_root, cfg.video_glob) if cfg.data_root else Listing()
-    if cfg.data_root and not videos and cfg.missing_data == "error":
-        raise UsageError(f"data_root {cfg.data_root}: {nothing_found(cfg, videos)} (--video_glob)")
-    return videos
-
-
-def open_data(cfg, videos, is_main, barrier, stopping=None):
-    """Listed videos -> DataSource. Rank 0 writes built-in scenes where they are needed, the others wait at
-    `barrier()`. Stopped when `stopping()` says so while scenes are written."""
-    kind, root = "videos", cfg.data_root
-    if not videos and cfg.data_root and cfg.missing_data == "random":
-        kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
-    elif not videos and cfg.scenes == "render":
-        kind, videos = "render", [VideoFile(f"scene_{number}", "") for number in range(cfg.scene_clips)]
-    elif not videos:
-        kind, root = "scenes", os.path.join(cfg.out_dir, "scenes")
-        if is_main:
-            write_scenes(root, cfg, stopping)
-        barrier()
-        root = str(scenes_folder(root, cfg)[0])
-        names = sorted(f"{name}.mp4" for name in scene_names(cfg))  # not what else may stand there
-        videos = [VideoFile(name, os.path.join(root, "videos", name)) for name in names]
-    made_up = kind in ("random", "render")
-    train, val = split_videos(videos, cfg.val_fraction) if made_up else split_readable(cfg, videos)
-    held_out = bool(val) and bool(train)
-    maneuvers = [] if not cfg.lambda_supcon else list(SCENE_MANEUVERS) if kind == "render" else maneuver_names(videos, root)
-    return DataSource(kind, root, train or videos, val or videos, maneuvers, held_out)
-
-
-def listing_change(saved, source):
-    """How the data differ from those of a checkpoint, whose `data` is given -> one line, "" when they do not or when
-    it does not say."""
-    listed = source.listing()
-    if "files" not in saved or all(saved[name] == listed[name] for name in ("kind", "files", "names")):
-        return ""
-    if saved["kind"] != listed["kind"] or not (saved["names"] and listed["names"]):
-        what = [f"{saved['files']} files ({saved['kind']}) then, {listed['files']} ({listed['kind']}) now"]
-    else:
-        before, now = set(saved["names"]), set(listed["names"])
-        changes = (("added", sorted(now - before)), ("removed", sorted(before - now)))
-        what = [f"{len(names)} {word} ({name_some(names)})" for word, names in changes if names]
-    what = ", ".join(what)
-    return f"WARNING: the files are not those of the checkpoint: {what}; samples are drawn from the present ones now"
-
-
-def data_notes(cfg, videos, source, saved=None):
-    """What a user should know about the data before the first step -> lines. `saved`: `data` of the checkpoint gone
-    on from."""
-    notes = list(getattr(videos, "notes", ()))
-    if source.kind == "scenes" and source.root != os.path.join(cfg.out_dir, "scenes"):
-        place = f"{cfg.out_dir}/scenes"
-        notes.append(f"note: {place} holds something else and stays as it is; this run's scenes stand in {source.root}")
-    change = listing_change(saved, source) if saved else ""
-    return notes + [change] if change else notes
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# 7  Blocks: position code, attention, MLP
+# 8  Blocks: position code, attention, MLP
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3129,7 +3136,7 @@ class PositionCode(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8  Tokenizer and encoder: clip -> tokens -> context
+# 9  Tokenizer and encoder: clip -> tokens -> context
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3175,7 +3182,7 @@ class Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9  Predictor: context + masked positions -> predicted targets
+# 10  Predictor: context + masked positions -> predicted targets
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3209,7 +3216,7 @@ class Predictor(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10  Outcome head: context -> outcome embedding
+# 11  Outcome head: context -> outcome embedding
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3233,7 +3240,7 @@ class OutcomeHead(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11  Flow: context + noise -> future latents
+# 12  Flow: context + noise -> future latents
 # ---------------------------------------------------------------------------------------------------------------------
 # A future is [F, D]: all SOON tokens, then `flow_chunks` means over equal stretches of EVENTUALLY. The point forecast
 # says what NOW tells; FutureSpace holds the rest, the residual, in its leading directions; FlowNet samples there.
@@ -3479,7 +3486,7 @@ def sample_flow(flow, projected, noise, num_steps, shift):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 12  Losses and collapse gauges
+# 13  Losses and collapse gauges
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3568,7 +3575,7 @@ def gather_rows(rows, world_size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 13  Model: batch -> dict of losses (online + EMA target)
+# 14  Model: batch -> dict of losses (online + EMA target)
 # ---------------------------------------------------------------------------------------------------------------------
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as V-JEPA 2 normalises
@@ -3808,7 +3815,7 @@ def memory_estimate_gb(cfg, num_parameters):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 14  Optimizer and schedules: step -> learning rate, EMA momentum
+# 15  Optimizer and schedules: step -> learning rate, EMA momentum
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3870,7 +3877,7 @@ def clip_gradients(optimizer, cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 15  Process: ranks, device, precision, seeds
+# 16  Process: ranks, device, precision, seeds
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4249,7 +4256,7 @@ def to_device(batch, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 16  Checkpoint and log: state <-> disk
+# 17  Checkpoint and log: state <-> disk
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOG_KEYS = {
@@ -5009,7 +5016,7 @@ def peak_memory_gb(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 17  Evaluation: model -> metrics, picture
+# 18  Evaluation: model -> metrics, picture
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5173,7 +5180,7 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 18  Training: Config -> checkpoints
+# 19  Training: Config -> checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 
