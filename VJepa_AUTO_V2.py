@@ -2323,10 +2323,11 @@ RETRY_S = 0.5  # between two looks at a file whose fault may pass
 
 
 class Attendant:
-    """Who a dataset tells what it does; this one reads in the main process. `stopping`, if given, says whether the run was asked to stop."""
+    """Who a dataset tells what it does; this one reads in the main process. `stopping`, if given, says whether the run
+    was asked to stop."""
 
     def __init__(self, stopping=None):
-        self.stopping, self.told = stopping, False
+        self.stopping, self.has_spoken = stopping, False
 
     def holding(self, number):
         """Context in which a file is in hand."""
@@ -2334,9 +2335,9 @@ class Attendant:
 
     def tell(self, text):
         """Say what is waited for, once; "" says nothing."""
-        if text and not self.told:
+        if text and not self.has_spoken:
             say(text, sys.stderr)
-            self.told = True
+            self.has_spoken = True
 
     def waiting(self, text):
         """Called again and again while a fault may pass. Stopped when the run was asked to stop."""
@@ -2596,10 +2597,10 @@ PREFETCH = 2  # batches that a worker may be ahead of the loop
 TICK_S = 0.25  # how often a wait for a batch looks up
 QUIET_S = 10.0  # a worker without a file in hand may be silent for so long at least: it starts, draws, copies
 INLINE_BYTES = 4096  # smaller arrays travel in the message itself
-TOO_MANY = "raise the limit on processes and open files (ulimit -u, ulimit -n) or lower --num_workers (0 reads in the main process)"
-CURE = "lower --num_workers or --batch_size, give the container more memory (docker run --memory), or read in the main process (--num_workers 0)"
-
-
+TOO_MANY = ("raise the limit on processes and open files (ulimit -u, ulimit -n) or lower --num_workers (0 reads in the "
+            "main process)")
+TOO_LARGE = ("lower --num_workers or --batch_size, give the container more memory (docker run --memory), or read in the "
+             "main process (--num_workers 0)")
 # What a worker's exception comes out as in the main process; others are programming errors.
 WORKER_ERRORS = {"UsageError": UsageError, "UserError": UserError, "MemoryError": MemoryError, "OSError": OSError}
 
@@ -2612,22 +2613,22 @@ class BatchPickler(ForkingPickler):
 
 
 class WorkerEnd(Attendant):
-    """A worker's side of its socket: messages (kind, content), each preceded by its length. Kinds: hold (number of the file in
-    hand, -1 for none), waiting (text), batch, error. Whatever exception leaves its `with` block is told.
+    """A worker's side of its socket: messages (kind, content), each preceded by its length. Kinds: hold (number of the
+    file in hand, -1 for none), waiting (text), batch, error. Whatever exception leaves its `with` block is told.
 
     The large arrays of a batch lie in shared memory where there is some; the message says where.
     """
 
     def __init__(self, channel, memory):
         super().__init__()
-        self.channel, self.memory, self.places, self.free, self.end = channel, b"" if memory is None else memory, [], 0, 0
-        self.spoken = time.monotonic()
+        self.channel, self.memory, self.last_word = channel, memory, time.monotonic()
+        self.places, self.free, self.end = [], 0, 0  # arrays laid down as (start, bytes), what is left of the slot
 
     def say(self, kind, content):
         """Send one message. OSError when the main process is gone."""
         message = ForkingPickler.dumps((kind, content), 5)
         self.channel.sendall(len(message).to_bytes(8, "little") + message)
-        self.spoken = time.monotonic()
+        self.last_word = time.monotonic()
 
     @contextmanager
     def holding(self, number):
@@ -2643,11 +2644,11 @@ class WorkerEnd(Attendant):
 
     def pass_on(self, sample):
         """A sample was made: said now and then, so that a long batch is not taken for a standstill."""
-        if time.monotonic() - self.spoken > 1.0:
+        if time.monotonic() - self.last_word > 1.0:
             self.say("hold", -1)
         return sample
 
-    def place(self, array):
+    def lay_down(self, array):
         """Put an array's bytes into the slot if they fit -> whether they must travel in the message instead."""
         raw = array.raw()
         if raw.nbytes < INLINE_BYTES or self.free + raw.nbytes > self.end:
@@ -2658,13 +2659,13 @@ class WorkerEnd(Attendant):
         return False
 
     def hand_over(self, batch, turn):
-        """Send a batch, its arrays in slot turn % PREFETCH; before a slot is used again the main process has said that it is free."""
+        """Send a batch, its arrays in slot turn % PREFETCH. The main process says when a slot is free again."""
         if turn >= PREFETCH and not self.channel.recv(1):
             raise EOFError("the main process is gone")
         slot = len(self.memory) // PREFETCH
         self.places, self.free, self.end = [], turn % PREFETCH * slot, (turn % PREFETCH + 1) * slot
         inner = io.BytesIO()
-        BatchPickler(inner, 5, True, self.place).dump(batch)
+        BatchPickler(inner, 5, True, self.lay_down).dump(batch)
         self.say("batch", (self.places, inner.getvalue()))
 
     def __enter__(self):
@@ -2674,10 +2675,8 @@ class WorkerEnd(Attendant):
         if error is not None:
             known = next((name for name, base in WORKER_ERRORS.items() if isinstance(error, base)), "")
             text = str(error) if known else f"{kind.__name__}: {error}"
-            try:
+            with suppress(OSError):  # the main process is gone: nobody is left to tell
                 self.say("error", (known, text, "".join(traceback.format_exception(kind, error, trace))))
-            except OSError:
-                pass  # the main process is gone: nobody is left to tell
         return True
 
 
@@ -2700,19 +2699,22 @@ def serve_batches(parent, channel, memory, dataset, files, sampler, batch_number
 class Worker:
     """The main process's side of a worker: its process, its socket and what it has said.
 
-    `held` is the file in its hand, `silent` for how long the loop has waited without a word from it, `parcels` its batches
-    that were not taken yet, `failure` the exception that ended it (name in WORKER_ERRORS or "", text, traceback).
+    `in_hand` is the number of the file that it reads or -1, `silent` for how many seconds the loop has waited without a
+    word from it, `parcels` its batches that were not taken yet, `lost` whether its end of the socket is closed, `failure`
+    the exception that ended it (name in WORKER_ERRORS or "", text, traceback).
     """
 
     def __init__(self, batch_numbers, memory_bytes):
-        self.memory = mmap.mmap(-1, memory_bytes) if START_METHOD == "fork" and memory_bytes else None  # anonymous: needs no /dev/shm
+        shared = START_METHOD == "fork" and memory_bytes
+        self.memory = mmap.mmap(-1, memory_bytes) if shared else b""  # anonymous: needs no /dev/shm
         self.channel, self.theirs = socket.socketpair()
         for end in (self.channel, self.theirs):
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 end.setsockopt(socket.SOL_SOCKET, option, 2**20)
         self.channel.setblocking(False)
         self.batch_numbers, self.received, self.taken = batch_numbers, 0, 0
-        self.inbox, self.held, self.silent, self.parcels, self.lost, self.failure, self.process = bytearray(), -1, 0.0, [], False, None, None
+        self.inbox, self.parcels, self.in_hand, self.silent = bytearray(), [], -1, 0.0
+        self.process, self.lost, self.failure = None, False, None
 
     def start(self, dataset, files, sampler, collate_fn):
         """Start the process. OSError when the system refuses."""
@@ -2742,20 +2744,20 @@ class Worker:
             pass  # no more for now
         except ConnectionError:
             self.lost = True
-        told = []
+        texts = []
         while len(self.inbox) >= 8 and len(self.inbox) >= (until := 8 + int.from_bytes(self.inbox[:8], "little")):
             kind, content = ForkingPickler.loads(memoryview(self.inbox)[8:until].tobytes())
             del self.inbox[:until]
             if kind == "hold":
-                self.held = content
+                self.in_hand = content
             elif kind == "batch":
                 self.received += 1
                 self.parcels.append(content)
             elif kind == "error":
                 self.failure = content
             else:
-                told.append(content)
-        return told
+                texts.append(content)
+        return texts
 
     @property
     def fate(self):
@@ -2769,7 +2771,8 @@ class Worker:
     def fail(self):
         """Raise the exception that ended it, its traceback there as the cause."""
         known, text, trace = self.failure
-        raise WORKER_ERRORS.get(known, RuntimeError)(text if known else f"in a loader worker: {text}") from RuntimeError(f"\n{trace}")
+        error = WORKER_ERRORS[known](text) if known else RuntimeError(f"in a loader worker: {text}")
+        raise error from RuntimeError(f"\n{trace}")
 
     def take(self, in_place=False):
         """The next batch. Its arrays are copies, or lie in shared memory until `release` when `in_place`."""
@@ -2780,10 +2783,8 @@ class Worker:
     def release(self):
         """Say that the slot of the batch taken last is free."""
         self.taken += 1
-        try:
+        with suppress(ConnectionError):  # it has made its last batch, or its death is noticed when it is waited for
             self.channel.send(b"f")
-        except ConnectionError:
-            pass  # it has made its last batch, or its death is noticed when it is waited for
 
     def end(self):
         """End it at once: a worker that hangs in a decoder hears nothing else."""
@@ -2795,7 +2796,8 @@ class Worker:
 
 
 def end_workers(workers, owner):
-    """End all workers of a list and forget them, in the process that started them alone: a fork of it holds the same list."""
+    """End all workers of a list and forget them. Only the process that started them ends them: a fork of it holds the
+    same list."""
     if os.getpid() == owner:
         for worker in workers:
             worker.end()
@@ -2816,21 +2818,23 @@ def pin_batch(batch):
 class ClipLoader:
     """Iterator over batches in the sampler's order, whatever the number of workers and whatever becomes of them.
 
-    Each worker makes every num_workers-th batch. One that dies, or says nothing while the loop waits for decode_timeout_s,
-    is replaced and reading goes on with the batch that was due; the file in its hand at two such ends goes into the
-    `quarantine` of `files`, the ClipDataset that reads. Since a sample's substitute depends on the sample alone, all later
-    batches are the same as if the file had been left out from the start. With num_workers = 0 nothing guards the process.
+    Each worker makes every num_workers-th batch. When one dies, or says nothing while the loop waits for timeout_s, all
+    are replaced and reading goes on with the batch that was due; the file in hand at two such ends goes into the
+    `quarantine` of `files`, the ClipDataset that reads. Since a sample's substitute depends on the sample alone, later
+    batches are as if the file had been left out from the start. With num_workers = 0 nothing guards the process.
 
-    A wait looks at `stopping()` and raises Stopped; the batch is still due then. `failing` (name -> reason) is kept up to
-    date with the files that could not be decoded and have not been since. It draws no random numbers.
+    A wait looks at `stopping()` and raises Stopped; the batch is still due then. `failing` (name -> reason) is kept up
+    to date with the files that could not be decoded and have not been since. It draws no random numbers.
     """
 
-    def __init__(self, dataset, sampler, num_workers, pin_memory=False, timeout_s=60.0, *, collate_fn=None, files=None, batch_bytes=0, stopping=None,
-                 failing=None):
-        self.dataset, self.sampler, self.num_workers, self.timeout_s, self.batch_bytes = dataset, sampler, num_workers, timeout_s, batch_bytes
-        self.collate_fn, self.files = collate_fn or collate, files or (dataset if isinstance(dataset, ClipDataset) else None)
-        self.stopping, self.failing, self.attendant = stopping, failing, Attendant(stopping)
-        self.delivered, self.begun, self.strikes, self.deaths, self.workers, self.pinned, self.pinning = 0, 0, {}, 0, [], None, None
+    def __init__(self, dataset, sampler, num_workers, pin_memory=False, timeout_s=60.0, *, collate_fn=collate, files=None,
+                 batch_bytes=0, stopping=None, failing=None):
+        self.dataset, self.sampler, self.num_workers, self.timeout_s = dataset, sampler, num_workers, timeout_s
+        self.collate_fn, self.batch_bytes, self.failing, self.attendant = collate_fn, batch_bytes, failing, Attendant(stopping)
+        self.files = files or (dataset if isinstance(dataset, ClipDataset) else None)
+        self.delivered, self.begun, self.workers = 0, 0, []  # batches delivered, now and when these workers began
+        self.strikes, self.deaths = {}, 0  # ends of workers: by number of the file in hand, without any in a row
+        self.pinned, self.pinning = None, None
         if pin_memory and torch.cuda.is_available():
             self.pinning = ThreadPoolExecutor(1, initializer=init_pinning, initargs=(torch.cuda.current_device(),))
         # forgotten or at exit: workers ignore SIGTERM, and the interpreter would wait for them for ever
@@ -2845,12 +2849,13 @@ class ClipLoader:
         self.begun, self.pinned = self.delivered, None
         try:
             for number in range(min(self.num_workers, len(self.sampler) - self.delivered)):
-                self.workers.append(Worker(range(self.delivered + number, len(self.sampler), self.num_workers), PREFETCH * self.batch_bytes))
+                share = range(self.delivered + number, len(self.sampler), self.num_workers)
+                self.workers.append(Worker(share, PREFETCH * self.batch_bytes))
                 with HeldSignals():
                     self.workers[-1].start(self.dataset, self.files, self.sampler, self.collate_fn)
         except OSError as error:
             self.close()
-            cure = CURE if error.errno == errno.ENOMEM else TOO_MANY
+            cure = TOO_LARGE if error.errno == errno.ENOMEM else TOO_MANY
             raise UserError(f"loader workers cannot be started ({reason_of(error)}); {cure}") from error
 
     def __iter__(self):
@@ -2876,8 +2881,9 @@ class ClipLoader:
             while not self.due.parcels and not self.pinned:
                 self.wait()
             batch = self.receive()
-        self.delivered, self.deaths, self.attendant.told = self.delivered + 1, 0, False
-        if self.pinning and self.workers and self.delivered < len(self.sampler) and self.due.parcels:  # while the loop computes
+        self.delivered, self.deaths, self.attendant.has_spoken = self.delivered + 1, 0, False
+        if self.pinning and self.workers and self.delivered < len(self.sampler) and self.due.parcels:
+            # while the loop computes
             self.pinned = self.pinning.submit(pin_batch, self.due.take(in_place=True))
         if self.failing is not None:
             self.keep_account(batch)
@@ -2894,15 +2900,15 @@ class ClipLoader:
         """One tick of waiting for the batch that is due. Stopped, or the exception that ended its worker."""
         if self.due.failure:
             self.due.fail()
-        if self.stopping is not None and self.stopping():
-            raise Stopped
+        self.attendant.waiting("")
         before = time.monotonic()
         self.look(TICK_S)
-        waited = min(time.monotonic() - before, 2 * TICK_S)  # no more: time in which this process stood still counts for nobody
+        waited = min(time.monotonic() - before, 2 * TICK_S)  # time in which this process stood still counts for nobody
         for worker in self.workers:
             worker.silent += waited if worker.owes else 0.0
         gone = [worker for worker in self.workers if worker.died]
-        late = [worker for worker in self.workers if worker.silent > (self.timeout_s if worker.held >= 0 else max(self.timeout_s, QUIET_S)) and not worker.lost]
+        limits_s = {True: self.timeout_s, False: max(self.timeout_s, QUIET_S)}  # with and without a file in hand
+        late = [worker for worker in self.workers if not worker.lost and worker.silent > limits_s[worker.in_hand >= 0]]
         if gone or late:
             self.replace_workers(gone, late)
 
@@ -2920,16 +2926,17 @@ class ClipLoader:
     def replace_workers(self, gone, late):
         """Count strikes, quarantine, start anew. UserError when workers fail without a file in hand, again and again."""
         ends = {worker.fate for worker in gone} | {f"no word for {self.timeout_s:g} s" for worker in late}
-        held = [(worker.held, f"one clip took longer than decode_timeout_s = {self.timeout_s:g}") for worker in late if worker.held >= 0]
-        held += [(worker.held, "it killed two loader workers") for worker in gone if worker.held >= 0]
+        too_slow = f"one clip took longer than decode_timeout_s = {self.timeout_s:g}"
+        blamed = [(worker.in_hand, too_slow) for worker in late if worker.in_hand >= 0]
+        blamed += [(worker.in_hand, "it killed two loader workers") for worker in gone if worker.in_hand >= 0]
         self.close()
-        for number, reason in held:
+        for number, reason in blamed:
             self.strikes[number] = self.strikes.get(number, 0) + 1
             if self.strikes[number] > 1:
                 self.files.quarantine[self.files.videos[number].name] = f"{QUARANTINED}: {reason}"
-        self.deaths += not held
+        self.deaths += not blamed
         if self.deaths > 2:
-            raise UserError(f"loader workers die before they open a file ({', '.join(sorted(ends))}); {CURE}")
+            raise UserError(f"loader workers die before they open a file ({', '.join(sorted(ends))}); {TOO_LARGE}")
         self.start()
 
     def keep_account(self, batch):
@@ -2953,7 +2960,7 @@ def batch_bytes(cfg, num_clips):
 
 
 def open_loader(source, cfg, stream, sampler, num_workers, pin_memory=False, stopping=None):
-    """The ClipLoader of a stream of a DataSource. While it waits for a batch and `stopping()` is true, it raises Stopped."""
+    """The ClipLoader of a stream of a DataSource. A wait for a batch raises Stopped once `stopping()` is true."""
     return ClipLoader(source.dataset(cfg, stream), sampler, num_workers, pin_memory, cfg.decode_timeout_s,
                       batch_bytes=batch_bytes(cfg, sampler.batch_size), stopping=stopping, failing=source.failing)
 
