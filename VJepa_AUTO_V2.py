@@ -872,8 +872,8 @@ def file_identity(look):
         info = look()
     except (OSError, ValueError):
         return None
-    told = info.st_ino and stat.S_ISREG(info.st_mode)
-    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) if told else None
+    is_known = info.st_ino and stat.S_ISREG(info.st_mode)
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) if is_known else None
 
 
 def is_folder(entry):
@@ -2175,14 +2175,12 @@ def scenes_folder(folder, cfg):
     names = ("seed", "scene_clips", "scene_size", "scene_mix", "image_size", "num_frames", "now_frames", "soon_frames", "clip_fps")
     setting = json.dumps({name: getattr(cfg, name) for name in names})
     other = f"{folder}_{hashlib.sha256(setting.encode()).hexdigest()[:8]}"
-    for place in itertools.chain([str(folder), other], (f"{other}_{k}" for k in itertools.count(2))):
-        try:
-            if read_text(os.path.join(place, "scenes.json"), MAX_CONFIG_BYTES) == setting:
-                return Path(place), setting, True
-        except (OSError, ValueError):
-            pass  # absent, or not ours
-        if not os.path.lexists(place) or os.path.isdir(place) and not os.listdir(place):
-            return Path(place), setting, False
+    for candidate in itertools.chain([str(folder), other], (f"{other}_{k}" for k in itertools.count(2))):
+        with suppress(OSError, ValueError):  # absent, or not ours
+            if read_text(os.path.join(candidate, "scenes.json"), MAX_CONFIG_BYTES) == setting:
+                return Path(candidate), setting, True
+        if not os.path.lexists(candidate) or os.path.isdir(candidate) and not os.listdir(candidate):
+            return Path(candidate), setting, False
 
 
 def write_scenes(folder, cfg, stopping=None):
@@ -2426,7 +2424,7 @@ class ClipDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         cfg = self.cfg
         frames, number, annotation, bad, flip = self.decode(index, cfg.height, cfg.width)
-        maneuver = str(annotation.get("maneuver", ""))
+        maneuver = annotation.get("maneuver", "")
         sample = mask_and_noise(cfg, self.stream, index)
         sample["frames"] = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))  # [T, 3, H, W]
         sample["file"] = torch.tensor(number)
@@ -2488,8 +2486,8 @@ class DataSource:
         """What a checkpoint keeps of the listing: the number of files, their names as far as they are the user's and
         not too many."""
         names = sorted({video.name for video in (*self.train, *self.val)})
-        told = self.kind == "videos" and len(names) <= MAX_LISTED
-        return {"kind": self.kind, "root": self.root, "files": len(names), "names": names if told else []}
+        kept = names if self.kind == "videos" and len(names) <= MAX_LISTED else []
+        return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept}
 
     def dataset(self, cfg, stream):
         """The dataset of a stream: train files for `train` and `bank`, held-out files for `val`."""
@@ -2555,8 +2553,8 @@ def data_notes(cfg, videos, source, saved=None):
     on from."""
     notes = list(getattr(videos, "notes", ()))
     if source.kind == "scenes" and source.root != os.path.join(cfg.out_dir, "scenes"):
-        place = f"{cfg.out_dir}/scenes"
-        notes.append(f"note: {place} holds something else and stays as it is; this run's scenes stand in {source.root}")
+        notes.append(f"note: {cfg.out_dir}/scenes holds something else and stays as it is; "
+                     f"this run's scenes stand in {source.root}")
     change = listing_change(saved, source) if saved else ""
     return notes + [change] if change else notes
 
@@ -4227,9 +4225,9 @@ def digest(thing):
 
 def check_ranks(process, **parts):
     """UserError naming the ranks whose values differ from rank 0's: said at once, instead of as a hang or a slow divergence."""
-    told = process.collect(parts)
+    of_ranks = process.collect(parts)
     for name in parts:
-        odd = [rank for rank, other in enumerate(told) if other[name] != told[0][name]]
+        odd = [rank for rank, other in enumerate(of_ranks) if other[name] != of_ranks[0][name]]
         if odd:
             raise UserError(f"ranks disagree: {name.replace('_', ' ')} of rank {', '.join(map(str, odd))} differs from rank 0's; start all ranks with the same "
                             "code, flags and data, from the same checkpoint")
@@ -4415,33 +4413,33 @@ def write_report(path, values):
 WRITTEN = ".written.json"  # in the folder of checkpoints: size and time of each one that a run wrote there
 
 
-def stamp(path):
-    """What tells a file from any other of its name: [size, time of its last change in ns]."""
+def size_and_time(path):
+    """What tells a checkpoint from any other file of its name: [size, time of its last change in ns]."""
     info = os.stat(path)
     return [info.st_size, info.st_mtime_ns]
 
 
 def written_record(folder):
-    """What runs wrote into a folder of checkpoints -> {name: [stamps]}, {} where the record is absent or damaged: then
-    nothing is proven, and nothing is deleted."""
+    """What runs wrote into a folder of checkpoints -> {name: [size_and_time, that of the one before]}, {} where the
+    record is absent or damaged: then nothing is proven, and nothing is deleted."""
     record = read_mapping(folder / WRITTEN, 2**22)
-    return record if all(isinstance(stamps, list) for stamps in record.values()) else {}
+    return record if all(isinstance(written, list) for written in record.values()) else {}
 
 
 def is_written(path):
     """Whether a run wrote this checkpoint, by its record: no other file is ever overwritten or deleted."""
-    return path.is_file() and stamp(path) in written_record(path.parent).get(path.name, [])
+    return path.is_file() and size_and_time(path) in written_record(path.parent).get(path.name, [])
 
 
-def note_written(path, new):
-    """Put on record that a run wrote the file that is about to get this name, whose stamp is `new`; the one that still
-    has it stays on record."""
-    record = {name: stamps for name, stamps in written_record(path.parent).items() if os.path.lexists(path.parent / name)}
-    record[path.name] = [new, *record.get(path.name, [])[:1]]
+def note_written(path, source):
+    """Put on record that a run wrote the file `source`, which is about to get the name `path`; the one that still has
+    that name stays on record."""
+    record = {name: known for name, known in written_record(path.parent).items() if os.path.lexists(path.parent / name)}
+    record[path.name] = [size_and_time(source), *record.get(path.name, [])[:1]]
     write_atomic(path.parent / WRITTEN, lambda handle: handle.write(json.dumps(record).encode()))
 
 
-def make_room(path):
+def free_name(path):
     """Move what stands under a checkpoint's name aside, unless a run wrote it."""
     if os.path.lexists(path) and not is_written(path):
         move_aside(path)
@@ -4449,9 +4447,9 @@ def make_room(path):
 
 def move_checkpoint(path, target):
     """Rename a checkpoint, over an older one of that name if there is one."""
-    make_room(target)
+    free_name(target)
     if is_written(path):
-        note_written(target, stamp(path))
+        note_written(target, path)
     os.replace(path, target)
     sync_folder(target.parent)
 
@@ -4498,8 +4496,8 @@ def save_checkpoint(state, out_dir, cfg, final):
     folder = Path(out_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("ckpt_final.pt" if final else f"ckpt_{state['step']}.pt")
-    make_room(path)
-    write_atomic(path, lambda handle: torch.save(state, handle), lambda written: note_written(path, stamp(written)))
+    free_name(path)
+    write_atomic(path, lambda handle: torch.save(state, handle), partial(note_written, path))
     numbered = [old for step, old in checkpoint_files(out_dir) if step != math.inf and is_written(old)]
     for old in numbered[: -cfg.keep_last]:
         old.unlink()
@@ -4932,7 +4930,7 @@ class RunFolder:
             return
         try:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self.place = self.folder.stat()
+            self.identity = self.folder.stat()
             clear_folder(self.folder)
             self.take()
             sweep_folder(self.folder)
@@ -4966,7 +4964,7 @@ class RunFolder:
         try:
             self.taken = not os.path.samestat(os.stat(self.folder / ".lease"), os.fstat(self.lease.fileno()))
         except FileNotFoundError:
-            if not os.path.samestat(os.stat(self.folder), self.place):  # the folder's own absence is the error
+            if not os.path.samestat(os.stat(self.folder), self.identity):  # the folder's own absence is the error
                 raise OSError(errno.ESTALE, "the folder was removed while the run writes there") from None
             self.take()  # the lease alone was deleted
         if self.taken:
@@ -5384,8 +5382,8 @@ def log_values(metrics, carries, model, process, log, clock, progress):
 
 def check_bad_files(log, entries, source, cfg, process):
     """Name new bad files of all ranks; stop when too large a share of the data is bad now: named by this attempt of the run and not decoded since."""
-    told, failing = zip(*process.collect((entries, source.failing)))
-    log.add_bad([entry for part in told for entry in part])
+    named, failing = zip(*process.collect((entries, source.failing)))
+    log.add_bad([entry for part in named for entry in part])
     failing = {name: reason for part in failing for name, reason in part.items()}
     for side, videos in (("training", source.train), ("validation", source.val)):
         if all(video.name in failing for video in videos):  # blank frames would stand in for them
@@ -5433,7 +5431,7 @@ def cache_latents(model, source, process, start, num_clips, log):
     kept = torch.bfloat16 if cfg.amp else torch.float32
     num_batches = math.ceil(num_clips / (size * process.world_size))
     sampler = StepSampler(start, num_batches, size, process.rank, process.world_size)
-    cached, began, told = None, time.perf_counter(), 1
+    cached, began, minutes = None, time.perf_counter(), 1
     loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, stopping=process.stop.asked)
     for number, batch in enumerate(process.walk(loader)):
         with torch.no_grad(), autocast(process):
@@ -5444,8 +5442,8 @@ def cache_latents(model, source, process, start, num_clips, log):
         for whole, part in zip(cached, parts):
             whole[number * size : (number + 1) * size] = part
         log.bar(number + 1, num_batches, "latents for the flow phase")
-        if time.perf_counter() - began > 60 * told:
-            told += 1
+        if time.perf_counter() - began > 60 * minutes:
+            minutes += 1
             log.line(f"latents for the flow phase: {(number + 1) * size * process.world_size} of {num_clips} clips")
     return cached
 
@@ -5537,8 +5535,8 @@ def fit_net(net, slow, num_steps, loss_at, name, key, began, cfg, process, log):
         log.bar(step + 1, num_steps, name)
         if (step + 1) % (4 * cfg.log_every) == 0 or step + 1 == num_steps:
             with torch.no_grad():
-                held = float(loss_at())
-            log.line(f"{name} step:{step + 1} {key}:{float(loss.detach()):.4g} held_out:{held:.4g} time:{time.perf_counter() - began:.0f}")
+                held_out = float(loss_at())
+            log.line(f"{name} step:{step + 1} {key}:{float(loss.detach()):.4g} held_out:{held_out:.4g} time:{time.perf_counter() - began:.0f}")
         if step % 50 == 0:
             process.stop_together()
     net.requires_grad_(False)
