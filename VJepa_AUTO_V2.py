@@ -3999,7 +3999,7 @@ class Process:
         self.stop_together(mine)
         return result
 
-    def walk(self, loader):
+    def in_step(self, loader):
         """The batches of a loader, over which all ranks walk in step, until one of them is asked to stop
         (StoppedTogether)."""
         try:
@@ -5046,7 +5046,7 @@ def validate(model, source, process, deadline=math.inf):
     loader = open_loader(source, cfg, "val", sampler, min(cfg.num_workers, 2), process.device.type == "cuda", process.stop.asked)
     was_training, sums, targets, looks, bad, spread = model.training, {}, [], [], [], 0.0
     model.eval()
-    for batch in process.walk(loader):
+    for batch in process.in_step(loader):
         bad += batch["bad"]
         batch = to_device(batch, process.device)
         with autocast(process):
@@ -5433,7 +5433,7 @@ def cache_latents(model, source, process, start, num_clips, log):
     sampler = StepSampler(start, num_batches, size, process.rank, process.world_size)
     cached, began, minutes = None, time.perf_counter(), 1
     loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, stopping=process.stop.asked)
-    for number, batch in enumerate(process.walk(loader)):
+    for number, batch in enumerate(process.in_step(loader)):
         with torch.no_grad(), autocast(process):
             clip = model.normalise(batch["frames"].to(process.device))
             parts = model.encode_now(model.online.tokenizer(clip[:, : cfg.now_frames])), model.future_target(model.make_targets(clip))
