@@ -102,7 +102,7 @@ class UsageError(UserError):
 
 
 class Stopped(Exception):
-    """A signal ended a wait or a long piece of work before its result was there. Whoever has something to save saves it first."""
+    """A signal ended a wait or long work before its result was there. Whoever has something to save saves it first."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,7 +350,8 @@ RANGES = {
     "short_num_blocks": (1, 1000), "short_scale": (0.001, 1), "long_num_blocks": (1, 1000), "long_scale": (0.001, 1),
     "aspect_min": (0.05, 20), "aspect_max": (0.05, 20), "short_visible": (0, 0.99), "long_visible": (0, 0.99),
     "mask_draws": (1, 64), "lambda_vjepa": (0, 10**6), "lambda_soon": (0, 10**6), "lambda_eventually": (0, 10**6),
-    "lambda_flow": (0, 10**6), "lambda_supcon": (0, 10**6), "supcon_temperature": (1e-4, None), "outcome_queries": (1, 65536),
+    "lambda_flow": (0, 10**6), "lambda_supcon": (0, 10**6), "supcon_temperature": (1e-4, None),
+    "outcome_queries": (1, 65536),
     "outcome_temperature": (1e-4, None), "outcome_queue": (0, 10**7), "flow_dim": (2, 65536), "flow_depth": (1, 1000),
     "flow_heads": (1, 65536), "flow_rank": (1, 4096), "flow_chunks": (1, 100000), "flow_joint_max": (0, 2**62),
     "flow_pool": (1, 8192), "flow_draws": (1, 4096), "flow_shift": (0, 1000), "flow_steps": (1, 10000),
@@ -358,7 +359,8 @@ RANGES = {
     "flow_fit_steps": (1, 10**9), "flow_fit_batch": (1, 65536), "flow_fit_lr": (0, None), "batch_size": (1, 65536), "grad_accum": (1, 65536),
     "lr": (0, None), "min_lr": (0, None), "weight_decay": (0, None), "warmup_steps": (0, 10**9), "grad_clip": (0, None),
     "ema_momentum": (0, 1), "ema_momentum_end": (0, 1), "max_skipped_steps": (1, 10**9), "log_every": (1, 10**9),
-    "ckpt_every": (1, 10**9), "keep_last": (1, 10**9), "val_every": (0, 10**9), "val_clips": (2, 10**7), "dist_timeout_s": (1, 10**6),
+    "ckpt_every": (1, 10**9), "keep_last": (1, 10**9), "val_every": (0, 10**9), "val_clips": (2, 10**7),
+    "dist_timeout_s": (1, 10**6),
 }
 CHOICES = {
     "preset": tuple(PRESETS), "device": ("auto", "cuda", "mps", "cpu"), "decoder": ("auto", "pyav", "decord", "torchcodec"),
@@ -444,7 +446,8 @@ def type_problems(cfg):
         if not fits(entry.type, value):
             problems.append(f"{entry.name} = {shown(value)}: must be {wanted} (--{entry.name})")
         elif isinstance(value, str) and re.search(UNPRINTABLE, value):
-            problems.append(f"{entry.name} = {shown(value)}: must hold no control characters, and only UTF-8 (--{entry.name})")
+            rule = "must hold no control characters, and only UTF-8"
+            problems.append(f"{entry.name} = {shown(value)}: {rule} (--{entry.name})")
     return problems
 
 
@@ -723,7 +726,8 @@ def build_parser():
     comments = field_help()
     for entry in fields(VJepaAutoV2Config):
         flags = list(dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"]))
-        options = dict(dest=entry.name, default=argparse.SUPPRESS, help=comments[entry.name].replace("%", "%%") + f" [{entry.default}]")
+        words = comments[entry.name].replace("%", "%%") + f" [{entry.default}]"
+        options = dict(dest=entry.name, default=argparse.SUPPRESS, help=words)
         if FIELD_TYPES[entry.name] is bool:
             parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
         else:
@@ -826,8 +830,8 @@ class TimeLine:
     in_order: bool = False  # no presentation times at all: frames come in order, at the times at which packets stand
 
     def second(self, pts):
-        """Presentation time, or an array of them -> seconds since the start, to the last bit: a moment on the very border of
-        two frames must not waver."""
+        """Presentation time, or an array of them -> seconds since the start, to the last bit: a moment on the very
+        border of two frames must not waver."""
         return (pts - self.start) * self.unit.numerator / self.unit.denominator
 
 
@@ -1232,7 +1236,7 @@ def streams_alive(url, stamp):
 
 def playing_stream(container):
     """The video stream of an open file that plays. Attached pictures and streams of one frame (covers, thumbnails)
-    never count beside another one; of several the first that is marked as default, else the first. BadFile without any."""
+    never count beside another one; of several the first that is marked default, else the first. BadFile without any."""
     from av.stream import Disposition
 
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
@@ -1459,8 +1463,8 @@ def pyav_picture(frame, plan, pixel_aspect):
 
 def is_wanted(packet, near, line, times):
     """Whether the frame of a packet is on screen at one of the requested times: from its own presentation time to the
-    next of `near`, the known ones in order. One that is not known yet makes that span longer: a frame too many is decoded,
-    never one too few."""
+    next of `near`, the known ones in order. One that is not known yet makes that span longer: a frame too many is
+    decoded, never one too few."""
     place, following = bisect.bisect_left(near, packet.pts), bisect.bisect_right(near, packet.pts)
     if place == 0 or near[place - 1] < line.start:
         return True  # the first picture also stands for whatever is asked for before it
@@ -1471,8 +1475,8 @@ def is_wanted(packet, near, line, times):
 def pyav_frames(container, stream, times, fast, line=None, packets=None):
     """Decoded frames in display order, by default all that the container holds. `fast` leaves out frames that nobody
     refers to and that are not on screen at a requested time, by the presentation times of the packets around them:
-    those that are kept come out bit for bit the same. What a container says of a frame's duration is its guess and counts for
-    nothing."""
+    those that are kept come out bit for bit the same. What a container says of a frame's duration is its guess and
+    counts for nothing."""
     line = line or TimeLine(stream.start_time or 0, stream.time_base, 0.0, 0.0)
     may_skip = fast and stream.codec_context.name in SKIPPING_CODECS
     queue, near, order, count = deque(), [], deque(), 0
@@ -1582,8 +1586,8 @@ def video_timing(path, plan):
 
 def check_simple_file(path):
     """CannotOpen for what decord and torchcodec cannot be trusted with. They take no list of allowed demuxers (a
-    playlist would open other files), decord's frames are seconds off in ts and repeat in avi; they choose a video stream
-    by rules of their own, do not mirror, and know nothing of streams whose first frames cannot be shown."""
+    playlist would open other files), decord's frames are seconds off in ts and repeat in avi; they choose a video
+    stream by rules of their own, do not mirror, and know nothing of streams whose first frames cannot be shown."""
     import av
 
     with open(path, "rb") as file:
@@ -1667,8 +1671,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  #
 
 
 class HeldSignals:
-    """Context that holds back signals which have a handler, and raises them again at its end. Around a fork: Python drops the
-    exception of a handler (Ctrl-C) that runs in one of its fork hooks, and a process whose start was cut off is ended by nobody."""
+    """Context that holds back signals which have a handler, and raises them again at its end. Around a fork: Python
+    drops the exception of a handler (Ctrl-C) that runs in one of its fork hooks, and a process whose start was cut off
+    is ended by nobody."""
 
     def hear(self, number, frame):
         self.heard.append(number)
@@ -2315,8 +2320,10 @@ def mask_and_noise(cfg, stream, index):
 
 
 # Faults of a machine or a network, told in a reason by their texts, that say nothing about a file that is there.
-PASSING_FAULTS = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
-                  errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EACCES, errno.ENOENT)
+PASSING_FAULTS = (
+    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EACCES, errno.ENOENT,
+)
 RETRY_S = 0.5  # between two looks at a file whose fault may pass
 
 
@@ -2349,8 +2356,8 @@ class ClipDataset(torch.utils.data.Dataset):
 
     `data_root` locates annotations. A file that cannot be decoded is replaced by the next one of an order drawn from
     (seed, i), and named in the sample's `bad` list; when no file at all can be decoded the sample holds zeros, and the
-    list then names every file, which the caller must treat as the end of the run. `quarantine` (name -> reason) holds files
-    that must not be opened at all; `watch`, an Attendant, is told which file is in hand.
+    list then names every file, which the caller must treat as the end of the run. `quarantine` (name -> reason) holds
+    files that must not be opened at all; `watch`, an Attendant, is told which file is in hand.
     """
 
     def __init__(self, cfg, videos, data_root, stream, maneuvers=(), quarantine=None):
@@ -2375,7 +2382,8 @@ class ClipDataset(torch.utils.data.Dataset):
         """Decode a plan's frames of a file -> uint8 [T, H, W, 3]. BadFile with the reason.
 
         A fault that may pass does not condemn a file, and no other one takes its place at once: data that are away as a
-        whole are waited for, decode_timeout_s at most until one is read again; a fault of the machine is tried four times, once per file.
+        whole are waited for, decode_timeout_s at most until one is read again; a fault of the machine is tried four
+        times, once per file.
         """
         video, tries, limit_s = self.videos[number], 0, self.cfg.decode_timeout_s
         while True:
@@ -2383,13 +2391,16 @@ class ClipDataset(torch.utils.data.Dataset):
                 with self.watch.holding(number):
                     frames = read_frames(video.path, plan, self.cfg.decoder)
             except BadFile as error:
-                away = not os.path.exists(video.path) and self.are_away()
-                passing = os.path.exists(video.path) and number not in self.retried and any(os.strerror(code) in str(error) for code in PASSING_FAULTS)
+                there = os.path.exists(video.path)
+                away = not there and self.are_away()
+                passing = there and number not in self.retried
+                passing = passing and any(os.strerror(code) in str(error) for code in PASSING_FAULTS)
                 if passing and tries == 3:
                     self.retried.add(number)
                 if self.waited >= limit_s or not away and (not passing or tries == 3):
                     raise
-                missing = f"{video.name}: {error}, and no other file of {self.data_root or 'the list'} can be seen; waiting up to {limit_s:g} s for the data"
+                missing = (f"{video.name}: {error}, and no other file of {self.data_root or 'the list'} can be seen; "
+                           f"waiting up to {limit_s:g} s for the data")
                 self.watch.waiting(missing if away else "")
                 tries, self.waited = tries + passing, self.waited + RETRY_S
                 time.sleep(RETRY_S)
@@ -2471,7 +2482,7 @@ MAX_LISTED = 2**17  # names of files that a checkpoint holds at most
 
 @dataclass
 class DataSource:
-    """What a run trains on. kind: videos | scenes | render | random, printed on every log line when it is not videos."""
+    """What a run trains on. kind: videos | scenes | render | random, said on every log line when it is not videos."""
 
     kind: str
     root: str
@@ -2480,7 +2491,7 @@ class DataSource:
     maneuvers: list
     held_out: bool  # False: a single file serves both sides
     quarantine: dict = field(default_factory=dict)  # files that no worker may open: name -> reason
-    failing: dict = field(default_factory=dict)  # files that this process could not decode and has not decoded since: name -> reason
+    failing: dict = field(default_factory=dict)  # files not decoded when this process last tried: name -> reason
 
     def listing(self):
         """What a checkpoint keeps of the listing: the number of files, their names as far as they are the user's and
@@ -2501,8 +2512,18 @@ def nothing_found(cfg, videos):
     return f"no video matches {cfg.video_glob!r} among {', '.join(VIDEO_SUFFIXES)}; {videos.seen}"
 
 
+def instead_of_videos(cfg, videos):
+    """What a run without any video learns from -> one line."""
+    if cfg.data_root:
+        return (f"WARNING: no video under {cfg.data_root}: {nothing_found(cfg, videos)}; "
+                f"going on with data:{cfg.missing_data} (--missing_data error refuses instead)")
+    written = f"{cfg.scene_clips} clips in {cfg.out_dir}/scenes"
+    return ("no --data_root: training on built-in driving scenes, "
+            + ("a new one for every sample" if cfg.scenes == "render" else written))
+
+
 def list_data(cfg):
-    """The videos that a config names, [] for built-in scenes. UsageError for a wrong path, or an empty one if so configured."""
+    """The videos that a config names, [] for built-in scenes. UsageError for a wrong path, or an empty one if asked."""
     videos = find_videos(cfg.data_root, cfg.video_glob) if cfg.data_root else Listing()
     if cfg.data_root and not videos and cfg.missing_data == "error":
         raise UsageError(f"data_root {cfg.data_root}: {nothing_found(cfg, videos)} (--video_glob)")
@@ -2528,7 +2549,9 @@ def open_data(cfg, videos, is_main, barrier, stopping=None):
     made_up = kind in ("random", "render")
     train, val = split_videos(videos, cfg.val_fraction) if made_up else split_readable(cfg, videos)
     held_out = bool(val) and bool(train)
-    maneuvers = [] if not cfg.lambda_supcon else list(SCENE_MANEUVERS) if kind == "render" else maneuver_names(videos, root)
+    maneuvers = []
+    if cfg.lambda_supcon:
+        maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names(videos, root)
     return DataSource(kind, root, train or videos, val or videos, maneuvers, held_out)
 
 
@@ -2597,8 +2620,8 @@ QUIET_S = 10.0  # a worker without a file in hand may be silent for so long at l
 INLINE_BYTES = 4096  # smaller arrays travel in the message itself
 TOO_MANY = ("raise the limit on processes and open files (ulimit -u, ulimit -n) or lower --num_workers (0 reads in the "
             "main process)")
-TOO_LARGE = ("lower --num_workers or --batch_size, give the container more memory (docker run --memory), or read in the "
-             "main process (--num_workers 0)")
+TOO_LARGE = ("lower --num_workers or --batch_size, give the container more memory (docker run --memory), or read in "
+             "the main process (--num_workers 0)")
 # What a worker's exception comes out as in the main process; others are programming errors.
 WORKER_ERRORS = {"UsageError": UsageError, "UserError": UserError, "MemoryError": MemoryError, "OSError": OSError}
 
@@ -2698,8 +2721,8 @@ class Worker:
     """The main process's side of a worker: its process, its socket and what it has said.
 
     `in_hand` is the number of the file that it reads or -1, `silent` for how many seconds the loop has waited without a
-    word from it, `parcels` its batches that were not taken yet, `lost` whether its end of the socket is closed, `failure`
-    the exception that ended it (name in WORKER_ERRORS or "", text, traceback).
+    word from it, `parcels` its batches that were not taken yet, `lost` whether its end of the socket is closed,
+    `failure` the exception that ended it (name in WORKER_ERRORS or "", text, traceback).
     """
 
     def __init__(self, batch_numbers, memory_bytes):
@@ -2825,10 +2848,11 @@ class ClipLoader:
     to date with the files that could not be decoded and have not been since. It draws no random numbers.
     """
 
-    def __init__(self, dataset, sampler, num_workers, pin_memory=False, timeout_s=60.0, *, collate_fn=collate, files=None,
-                 batch_bytes=0, stopping=None, failing=None):
+    def __init__(self, dataset, sampler, num_workers, pin_memory=False, timeout_s=60.0, *, collate_fn=collate,
+                 files=None, batch_bytes=0, stopping=None, failing=None):
         self.dataset, self.sampler, self.num_workers, self.timeout_s = dataset, sampler, num_workers, timeout_s
-        self.collate_fn, self.batch_bytes, self.failing, self.attendant = collate_fn, batch_bytes, failing, Attendant(stopping)
+        self.collate_fn, self.batch_bytes, self.failing = collate_fn, batch_bytes, failing
+        self.attendant = Attendant(stopping)
         self.files = files or (dataset if isinstance(dataset, ClipDataset) else None)
         self.delivered, self.begun, self.workers = 0, 0, []  # batches delivered, now and when these workers began
         self.strikes, self.deaths = {}, 0  # ends of workers: by number of the file in hand, without any in a row
@@ -2922,7 +2946,7 @@ class ClipLoader:
         return batch
 
     def replace_workers(self, gone, late):
-        """Count strikes, quarantine, start anew. UserError when workers fail without a file in hand, again and again."""
+        """Count strikes, quarantine, start anew. UserError when workers keep failing without a file in hand."""
         ends = {worker.fate for worker in gone} | {f"no word for {self.timeout_s:g} s" for worker in late}
         too_slow = f"one clip took longer than decode_timeout_s = {self.timeout_s:g}"
         blamed = [(worker.in_hand, too_slow) for worker in late if worker.in_hand >= 0]
@@ -3895,8 +3919,7 @@ class StopFlag:
     signal ends at once.
 
     `reason` is "" while nothing has, `saved` the step up to which everything is on the disk. Under torchrun the death
-    of the
-    launcher counts as well: nobody would end its ranks. A SIGHUP that nohup has switched off stays off.
+    of the launcher counts as well: nobody would end its ranks. A SIGHUP that nohup has switched off stays off.
     """
 
     def __init__(self, signals=STOP_SIGNALS):
@@ -4035,7 +4058,7 @@ def choose_device(name, local_rank):
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
-PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # amp_dtype -> its name in logs and checkpoints
+PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # amp_dtype -> its name in checkpoints
 EMULATED = 4.0  # products that take so many times as long as in fp32 are done by other instructions
 
 
@@ -4072,8 +4095,8 @@ def block_pass(block, tokens, dtype):
 def amp_cost(cfg, device, dtype):
     """Time of a training pass under autocast over its time in fp32, tried on an encoder block of this config.
 
-    A product of 128 x 128 comes first: a CPU without bf16 instructions takes 30 times as long for it, which is known after
-    milliseconds. On a CPU about a GFLOP is enough; a GPU needs a whole batch to have something to do.
+    A product of 128 x 128 comes first: a CPU without bf16 instructions takes 30 times as long for it, which is known
+    after milliseconds. On a CPU about a GFLOP is enough; a GPU needs a whole batch to have something to do.
     """
     square = torch.ones(128, 128, device=device)
     plain, half = fastest([partial(torch.mm, matrix, matrix) for matrix in (square, square.to(dtype))], device)
@@ -4092,9 +4115,9 @@ def amp_cost(cfg, device, dtype):
 def choose_precision(cfg, process, saved=""):
     """Autocast only where it is no slower than fp32 on this machine -> (amp dtype or None, the reason in words).
 
-    The slowest rank decides for all. `saved` is the precision of the checkpoint that the run goes on from: it stays unless
-    the other one is clearly faster here, so that a resumed run computes the same bits. The draws of the global generator
-    differ from run to run after this: seed it afterwards.
+    The slowest rank decides for all. `saved` is the precision of the checkpoint that the run goes on from: it stays
+    unless the other one is clearly faster here, so that a resumed run computes the same bits. The draws of the global
+    generator differ from run to run after this: seed it afterwards.
     """
     dtype = amp_dtype(cfg, process.device)
     if dtype is None:
@@ -4147,9 +4170,9 @@ def open_store(rank, world_size, timeout_s, stop):
     """The key-value store through which ranks find each other, under a prefix of this attempt; returns once all ranks
     are there.
 
-    torchrun serves one store for all its restarts, and a restarted rank would read addresses that dead ranks left in it. The
-    count of restarts is the same for all ranks of one node only: several nodes need the launcher's own switch (README).
-    UserError names the ranks that are absent after timeout_s.
+    torchrun serves one store for all its restarts, and a restarted rank would read addresses that dead ranks left in
+    it. The count of restarts is the same for all ranks of one node only: several nodes need the launcher's own switch
+    (README). UserError names the ranks that are absent after timeout_s.
     """
     env, deadline = os.environ, time.monotonic() + timeout_s
     if not env.get("MASTER_ADDR"):
@@ -4170,8 +4193,8 @@ def open_store(rank, world_size, timeout_s, stop):
             if stop.asked():
                 raise Stopped
             if time.monotonic() > deadline:
-                raise UserError(f"rank {', '.join(map(str, absent))} of {world_size} did not come within dist_timeout_s = "
-                                f"{timeout_s:g} s; start all of them, on all nodes")
+                raise UserError(f"rank {', '.join(map(str, absent))} of {world_size} did not come within "
+                                f"dist_timeout_s = {timeout_s:g} s; start all of them, on all nodes")
             time.sleep(0.05)
     except dist.DistError as error:
         raise UserError(f"ranks cannot meet at {address} port {port} ({flat(error)[:200]}); rank 0 may be "
@@ -4349,10 +4372,10 @@ def sync_folder(folder):
 
 
 def write_atomic(path, write, announce=None):
-    """Write through a temporary file, fsync, rename, fsync of the folder: at any moment the old or the new file is whole.
+    """Write through a temporary file, fsync, rename, fsync of the folder: the old or the new file is whole at any time.
 
-    `write` gets the open file; `announce`, if given, the path of the temporary one before it is renamed. OSError when the
-    disk refuses.
+    `write` gets the open file; `announce`, if given, the path of the temporary one before it is renamed. OSError when
+    the disk refuses.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -4476,7 +4499,8 @@ def checkpoint_state(model, optimizer, scaler, source, process, progress):
         "soon_predictor": model.soon_predictor.state_dict() if model.soon_predictor else None,
         "scaler": scaler.state_dict(), "flow_stats": model.space.state_dict(),
         "outcome_queue": {"keys": model.queue, "filled": model.queue_filled}, "rng": rng,
-        "world_size": process.world_size, "precision": PRECISIONS[process.amp_dtype], "data": source.listing(), "source": source_text(),
+        "world_size": process.world_size, "precision": PRECISIONS[process.amp_dtype], "data": source.listing(),
+        "source": source_text(),
     }
 
 
@@ -4511,9 +4535,8 @@ class BadCheckpoint(UserError):
 def damage_of(path):
     """What is wrong with the bytes of a checkpoint -> text, "" when they are those that were written.
 
-    Every member of the archive has a CRC-32, which torch.load does not compare. Of 1,200 flipped bits, 200 cuts and 200
-    zeroed
-    pages none got by with other content (what it lets through is padding); it takes less than half the time of SHA-256.
+    Every member of the archive has a CRC-32, which torch.load does not compare. Of flipped bits, cuts and zeroed pages
+    none got by with other content (what it lets through is padding), and SHA-256 takes twice the time.
     """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
@@ -4616,8 +4639,8 @@ def load_checkpoint(path):
     if not os.path.lexists(path):
         raise UsageError(f"resume {path}: no such checkpoint")
     if not path.is_file():
-        raise BadCheckpoint(f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; use another one, "
-                            "or --resume never")
+        raise BadCheckpoint(f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; use another "
+                            "one, or --resume never")
     try:
         damage = damage_of(path)
         if damage:
@@ -4625,9 +4648,11 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = CHECKPOINT_KEYS - (state.keys() if isinstance(state, dict) else set())
         if missing:
-            raise BadCheckpoint(f"checkpoint {path}: not a VJepa_AUTO_V2 checkpoint (it lacks {', '.join(sorted(missing))})")
+            lacking = ", ".join(sorted(missing))
+            raise BadCheckpoint(f"checkpoint {path}: not a VJepa_AUTO_V2 checkpoint (it lacks {lacking})")
         if not fits(int, state["format"]) or state["format"] != CHECKPOINT_FORMAT:
-            raise BadCheckpoint(f"checkpoint {path}: format {shown(state['format'])}, this file reads format {CHECKPOINT_FORMAT}")
+            raise BadCheckpoint(f"checkpoint {path}: format {shown(state['format'])}, this file reads format "
+                                f"{CHECKPOINT_FORMAT}")
         check_insides(state)
     except BadCheckpoint:
         raise
@@ -4749,7 +4774,8 @@ class Tracker:
             work(*args)
         except (Exception, SystemExit) as error:  # a foreign package's, of any kind: a full disk, a login
             self.writer = None
-            self.tell(f"WARNING: track: {self.package} failed ({type(error).__name__}: {error}) and is left out from here on")
+            why = f"{type(error).__name__}: {error}"
+            self.tell(f"WARNING: track: {self.package} failed ({why}) and is left out from here on")
 
     def open(self, cfg):
         """Start the package."""
@@ -4904,7 +4930,8 @@ def sweep_folder(folder):
 
 def is_run_folder(folder):
     """Whether a run has owned this folder before: its lease stands there, or a config.json as a run writes it."""
-    return os.path.exists(folder / ".lease") or {"versions", "config"} <= read_mapping(folder / "config.json", 2**20).keys()
+    config = read_mapping(folder / "config.json", 2**20)
+    return os.path.exists(folder / ".lease") or {"versions", "config"} <= config.keys()
 
 
 def clear_folder(folder):
@@ -4936,7 +4963,8 @@ class RunFolder:
             sweep_folder(self.folder)
             self.write_status("running", None)
         except OSError as error:
-            raise UserError(f"out_dir {cfg.out_dir}: cannot be written ({error.strerror}); choose another --out_dir") from error
+            raise UserError(f"out_dir {cfg.out_dir}: cannot be written ({error.strerror}); "
+                            "choose another --out_dir") from error
 
     def take(self):
         """Lock .lease. UserError when another run holds it."""
@@ -4948,9 +4976,10 @@ class RunFolder:
             owner = handle.read(300).strip() or "unknown"
             handle.close()
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(f"out_dir {self.folder}: another run writes there ({owner}); stop it, or choose another --out_dir") from error
-            raise UserError(f"out_dir {self.folder}: its file system gives no locks ({error.strerror}), so nothing would keep a second run away; "
-                            "choose another --out_dir") from error
+                raise UserError(f"out_dir {self.folder}: another run writes there ({owner}); stop it, "
+                                "or choose another --out_dir") from error
+            raise UserError(f"out_dir {self.folder}: its file system gives no locks ({error.strerror}), "
+                            "so nothing would keep a second run away; choose another --out_dir") from error
         handle.truncate(0)
         handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
         handle.flush()
@@ -5043,7 +5072,8 @@ def validate(model, source, process, deadline=math.inf):
     cfg = model.cfg
     num_batches = max(1, math.ceil(cfg.val_clips / (cfg.batch_size * process.world_size)))
     sampler = StepSampler(0, num_batches, cfg.batch_size, process.rank, process.world_size)
-    loader = open_loader(source, cfg, "val", sampler, min(cfg.num_workers, 2), process.device.type == "cuda", process.stop.asked)
+    pinned = process.device.type == "cuda"
+    loader = open_loader(source, cfg, "val", sampler, min(cfg.num_workers, 2), pinned, process.stop.asked)
     was_training, sums, targets, looks, bad, spread = model.training, {}, [], [], [], 0.0
     model.eval()
     for batch in process.in_step(loader):
@@ -5066,9 +5096,11 @@ def validate(model, source, process, deadline=math.inf):
     targets, looks = torch.cat(targets), torch.cat(looks)
     several = bool((looks != looks[0]).any())  # one short held-out file gives the same clip again and again: nothing to compare
     # a ratio of means: clips in which nothing moves would blow up a mean of ratios
-    sums["soon_skill"] = float(saved_share(*torch.tensor([sums["loss_soon"], sums["persistence"]], dtype=torch.float64)))
+    soon = torch.tensor([sums["loss_soon"], sums["persistence"]], dtype=torch.float64)
+    sums["soon_skill"] = float(saved_share(*soon))
     sums |= {"target_std": float(target_std(targets)), "target_std_clips": float(target_std_clips(targets)) if several else float("nan"),
-             "effective_rank": float(effective_rank(targets)), "flow_spread": spread, "clips": len(looks) * process.world_size}
+             "effective_rank": float(effective_rank(targets)), "flow_spread": spread,
+             "clips": len(looks) * process.world_size}
     names = [key for key in VAL_KEYS if key.removeprefix("val_") in sums]
     means = process.mean([sums[key.removeprefix("val_")] for key in names])
     return dict(zip(names, means)), bad
@@ -5080,16 +5112,16 @@ def verdict(metrics, cfg):
     std, what = (across, "across clips") if math.isfinite(across) else (metrics["val_target_std"], "(one held-out clip)")
     collapsed = std < 0.2 or rank < 0.05 * cfg.enc_dim
     health = "COLLAPSED: lower lr, raise ema_momentum or warm up longer" if collapsed else "no sign of collapse"
-    moves = ("better than a world that stands still" if skill > 0 else "no better than a world that stands still" if skill <= 0
-             else "nothing moves in the held-out clips")
+    moves = f"{'' if skill > 0 else 'no '}better than a world that stands still"
+    moves = "nothing moves in the held-out clips" if math.isnan(skill) else moves
     return (f"soon_skill {skill:.2f} ({moves}), sampled futures spread {metrics['val_flow_spread']:.2f} of real ones, "
             f"effective rank {rank:.1f} of {cfg.enc_dim}, target std {what} {std:.2f}: {health}")
 
 
 @torch.no_grad()
 def encode_bank(model, source, process, num_clips, deadline):
-    """Real futures to look samples up in, as many as the deadline allows -> (futures [n, F * D] on the CPU, sample numbers in
-    the `bank` stream, file numbers)."""
+    """Real futures to look samples up in, as many as the deadline allows -> (futures [n, F * D] on the CPU, sample
+    numbers in the `bank` stream, file numbers)."""
     cfg, size = model.cfg, min(model.cfg.batch_size, num_clips)
     sampler = StepSampler(0, math.ceil(num_clips / size), size, 0, 1)
     futures, numbers, files = [], [], []
@@ -5130,14 +5162,16 @@ def picture_rows(model, data, bank, process, number, side, num_samples):
     -> [(title, uint8 frames [T, *side, 3])]. The clip's own file never answers for a sample."""
     cfg, (futures, bank_numbers, bank_files) = model.cfg, bank
     frames, file, _, _, _ = data["val"].decode(number, *side)
-    clip = torch.from_numpy(np.ascontiguousarray(data["val"].decode(number, cfg.height, cfg.width)[0].transpose(0, 3, 1, 2)))
+    seen = data["val"].decode(number, cfg.height, cfg.width)[0]
+    clip = torch.from_numpy(np.ascontiguousarray(seen.transpose(0, 3, 1, 2)))
     generator = torch.Generator(process.device).manual_seed(number)
     samples = model.sample_futures(clip[None].to(process.device), num_samples, generator=generator)[0].flatten(1).cpu()
     own = data["val"].videos[file].name
     other = torch.tensor([data["bank"].videos[file].name != own for file in bank_files])
     other = other if other.any() else torch.ones_like(other)  # a single file has only itself to show
     nearest = torch.cdist(samples, futures).masked_fill(~other, float("inf")).argmin(1).tolist()
-    return [("truth", frames)] + [(f"sample {k + 1}: nearest", data["bank"].decode(bank_numbers[place], *side)[0]) for k, place in enumerate(nearest)]
+    found = [data["bank"].decode(bank_numbers[entry], *side)[0] for entry in nearest]
+    return [("truth", frames), *((f"sample {k}: nearest", clip) for k, clip in enumerate(found, 1))]
 
 
 def save_picture(image, path):
@@ -5151,9 +5185,9 @@ def save_picture(image, path):
 
 @torch.no_grad()
 def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, num_samples=4):
-    """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames of
-    the nearest real clip, with the verdict under them -> (clips drawn, real clips looked through). One clip is drawn at least,
-    the others while `seconds` last, of which the search may take two fifths."""
+    """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames
+    of the nearest real clip, with the verdict under them -> (clips drawn, real clips looked through). One clip is drawn
+    at least, the others while `seconds` last, of which the search may take two fifths."""
     from PIL import Image
 
     cfg, began = model.cfg, time.monotonic()
@@ -5167,16 +5201,17 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
     blocks = []
     while len(blocks) < num_clips and (not blocks or time.monotonic() < began + seconds):
         blocks.append(picture_rows(model, data, bank, process, len(blocks), side, num_samples))
-    image, draw, font, block_h = picture_canvas(len(blocks), num_samples, len(now) + len(soon), side, verdict(metrics, cfg))
+    columns, caption = len(now) + len(soon), verdict(metrics, cfg)
+    image, draw, font, block_h = picture_canvas(len(blocks), num_samples, columns, side, caption)
     for block, rows in enumerate(blocks):
-        for row, (title, shown) in enumerate(rows):
+        for row, (title, pictures) in enumerate(rows):
             y = block * block_h + 24 + row * (side[0] + 4)
             draw.text((12, y + side[0] // 2 - 8), title, fill="black", font=font)
             for column, frame in enumerate([*now, *soon]):
                 if row and column < len(now):
                     continue
                 x = 130 + column * (side[1] + 4) + (12 if column >= len(now) else 0)
-                image.paste(Image.fromarray(np.ascontiguousarray(shown[frame])), (x, y))
+                image.paste(Image.fromarray(np.ascontiguousarray(pictures[frame])), (x, y))
                 if row == 0:
                     title = f"NOW {frame + 1}" if column < len(now) else f"SOON {frame + 1 - cfg.now_frames}"
                     draw.text((x, y - 18), title, fill="black", font=font)  # frames, not seconds: short files are sampled denser
@@ -5257,8 +5292,7 @@ def is_restart(cfg):
 
 def newest_of_launch(cfg, tell):
     """What a restarted run goes on from -> (state, path): its own newest checkpoint, whatever --resume asked for when
-    it began; (None, None)
-    where it has made none, and --resume FILE counts."""
+    it began; (None, None) where it has made none, and --resume FILE counts."""
     state, path = newest_checkpoint(cfg.out_dir, tell)
     named = state is not None and cfg.resume != "never" and os.path.lexists(cfg.resume)
     if named and load_checkpoint(cfg.resume)["step"] >= state["step"]:
@@ -5295,11 +5329,11 @@ def throw_away_pass(model, wrapped, cfg, process, num_clips):
 
 
 def rehearse(model, wrapped, cfg, process):
-    """Passes that are thrown away: DDP regroups its gradient buckets after its first backward -> seconds per step of the
-    slowest rank, and in words where the figure comes from.
+    """Passes that are thrown away: DDP regroups its gradient buckets after its first backward -> seconds per step of
+    the slowest rank, and in words where the figure comes from.
 
-    Without that pass ring sums would add in another order from then on, and a resumed run would differ in the last bits from
-    one that was never stopped. The second pass is timed; where one alone would take too long, the first or none is.
+    Without that pass ring sums would add in another order from then on, and a resumed run would differ in the last bits
+    from one that was never stopped. The second pass is timed, or the first or none where one would take too long.
     """
     seconds = sum(flops_per_clip(cfg).values()) * cfg.batch_size / (measure_speed(process) * 0.4e12)
     whole, source = process.world_size > 1 or cfg.compile or seconds < REHEARSAL_S, "timed on noise"
@@ -5318,8 +5352,7 @@ def save_run(model, optimizer, scaler, source, process, progress, log, final=Fal
     """Gather the state of all ranks, which must still hold the same weights, and let rank 0 write it.
 
     Where the disk refuses, that is told and the run goes on to its next checkpoint; with `must`, or when another run
-    has taken
-    the folder, it is a UserError.
+    has taken the folder, it is a UserError.
     """
     check_ranks(process, weights=digest(fingerprint(model)))
     state = checkpoint_state(model, optimizer, scaler, source, process, progress)
@@ -5381,19 +5414,21 @@ def log_values(metrics, carries, model, process, log, clock, progress):
 
 
 def check_bad_files(log, entries, source, cfg, process):
-    """Name new bad files of all ranks; stop when too large a share of the data is bad now: named by this attempt of the run and not decoded since."""
+    """Name new bad files of all ranks; stop when too large a share of the data is bad now: named by this attempt of the
+    run and not decoded since."""
     named, failing = zip(*process.collect((entries, source.failing)))
     log.add_bad([entry for part in named for entry in part])
     failing = {name: reason for part in failing for name, reason in part.items()}
+    listed = f"all are in {cfg.out_dir}/bad_files.jsonl"
     for side, videos in (("training", source.train), ("validation", source.val)):
         if all(video.name in failing for video in videos):  # blank frames would stand in for them
-            raise UserError(f"all {len(videos)} {side} files cannot be decoded; the first is {videos[0].name}: {failing[videos[0].name]}; "
-                            f"all are in {cfg.out_dir}/bad_files.jsonl")
+            first = f"{videos[0].name}: {failing[videos[0].name]}"
+            raise UserError(f"all {len(videos)} {side} files cannot be decoded; the first is {first}; {listed}")
     total = len({video.name for video in source.train + source.val})
     if len(failing) / total > cfg.max_bad_fraction:
         name, reason = next(iter(failing.items()))
-        raise UserError(f"{len(failing)} of {total} files cannot be decoded (max_bad_fraction {cfg.max_bad_fraction}); the first is {name}: {reason}; "
-                        f"all are in {cfg.out_dir}/bad_files.jsonl")
+        raise UserError(f"{len(failing)} of {total} files cannot be decoded (max_bad_fraction {cfg.max_bad_fraction}); "
+                        f"the first is {name}: {reason}; {listed}")
 
 
 class Clock:
@@ -5522,7 +5557,7 @@ def flow_fit_loss(model, contexts, y, kept, process, step=None):
 def fit_net(net, slow, num_steps, loss_at, name, key, began, cfg, process, log):
     """Fit a net on frozen latents, and its EMA `slow` where there is one. StoppedTogether when a signal ends it.
 
-    loss_at(step) is the loss of a step, loss_at() the held-out one; the log's lines begin with `name` and call the loss `key`.
+    loss_at(step) is the loss of a step, loss_at() the held-out one; log lines begin with `name` and call it `key`.
     """
     optimizer = torch.optim.AdamW(net.requires_grad_(True).parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = replace(cfg, steps=num_steps, warmup_steps=num_steps)  # capped at a tenth
@@ -5536,7 +5571,8 @@ def fit_net(net, slow, num_steps, loss_at, name, key, began, cfg, process, log):
         if (step + 1) % (4 * cfg.log_every) == 0 or step + 1 == num_steps:
             with torch.no_grad():
                 held_out = float(loss_at())
-            log.line(f"{name} step:{step + 1} {key}:{float(loss.detach()):.4g} held_out:{held_out:.4g} time:{time.perf_counter() - began:.0f}")
+            log.line(f"{name} step:{step + 1} {key}:{float(loss.detach()):.4g} held_out:{held_out:.4g} "
+                     f"time:{time.perf_counter() - began:.0f}")
         if step % 50 == 0:
             process.stop_together()
     net.requires_grad_(False)
@@ -5558,8 +5594,8 @@ def fit_soon(model, contexts, futures, kept, process, log):
 def fit_flow(model, source, process, log, progress):
     """The flow phase: the encoders stand still, so latents are made once and seen often. StoppedTogether on a signal.
 
-    First SOON's copy of the predictor, then the flow net over what that forecast leaves open. One clip in twenty is held
-    out; when its loss rises while the other falls, the net learns clips by heart: more flow_fit_clips.
+    First SOON's copy of the predictor, then the flow net over what that forecast leaves open. One clip in twenty is
+    held out; when its loss rises while the other falls, the net learns clips by heart: more flow_fit_clips.
     """
     cfg, began = model.cfg, time.perf_counter()
     model.eval()
@@ -5574,8 +5610,8 @@ def fit_flow(model, source, process, log, progress):
     del futures
     log.line(f"flow phase: {float(model.space.explained):.0%} of the residual in {cfg.flow_rank} directions; {cfg.flow_fit_steps} steps")
     model.flow_ema.load_state_dict(model.flow.state_dict())
-    loss_at = partial(flow_fit_loss, model, contexts, y, kept, process)
-    fit_net(model.flow, model.flow_ema, cfg.flow_fit_steps, loss_at, "flow phase", "loss_flow", began, cfg, process, log)
+    loss_at, name = partial(flow_fit_loss, model, contexts, y, kept, process), "flow phase"
+    fit_net(model.flow, model.flow_ema, cfg.flow_fit_steps, loss_at, name, "loss_flow", began, cfg, process, log)
 
 
 END_S = 20.0  # for the last evaluation, and again for the picture; a hundredth of a long run's time where that is more
@@ -5592,7 +5628,8 @@ def show_futures(model, source, process, values, log, seconds):
     except OSError as error:
         log.line(f"WARNING: {path} could not be written ({error.strerror})")
     else:
-        log.line(f"picture: {path}, {drawn} clips, each sample's nearest of {looked} real ones in at most {seconds:.0f} s")
+        log.line(f"picture: {path}, {drawn} clips, each sample's nearest of {looked} real ones "
+                 f"in at most {seconds:.0f} s")
 
 
 def finish(model, source, process, log, mark, progress):
@@ -5648,19 +5685,15 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     # -- data
     began = time.perf_counter()
     state, resumed_from = open_run(cfg, process, log)
-    if not cfg.data_root:
-        where = "a new one for every sample" if cfg.scenes == "render" else f"{cfg.scene_clips} clips in {cfg.out_dir}/scenes"
-        log.line(f"no --data_root: training on built-in driving scenes, {where}")
-    elif not videos:
-        log.line(f"WARNING: no video under {cfg.data_root}: {nothing_found(cfg, videos)}; "
-                 f"going on with data:{cfg.missing_data} (--missing_data error refuses instead)")
+    if not videos:
+        log.line(instead_of_videos(cfg, videos))
     source = process.together(open_data, cfg, videos, process.is_main, process.stop_together, process.stop.asked)
     for note in data_notes(cfg, videos, source, state["data"] if state else None):
         log.line(note)
     mark = "" if source.kind == "videos" else f"data:{source.kind} "
 
     # -- model
-    process.amp_dtype, reason = choose_precision(cfg, process, state["precision"] if state and "precision" in state else "")
+    process.amp_dtype, reason = choose_precision(cfg, process, state.get("precision", "") if state else "")
     torch.manual_seed(cfg.seed)
     model = WorldModel(cfg, process.rank, process.world_size).to(process.device)
     optimizer = build_optimizer(model, cfg)
@@ -5677,8 +5710,9 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     # -- resume
     progress, skipped_in_row, timed = Progress(), 0, False
     print_summary(cfg, overrides, model, source, process, reason, log)
+    advice = "; THAT IS DAYS: think of --preset small or tiny, fewer --steps, or a faster device"
     log.line(f"first estimate: {describe_time(seconds * cfg.steps)} for {cfg.steps} steps, {timed_how}"
-             + ("; THAT IS DAYS: think of --preset small or tiny, fewer --steps, or a faster device" if seconds * cfg.steps > 2 * 86400 else ""))
+             + advice * (seconds * cfg.steps > 2 * 86400))
     if state is not None:
         try:
             restore_model(state, model)
@@ -5694,8 +5728,8 @@ def run(cfg, overrides, argv, videos, process, folder, log):
             retire_later(cfg, progress.step, resumed_from)
         del state
     if process.is_main:  # with the id of the launch, so not before what it does not go on from is out of the way
-        config = {**run_info(cfg, argv, source), "config": asdict(cfg)}
-        write_atomic(Path(cfg.out_dir) / "config.json", lambda handle: handle.write(json.dumps(config, indent=2).encode()))
+        config = json.dumps({**run_info(cfg, argv, source), "config": asdict(cfg)}, indent=2).encode()
+        write_atomic(Path(cfg.out_dir) / "config.json", lambda handle: handle.write(config))
     log.forget_after(progress.step, progress.step >= cfg.steps)
     source.quarantine.update((name, reason) for name, reason in log.bad.items() if reason.startswith(QUARANTINED))
     check_ranks(process, weights=digest(fingerprint(model)), quarantine=digest(sorted(source.quarantine)))
@@ -5707,7 +5741,8 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     process.stop.saved = progress.step
     model.train()
     sampler = StepSampler(progress.consumed, (cfg.steps - progress.step) * cfg.grad_accum, cfg.batch_size, process.rank, process.world_size)
-    loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, process.device.type == "cuda", process.stop.asked)
+    pinned = process.device.type == "cuda"
+    loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, pinned, process.stop.asked)
     folder.closing.append(loader)
     if is_due(cfg.val_every, progress, cfg) and process.any(progress.step not in log.evaluated)[0]:  # the stop came before it
         bad, stopping = evaluate(model, source, process, log, mark, progress)
@@ -5766,8 +5801,8 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     if stopping:
         if process.any(process.is_main and process.stop.saved < progress.step)[0]:
             save(must=True)
-        saved = ", saved" if progress.step else ""
-        return end_early(process.stop, folder, log.line, f"at step {progress.step}{saved}; run the same command to go on")
+        where = f"at step {progress.step}{', saved' if progress.step else ''}; run the same command to go on"
+        return end_early(process.stop, folder, log.line, where)
 
     # -- flow phase
     if cfg.flow_fit_clips and cfg.lambda_flow and not progress.flow_fitted:
@@ -5822,8 +5857,9 @@ def train(cfg, overrides=None, argv=(), stop=None):
             raise
         silent = process.silent_ranks()
         who = f"rank {', '.join(map(str, silent))} did not answer: dead, hung or stopped" if silent else "all ranks are alive: a slow network?"
-        raise UserError(f"ranks lost each other at step {folder.step} ({flat(error)[:120]}); {who}; run the same command to go on "
-                        f"from the last checkpoint (dist_timeout_s = {cfg.dist_timeout_s:g})") from error
+        raise UserError(f"ranks lost each other at step {folder.step} ({flat(error)[:120]}); {who}; run the same "
+                        "command to go on from the last checkpoint "
+                        f"(dist_timeout_s = {cfg.dist_timeout_s:g})") from error
     finally:
         if own:
             stop.restore()
@@ -5841,8 +5877,9 @@ def start(argv, stop):
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):  # the CPU allocator has no type of its own
             raise
         peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
-        raise UserError(f"out of memory ({flat(error)[:160]}{peak}); in order of effect: lower --batch_size (raise --grad_accum), "
-                        "--grad_checkpoint, --amp, smaller --image_size or --num_frames, --preset small; nothing saved before is harmed") from error
+        raise UserError(f"out of memory ({flat(error)[:160]}{peak}); in order of effect: lower --batch_size (raise "
+                        "--grad_accum), --grad_checkpoint, --amp, smaller --image_size or --num_frames, "
+                        "--preset small; nothing saved before is harmed") from error
     except OSError as error:
         raise UserError(f"{error}; nothing saved before is harmed, run the same command to go on") from error
     finally:
