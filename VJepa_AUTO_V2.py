@@ -1108,14 +1108,10 @@ def find_videos(data_root, video_glob):
     return scan_folder(videos if os.path.isdir(videos) else data_root, video_glob)
 
 
-def name_hash(video):
-    """Hash of a video's name as hexadecimal text: its fixed place in the order in which files are held out."""
-    return hashlib.sha256(video.name.encode("utf-8", "surrogateescape")).hexdigest()
-
-
 def split_videos(videos, val_fraction, at_least=1):
     """Hold out files by the hash of their name, never by window -> (train, val). Both are non-empty from two files up."""
-    hashes = {video.name: name_hash(video) for video in videos}  # a list may name a file more than once
+    names = {video.name for video in videos}  # a list may name a file more than once
+    hashes = {name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest() for name in names}
     ranked = sorted(hashes, key=hashes.get)
     threshold = f"{int(val_fraction * 16**8):08x}"
     num_val = sum(hashed[:8] < threshold for hashed in hashes.values())
@@ -1938,7 +1934,7 @@ def car_parts(view, paint, lit=""):
     return parts
 
 
-def thing_list(scene, pose, mover, times, tau, fork_at, future):
+def thing_list(scene, mover, times, tau, fork_at, future):
     """Everything that stands or drives on the road -> list of (s, x, parts, shown), arrays [T] or scalars."""
     is_fork, things = scene["kind"] == "fork", []
     for ts, tx, size, shade in scene["trees"].T:
@@ -2112,7 +2108,7 @@ def scene(scene_seed, future_seed, cfg, kind="", twin=""):
     sky = paint_sky(params, pose, height, width, times)
     sky += scene_noise(scene_seed, rng, cfg, sky.shape[1], width)
     image = np.concatenate([sky, paint_ground(params, pose, height, width, fork_at, times[cfg.now_frames - 1])], 1)
-    draw_things(image, thing_list(params, pose, mover, times, tau, fork_at, future), pose)
+    draw_things(image, thing_list(params, mover, times, tau, fork_at, future), pose)
     draw_bonnet(image, params)
     labels = scene_labels(params, future, pose, mover, tau, fork_at, cfg)
     labels |= dict(fps=cfg.clip_fps or 4.0, scene_seed=int(scene_seed), future_seed=int(future_seed), twin=twin,
@@ -3976,11 +3972,6 @@ class Process:
     def is_main(self):
         return self.rank == 0
 
-    def barrier(self):
-        """Wait for all ranks."""
-        if self.world_size > 1:
-            dist.barrier()
-
     def mean(self, values):
         """Mean over ranks of a list of floats -> list of floats."""
         tensor = torch.tensor(values, dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device)
@@ -4478,8 +4469,9 @@ def move_checkpoint(path, target):
 
 
 CHECKPOINT_FORMAT = 2  # 2: SOON positions start from the last seen tubelet
-CHECKPOINT_KEYS = {"format", "step", "cfg", "online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target", "opt", "scaler", "flow_stats",
-                   "outcome_queue", "rng", "consumed", "world_size", "seconds", "skipped", "data", "source"}
+NETWORKS = ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target")
+CHECKPOINT_KEYS = {"format", "step", "cfg", *NETWORKS, "opt", "scaler", "flow_stats", "outcome_queue", "rng", "consumed",
+                   "world_size", "seconds", "skipped", "data", "source"}
 
 
 @lru_cache(maxsize=1)
@@ -4493,9 +4485,8 @@ def checkpoint_state(model, optimizer, scaler, source, process, progress):
     cuda_rng = torch.cuda.get_rng_state(process.device) if process.device.type == "cuda" else None
     rng = process.collect({"torch": torch.get_rng_state(), "cuda": cuda_rng})
     return {
-        "format": CHECKPOINT_FORMAT, **asdict(progress), "cfg": asdict(model.cfg), "online": model.online.state_dict(), "predictor": model.predictor.state_dict(),
-        "outcome": model.outcome.state_dict(), "flow": model.flow.state_dict(), "flow_ema": model.flow_ema.state_dict(),
-        "read_out": model.read_out.state_dict(), "target": model.target.state_dict(), "opt": optimizer.state_dict(),
+        "format": CHECKPOINT_FORMAT, **asdict(progress), "cfg": asdict(model.cfg),
+        **{name: getattr(model, name).state_dict() for name in NETWORKS}, "opt": optimizer.state_dict(),
         "soon_predictor": model.soon_predictor.state_dict() if model.soon_predictor else None,
         "scaler": scaler.state_dict(), "flow_stats": model.space.state_dict(),
         "outcome_queue": {"keys": model.queue, "filled": model.queue_filled}, "rng": rng,
@@ -4613,7 +4604,7 @@ def check_insides(state):
         raise ValueError(f"flow_fitted = {shown(state['flow_fitted'])}")
     if not all(isinstance(text, str) for text in (state["source"], state["data"]["kind"], state["data"]["root"])):
         raise ValueError("source and data must be texts")
-    for name in ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target"):
+    for name in NETWORKS:
         compare_tensors(state[name], getattr(model, name).state_dict(), name)
     if state.get("soon_predictor") is not None:
         compare_tensors(state["soon_predictor"], model.predictor.state_dict(), "soon_predictor")
@@ -4697,7 +4688,7 @@ def check_same_run(state, cfg, path):
 
 def restore_model(state, model):
     """Load networks and running statistics of a checkpoint."""
-    for name in ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target"):
+    for name in NETWORKS:
         getattr(model, name).load_state_dict(state[name])
     if state.get("soon_predictor"):
         model.split_soon_predictor().load_state_dict(state["soon_predictor"])
