@@ -4275,64 +4275,8 @@ def to_device(batch, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 17  Checkpoint and log: state <-> disk
+# 17  Files: written whole, and never over what somebody else put there
 # ---------------------------------------------------------------------------------------------------------------------
-
-LOG_KEYS = {
-    "step": "optimizer steps done",
-    "loss_total": "weighted sum of the losses that train",
-    "loss_vjepa": "NOW: L1 on masked target latents, mean of the short and long masks",
-    "loss_soon": "SOON: L1 on near-future target latents predicted from NOW alone",
-    "loss_eventually": "EVENTUALLY: InfoNCE of the outcome embedding; ln(batch x ranks + filled queue) is chance",
-    "loss_flow": "FLOW: squared velocity error in residual space, plus the squared error of the chunk read-out",
-    "loss_supcon": "supervised contrast on maneuvers; only with lambda_supcon",
-    "lr": "learning rate of the world model",
-    "ema_momentum": "momentum of the target encoder",
-    "grad_norm": "gradient norm of the world model before clipping",
-    "flow_grad_norm": "gradient norm of the flow net before clipping",
-    "target_std": "standard deviation of target channels over all tokens; near 0 = collapsed",
-    "target_std_clips": "the same over clips at one position, which position alone cannot fake; nan for a single clip",
-    "effective_rank": "exp(entropy) of the singular values of target tokens; 1 = collapsed, at most enc_dim",
-    "soon_skill": "1 - L1(SOON prediction) / L1(last NOW tubelet repeated); above 0 = better than a world that stands still",
-    "outcome_top1": "share of clips whose own future ranks first among all keys",
-    "flow_explained": "share of the residual's variance inside the flow's directions",
-    "clips_per_s": "clips per second over all ranks since the last line, warm-up left out",
-    "data_wait": "share of that time spent waiting for the loader",
-    "mem_gb": "peak memory in GB: GPU memory on cuda, else resident memory of rank 0",
-    "bad_files": "files that could not be decoded so far, named in bad_files.jsonl",
-    "skipped_steps": "steps skipped so far for a non-finite loss or gradient",
-    "time": "seconds since the run started, over all restarts",
-}
-VAL_KEYS = {
-    "val_loss_vjepa": "loss_vjepa on held-out clips",
-    "val_loss_soon": "loss_soon on held-out clips",
-    "val_loss_eventually": "loss_eventually on held-out clips",
-    "val_loss_flow": "loss_flow on held-out clips",
-    "val_soon_skill": "soon_skill on held-out clips",
-    "val_outcome_top1": "outcome_top1 on held-out clips",
-    "val_target_std": "target_std on held-out clips",
-    "val_target_std_clips": "target_std_clips on held-out clips; nan when they are all the same clip",
-    "val_effective_rank": "effective_rank on held-out clips",
-    "val_flow_spread": "deviation among sampled futures over the deviation of real futures from the forecast; 0 = one mode, 1 = as wide as reality",
-    "val_clips": "held-out clips that this evaluation saw; fewer than asked for when the last one ran out of its time",
-}
-# Fields that decide what the weights mean or which samples come next: a checkpoint with other values is not resumed.
-RESUME_MUST_MATCH = (
-    "seed", "image_size", "num_frames", "channels", "now_frames", "soon_frames", "eventually_frames", "tubelet_t", "patch", "enc_dim",
-    "enc_depth", "pred_dim", "pred_depth", "num_heads", "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target",
-    "flow_dim", "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool",
-)
-
-
-@dataclass
-class Progress:
-    """How far a run is: optimizer steps and samples of all ranks done, seconds over all restarts, steps skipped, flow phase."""
-
-    step: int = 0
-    consumed: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    flow_fitted: bool = False  # the flow phase is done
 
 
 class GuardedFile:
@@ -4422,6 +4366,29 @@ def write_report(path, values):
     """A dict of plain values -> JSON file with the MARK in it, by write_own. NaN is refused: ValueError."""
     text = json.dumps({"made_by": MARK, **values}, indent=1, allow_nan=False) + "\n"
     write_own(path, lambda handle: handle.write(text.encode()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 18  Checkpoint: state of a run <-> file
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Fields that decide what the weights mean or which samples come next: a checkpoint with other values is not resumed.
+RESUME_MUST_MATCH = (
+    "seed", "image_size", "num_frames", "channels", "now_frames", "soon_frames", "eventually_frames", "tubelet_t", "patch", "enc_dim",
+    "enc_depth", "pred_dim", "pred_depth", "num_heads", "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target",
+    "flow_dim", "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool",
+)
+
+
+@dataclass
+class Progress:
+    """How far a run is: optimizer steps and samples of all ranks done, seconds over all restarts, steps skipped, flow phase."""
+
+    step: int = 0
+    consumed: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    flow_fitted: bool = False  # the flow phase is done
 
 
 WRITTEN = ".written.json"  # in the folder of checkpoints: size and time of each one that a run wrote there
@@ -4716,6 +4683,50 @@ def load_model(path, device="cpu"):
     model = WorldModel(cfg)
     restore_model(state, model)
     return model.to(device).eval(), cfg
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 19  Log and folder: what a run says, and where it writes
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOG_KEYS = {
+    "step": "optimizer steps done",
+    "loss_total": "weighted sum of the losses that train",
+    "loss_vjepa": "NOW: L1 on masked target latents, mean of the short and long masks",
+    "loss_soon": "SOON: L1 on near-future target latents predicted from NOW alone",
+    "loss_eventually": "EVENTUALLY: InfoNCE of the outcome embedding; ln(batch x ranks + filled queue) is chance",
+    "loss_flow": "FLOW: squared velocity error in residual space, plus the squared error of the chunk read-out",
+    "loss_supcon": "supervised contrast on maneuvers; only with lambda_supcon",
+    "lr": "learning rate of the world model",
+    "ema_momentum": "momentum of the target encoder",
+    "grad_norm": "gradient norm of the world model before clipping",
+    "flow_grad_norm": "gradient norm of the flow net before clipping",
+    "target_std": "standard deviation of target channels over all tokens; near 0 = collapsed",
+    "target_std_clips": "the same over clips at one position, which position alone cannot fake; nan for a single clip",
+    "effective_rank": "exp(entropy) of the singular values of target tokens; 1 = collapsed, at most enc_dim",
+    "soon_skill": "1 - L1(SOON prediction) / L1(last NOW tubelet repeated); above 0 = better than a world that stands still",
+    "outcome_top1": "share of clips whose own future ranks first among all keys",
+    "flow_explained": "share of the residual's variance inside the flow's directions",
+    "clips_per_s": "clips per second over all ranks since the last line, warm-up left out",
+    "data_wait": "share of that time spent waiting for the loader",
+    "mem_gb": "peak memory in GB: GPU memory on cuda, else resident memory of rank 0",
+    "bad_files": "files that could not be decoded so far, named in bad_files.jsonl",
+    "skipped_steps": "steps skipped so far for a non-finite loss or gradient",
+    "time": "seconds since the run started, over all restarts",
+}
+VAL_KEYS = {
+    "val_loss_vjepa": "loss_vjepa on held-out clips",
+    "val_loss_soon": "loss_soon on held-out clips",
+    "val_loss_eventually": "loss_eventually on held-out clips",
+    "val_loss_flow": "loss_flow on held-out clips",
+    "val_soon_skill": "soon_skill on held-out clips",
+    "val_outcome_top1": "outcome_top1 on held-out clips",
+    "val_target_std": "target_std on held-out clips",
+    "val_target_std_clips": "target_std_clips on held-out clips; nan when they are all the same clip",
+    "val_effective_rank": "effective_rank on held-out clips",
+    "val_flow_spread": "deviation among sampled futures over the deviation of real futures from the forecast; 0 = one mode, 1 = as wide as reality",
+    "val_clips": "held-out clips that this evaluation saw; fewer than asked for when the last one ran out of its time",
+}
 
 
 def run_info(cfg, argv, source):
@@ -5041,7 +5052,7 @@ def peak_memory_gb(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 18  Evaluation: model -> metrics, picture
+# 20  Evaluation: model -> metrics, picture
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5211,7 +5222,7 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 19  Training: Config -> checkpoints
+# 21  Training: Config -> checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 
