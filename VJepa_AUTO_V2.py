@@ -5222,7 +5222,7 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 21  Training: Config -> checkpoints
+# 21  Steps: resume, rehearse, update, save, log
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5460,6 +5460,11 @@ class Clock:
         self.since += time.perf_counter() - began
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# 22  Flow phase: frozen latents -> SOON predictor and flow net
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def cache_latents(model, source, process, start, num_clips, log):
     """Frozen latents of this rank's clips, from sample `start` on -> (contexts [n, K, D], futures [n, F, D]) on the
@@ -5615,6 +5620,10 @@ def fit_flow(model, source, process, log, progress):
     loss_at, name = partial(flow_fit_loss, model, contexts, y, kept, process), "flow phase"
     fit_net(model.flow, model.flow_ema, cfg.flow_fit_steps, loss_at, name, "loss_flow", began, cfg, process, log)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 23  Training: Config -> checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
 
 END_S = 20.0  # for the last evaluation, and again for the picture; a hundredth of a long run's time where that is more
 
