@@ -757,33 +757,15 @@ def resolve_config(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3  Video files: folder / list -> decoded frames
+# 3  Video files: folder / list -> names, labels, annotations
 # ---------------------------------------------------------------------------------------------------------------------
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts", ".hevc", ".h264", ".mts", ".m2ts", ".3gp", ".3g2", ".f4v",
     ".265", ".h265", ".264", ".wmv", ".asf", ".flv", ".mpg", ".mpeg", ".vob", ".ogv",
 )
-# Demuxers that may open a file: a playlist script named .mp4 would otherwise make FFmpeg read other files.
-CONTAINER_WHITELIST = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,hevc,h264,asf,flv,mpeg,ogg"
-DECODERS = {"auto": ("pyav", "decord"), "pyav": ("pyav", "decord"), "decord": ("decord", "pyav"), "torchcodec": ("torchcodec", "pyav")}
-# What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing): not programming errors here.
-DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError, ArithmeticError)
-MAX_PIXELS = 2**26  # frames larger than this (8K has half of it), or stretched beyond it, are refused instead of filling the memory
-RAW_SUFFIXES = (".h264", ".hevc", ".264", ".265", ".h265")  # names of bare streams
-RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times at all and cannot be rewound
-RAW_FPS = 25.0  # frames per second of a raw stream of which neither header nor annotation nor the user says anything
-LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC no frame is overtaken by more than 16
-MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further than this has lost what lay between
-SKIPPING_CODECS = ("h264", "hevc")  # decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file
-
-
 class BadFile(Exception):
     """This file cannot give a clip; the message is the reason."""
-
-
-class CannotOpen(BadFile):
-    """This decoder cannot open the file; another one may."""
 
 
 @dataclass(frozen=True)
@@ -793,46 +775,6 @@ class VideoFile:
     name: str
     path: str
     label: str = ""
-
-
-@dataclass(frozen=True)
-class ClipPlan:
-    """What to take from a video, drawn before the file is opened. Numbers named u_* lie in [0, 1]."""
-
-    num_frames: int
-    fps: float  # 0: spread over the whole file
-    height: int
-    width: int
-    u_start: float  # where the window starts, share of the room that the file leaves
-    scale: float  # crop area, share of the largest box that fits
-    ratio: float  # stretch of the crop's width over height
-    u_x: float
-    u_y: float
-    frame_fps: float = 0.0  # rate of a file without times (raw streams), whatever its header says; 0: the header's
-    noted_fps: float = 0.0  # rate that its annotation names, for such a file whose header names none
-
-
-@dataclass(frozen=True)
-class TimeLine:
-    """When the frames of the video stream that plays are on screen, the one definition that every reading follows.
-
-    Second 0 is the presentation time `start` (in units of `unit` seconds) of the first picture that can be shown: the
-    first key frame, or where an edit list hides that one, the list's beginning. The picture at second t is the frame
-    with the latest presentation time at or before t. The line ends after `duration` seconds, where the last frame of
-    this stream ends: sound, covers and what the container says of them have no part in it. pyav_walk without `fast` is
-    the reference for it.
-    """
-
-    start: int
-    unit: Fraction  # seconds
-    duration: float
-    fps: float  # mean frames per second
-    in_order: bool = False  # no presentation times at all: frames come in order, at the times at which packets stand
-
-    def second(self, pts):
-        """Presentation time, or an array of them -> seconds since the start, to the last bit: a moment on the very
-        border of two frames must not waver."""
-        return (pts - self.start) * self.unit.numerator / self.unit.denominator
 
 
 # Folders of copies that systems and network disks keep beside the files themselves.
@@ -1159,6 +1101,68 @@ def read_annotation(data_root, video):
                 continue  # no file can have this name
             raise BadFile(f"annotation {one_line(path.name)}: {one_line(reason_of(error))}") from error
     return {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4  Decoding: video, plan -> frames
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Demuxers that may open a file: a playlist script named .mp4 would otherwise make FFmpeg read other files.
+CONTAINER_WHITELIST = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,hevc,h264,asf,flv,mpeg,ogg"
+DECODERS = {"auto": ("pyav", "decord"), "pyav": ("pyav", "decord"), "decord": ("decord", "pyav"), "torchcodec": ("torchcodec", "pyav")}
+# What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing): not programming errors here.
+DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError, ArithmeticError)
+MAX_PIXELS = 2**26  # frames larger than this (8K has half of it), or stretched beyond it, are refused instead of filling the memory
+RAW_SUFFIXES = (".h264", ".hevc", ".264", ".265", ".h265")  # names of bare streams
+RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times at all and cannot be rewound
+RAW_FPS = 25.0  # frames per second of a raw stream of which neither header nor annotation nor the user says anything
+LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC no frame is overtaken by more than 16
+MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further than this has lost what lay between
+SKIPPING_CODECS = ("h264", "hevc")  # decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file
+
+
+class CannotOpen(BadFile):
+    """This decoder cannot open the file; another one may."""
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """What to take from a video, drawn before the file is opened. Numbers named u_* lie in [0, 1]."""
+
+    num_frames: int
+    fps: float  # 0: spread over the whole file
+    height: int
+    width: int
+    u_start: float  # where the window starts, share of the room that the file leaves
+    scale: float  # crop area, share of the largest box that fits
+    ratio: float  # stretch of the crop's width over height
+    u_x: float
+    u_y: float
+    frame_fps: float = 0.0  # rate of a file without times (raw streams), whatever its header says; 0: the header's
+    noted_fps: float = 0.0  # rate that its annotation names, for such a file whose header names none
+
+
+@dataclass(frozen=True)
+class TimeLine:
+    """When the frames of the video stream that plays are on screen, the one definition that every reading follows.
+
+    Second 0 is the presentation time `start` (in units of `unit` seconds) of the first picture that can be shown: the
+    first key frame, or where an edit list hides that one, the list's beginning. The picture at second t is the frame
+    with the latest presentation time at or before t. The line ends after `duration` seconds, where the last frame of
+    this stream ends: sound, covers and what the container says of them have no part in it. pyav_walk without `fast` is
+    the reference for it.
+    """
+
+    start: int
+    unit: Fraction  # seconds
+    duration: float
+    fps: float  # mean frames per second
+    in_order: bool = False  # no presentation times at all: frames come in order, at the times at which packets stand
+
+    def second(self, pts):
+        """Presentation time, or an array of them -> seconds since the start, to the last bit: a moment on the very
+        border of two frames must not waver."""
+        return (pts - self.start) * self.unit.numerator / self.unit.denominator
 
 
 def frame_times(plan, duration, native_fps):
@@ -1768,7 +1772,7 @@ def split_readable(cfg, videos):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4  Built-in driving scenes: seed -> clip + labels
+# 5  Built-in driving scenes: seed -> clip + labels
 # ---------------------------------------------------------------------------------------------------------------------
 # Road coordinates: s metres along the road, x metres to the right of its centre; tau seconds since the last NOW frame.
 # Everything up to tau = 0 uses scene_seed alone; future_seed decides what happens after, with odds that the picture shows.
@@ -2205,7 +2209,7 @@ def write_scenes(folder, cfg, stopping=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5  Masks: token grid -> keep_idx, mask_idx
+# 6  Masks: token grid -> keep_idx, mask_idx
 # ---------------------------------------------------------------------------------------------------------------------
 
 MASK_FAMILIES = ("short", "long")  # of NOW, each with its own mask token; SOON has the third
@@ -2262,7 +2266,7 @@ def sample_mask(rng, cfg, family):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6  Samples: (seed, sample number) -> frames, masks, noise
+# 7  Samples: (seed, sample number) -> frames, masks, noise
 # ---------------------------------------------------------------------------------------------------------------------
 
 STREAMS = {"train": 0, "val": 1, "bank": 2}  # separate random streams of one seed
@@ -2579,7 +2583,7 @@ def data_notes(cfg, videos, source, saved=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7  Workers: samples -> batches in order, whatever becomes of a process
+# 8  Workers: samples -> batches in order, whatever becomes of a process
 # ---------------------------------------------------------------------------------------------------------------------
 # torch's DataLoader is not used: a worker that is killed or stopped in the middle of handing over a batch leaves the
 # parent waiting for ever in a read that nothing can interrupt. It also needs /dev/shm, which containers keep small.
@@ -2984,7 +2988,7 @@ def open_loader(source, cfg, stream, sampler, num_workers, pin_memory=False, sto
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8  Blocks: position code, attention, MLP
+# 9  Blocks: position code, attention, MLP
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3161,7 +3165,7 @@ class PositionCode(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9  Tokenizer and encoder: clip -> tokens -> context
+# 10  Tokenizer and encoder: clip -> tokens -> context
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3207,7 +3211,7 @@ class Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10  Predictor: context + masked positions -> predicted targets
+# 11  Predictor: context + masked positions -> predicted targets
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3241,7 +3245,7 @@ class Predictor(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11  Outcome head: context -> outcome embedding
+# 12  Outcome head: context -> outcome embedding
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3265,7 +3269,7 @@ class OutcomeHead(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 12  Flow: context + noise -> future latents
+# 13  Flow: context + noise -> future latents
 # ---------------------------------------------------------------------------------------------------------------------
 # A future is [F, D]: all SOON tokens, then `flow_chunks` means over equal stretches of EVENTUALLY. The point forecast
 # says what NOW tells; FutureSpace holds the rest, the residual, in its leading directions; FlowNet samples there.
@@ -3511,7 +3515,7 @@ def sample_flow(flow, projected, noise, num_steps, shift):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 13  Losses and collapse gauges
+# 14  Losses and collapse gauges
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3600,7 +3604,7 @@ def gather_rows(rows, world_size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 14  Model: batch -> dict of losses (online + EMA target)
+# 15  Model: batch -> dict of losses (online + EMA target)
 # ---------------------------------------------------------------------------------------------------------------------
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as V-JEPA 2 normalises
@@ -3840,7 +3844,7 @@ def memory_estimate_gb(cfg, num_parameters):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 15  Optimizer and schedules: step -> learning rate, EMA momentum
+# 16  Optimizer and schedules: step -> learning rate, EMA momentum
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3902,7 +3906,7 @@ def clip_gradients(optimizer, cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 16  Process: ranks, device, precision, seeds
+# 17  Process: ranks, device, precision, seeds
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4275,7 +4279,7 @@ def to_device(batch, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 17  Files: written whole, and never over what somebody else put there
+# 18  Files: written whole, and never over what somebody else put there
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4369,7 +4373,7 @@ def write_report(path, values):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 18  Checkpoint: state of a run <-> file
+# 19  Checkpoint: state of a run <-> file
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Fields that decide what the weights mean or which samples come next: a checkpoint with other values is not resumed.
@@ -4686,7 +4690,7 @@ def load_model(path, device="cpu"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 19  Log and folder: what a run says, and where it writes
+# 20  Log and folder: what a run says, and where it writes
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOG_KEYS = {
@@ -5052,7 +5056,7 @@ def peak_memory_gb(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 20  Evaluation: model -> metrics, picture
+# 21  Evaluation: model -> metrics, picture
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5222,7 +5226,7 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 21  Steps: resume, rehearse, update, save, log
+# 22  Steps: resume, rehearse, update, save, log
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5461,7 +5465,7 @@ class Clock:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 22  Flow phase: frozen latents -> SOON predictor and flow net
+# 23  Flow phase: frozen latents -> SOON predictor and flow net
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5622,7 +5626,7 @@ def fit_flow(model, source, process, log, progress):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 23  Training: Config -> checkpoints
+# 24  Training: Config -> checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 END_S = 20.0  # for the last evaluation, and again for the picture; a hundredth of a long run's time where that is more
