@@ -764,6 +764,8 @@ VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts", ".hevc", ".h264", ".mts", ".m2ts", ".3gp", ".3g2", ".f4v",
     ".265", ".h265", ".264", ".wmv", ".asf", ".flv", ".mpg", ".mpeg", ".vob", ".ogv",
 )
+
+
 class BadFile(Exception):
     """This file cannot give a clip; the message is the reason."""
 
@@ -5228,7 +5230,6 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 # ---------------------------------------------------------------------------------------------------------------------
 # 22  Steps: resume, rehearse, update, save, log
 # ---------------------------------------------------------------------------------------------------------------------
-
 
 REHEARSAL_S = 10.0  # a pass longer than this is not made just to time it
 
