@@ -102,7 +102,7 @@ class UsageError(UserError):
 
 
 class Stopped(Exception):
-    """A signal ended a wait or a long piece of work before its result was there. Whoever has something to save saves it first."""
+    """A signal ended a wait or long work before its result was there. Whoever has something to save saves it first."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,7 +351,8 @@ RANGES = {
     "short_num_blocks": (1, 1000), "short_scale": (0.001, 1), "long_num_blocks": (1, 1000), "long_scale": (0.001, 1),
     "aspect_min": (0.05, 20), "aspect_max": (0.05, 20), "short_visible": (0, 0.99), "long_visible": (0, 0.99),
     "mask_draws": (1, 64), "lambda_vjepa": (0, 10**6), "lambda_soon": (0, 10**6), "lambda_eventually": (0, 10**6),
-    "lambda_flow": (0, 10**6), "lambda_supcon": (0, 10**6), "supcon_temperature": (1e-4, None), "outcome_queries": (1, 65536),
+    "lambda_flow": (0, 10**6), "lambda_supcon": (0, 10**6), "supcon_temperature": (1e-4, None),
+    "outcome_queries": (1, 65536),
     "outcome_temperature": (1e-4, None), "outcome_queue": (0, 10**7), "flow_dim": (2, 65536), "flow_depth": (1, 1000),
     "flow_heads": (1, 65536), "flow_rank": (1, 4096), "flow_chunks": (1, 100000), "flow_joint_max": (0, 2**62),
     "flow_pool": (1, 8192), "flow_draws": (1, 4096), "flow_shift": (0, 1000), "flow_steps": (1, 10000),
@@ -359,7 +360,8 @@ RANGES = {
     "flow_fit_steps": (1, 10**9), "flow_fit_batch": (1, 65536), "flow_fit_lr": (0, None), "batch_size": (1, 65536), "grad_accum": (1, 65536),
     "lr": (0, None), "min_lr": (0, None), "weight_decay": (0, None), "warmup_steps": (0, 10**9), "grad_clip": (0, None),
     "ema_momentum": (0, 1), "ema_momentum_end": (0, 1), "max_skipped_steps": (1, 10**9), "log_every": (1, 10**9),
-    "ckpt_every": (1, 10**9), "keep_last": (1, 10**9), "val_every": (0, 10**9), "val_clips": (2, 10**7), "dist_timeout_s": (1, 10**6),
+    "ckpt_every": (1, 10**9), "keep_last": (1, 10**9), "val_every": (0, 10**9), "val_clips": (2, 10**7),
+    "dist_timeout_s": (1, 10**6),
 }
 CHOICES = {
     "preset": tuple(PRESETS), "device": ("auto", "cuda", "mps", "cpu"), "decoder": ("auto", "pyav", "decord", "torchcodec"),
@@ -372,6 +374,16 @@ def one_line(text, limit=300):
     """Any text -> one printable line: what would break a message, a log or a terminal stands as \\x1b, a long rest as ..."""
     text = re.sub(UNPRINTABLE, lambda match: repr(match[0])[1:-1], str(text)[: limit + 1])
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def flat(text):
+    """Any text, an error say, with line breaks and runs of blanks as single blanks."""
+    return " ".join(str(text).split())
+
+
+def reason_of(error):
+    """What an error says, for a message: the system's own words without number and path, else all of its text."""
+    return getattr(error, "strerror", None) or flat(error)
 
 
 def emit(text, stream):
@@ -391,7 +403,7 @@ def emit(text, stream):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, stream.fileno())
             os.close(null)
-        return getattr(error, "strerror", None) or str(error)
+        return reason_of(error)
     return ""
 
 
@@ -430,12 +442,13 @@ def shown(value):
 def type_problems(cfg):
     """Fields of another type than their own, and texts that no log line or path should hold -> list of messages."""
     problems = []
-    for field in fields(cfg):
-        value, wanted = getattr(cfg, field.name), getattr(field.type, "__name__", "a number or a pair of numbers")
-        if not fits(field.type, value):
-            problems.append(f"{field.name} = {shown(value)}: must be {wanted} (--{field.name})")
+    for entry in fields(cfg):
+        value, wanted = getattr(cfg, entry.name), getattr(entry.type, "__name__", "a number or a pair of numbers")
+        if not fits(entry.type, value):
+            problems.append(f"{entry.name} = {shown(value)}: must be {wanted} (--{entry.name})")
         elif isinstance(value, str) and re.search(UNPRINTABLE, value):
-            problems.append(f"{field.name} = {shown(value)}: must hold no control characters, and only UTF-8 (--{field.name})")
+            rule = "must hold no control characters, and only UTF-8"
+            problems.append(f"{entry.name} = {shown(value)}: {rule} (--{entry.name})")
     return problems
 
 
@@ -596,6 +609,15 @@ def read_text(path, most_bytes):
     return content.decode("utf-8-sig")
 
 
+def read_mapping(path, most_bytes):
+    """A JSON file that a run wrote -> its dict, {} where it is absent, damaged or something else."""
+    try:
+        values = parse_json(read_text(path, most_bytes), float)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def yaml_value(node, seen):
     """A YAML node -> plain value. `seen` holds the ids of nodes met before: an alias, of which nine lines can make a billion values."""
     kind, line = node.tag.removeprefix("tag:yaml.org,2002:"), node.start_mark.line + 1
@@ -632,7 +654,7 @@ def parse_yaml(text):
     try:
         node = yaml.compose(text, Loader=loader)
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(flat(error)) from error
     return None if node is None else yaml_value(node, set())
 
 
@@ -703,14 +725,15 @@ def build_parser():
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="JSON or YAML file of fields; later files win")
     parser.add_argument("--print_config", "--print-config", action="store_true", help="print the resolved config and leave")
     comments = field_help()
-    for field in fields(VJepaAutoV2Config):
-        flags = list(dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]))
-        options = dict(dest=field.name, default=argparse.SUPPRESS, help=comments[field.name].replace("%", "%%") + f" [{field.default}]")
-        if FIELD_TYPES[field.name] is bool:
+    for entry in fields(VJepaAutoV2Config):
+        flags = list(dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"]))
+        words = comments[entry.name].replace("%", "%%") + f" [{entry.default}]"
+        options = dict(dest=entry.name, default=argparse.SUPPRESS, help=words)
+        if FIELD_TYPES[entry.name] is bool:
             parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
         else:
-            kind = parse_image_size if field.name == "image_size" else FIELD_TYPES[field.name]
-            parser.add_argument(*flags, type=kind, metavar=field.name.upper(), **options)
+            kind = parse_image_size if entry.name == "image_size" else FIELD_TYPES[entry.name]
+            parser.add_argument(*flags, type=kind, metavar=entry.name.upper(), **options)
     return parser
 
 
@@ -735,35 +758,17 @@ def resolve_config(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3  Video files: folder / list -> decoded frames
+# 3  Video files: folder / list -> names, labels, annotations
 # ---------------------------------------------------------------------------------------------------------------------
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts", ".hevc", ".h264", ".mts", ".m2ts", ".3gp", ".3g2", ".f4v",
     ".265", ".h265", ".264", ".wmv", ".asf", ".flv", ".mpg", ".mpeg", ".vob", ".ogv",
 )
-# Demuxers that may open a file: a playlist script named .mp4 would otherwise make FFmpeg read other files.
-CONTAINER_WHITELIST = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,hevc,h264,asf,flv,mpeg,ogg"
-DECODERS = {"auto": ("pyav", "decord"), "pyav": ("pyav", "decord"), "decord": ("decord", "pyav"), "torchcodec": ("torchcodec", "pyav")}
-# What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing): not programming errors here.
-DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError, ArithmeticError)
-MAX_PIXELS = 2**26  # frames larger than this (8K has half of it), or stretched beyond it, are refused instead of filling the memory
-RAW_SUFFIXES = (".h264", ".hevc", ".264", ".265", ".h265")  # names of bare streams
-RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times at all and cannot be rewound
-RAW_FPS = 25.0  # frames per second of a raw stream of which neither header nor annotation nor the user says anything
-LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC no frame is overtaken by more than 16
-MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further than this has lost what lay between
-# the main process saves first and then ends its workers
-WORKERS_IGNORE = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-SKIPPING_CODECS = ("h264", "hevc")  # decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file
 
 
 class BadFile(Exception):
     """This file cannot give a clip; the message is the reason."""
-
-
-class CannotOpen(BadFile):
-    """This decoder cannot open the file; another one may."""
 
 
 @dataclass(frozen=True)
@@ -773,46 +778,6 @@ class VideoFile:
     name: str
     path: str
     label: str = ""
-
-
-@dataclass(frozen=True)
-class ClipPlan:
-    """What to take from a video, drawn before the file is opened. Numbers named u_* lie in [0, 1]."""
-
-    num_frames: int
-    fps: float  # 0: spread over the whole file
-    height: int
-    width: int
-    u_start: float  # where the window starts, share of the room that the file leaves
-    scale: float  # crop area, share of the largest box that fits
-    ratio: float  # stretch of the crop's width over height
-    u_x: float
-    u_y: float
-    frame_fps: float = 0.0  # rate of a file without times (raw streams), whatever its header says; 0: the header's
-    noted_fps: float = 0.0  # rate that its annotation names, for such a file whose header names none
-
-
-@dataclass(frozen=True)
-class TimeLine:
-    """When the frames of the video stream that plays are on screen, the one definition that every reading follows.
-
-    Second 0 is the presentation time `start` (in units of `unit` seconds) of the first picture that can be shown: the
-    first key frame, or where an edit list hides that one, the list's beginning. The picture at second t is the frame
-    with the latest presentation time at or before t. The line ends after `duration` seconds, where the last frame of
-    this stream ends: sound, covers and what the container says of them have no part in it. pyav_walk without `fast` is
-    the reference for it.
-    """
-
-    start: int
-    unit: Fraction  # seconds
-    duration: float
-    fps: float  # mean frames per second
-    in_order: bool = False  # no presentation times at all: frames come in order, at the times at which packets stand
-
-    def second(self, pts):
-        """Presentation time, or an array of them -> seconds since the start, to the last bit: a moment on the very border of
-        two frames must not waver."""
-        return (pts - self.start) * self.unit.numerator / self.unit.denominator
 
 
 # Folders of copies that systems and network disks keep beside the files themselves.
@@ -856,8 +821,8 @@ def file_identity(look):
         info = look()
     except (OSError, ValueError):
         return None
-    told = info.st_ino and stat.S_ISREG(info.st_mode)
-    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) if told else None
+    is_known = info.st_ino and stat.S_ISREG(info.st_mode)
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) if is_known else None
 
 
 def is_folder(entry):
@@ -1088,14 +1053,10 @@ def find_videos(data_root, video_glob):
     return scan_folder(videos if os.path.isdir(videos) else data_root, video_glob)
 
 
-def name_hash(video):
-    """Hash of a video's name as hexadecimal text: its fixed place in the order in which files are held out."""
-    return hashlib.sha256(video.name.encode("utf-8", "surrogateescape")).hexdigest()
-
-
 def split_videos(videos, val_fraction, at_least=1):
     """Hold out files by the hash of their name, never by window -> (train, val). Both are non-empty from two files up."""
-    hashes = {video.name: name_hash(video) for video in videos}  # a list may name a file more than once
+    names = {video.name for video in videos}  # a list may name a file more than once
+    hashes = {name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest() for name in names}
     ranked = sorted(hashes, key=hashes.get)
     threshold = f"{int(val_fraction * 16**8):08x}"
     num_val = sum(hashed[:8] < threshold for hashed in hashes.values())
@@ -1141,9 +1102,70 @@ def read_annotation(data_root, video):
         except (OSError, ValueError, RecursionError) as error:
             if getattr(error, "errno", None) == errno.ENAMETOOLONG:
                 continue  # no file can have this name
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise BadFile(f"annotation {one_line(path.name)}: {one_line(reason)}") from error
+            raise BadFile(f"annotation {one_line(path.name)}: {one_line(reason_of(error))}") from error
     return {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4  Decoding: video, plan -> frames
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Demuxers that may open a file: a playlist script named .mp4 would otherwise make FFmpeg read other files.
+CONTAINER_WHITELIST = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,hevc,h264,asf,flv,mpeg,ogg"
+DECODERS = {"auto": ("pyav", "decord"), "pyav": ("pyav", "decord"), "decord": ("decord", "pyav"), "torchcodec": ("torchcodec", "pyav")}
+# What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing): not programming errors here.
+DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError, ArithmeticError)
+MAX_PIXELS = 2**26  # frames larger than this (8K has half of it), or stretched beyond it, are refused instead of filling the memory
+RAW_SUFFIXES = (".h264", ".hevc", ".264", ".265", ".h265")  # names of bare streams
+RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times at all and cannot be rewound
+RAW_FPS = 25.0  # frames per second of a raw stream of which neither header nor annotation nor the user says anything
+LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC no frame is overtaken by more than 16
+MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further than this has lost what lay between
+SKIPPING_CODECS = ("h264", "hevc")  # decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file
+
+
+class CannotOpen(BadFile):
+    """This decoder cannot open the file; another one may."""
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """What to take from a video, drawn before the file is opened. Numbers named u_* lie in [0, 1]."""
+
+    num_frames: int
+    fps: float  # 0: spread over the whole file
+    height: int
+    width: int
+    u_start: float  # where the window starts, share of the room that the file leaves
+    scale: float  # crop area, share of the largest box that fits
+    ratio: float  # stretch of the crop's width over height
+    u_x: float
+    u_y: float
+    frame_fps: float = 0.0  # rate of a file without times (raw streams), whatever its header says; 0: the header's
+    noted_fps: float = 0.0  # rate that its annotation names, for such a file whose header names none
+
+
+@dataclass(frozen=True)
+class TimeLine:
+    """When the frames of the video stream that plays are on screen, the one definition that every reading follows.
+
+    Second 0 is the presentation time `start` (in units of `unit` seconds) of the first picture that can be shown: the
+    first key frame, or where an edit list hides that one, the list's beginning. The picture at second t is the frame
+    with the latest presentation time at or before t. The line ends after `duration` seconds, where the last frame of
+    this stream ends: sound, covers and what the container says of them have no part in it. pyav_walk without `fast` is
+    the reference for it.
+    """
+
+    start: int
+    unit: Fraction  # seconds
+    duration: float
+    fps: float  # mean frames per second
+    in_order: bool = False  # no presentation times at all: frames come in order, at the times at which packets stand
+
+    def second(self, pts):
+        """Presentation time, or an array of them -> seconds since the start, to the last bit: a moment on the very
+        border of two frames must not waver."""
+        return (pts - self.start) * self.unit.numerator / self.unit.denominator
 
 
 def frame_times(plan, duration, native_fps):
@@ -1194,7 +1216,7 @@ def open_pyav(url):
     try:
         return av.open(url, options={"format_whitelist": CONTAINER_WHITELIST, "max_pixels": str(MAX_PIXELS)}, metadata_errors="ignore")
     except (av.FFmpegError, *DECODE_ERRORS) as error:  # PatchWelcomeError, UnknownError and some others are FFmpegError and nothing else
-        raise CannotOpen(f"pyav cannot open it ({getattr(error, 'strerror', None) or error})") from error
+        raise CannotOpen(f"pyav cannot open it ({reason_of(error)})") from error
 
 
 def file_stamp(url):
@@ -1217,7 +1239,7 @@ def streams_alive(url, stamp):
 
 def playing_stream(container):
     """The video stream of an open file that plays. Attached pictures and streams of one frame (covers, thumbnails)
-    never count beside another one; of several the first that is marked as default, else the first. BadFile without any."""
+    never count beside another one; of several the first that is marked default, else the first. BadFile without any."""
     from av.stream import Disposition
 
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
@@ -1444,8 +1466,8 @@ def pyav_picture(frame, plan, pixel_aspect):
 
 def is_wanted(packet, near, line, times):
     """Whether the frame of a packet is on screen at one of the requested times: from its own presentation time to the
-    next of `near`, the known ones in order. One that is not known yet makes that span longer: a frame too many is decoded,
-    never one too few."""
+    next of `near`, the known ones in order. One that is not known yet makes that span longer: a frame too many is
+    decoded, never one too few."""
     place, following = bisect.bisect_left(near, packet.pts), bisect.bisect_right(near, packet.pts)
     if place == 0 or near[place - 1] < line.start:
         return True  # the first picture also stands for whatever is asked for before it
@@ -1456,8 +1478,8 @@ def is_wanted(packet, near, line, times):
 def pyav_frames(container, stream, times, fast, line=None, packets=None):
     """Decoded frames in display order, by default all that the container holds. `fast` leaves out frames that nobody
     refers to and that are not on screen at a requested time, by the presentation times of the packets around them:
-    those that are kept come out bit for bit the same. What a container says of a frame's duration is its guess and counts for
-    nothing."""
+    those that are kept come out bit for bit the same. What a container says of a frame's duration is its guess and
+    counts for nothing."""
     line = line or TimeLine(stream.start_time or 0, stream.time_base, 0.0, 0.0)
     may_skip = fast and stream.codec_context.name in SKIPPING_CODECS
     queue, near, order, count = deque(), [], deque(), 0
@@ -1550,7 +1572,7 @@ def read_pyav(path, plan, fast=True):
             return read_pyav(path, plan, fast=False)
         if isinstance(error, BadFile):
             raise
-        raise BadFile(f"pyav stopped decoding ({getattr(error, 'strerror', None) or error})") from error
+        raise BadFile(f"pyav stopped decoding ({reason_of(error)})") from error
 
 
 def video_timing(path, plan):
@@ -1562,13 +1584,13 @@ def video_timing(path, plan):
             line, _ = time_line(container, playing_stream(container), plan)
             return line.duration, line.fps
     except av.FFmpegError as error:
-        raise BadFile(f"pyav stopped reading ({getattr(error, 'strerror', None) or error})") from error
+        raise BadFile(f"pyav stopped reading ({reason_of(error)})") from error
 
 
 def check_simple_file(path):
     """CannotOpen for what decord and torchcodec cannot be trusted with. They take no list of allowed demuxers (a
-    playlist would open other files), decord's frames are seconds off in ts and repeat in avi; they choose a video stream
-    by rules of their own, do not mirror, and know nothing of streams whose first frames cannot be shown."""
+    playlist would open other files), decord's frames are seconds off in ts and repeat in avi; they choose a video
+    stream by rules of their own, do not mirror, and know nothing of streams whose first frames cannot be shown."""
     import av
 
     with open(path, "rb") as file:
@@ -1586,7 +1608,7 @@ def check_simple_file(path):
             if (down * across < 0) != on_its_side:
                 raise CannotOpen("only pyav is trusted with mirrored pictures")
     except (av.FFmpegError, StopIteration, *DECODE_ERRORS) as error:
-        raise CannotOpen(f"no first frame to be seen ({getattr(error, 'strerror', None) or error})") from error
+        raise CannotOpen(f"no first frame to be seen ({reason_of(error)})") from error
 
 
 def read_decord(path, plan):
@@ -1648,16 +1670,20 @@ def read_frames(path, plan, decoder):
     raise BadFile("; ".join(reasons))
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # what asks a run to stop
+
+
 class HeldSignals:
-    """Context that holds back signals which have a handler, and raises them again at its end. Around a fork: Python drops the
-    exception of a handler (Ctrl-C) that runs in one of its fork hooks, and a process whose start was cut off is ended by nobody."""
+    """Context that holds back signals which have a handler, and raises them again at its end. Around a fork: Python
+    drops the exception of a handler (Ctrl-C) that runs in one of its fork hooks, and a process whose start was cut off
+    is ended by nobody."""
 
     def hear(self, number, frame):
         self.heard.append(number)
 
     def __enter__(self):
         in_main = threading.current_thread() is threading.main_thread()  # nobody else may set handlers
-        numbers = [number for number in WORKERS_IGNORE if in_main and callable(signal.getsignal(number))]
+        numbers = [number for number in STOP_SIGNALS if in_main and callable(signal.getsignal(number))]
         self.heard = []
         self.previous = {number: signal.signal(number, self.hear) for number in numbers}
 
@@ -1749,7 +1775,7 @@ def split_readable(cfg, videos):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4  Built-in driving scenes: seed -> clip + labels
+# 5  Built-in driving scenes: seed -> clip + labels
 # ---------------------------------------------------------------------------------------------------------------------
 # Road coordinates: s metres along the road, x metres to the right of its centre; tau seconds since the last NOW frame.
 # Everything up to tau = 0 uses scene_seed alone; future_seed decides what happens after, with odds that the picture shows.
@@ -1915,7 +1941,7 @@ def car_parts(view, paint, lit=""):
     return parts
 
 
-def thing_list(scene, pose, mover, times, tau, fork_at, future):
+def thing_list(scene, mover, times, tau, fork_at, future):
     """Everything that stands or drives on the road -> list of (s, x, parts, shown), arrays [T] or scalars."""
     is_fork, things = scene["kind"] == "fork", []
     for ts, tx, size, shade in scene["trees"].T:
@@ -2089,7 +2115,7 @@ def scene(scene_seed, future_seed, cfg, kind="", twin=""):
     sky = paint_sky(params, pose, height, width, times)
     sky += scene_noise(scene_seed, rng, cfg, sky.shape[1], width)
     image = np.concatenate([sky, paint_ground(params, pose, height, width, fork_at, times[cfg.now_frames - 1])], 1)
-    draw_things(image, thing_list(params, pose, mover, times, tau, fork_at, future), pose)
+    draw_things(image, thing_list(params, mover, times, tau, fork_at, future), pose)
     draw_bonnet(image, params)
     labels = scene_labels(params, future, pose, mover, tau, fork_at, cfg)
     labels |= dict(fps=cfg.clip_fps or 4.0, scene_seed=int(scene_seed), future_seed=int(future_seed), twin=twin,
@@ -2157,14 +2183,12 @@ def scenes_folder(folder, cfg):
     names = ("seed", "scene_clips", "scene_size", "scene_mix", "image_size", "num_frames", "now_frames", "soon_frames", "clip_fps")
     setting = json.dumps({name: getattr(cfg, name) for name in names})
     other = f"{folder}_{hashlib.sha256(setting.encode()).hexdigest()[:8]}"
-    for place in itertools.chain([str(folder), other], (f"{other}_{k}" for k in itertools.count(2))):
-        try:
-            if read_text(os.path.join(place, "scenes.json"), MAX_CONFIG_BYTES) == setting:
-                return Path(place), setting, True
-        except (OSError, ValueError):
-            pass  # absent, or not ours
-        if not os.path.lexists(place) or os.path.isdir(place) and not os.listdir(place):
-            return Path(place), setting, False
+    for candidate in itertools.chain([str(folder), other], (f"{other}_{k}" for k in itertools.count(2))):
+        with suppress(OSError, ValueError):  # absent, or not ours
+            if read_text(os.path.join(candidate, "scenes.json"), MAX_CONFIG_BYTES) == setting:
+                return Path(candidate), setting, True
+        if not os.path.lexists(candidate) or os.path.isdir(candidate) and not os.listdir(candidate):
+            return Path(candidate), setting, False
 
 
 def write_scenes(folder, cfg, stopping=None):
@@ -2188,7 +2212,7 @@ def write_scenes(folder, cfg, stopping=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5  Masks: token grid -> keep_idx, mask_idx
+# 6  Masks: token grid -> keep_idx, mask_idx
 # ---------------------------------------------------------------------------------------------------------------------
 
 MASK_FAMILIES = ("short", "long")  # of NOW, each with its own mask token; SOON has the third
@@ -2245,7 +2269,7 @@ def sample_mask(rng, cfg, family):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6  Loading: (seed, sample number) -> batch
+# 7  Samples: (seed, sample number) -> frames, masks, noise
 # ---------------------------------------------------------------------------------------------------------------------
 
 STREAMS = {"train": 0, "val": 1, "bank": 2}  # separate random streams of one seed
@@ -2299,16 +2323,19 @@ def mask_and_noise(cfg, stream, index):
 
 
 # Faults of a machine or a network, told in a reason by their texts, that say nothing about a file that is there.
-PASSING_FAULTS = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
-                  errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EACCES, errno.ENOENT)
+PASSING_FAULTS = (
+    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EACCES, errno.ENOENT,
+)
 RETRY_S = 0.5  # between two looks at a file whose fault may pass
 
 
 class Attendant:
-    """Who a dataset tells what it does; this one reads in the main process. `stopping`, if given, says whether the run was asked to stop."""
+    """Who a dataset tells what it does; this one reads in the main process. `stopping`, if given, says whether the run
+    was asked to stop."""
 
     def __init__(self, stopping=None):
-        self.stopping, self.told = stopping, False
+        self.stopping, self.has_spoken = stopping, False
 
     def holding(self, number):
         """Context in which a file is in hand."""
@@ -2316,9 +2343,9 @@ class Attendant:
 
     def tell(self, text):
         """Say what is waited for, once; "" says nothing."""
-        if text and not self.told:
+        if text and not self.has_spoken:
             say(text, sys.stderr)
-            self.told = True
+            self.has_spoken = True
 
     def waiting(self, text):
         """Called again and again while a fault may pass. Stopped when the run was asked to stop."""
@@ -2332,8 +2359,8 @@ class ClipDataset(torch.utils.data.Dataset):
 
     `data_root` locates annotations. A file that cannot be decoded is replaced by the next one of an order drawn from
     (seed, i), and named in the sample's `bad` list; when no file at all can be decoded the sample holds zeros, and the
-    list then names every file, which the caller must treat as the end of the run. `quarantine` (name -> reason) holds files
-    that must not be opened at all; `watch`, an Attendant, is told which file is in hand.
+    list then names every file, which the caller must treat as the end of the run. `quarantine` (name -> reason) holds
+    files that must not be opened at all; `watch`, an Attendant, is told which file is in hand.
     """
 
     def __init__(self, cfg, videos, data_root, stream, maneuvers=(), quarantine=None):
@@ -2358,7 +2385,8 @@ class ClipDataset(torch.utils.data.Dataset):
         """Decode a plan's frames of a file -> uint8 [T, H, W, 3]. BadFile with the reason.
 
         A fault that may pass does not condemn a file, and no other one takes its place at once: data that are away as a
-        whole are waited for, decode_timeout_s at most until one is read again; a fault of the machine is tried four times, once per file.
+        whole are waited for, decode_timeout_s at most until one is read again; a fault of the machine is tried four
+        times, once per file.
         """
         video, tries, limit_s = self.videos[number], 0, self.cfg.decode_timeout_s
         while True:
@@ -2366,13 +2394,16 @@ class ClipDataset(torch.utils.data.Dataset):
                 with self.watch.holding(number):
                     frames = read_frames(video.path, plan, self.cfg.decoder)
             except BadFile as error:
-                away = not os.path.exists(video.path) and self.are_away()
-                passing = os.path.exists(video.path) and number not in self.retried and any(os.strerror(code) in str(error) for code in PASSING_FAULTS)
+                there = os.path.exists(video.path)
+                away = not there and self.are_away()
+                passing = there and number not in self.retried
+                passing = passing and any(os.strerror(code) in str(error) for code in PASSING_FAULTS)
                 if passing and tries == 3:
                     self.retried.add(number)
                 if self.waited >= limit_s or not away and (not passing or tries == 3):
                     raise
-                missing = f"{video.name}: {error}, and no other file of {self.data_root or 'the list'} can be seen; waiting up to {limit_s:g} s for the data"
+                missing = (f"{video.name}: {error}, and no other file of {self.data_root or 'the list'} can be seen; "
+                           f"waiting up to {limit_s:g} s for the data")
                 self.watch.waiting(missing if away else "")
                 tries, self.waited = tries + passing, self.waited + RETRY_S
                 time.sleep(RETRY_S)
@@ -2407,7 +2438,7 @@ class ClipDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         cfg = self.cfg
         frames, number, annotation, bad, flip = self.decode(index, cfg.height, cfg.width)
-        maneuver = str(annotation.get("maneuver", ""))
+        maneuver = annotation.get("maneuver", "")
         sample = mask_and_noise(cfg, self.stream, index)
         sample["frames"] = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))  # [T, 3, H, W]
         sample["file"] = torch.tensor(number)
@@ -2435,6 +2466,130 @@ class SceneDataset(ClipDataset):
         frames, labels = scene(scene_seed_at(cfg, index, self.stream), 0, cfg)
         flip = bool(cfg.hflip and self.stream == "train" and sample_rng(cfg.seed, self.stream, index, 2).random() < 0.5)
         return (frames[:, :, ::-1] if flip else frames), index % len(self.videos), labels, [], flip
+
+
+def maneuver_names(videos, data_root):
+    """All maneuvers that lists and annotations name, mirrored ones included -> sorted list."""
+    names = set()
+    for video in videos:
+        try:
+            name = read_annotation(data_root, video).get("maneuver", video.label)
+        except BadFile:
+            continue  # counted with its reason when the clip itself is read
+        names |= {name, mirror_label(name)} - {""}
+    return sorted(names)
+
+
+MAX_LISTED = 2**17  # names of files that a checkpoint holds at most
+
+
+@dataclass
+class DataSource:
+    """What a run trains on. kind: videos | scenes | render | random, said on every log line when it is not videos."""
+
+    kind: str
+    root: str
+    train: list
+    val: list
+    maneuvers: list
+    held_out: bool  # False: a single file serves both sides
+    quarantine: dict = field(default_factory=dict)  # files that no worker may open: name -> reason
+    failing: dict = field(default_factory=dict)  # files not decoded when this process last tried: name -> reason
+
+    def listing(self):
+        """What a checkpoint keeps of the listing: the number of files, their names as far as they are the user's and
+        not too many."""
+        names = sorted({video.name for video in (*self.train, *self.val)})
+        kept = names if self.kind == "videos" and len(names) <= MAX_LISTED else []
+        return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept}
+
+    def dataset(self, cfg, stream):
+        """The dataset of a stream: train files for `train` and `bank`, held-out files for `val`."""
+        videos = self.val if stream == "val" else self.train
+        kind = {"random": NoiseDataset, "render": SceneDataset}.get(self.kind, ClipDataset)
+        return kind(cfg, videos, self.root, stream, self.maneuvers, self.quarantine)
+
+
+def nothing_found(cfg, videos):
+    """What was looked for and what stands there instead, for a message."""
+    return f"no video matches {cfg.video_glob!r} among {', '.join(VIDEO_SUFFIXES)}; {videos.seen}"
+
+
+def instead_of_videos(cfg, videos):
+    """What a run without any video learns from -> one line."""
+    if cfg.data_root:
+        return (f"WARNING: no video under {cfg.data_root}: {nothing_found(cfg, videos)}; "
+                f"going on with data:{cfg.missing_data} (--missing_data error refuses instead)")
+    written = f"{cfg.scene_clips} clips in {cfg.out_dir}/scenes"
+    return ("no --data_root: training on built-in driving scenes, "
+            + ("a new one for every sample" if cfg.scenes == "render" else written))
+
+
+def list_data(cfg):
+    """The videos that a config names, [] for built-in scenes. UsageError for a wrong path, or an empty one if asked."""
+    videos = find_videos(cfg.data_root, cfg.video_glob) if cfg.data_root else Listing()
+    if cfg.data_root and not videos and cfg.missing_data == "error":
+        raise UsageError(f"data_root {cfg.data_root}: {nothing_found(cfg, videos)} (--video_glob)")
+    return videos
+
+
+def open_data(cfg, videos, is_main, barrier, stopping=None):
+    """Listed videos -> DataSource. Rank 0 writes built-in scenes where they are needed, the others wait at
+    `barrier()`. Stopped when `stopping()` says so while scenes are written."""
+    kind, root = "videos", cfg.data_root
+    if not videos and cfg.data_root and cfg.missing_data == "random":
+        kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
+    elif not videos and cfg.scenes == "render":
+        kind, videos = "render", [VideoFile(f"scene_{number}", "") for number in range(cfg.scene_clips)]
+    elif not videos:
+        kind, root = "scenes", os.path.join(cfg.out_dir, "scenes")
+        if is_main:
+            write_scenes(root, cfg, stopping)
+        barrier()
+        root = str(scenes_folder(root, cfg)[0])
+        names = sorted(f"{name}.mp4" for name in scene_names(cfg))  # not what else may stand there
+        videos = [VideoFile(name, os.path.join(root, "videos", name)) for name in names]
+    made_up = kind in ("random", "render")
+    train, val = split_videos(videos, cfg.val_fraction) if made_up else split_readable(cfg, videos)
+    held_out = bool(val) and bool(train)
+    maneuvers = []
+    if cfg.lambda_supcon:
+        maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names(videos, root)
+    return DataSource(kind, root, train or videos, val or videos, maneuvers, held_out)
+
+
+def listing_change(saved, source):
+    """How the data differ from those of a checkpoint, whose `data` is given -> one line, "" when they do not or when
+    it does not say."""
+    listed = source.listing()
+    if "files" not in saved or all(saved[name] == listed[name] for name in ("kind", "files", "names")):
+        return ""
+    if saved["kind"] != listed["kind"] or not (saved["names"] and listed["names"]):
+        what = [f"{saved['files']} files ({saved['kind']}) then, {listed['files']} ({listed['kind']}) now"]
+    else:
+        before, now = set(saved["names"]), set(listed["names"])
+        changes = (("added", sorted(now - before)), ("removed", sorted(before - now)))
+        what = [f"{len(names)} {word} ({name_some(names)})" for word, names in changes if names]
+    what = ", ".join(what)
+    return f"WARNING: the files are not those of the checkpoint: {what}; samples are drawn from the present ones now"
+
+
+def data_notes(cfg, videos, source, saved=None):
+    """What a user should know about the data before the first step -> lines. `saved`: `data` of the checkpoint gone
+    on from."""
+    notes = list(getattr(videos, "notes", ()))
+    if source.kind == "scenes" and source.root != os.path.join(cfg.out_dir, "scenes"):
+        notes.append(f"note: {cfg.out_dir}/scenes holds something else and stays as it is; "
+                     f"this run's scenes stand in {source.root}")
+    change = listing_change(saved, source) if saved else ""
+    return notes + [change] if change else notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8  Workers: samples -> batches in order, whatever becomes of a process
+# ---------------------------------------------------------------------------------------------------------------------
+# torch's DataLoader is not used: a worker that is killed or stopped in the middle of handing over a batch leaves the
+# parent waiting for ever in a read that nothing can interrupt. It also needs /dev/shm, which containers keep small.
 
 
 class StepSampler:
@@ -2466,19 +2621,12 @@ PREFETCH = 2  # batches that a worker may be ahead of the loop
 TICK_S = 0.25  # how often a wait for a batch looks up
 QUIET_S = 10.0  # a worker without a file in hand may be silent for so long at least: it starts, draws, copies
 INLINE_BYTES = 4096  # smaller arrays travel in the message itself
-TOO_MANY = "raise the limit on processes and open files (ulimit -u, ulimit -n) or lower --num_workers (0 reads in the main process)"
-CURE = "lower --num_workers or --batch_size, give the container more memory (docker run --memory), or read in the main process (--num_workers 0)"
-
-
+TOO_MANY = ("raise the limit on processes and open files (ulimit -u, ulimit -n) or lower --num_workers (0 reads in the "
+            "main process)")
+TOO_LARGE = ("lower --num_workers or --batch_size, give the container more memory (docker run --memory), or read in "
+             "the main process (--num_workers 0)")
 # What a worker's exception comes out as in the main process; others are programming errors.
 WORKER_ERRORS = {"UsageError": UsageError, "UserError": UserError, "MemoryError": MemoryError, "OSError": OSError}
-
-
-def init_worker():
-    """Loader workers leave signals to the main process; one thread each."""
-    for number in WORKERS_IGNORE:
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 class BatchPickler(ForkingPickler):
@@ -2489,22 +2637,22 @@ class BatchPickler(ForkingPickler):
 
 
 class WorkerEnd(Attendant):
-    """A worker's side of its socket: messages (kind, content), each preceded by its length. Kinds: hold (number of the file in
-    hand, -1 for none), waiting (text), batch, error. Whatever exception leaves its `with` block is told.
+    """A worker's side of its socket: messages (kind, content), each preceded by its length. Kinds: hold (number of the
+    file in hand, -1 for none), waiting (text), batch, error. Whatever exception leaves its `with` block is told.
 
     The large arrays of a batch lie in shared memory where there is some; the message says where.
     """
 
     def __init__(self, channel, memory):
         super().__init__()
-        self.channel, self.memory, self.places, self.free, self.end = channel, b"" if memory is None else memory, [], 0, 0
-        self.spoken = time.monotonic()
+        self.channel, self.memory, self.last_word = channel, memory, time.monotonic()
+        self.places, self.free, self.end = [], 0, 0  # arrays laid down as (start, bytes), what is left of the slot
 
     def say(self, kind, content):
         """Send one message. OSError when the main process is gone."""
         message = ForkingPickler.dumps((kind, content), 5)
         self.channel.sendall(len(message).to_bytes(8, "little") + message)
-        self.spoken = time.monotonic()
+        self.last_word = time.monotonic()
 
     @contextmanager
     def holding(self, number):
@@ -2520,11 +2668,11 @@ class WorkerEnd(Attendant):
 
     def pass_on(self, sample):
         """A sample was made: said now and then, so that a long batch is not taken for a standstill."""
-        if time.monotonic() - self.spoken > 1.0:
+        if time.monotonic() - self.last_word > 1.0:
             self.say("hold", -1)
         return sample
 
-    def place(self, array):
+    def lay_down(self, array):
         """Put an array's bytes into the slot if they fit -> whether they must travel in the message instead."""
         raw = array.raw()
         if raw.nbytes < INLINE_BYTES or self.free + raw.nbytes > self.end:
@@ -2535,13 +2683,13 @@ class WorkerEnd(Attendant):
         return False
 
     def hand_over(self, batch, turn):
-        """Send a batch, its arrays in slot turn % PREFETCH; before a slot is used again the main process has said that it is free."""
+        """Send a batch, its arrays in slot turn % PREFETCH. The main process says when a slot is free again."""
         if turn >= PREFETCH and not self.channel.recv(1):
             raise EOFError("the main process is gone")
         slot = len(self.memory) // PREFETCH
         self.places, self.free, self.end = [], turn % PREFETCH * slot, (turn % PREFETCH + 1) * slot
         inner = io.BytesIO()
-        BatchPickler(inner, 5, True, self.place).dump(batch)
+        BatchPickler(inner, 5, True, self.lay_down).dump(batch)
         self.say("batch", (self.places, inner.getvalue()))
 
     def __enter__(self):
@@ -2551,16 +2699,16 @@ class WorkerEnd(Attendant):
         if error is not None:
             known = next((name for name, base in WORKER_ERRORS.items() if isinstance(error, base)), "")
             text = str(error) if known else f"{kind.__name__}: {error}"
-            try:
+            with suppress(OSError):  # the main process is gone: nobody is left to tell
                 self.say("error", (known, text, "".join(traceback.format_exception(kind, error, trace))))
-            except OSError:
-                pass  # the main process is gone: nobody is left to tell
         return True
 
 
 def serve_batches(parent, channel, memory, dataset, files, sampler, batch_numbers, collate_fn):
     """Life of a loader worker: make its share of the batches, in order, at most PREFETCH ahead of the loop."""
-    init_worker()
+    for number in STOP_SIGNALS:  # the main process saves first and then ends its workers
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
     with WorkerEnd(channel, memory) as own_end:
         try:
             threading.Thread(target=end_without, args=(parent,), daemon=True).start()
@@ -2575,19 +2723,22 @@ def serve_batches(parent, channel, memory, dataset, files, sampler, batch_number
 class Worker:
     """The main process's side of a worker: its process, its socket and what it has said.
 
-    `held` is the file in its hand, `silent` for how long the loop has waited without a word from it, `parcels` its batches
-    that were not taken yet, `failure` the exception that ended it (name in WORKER_ERRORS or "", text, traceback).
+    `in_hand` is the number of the file that it reads or -1, `silent` for how many seconds the loop has waited without a
+    word from it, `parcels` its batches that were not taken yet, `lost` whether its end of the socket is closed,
+    `failure` the exception that ended it (name in WORKER_ERRORS or "", text, traceback).
     """
 
     def __init__(self, batch_numbers, memory_bytes):
-        self.memory = mmap.mmap(-1, memory_bytes) if START_METHOD == "fork" and memory_bytes else None  # anonymous: needs no /dev/shm
+        shared = START_METHOD == "fork" and memory_bytes
+        self.memory = mmap.mmap(-1, memory_bytes) if shared else b""  # anonymous: needs no /dev/shm
         self.channel, self.theirs = socket.socketpair()
         for end in (self.channel, self.theirs):
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 end.setsockopt(socket.SOL_SOCKET, option, 2**20)
         self.channel.setblocking(False)
         self.batch_numbers, self.received, self.taken = batch_numbers, 0, 0
-        self.inbox, self.held, self.silent, self.parcels, self.lost, self.failure, self.process = bytearray(), -1, 0.0, [], False, None, None
+        self.inbox, self.parcels, self.in_hand, self.silent = bytearray(), [], -1, 0.0
+        self.process, self.lost, self.failure = None, False, None
 
     def start(self, dataset, files, sampler, collate_fn):
         """Start the process. OSError when the system refuses."""
@@ -2617,20 +2768,20 @@ class Worker:
             pass  # no more for now
         except ConnectionError:
             self.lost = True
-        told = []
+        texts = []
         while len(self.inbox) >= 8 and len(self.inbox) >= (until := 8 + int.from_bytes(self.inbox[:8], "little")):
             kind, content = ForkingPickler.loads(memoryview(self.inbox)[8:until].tobytes())
             del self.inbox[:until]
             if kind == "hold":
-                self.held = content
+                self.in_hand = content
             elif kind == "batch":
                 self.received += 1
                 self.parcels.append(content)
             elif kind == "error":
                 self.failure = content
             else:
-                told.append(content)
-        return told
+                texts.append(content)
+        return texts
 
     @property
     def fate(self):
@@ -2644,7 +2795,8 @@ class Worker:
     def fail(self):
         """Raise the exception that ended it, its traceback there as the cause."""
         known, text, trace = self.failure
-        raise WORKER_ERRORS.get(known, RuntimeError)(text if known else f"in a loader worker: {text}") from RuntimeError(f"\n{trace}")
+        error = WORKER_ERRORS[known](text) if known else RuntimeError(f"in a loader worker: {text}")
+        raise error from RuntimeError(f"\n{trace}")
 
     def take(self, in_place=False):
         """The next batch. Its arrays are copies, or lie in shared memory until `release` when `in_place`."""
@@ -2655,10 +2807,8 @@ class Worker:
     def release(self):
         """Say that the slot of the batch taken last is free."""
         self.taken += 1
-        try:
+        with suppress(ConnectionError):  # it has made its last batch, or its death is noticed when it is waited for
             self.channel.send(b"f")
-        except ConnectionError:
-            pass  # it has made its last batch, or its death is noticed when it is waited for
 
     def end(self):
         """End it at once: a worker that hangs in a decoder hears nothing else."""
@@ -2670,7 +2820,8 @@ class Worker:
 
 
 def end_workers(workers, owner):
-    """End all workers of a list and forget them, in the process that started them alone: a fork of it holds the same list."""
+    """End all workers of a list and forget them. Only the process that started them ends them: a fork of it holds the
+    same list."""
     if os.getpid() == owner:
         for worker in workers:
             worker.end()
@@ -2691,21 +2842,24 @@ def pin_batch(batch):
 class ClipLoader:
     """Iterator over batches in the sampler's order, whatever the number of workers and whatever becomes of them.
 
-    Each worker makes every num_workers-th batch. One that dies, or says nothing while the loop waits for decode_timeout_s,
-    is replaced and reading goes on with the batch that was due; the file in its hand at two such ends goes into the
-    `quarantine` of `files`, the ClipDataset that reads. Since a sample's substitute depends on the sample alone, all later
-    batches are the same as if the file had been left out from the start. With num_workers = 0 nothing guards the process.
+    Each worker makes every num_workers-th batch. When one dies, or says nothing while the loop waits for timeout_s, all
+    are replaced and reading goes on with the batch that was due; the file in hand at two such ends goes into the
+    `quarantine` of `files`, the ClipDataset that reads. Since a sample's substitute depends on the sample alone, later
+    batches are as if the file had been left out from the start. With num_workers = 0 nothing guards the process.
 
-    A wait looks at `stopping()` and raises Stopped; the batch is still due then. `failing` (name -> reason) is kept up to
-    date with the files that could not be decoded and have not been since. It draws no random numbers.
+    A wait looks at `stopping()` and raises Stopped; the batch is still due then. `failing` (name -> reason) is kept up
+    to date with the files that could not be decoded and have not been since. It draws no random numbers.
     """
 
-    def __init__(self, dataset, sampler, num_workers, pin_memory=False, timeout_s=60.0, *, collate_fn=None, files=None, batch_bytes=0, stopping=None,
-                 failing=None):
-        self.dataset, self.sampler, self.num_workers, self.timeout_s, self.batch_bytes = dataset, sampler, num_workers, timeout_s, batch_bytes
-        self.collate_fn, self.files = collate_fn or collate, files or (dataset if isinstance(dataset, ClipDataset) else None)
-        self.stopping, self.failing, self.attendant = stopping, failing, Attendant(stopping)
-        self.delivered, self.begun, self.strikes, self.deaths, self.workers, self.pinned, self.pinning = 0, 0, {}, 0, [], None, None
+    def __init__(self, dataset, sampler, num_workers, pin_memory=False, timeout_s=60.0, *, collate_fn=collate,
+                 files=None, batch_bytes=0, stopping=None, failing=None):
+        self.dataset, self.sampler, self.num_workers, self.timeout_s = dataset, sampler, num_workers, timeout_s
+        self.collate_fn, self.batch_bytes, self.failing = collate_fn, batch_bytes, failing
+        self.attendant = Attendant(stopping)
+        self.files = files or (dataset if isinstance(dataset, ClipDataset) else None)
+        self.delivered, self.begun, self.workers = 0, 0, []  # batches delivered, now and when these workers began
+        self.strikes, self.deaths = {}, 0  # ends of workers: by number of the file in hand, without any in a row
+        self.pinned, self.pinning = None, None
         if pin_memory and torch.cuda.is_available():
             self.pinning = ThreadPoolExecutor(1, initializer=init_pinning, initargs=(torch.cuda.current_device(),))
         # forgotten or at exit: workers ignore SIGTERM, and the interpreter would wait for them for ever
@@ -2720,13 +2874,14 @@ class ClipLoader:
         self.begun, self.pinned = self.delivered, None
         try:
             for number in range(min(self.num_workers, len(self.sampler) - self.delivered)):
-                self.workers.append(Worker(range(self.delivered + number, len(self.sampler), self.num_workers), PREFETCH * self.batch_bytes))
+                share = range(self.delivered + number, len(self.sampler), self.num_workers)
+                self.workers.append(Worker(share, PREFETCH * self.batch_bytes))
                 with HeldSignals():
                     self.workers[-1].start(self.dataset, self.files, self.sampler, self.collate_fn)
         except OSError as error:
             self.close()
-            cure = CURE if error.errno == errno.ENOMEM else TOO_MANY
-            raise UserError(f"loader workers cannot be started ({error.strerror or error}); {cure}") from error
+            cure = TOO_LARGE if error.errno == errno.ENOMEM else TOO_MANY
+            raise UserError(f"loader workers cannot be started ({reason_of(error)}); {cure}") from error
 
     def __iter__(self):
         return self
@@ -2751,8 +2906,9 @@ class ClipLoader:
             while not self.due.parcels and not self.pinned:
                 self.wait()
             batch = self.receive()
-        self.delivered, self.deaths, self.attendant.told = self.delivered + 1, 0, False
-        if self.pinning and self.workers and self.delivered < len(self.sampler) and self.due.parcels:  # while the loop computes
+        self.delivered, self.deaths, self.attendant.has_spoken = self.delivered + 1, 0, False
+        if self.pinning and self.workers and self.delivered < len(self.sampler) and self.due.parcels:
+            # while the loop computes
             self.pinned = self.pinning.submit(pin_batch, self.due.take(in_place=True))
         if self.failing is not None:
             self.keep_account(batch)
@@ -2769,15 +2925,15 @@ class ClipLoader:
         """One tick of waiting for the batch that is due. Stopped, or the exception that ended its worker."""
         if self.due.failure:
             self.due.fail()
-        if self.stopping is not None and self.stopping():
-            raise Stopped
+        self.attendant.waiting("")
         before = time.monotonic()
         self.look(TICK_S)
-        waited = min(time.monotonic() - before, 2 * TICK_S)  # no more: time in which this process stood still counts for nobody
+        waited = min(time.monotonic() - before, 2 * TICK_S)  # time in which this process stood still counts for nobody
         for worker in self.workers:
             worker.silent += waited if worker.owes else 0.0
         gone = [worker for worker in self.workers if worker.died]
-        late = [worker for worker in self.workers if worker.silent > (self.timeout_s if worker.held >= 0 else max(self.timeout_s, QUIET_S)) and not worker.lost]
+        limits_s = {True: self.timeout_s, False: max(self.timeout_s, QUIET_S)}  # with and without a file in hand
+        late = [worker for worker in self.workers if not worker.lost and worker.silent > limits_s[worker.in_hand >= 0]]
         if gone or late:
             self.replace_workers(gone, late)
 
@@ -2793,18 +2949,19 @@ class ClipLoader:
         return batch
 
     def replace_workers(self, gone, late):
-        """Count strikes, quarantine, start anew. UserError when workers fail without a file in hand, again and again."""
+        """Count strikes, quarantine, start anew. UserError when workers keep failing without a file in hand."""
         ends = {worker.fate for worker in gone} | {f"no word for {self.timeout_s:g} s" for worker in late}
-        held = [(worker.held, f"one clip took longer than decode_timeout_s = {self.timeout_s:g}") for worker in late if worker.held >= 0]
-        held += [(worker.held, "it killed two loader workers") for worker in gone if worker.held >= 0]
+        too_slow = f"one clip took longer than decode_timeout_s = {self.timeout_s:g}"
+        blamed = [(worker.in_hand, too_slow) for worker in late if worker.in_hand >= 0]
+        blamed += [(worker.in_hand, "it killed two loader workers") for worker in gone if worker.in_hand >= 0]
         self.close()
-        for number, reason in held:
+        for number, reason in blamed:
             self.strikes[number] = self.strikes.get(number, 0) + 1
             if self.strikes[number] > 1:
                 self.files.quarantine[self.files.videos[number].name] = f"{QUARANTINED}: {reason}"
-        self.deaths += not held
+        self.deaths += not blamed
         if self.deaths > 2:
-            raise UserError(f"loader workers die before they open a file ({', '.join(sorted(ends))}); {CURE}")
+            raise UserError(f"loader workers die before they open a file ({', '.join(sorted(ends))}); {TOO_LARGE}")
         self.start()
 
     def keep_account(self, batch):
@@ -2828,118 +2985,13 @@ def batch_bytes(cfg, num_clips):
 
 
 def open_loader(source, cfg, stream, sampler, num_workers, pin_memory=False, stopping=None):
-    """The ClipLoader of a stream of a DataSource. While it waits for a batch and `stopping()` is true, it raises Stopped."""
+    """The ClipLoader of a stream of a DataSource. A wait for a batch raises Stopped once `stopping()` is true."""
     return ClipLoader(source.dataset(cfg, stream), sampler, num_workers, pin_memory, cfg.decode_timeout_s,
                       batch_bytes=batch_bytes(cfg, sampler.batch_size), stopping=stopping, failing=source.failing)
 
 
-def maneuver_names(videos, data_root):
-    """All maneuvers that lists and annotations name, mirrored ones included -> sorted list."""
-    names = set()
-    for video in videos:
-        try:
-            name = read_annotation(data_root, video).get("maneuver", video.label)
-        except BadFile:
-            continue  # counted with its reason when the clip itself is read
-        names |= {name, mirror_label(name)} - {""}
-    return sorted(names)
-
-
-MAX_LISTED = 2**17  # names of files that a checkpoint holds at most
-
-
-@dataclass
-class DataSource:
-    """What a run trains on. kind: videos | scenes | render | random, printed on every log line when it is not videos."""
-
-    kind: str
-    root: str
-    train: list
-    val: list
-    maneuvers: list
-    held_out: bool  # False: a single file serves both sides
-    quarantine: dict = field(default_factory=dict)  # files that no worker may open: name -> reason
-    failing: dict = field(default_factory=dict)  # files that this process could not decode and has not decoded since: name -> reason
-
-    def listing(self):
-        """What a checkpoint keeps of the listing: the number of files, their names as far as they are the user's and
-        not too many."""
-        names = sorted({video.name for video in (*self.train, *self.val)})
-        told = self.kind == "videos" and len(names) <= MAX_LISTED
-        return {"kind": self.kind, "root": self.root, "files": len(names), "names": names if told else []}
-
-    def dataset(self, cfg, stream):
-        """The dataset of a stream: train files for `train` and `bank`, held-out files for `val`."""
-        videos = self.val if stream == "val" else self.train
-        kind = {"random": NoiseDataset, "render": SceneDataset}.get(self.kind, ClipDataset)
-        return kind(cfg, videos, self.root, stream, self.maneuvers, self.quarantine)
-
-
-def nothing_found(cfg, videos):
-    """What was looked for and what stands there instead, for a message."""
-    return f"no video matches {cfg.video_glob!r} among {', '.join(VIDEO_SUFFIXES)}; {videos.seen}"
-
-
-def list_data(cfg):
-    """The videos that a config names, [] for built-in scenes. UsageError for a wrong path, or an empty one if so configured."""
-    videos = find_videos(cfg.data_root, cfg.video_glob) if cfg.data_root else Listing()
-    if cfg.data_root and not videos and cfg.missing_data == "error":
-        raise UsageError(f"data_root {cfg.data_root}: {nothing_found(cfg, videos)} (--video_glob)")
-    return videos
-
-
-def open_data(cfg, videos, is_main, barrier, stopping=None):
-    """Listed videos -> DataSource. Rank 0 writes built-in scenes where they are needed, the others wait at
-    `barrier()`. Stopped when `stopping()` says so while scenes are written."""
-    kind, root = "videos", cfg.data_root
-    if not videos and cfg.data_root and cfg.missing_data == "random":
-        kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
-    elif not videos and cfg.scenes == "render":
-        kind, videos = "render", [VideoFile(f"scene_{number}", "") for number in range(cfg.scene_clips)]
-    elif not videos:
-        kind, root = "scenes", os.path.join(cfg.out_dir, "scenes")
-        if is_main:
-            write_scenes(root, cfg, stopping)
-        barrier()
-        root = str(scenes_folder(root, cfg)[0])
-        names = sorted(f"{name}.mp4" for name in scene_names(cfg))  # not what else may stand there
-        videos = [VideoFile(name, os.path.join(root, "videos", name)) for name in names]
-    made_up = kind in ("random", "render")
-    train, val = split_videos(videos, cfg.val_fraction) if made_up else split_readable(cfg, videos)
-    held_out = bool(val) and bool(train)
-    maneuvers = [] if not cfg.lambda_supcon else list(SCENE_MANEUVERS) if kind == "render" else maneuver_names(videos, root)
-    return DataSource(kind, root, train or videos, val or videos, maneuvers, held_out)
-
-
-def listing_change(saved, source):
-    """How the data differ from those of a checkpoint, whose `data` is given -> one line, "" when they do not or when
-    it does not say."""
-    listed = source.listing()
-    if "files" not in saved or all(saved[name] == listed[name] for name in ("kind", "files", "names")):
-        return ""
-    if saved["kind"] != listed["kind"] or not (saved["names"] and listed["names"]):
-        what = [f"{saved['files']} files ({saved['kind']}) then, {listed['files']} ({listed['kind']}) now"]
-    else:
-        before, now = set(saved["names"]), set(listed["names"])
-        changes = (("added", sorted(now - before)), ("removed", sorted(before - now)))
-        what = [f"{len(names)} {word} ({name_some(names)})" for word, names in changes if names]
-    what = ", ".join(what)
-    return f"WARNING: the files are not those of the checkpoint: {what}; samples are drawn from the present ones now"
-
-
-def data_notes(cfg, videos, source, saved=None):
-    """What a user should know about the data before the first step -> lines. `saved`: `data` of the checkpoint gone
-    on from."""
-    notes = list(getattr(videos, "notes", ()))
-    if source.kind == "scenes" and source.root != os.path.join(cfg.out_dir, "scenes"):
-        place = f"{cfg.out_dir}/scenes"
-        notes.append(f"note: {place} holds something else and stays as it is; this run's scenes stand in {source.root}")
-    change = listing_change(saved, source) if saved else ""
-    return notes + [change] if change else notes
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# 7  Blocks: position code, attention, MLP
+# 9  Blocks: position code, attention, MLP
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3116,7 +3168,7 @@ class PositionCode(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8  Tokenizer and encoder: clip -> tokens -> context
+# 10  Tokenizer and encoder: clip -> tokens -> context
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3162,7 +3214,7 @@ class Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9  Predictor: context + masked positions -> predicted targets
+# 11  Predictor: context + masked positions -> predicted targets
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3196,7 +3248,7 @@ class Predictor(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10  Outcome head: context -> outcome embedding
+# 12  Outcome head: context -> outcome embedding
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3220,7 +3272,7 @@ class OutcomeHead(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11  Flow: context + noise -> future latents
+# 13  Flow: context + noise -> future latents
 # ---------------------------------------------------------------------------------------------------------------------
 # A future is [F, D]: all SOON tokens, then `flow_chunks` means over equal stretches of EVENTUALLY. The point forecast
 # says what NOW tells; FutureSpace holds the rest, the residual, in its leading directions; FlowNet samples there.
@@ -3466,7 +3518,7 @@ def sample_flow(flow, projected, noise, num_steps, shift):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 12  Losses and collapse gauges
+# 14  Losses and collapse gauges
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3555,7 +3607,7 @@ def gather_rows(rows, world_size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 13  Model: batch -> dict of losses (online + EMA target)
+# 15  Model: batch -> dict of losses (online + EMA target)
 # ---------------------------------------------------------------------------------------------------------------------
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as V-JEPA 2 normalises
@@ -3795,7 +3847,7 @@ def memory_estimate_gb(cfg, num_parameters):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 14  Optimizer and schedules: step -> learning rate, EMA momentum
+# 16  Optimizer and schedules: step -> learning rate, EMA momentum
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3857,7 +3909,7 @@ def clip_gradients(optimizer, cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 15  Process: ranks, device, precision, seeds
+# 17  Process: ranks, device, precision, seeds
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3870,11 +3922,10 @@ class StopFlag:
     signal ends at once.
 
     `reason` is "" while nothing has, `saved` the step up to which everything is on the disk. Under torchrun the death
-    of the
-    launcher counts as well: nobody would end its ranks. A SIGHUP that nohup has switched off stays off.
+    of the launcher counts as well: nobody would end its ranks. A SIGHUP that nohup has switched off stays off.
     """
 
-    def __init__(self, signals=(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)):
+    def __init__(self, signals=STOP_SIGNALS):
         self.signal_name, self.since, self.saved = "", 0.0, 0
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         heard = [number for number in signals if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
@@ -3928,11 +3979,6 @@ class Process:
     def is_main(self):
         return self.rank == 0
 
-    def barrier(self):
-        """Wait for all ranks."""
-        if self.world_size > 1:
-            dist.barrier()
-
     def mean(self, values):
         """Mean over ranks of a list of floats -> list of floats."""
         tensor = torch.tensor(values, dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device)
@@ -3974,7 +4020,7 @@ class Process:
         self.stop_together(mine)
         return result
 
-    def walk(self, loader):
+    def in_step(self, loader):
         """The batches of a loader, over which all ranks walk in step, until one of them is asked to stop
         (StoppedTogether)."""
         try:
@@ -4010,7 +4056,7 @@ def choose_device(name, local_rank):
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
-PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # amp_dtype -> its name in logs and checkpoints
+PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # amp_dtype -> its name in checkpoints
 EMULATED = 4.0  # products that take so many times as long as in fp32 are done by other instructions
 
 
@@ -4047,8 +4093,8 @@ def block_pass(block, tokens, dtype):
 def amp_cost(cfg, device, dtype):
     """Time of a training pass under autocast over its time in fp32, tried on an encoder block of this config.
 
-    A product of 128 x 128 comes first: a CPU without bf16 instructions takes 30 times as long for it, which is known after
-    milliseconds. On a CPU about a GFLOP is enough; a GPU needs a whole batch to have something to do.
+    A product of 128 x 128 comes first: a CPU without bf16 instructions takes 30 times as long for it, which is known
+    after milliseconds. On a CPU about a GFLOP is enough; a GPU needs a whole batch to have something to do.
     """
     square = torch.ones(128, 128, device=device)
     plain, half = fastest([partial(torch.mm, matrix, matrix) for matrix in (square, square.to(dtype))], device)
@@ -4067,9 +4113,9 @@ def amp_cost(cfg, device, dtype):
 def choose_precision(cfg, process, saved=""):
     """Autocast only where it is no slower than fp32 on this machine -> (amp dtype or None, the reason in words).
 
-    The slowest rank decides for all. `saved` is the precision of the checkpoint that the run goes on from: it stays unless
-    the other one is clearly faster here, so that a resumed run computes the same bits. The draws of the global generator
-    differ from run to run after this: seed it afterwards.
+    The slowest rank decides for all. `saved` is the precision of the checkpoint that the run goes on from: it stays
+    unless the other one is clearly faster here, so that a resumed run computes the same bits. The draws of the global
+    generator differ from run to run after this: seed it afterwards.
     """
     dtype = amp_dtype(cfg, process.device)
     if dtype is None:
@@ -4127,7 +4173,7 @@ def reach(address, port, deadline, stop):
             socket.create_connection((address, port), timeout=1.0).close()
             return
         except OSError as error:
-            reason = error.strerror or error
+            reason = reason_of(error)
     raise UserError(f"rank 0 does not answer at {address} port {port} ({reason}): start it there, or correct MASTER_ADDR "
                     "and MASTER_PORT")
 
@@ -4136,9 +4182,9 @@ def open_store(rank, world_size, timeout_s, stop):
     """The key-value store through which ranks find each other, under a prefix of this attempt; returns once all ranks
     are there.
 
-    torchrun serves one store for all its restarts, and a restarted rank would read addresses that dead ranks left in it. The
-    count of restarts is the same for all ranks of one node only: several nodes need the launcher's own switch (README).
-    UserError names the ranks that are absent after timeout_s.
+    torchrun serves one store for all its restarts, and a restarted rank would read addresses that dead ranks left in
+    it. The count of restarts is the same for all ranks of one node only: several nodes need the launcher's own switch
+    (README). UserError names the ranks that are absent after timeout_s.
     """
     env, deadline = os.environ, time.monotonic() + timeout_s
     if not env.get("MASTER_ADDR"):
@@ -4163,7 +4209,7 @@ def open_store(rank, world_size, timeout_s, stop):
         raise UserError(f"rank {', '.join(map(str, absent))} of {world_size} did not come within dist_timeout_s = "
                         f"{timeout_s:g} s; start all of them, on all nodes")
     except dist.DistError as error:
-        raise UserError(f"ranks cannot meet at {address} port {port} ({' '.join(str(error).split())[:200]}); rank 0 may be "
+        raise UserError(f"ranks cannot meet at {address} port {port} ({flat(error)[:200]}); rank 0 may be "
                         "gone, or the port in use") from error
 
 
@@ -4213,9 +4259,9 @@ def digest(thing):
 
 def check_ranks(process, **parts):
     """UserError naming the ranks whose values differ from rank 0's: said at once, instead of as a hang or a slow divergence."""
-    told = process.collect(parts)
+    of_ranks = process.collect(parts)
     for name in parts:
-        odd = [rank for rank, other in enumerate(told) if other[name] != told[0][name]]
+        odd = [rank for rank, other in enumerate(of_ranks) if other[name] != of_ranks[0][name]]
         if odd:
             raise UserError(f"ranks disagree: {name.replace('_', ' ')} of rank {', '.join(map(str, odd))} differs from rank 0's; start all ranks with the same "
                             "code, flags and data, from the same checkpoint")
@@ -4249,64 +4295,8 @@ def to_device(batch, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 16  Checkpoint and log: state <-> disk
+# 18  Files: written whole, and never over what somebody else put there
 # ---------------------------------------------------------------------------------------------------------------------
-
-LOG_KEYS = {
-    "step": "optimizer steps done",
-    "loss_total": "weighted sum of the losses that train",
-    "loss_vjepa": "NOW: L1 on masked target latents, mean of the short and long masks",
-    "loss_soon": "SOON: L1 on near-future target latents predicted from NOW alone",
-    "loss_eventually": "EVENTUALLY: InfoNCE of the outcome embedding; ln(batch x ranks + filled queue) is chance",
-    "loss_flow": "FLOW: squared velocity error in residual space, plus the squared error of the chunk read-out",
-    "loss_supcon": "supervised contrast on maneuvers; only with lambda_supcon",
-    "lr": "learning rate of the world model",
-    "ema_momentum": "momentum of the target encoder",
-    "grad_norm": "gradient norm of the world model before clipping",
-    "flow_grad_norm": "gradient norm of the flow net before clipping",
-    "target_std": "standard deviation of target channels over all tokens; near 0 = collapsed",
-    "target_std_clips": "the same over clips at one position, which position alone cannot fake; nan for a single clip",
-    "effective_rank": "exp(entropy) of the singular values of target tokens; 1 = collapsed, at most enc_dim",
-    "soon_skill": "1 - L1(SOON prediction) / L1(last NOW tubelet repeated); above 0 = better than a world that stands still",
-    "outcome_top1": "share of clips whose own future ranks first among all keys",
-    "flow_explained": "share of the residual's variance inside the flow's directions",
-    "clips_per_s": "clips per second over all ranks since the last line, warm-up left out",
-    "data_wait": "share of that time spent waiting for the loader",
-    "mem_gb": "peak memory in GB: GPU memory on cuda, else resident memory of rank 0",
-    "bad_files": "files that could not be decoded so far, named in bad_files.jsonl",
-    "skipped_steps": "steps skipped so far for a non-finite loss or gradient",
-    "time": "seconds since the run started, over all restarts",
-}
-VAL_KEYS = {
-    "val_loss_vjepa": "loss_vjepa on held-out clips",
-    "val_loss_soon": "loss_soon on held-out clips",
-    "val_loss_eventually": "loss_eventually on held-out clips",
-    "val_loss_flow": "loss_flow on held-out clips",
-    "val_soon_skill": "soon_skill on held-out clips",
-    "val_outcome_top1": "outcome_top1 on held-out clips",
-    "val_target_std": "target_std on held-out clips",
-    "val_target_std_clips": "target_std_clips on held-out clips; nan when they are all the same clip",
-    "val_effective_rank": "effective_rank on held-out clips",
-    "val_flow_spread": "deviation among sampled futures over the deviation of real futures from the forecast; 0 = one mode, 1 = as wide as reality",
-    "val_clips": "held-out clips that this evaluation saw; fewer than asked for when the last one ran out of its time",
-}
-# Fields that decide what the weights mean or which samples come next: a checkpoint with other values is not resumed.
-RESUME_MUST_MATCH = (
-    "seed", "image_size", "num_frames", "channels", "now_frames", "soon_frames", "eventually_frames", "tubelet_t", "patch", "enc_dim",
-    "enc_depth", "pred_dim", "pred_depth", "num_heads", "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target",
-    "flow_dim", "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool",
-)
-
-
-@dataclass
-class Progress:
-    """How far a run is: optimizer steps and samples of all ranks done, seconds over all restarts, steps skipped, flow phase."""
-
-    step: int = 0
-    consumed: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    flow_fitted: bool = False  # the flow phase is done
 
 
 class GuardedFile:
@@ -4337,10 +4327,10 @@ def sync_folder(folder):
 
 
 def write_atomic(path, write, announce=None):
-    """Write through a temporary file, fsync, rename, fsync of the folder: at any moment the old or the new file is whole.
+    """Write through a temporary file, fsync, rename, fsync of the folder: the old or the new file is whole at any time.
 
-    `write` gets the open file; `announce`, if given, the path of the temporary one before it is renamed. OSError when the
-    disk refuses.
+    `write` gets the open file; `announce`, if given, the path of the temporary one before it is renamed. OSError when
+    the disk refuses.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -4383,17 +4373,12 @@ def move_aside(path):
     say(f"note: {path} was not written by a run; it now stands in {aside.parent}", sys.stderr)
 
 
-def clear_name(path):
-    """Move what stands under the name of a result aside, unless it is a file that bears the MARK."""
-    if os.path.lexists(path) and not (path.is_file() and MARK.encode() in path.read_bytes()):
-        move_aside(path)
-
-
 def write_own(path, write):
     """write_atomic for a result under a fixed name, which bears the MARK. Another file of that name is moved aside
     first."""
     path = Path(path)
-    clear_name(path)
+    if os.path.lexists(path) and not (path.is_file() and MARK.encode() in path.read_bytes()):
+        move_aside(path)
     write_atomic(path, write)
 
 
@@ -4403,39 +4388,59 @@ def write_report(path, values):
     write_own(path, lambda handle: handle.write(text.encode()))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# 19  Checkpoint: state of a run <-> file
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Fields that decide what the weights mean or which samples come next: a checkpoint with other values is not resumed.
+RESUME_MUST_MATCH = (
+    "seed", "image_size", "num_frames", "channels", "now_frames", "soon_frames", "eventually_frames", "tubelet_t", "patch", "enc_dim",
+    "enc_depth", "pred_dim", "pred_depth", "num_heads", "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target",
+    "flow_dim", "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool",
+)
+
+
+@dataclass
+class Progress:
+    """How far a run is: optimizer steps and samples of all ranks done, seconds over all restarts, steps skipped, flow phase."""
+
+    step: int = 0
+    consumed: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    flow_fitted: bool = False  # the flow phase is done
+
+
 WRITTEN = ".written.json"  # in the folder of checkpoints: size and time of each one that a run wrote there
 
 
-def stamp(path):
-    """What tells a file from any other of its name: [size, time of its last change in ns]."""
+def size_and_time(path):
+    """What tells a checkpoint from any other file of its name: [size, time of its last change in ns]."""
     info = os.stat(path)
     return [info.st_size, info.st_mtime_ns]
 
 
 def written_record(folder):
-    """What runs wrote into a folder of checkpoints -> {name: [stamps]}, {} where the record is absent or damaged: then
-    nothing is proven, and nothing is deleted."""
-    try:
-        record = parse_json(read_text(folder / WRITTEN, 2**22))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) and all(isinstance(stamps, list) for stamps in record.values()) else {}
+    """What runs wrote into a folder of checkpoints -> {name: [size_and_time, that of the one before]}, {} where the
+    record is absent or damaged: then nothing is proven, and nothing is deleted."""
+    record = read_mapping(folder / WRITTEN, 2**22)
+    return record if all(isinstance(written, list) for written in record.values()) else {}
 
 
 def is_written(path):
     """Whether a run wrote this checkpoint, by its record: no other file is ever overwritten or deleted."""
-    return path.is_file() and stamp(path) in written_record(path.parent).get(path.name, [])
+    return path.is_file() and size_and_time(path) in written_record(path.parent).get(path.name, [])
 
 
-def note_written(path, new):
-    """Put on record that a run wrote the file that is about to get this name, whose stamp is `new`; the one that still
-    has it stays on record."""
-    record = {name: stamps for name, stamps in written_record(path.parent).items() if os.path.lexists(path.parent / name)}
-    record[path.name] = [new, *record.get(path.name, [])[:1]]
+def note_written(path, source):
+    """Put on record that a run wrote the file `source`, which is about to get the name `path`; the one that still has
+    that name stays on record."""
+    record = {name: known for name, known in written_record(path.parent).items() if os.path.lexists(path.parent / name)}
+    record[path.name] = [size_and_time(source), *record.get(path.name, [])[:1]]
     write_atomic(path.parent / WRITTEN, lambda handle: handle.write(json.dumps(record).encode()))
 
 
-def make_room(path):
+def free_name(path):
     """Move what stands under a checkpoint's name aside, unless a run wrote it."""
     if os.path.lexists(path) and not is_written(path):
         move_aside(path)
@@ -4443,16 +4448,17 @@ def make_room(path):
 
 def move_checkpoint(path, target):
     """Rename a checkpoint, over an older one of that name if there is one."""
-    make_room(target)
+    free_name(target)
     if is_written(path):
-        note_written(target, stamp(path))
+        note_written(target, path)
     os.replace(path, target)
     sync_folder(target.parent)
 
 
 CHECKPOINT_FORMAT = 2  # 2: SOON positions start from the last seen tubelet
-CHECKPOINT_KEYS = {"format", "step", "cfg", "online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target", "opt", "scaler", "flow_stats",
-                   "outcome_queue", "rng", "consumed", "world_size", "seconds", "skipped", "data", "source"}
+NETWORKS = ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target")
+CHECKPOINT_KEYS = {"format", "step", "cfg", *NETWORKS, "opt", "scaler", "flow_stats", "outcome_queue", "rng", "consumed",
+                   "world_size", "seconds", "skipped", "data", "source"}
 
 
 @lru_cache(maxsize=1)
@@ -4466,13 +4472,13 @@ def checkpoint_state(model, optimizer, scaler, source, process, progress):
     cuda_rng = torch.cuda.get_rng_state(process.device) if process.device.type == "cuda" else None
     rng = process.collect({"torch": torch.get_rng_state(), "cuda": cuda_rng})
     return {
-        "format": CHECKPOINT_FORMAT, **asdict(progress), "cfg": asdict(model.cfg), "online": model.online.state_dict(), "predictor": model.predictor.state_dict(),
-        "outcome": model.outcome.state_dict(), "flow": model.flow.state_dict(), "flow_ema": model.flow_ema.state_dict(),
-        "read_out": model.read_out.state_dict(), "target": model.target.state_dict(), "opt": optimizer.state_dict(),
+        "format": CHECKPOINT_FORMAT, **asdict(progress), "cfg": asdict(model.cfg),
+        **{name: getattr(model, name).state_dict() for name in NETWORKS}, "opt": optimizer.state_dict(),
         "soon_predictor": model.soon_predictor.state_dict() if model.soon_predictor else None,
         "scaler": scaler.state_dict(), "flow_stats": model.space.state_dict(),
         "outcome_queue": {"keys": model.queue, "filled": model.queue_filled}, "rng": rng,
-        "world_size": process.world_size, "precision": PRECISIONS[process.amp_dtype], "data": source.listing(), "source": source_text(),
+        "world_size": process.world_size, "precision": PRECISIONS[process.amp_dtype], "data": source.listing(),
+        "source": source_text(),
     }
 
 
@@ -4492,8 +4498,8 @@ def save_checkpoint(state, out_dir, cfg, final):
     folder = Path(out_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("ckpt_final.pt" if final else f"ckpt_{state['step']}.pt")
-    make_room(path)
-    write_atomic(path, lambda handle: torch.save(state, handle), lambda written: note_written(path, stamp(written)))
+    free_name(path)
+    write_atomic(path, lambda handle: torch.save(state, handle), partial(note_written, path))
     numbered = [old for step, old in checkpoint_files(out_dir) if step != math.inf and is_written(old)]
     for old in numbered[: -cfg.keep_last]:
         old.unlink()
@@ -4507,9 +4513,8 @@ class BadCheckpoint(UserError):
 def damage_of(path):
     """What is wrong with the bytes of a checkpoint -> text, "" when they are those that were written.
 
-    Every member of the archive has a CRC-32, which torch.load does not compare. Of 1,200 flipped bits, 200 cuts and 200
-    zeroed
-    pages none got by with other content (what it lets through is padding); it takes less than half the time of SHA-256.
+    Every member of the archive has a CRC-32, which torch.load does not compare. Of flipped bits, cuts and zeroed pages
+    none got by with other content (what it lets through is padding), and SHA-256 takes twice the time.
     """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
@@ -4591,7 +4596,7 @@ def check_insides(state):
         raise ValueError("data: its listing is a count and a list of names")
     if state.get("precision", "fp32") not in PRECISIONS.values():
         raise ValueError(f"precision = {shown(state['precision'])}")
-    for name in ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target"):
+    for name in NETWORKS:
         compare_tensors(state[name], getattr(model, name).state_dict(), name)
     if state.get("soon_predictor") is not None:
         compare_tensors(state["soon_predictor"], model.predictor.state_dict(), "soon_predictor")
@@ -4617,8 +4622,8 @@ def load_checkpoint(path):
     if not os.path.lexists(path):
         raise UsageError(f"resume {path}: no such checkpoint")
     if not path.is_file():
-        raise BadCheckpoint(f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; use another one, "
-                            "or --resume never")
+        raise BadCheckpoint(f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; use another "
+                            "one, or --resume never")
     try:
         damage = damage_of(path)
         if damage:
@@ -4626,14 +4631,16 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = CHECKPOINT_KEYS - (state.keys() if isinstance(state, dict) else set())
         if missing:
-            raise BadCheckpoint(f"checkpoint {path}: not a VJepa_AUTO_V2 checkpoint (it lacks {', '.join(sorted(missing))})")
+            lacking = ", ".join(sorted(missing))
+            raise BadCheckpoint(f"checkpoint {path}: not a VJepa_AUTO_V2 checkpoint (it lacks {lacking})")
         if not fits(int, state["format"]) or state["format"] != CHECKPOINT_FORMAT:
-            raise BadCheckpoint(f"checkpoint {path}: format {shown(state['format'])}, this file reads format {CHECKPOINT_FORMAT}")
+            raise BadCheckpoint(f"checkpoint {path}: format {shown(state['format'])}, this file reads format "
+                                f"{CHECKPOINT_FORMAT}")
         check_insides(state)
     except BadCheckpoint:
         raise
     except Exception as error:  # a foreign file makes the unpickler, and whoever looks at its insides, raise anything
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        why = f"{type(error).__name__}: {flat(error)[:160]}"
         raise BadCheckpoint(f"checkpoint {path}: not readable, damaged or made by another version ({why}); use another "
                             "one, or --resume never") from error
     return state
@@ -4673,7 +4680,7 @@ def check_same_run(state, cfg, path):
 
 def restore_model(state, model):
     """Load networks and running statistics of a checkpoint."""
-    for name in ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target"):
+    for name in NETWORKS:
         getattr(model, name).load_state_dict(state[name])
     if state.get("soon_predictor"):
         model.split_soon_predictor().load_state_dict(state["soon_predictor"])
@@ -4703,6 +4710,50 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), cfg
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# 20  Log and folder: what a run says, and where it writes
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOG_KEYS = {
+    "step": "optimizer steps done",
+    "loss_total": "weighted sum of the losses that train",
+    "loss_vjepa": "NOW: L1 on masked target latents, mean of the short and long masks",
+    "loss_soon": "SOON: L1 on near-future target latents predicted from NOW alone",
+    "loss_eventually": "EVENTUALLY: InfoNCE of the outcome embedding; ln(batch x ranks + filled queue) is chance",
+    "loss_flow": "FLOW: squared velocity error in residual space, plus the squared error of the chunk read-out",
+    "loss_supcon": "supervised contrast on maneuvers; only with lambda_supcon",
+    "lr": "learning rate of the world model",
+    "ema_momentum": "momentum of the target encoder",
+    "grad_norm": "gradient norm of the world model before clipping",
+    "flow_grad_norm": "gradient norm of the flow net before clipping",
+    "target_std": "standard deviation of target channels over all tokens; near 0 = collapsed",
+    "target_std_clips": "the same over clips at one position, which position alone cannot fake; nan for a single clip",
+    "effective_rank": "exp(entropy) of the singular values of target tokens; 1 = collapsed, at most enc_dim",
+    "soon_skill": "1 - L1(SOON prediction) / L1(last NOW tubelet repeated); above 0 = better than a world that stands still",
+    "outcome_top1": "share of clips whose own future ranks first among all keys",
+    "flow_explained": "share of the residual's variance inside the flow's directions",
+    "clips_per_s": "clips per second over all ranks since the last line, warm-up left out",
+    "data_wait": "share of that time spent waiting for the loader",
+    "mem_gb": "peak memory in GB: GPU memory on cuda, else resident memory of rank 0",
+    "bad_files": "files that could not be decoded so far, named in bad_files.jsonl",
+    "skipped_steps": "steps skipped so far for a non-finite loss or gradient",
+    "time": "seconds since the run started, over all restarts",
+}
+VAL_KEYS = {
+    "val_loss_vjepa": "loss_vjepa on held-out clips",
+    "val_loss_soon": "loss_soon on held-out clips",
+    "val_loss_eventually": "loss_eventually on held-out clips",
+    "val_loss_flow": "loss_flow on held-out clips",
+    "val_soon_skill": "soon_skill on held-out clips",
+    "val_outcome_top1": "outcome_top1 on held-out clips",
+    "val_target_std": "target_std on held-out clips",
+    "val_target_std_clips": "target_std_clips on held-out clips; nan when they are all the same clip",
+    "val_effective_rank": "effective_rank on held-out clips",
+    "val_flow_spread": "deviation among sampled futures over the deviation of real futures from the forecast; 0 = one mode, 1 = as wide as reality",
+    "val_clips": "held-out clips that this evaluation saw; fewer than asked for when the last one ran out of its time",
+}
+
+
 def run_info(cfg, argv, source):
     """Versions, commit, data and decoders (in the order in which they are tried) of a run for config.json -> dict."""
     git = shutil.which("git")
@@ -4720,18 +4771,13 @@ def format_number(value):
     return str(value) if isinstance(value, (int, str)) else f"{value:.4g}"
 
 
-def reject_constant(name):
-    """For json.loads: NaN and infinities are no JSON."""
-    raise ValueError(name)
-
-
 def read_rows(path, types):
     """The objects of a jsonl file that have these keys -> (list of dicts, numbers of the lines that are none: damaged,
     or torn by a kill)."""
     rows, damaged = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            row = json.loads(line.decode("utf-8"), parse_constant=reject_constant)
+            row = parse_json(line.decode("utf-8"))
             if not all(fits(kind, row[key]) for key, kind in types.items()):
                 raise ValueError("a value of another type")
             json.dumps(row, allow_nan=False)  # 1e999 is read as infinity
@@ -4755,7 +4801,8 @@ class Tracker:
             work(*args)
         except (Exception, SystemExit) as error:  # a foreign package's, of any kind: a full disk, a login
             self.writer = None
-            self.tell(f"WARNING: track: {self.package} failed ({type(error).__name__}: {error}) and is left out from here on")
+            why = f"{type(error).__name__}: {error}"
+            self.tell(f"WARNING: track: {self.package} failed ({why}) and is left out from here on")
 
     def open(self, cfg):
         """Start the package."""
@@ -4930,12 +4977,8 @@ def sweep_folder(folder):
 
 def is_run_folder(folder):
     """Whether a run has owned this folder before: its lease stands there, or a config.json as a run writes it."""
-    try:
-        if (folder / ".lease").exists():
-            return True
-        return {"versions", "config"} <= set(parse_json(read_text(folder / "config.json", 2**20), float))
-    except (OSError, ValueError, RecursionError, TypeError):
-        return False
+    config = read_mapping(folder / "config.json", 2**20)
+    return os.path.exists(folder / ".lease") or {"versions", "config"} <= config.keys()
 
 
 def clear_folder(folder):
@@ -4961,13 +5004,14 @@ class RunFolder:
             return
         try:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self.place = self.folder.stat()
+            self.identity = self.folder.stat()
             clear_folder(self.folder)
             self.take()
             sweep_folder(self.folder)
             self.write_status("running", None)
         except OSError as error:
-            raise UserError(f"out_dir {cfg.out_dir}: cannot be written ({error.strerror}); choose another --out_dir") from error
+            raise UserError(f"out_dir {cfg.out_dir}: cannot be written ({error.strerror}); "
+                            "choose another --out_dir") from error
 
     def take(self):
         """Lock .lease. UserError when another run holds it."""
@@ -4979,9 +5023,10 @@ class RunFolder:
             owner = handle.read(300).strip() or "unknown"
             handle.close()
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(f"out_dir {self.folder}: another run writes there ({owner}); stop it, or choose another --out_dir") from error
-            raise UserError(f"out_dir {self.folder}: its file system gives no locks ({error.strerror}), so nothing would keep a second run away; "
-                            "choose another --out_dir") from error
+                raise UserError(f"out_dir {self.folder}: another run writes there ({owner}); stop it, "
+                                "or choose another --out_dir") from error
+            raise UserError(f"out_dir {self.folder}: its file system gives no locks ({error.strerror}), "
+                            "so nothing would keep a second run away; choose another --out_dir") from error
         handle.truncate(0)
         handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
         handle.flush()
@@ -4995,7 +5040,7 @@ class RunFolder:
         try:
             self.taken = not os.path.samestat(os.stat(self.folder / ".lease"), os.fstat(self.lease.fileno()))
         except FileNotFoundError:
-            if not os.path.samestat(os.stat(self.folder), self.place):  # the folder's own absence is the error
+            if not os.path.samestat(os.stat(self.folder), self.identity):  # the folder's own absence is the error
                 raise OSError(errno.ESTALE, "the folder was removed while the run writes there") from None
             self.take()  # the lease alone was deleted
         if self.taken:
@@ -5025,7 +5070,7 @@ class RunFolder:
         for thing in self.closing:
             thing.close()
         if error is not None:
-            self.reason = " ".join(f"{kind.__name__}: {error}".split())[:500]
+            self.reason = flat(f"{kind.__name__}: {error}")[:500]
             self.status("failed", getattr(error, "exit_code", EXIT_ERROR))
         if self.lease is not None:
             self.lease.close()
@@ -5052,7 +5097,7 @@ def peak_memory_gb(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 17  Evaluation: model -> metrics, picture
+# 21  Evaluation: model -> metrics, picture
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5074,10 +5119,11 @@ def validate(model, source, process, deadline=math.inf):
     cfg = model.cfg
     num_batches = max(1, math.ceil(cfg.val_clips / (cfg.batch_size * process.world_size)))
     sampler = StepSampler(0, num_batches, cfg.batch_size, process.rank, process.world_size)
-    loader = open_loader(source, cfg, "val", sampler, min(cfg.num_workers, 2), process.device.type == "cuda", process.stop.asked)
+    pinned = process.device.type == "cuda"
+    loader = open_loader(source, cfg, "val", sampler, min(cfg.num_workers, 2), pinned, process.stop.asked)
     was_training, sums, targets, looks, bad, spread = model.training, {}, [], [], [], 0.0
     model.eval()
-    for batch in process.walk(loader):
+    for batch in process.in_step(loader):
         bad += batch["bad"]
         batch = to_device(batch, process.device)
         with autocast(process):
@@ -5097,9 +5143,11 @@ def validate(model, source, process, deadline=math.inf):
     targets, looks = torch.cat(targets), torch.cat(looks)
     several = bool((looks != looks[0]).any())  # one short held-out file gives the same clip again and again: nothing to compare
     # a ratio of means: clips in which nothing moves would blow up a mean of ratios
-    sums["soon_skill"] = float(saved_share(*torch.tensor([sums["loss_soon"], sums["persistence"]], dtype=torch.float64)))
+    soon = torch.tensor([sums["loss_soon"], sums["persistence"]], dtype=torch.float64)
+    sums["soon_skill"] = float(saved_share(*soon))
     sums |= {"target_std": float(target_std(targets)), "target_std_clips": float(target_std_clips(targets)) if several else float("nan"),
-             "effective_rank": float(effective_rank(targets)), "flow_spread": spread, "clips": len(looks) * process.world_size}
+             "effective_rank": float(effective_rank(targets)), "flow_spread": spread,
+             "clips": len(looks) * process.world_size}
     names = [key for key in VAL_KEYS if key.removeprefix("val_") in sums]
     means = process.mean([sums[key.removeprefix("val_")] for key in names])
     return dict(zip(names, means)), bad
@@ -5111,16 +5159,16 @@ def verdict(metrics, cfg):
     std, what = (across, "across clips") if math.isfinite(across) else (metrics["val_target_std"], "(one held-out clip)")
     collapsed = std < 0.2 or rank < 0.05 * cfg.enc_dim
     health = "COLLAPSED: lower lr, raise ema_momentum or warm up longer" if collapsed else "no sign of collapse"
-    moves = ("better than a world that stands still" if skill > 0 else "no better than a world that stands still" if skill <= 0
-             else "nothing moves in the held-out clips")
+    moves = f"{'' if skill > 0 else 'no '}better than a world that stands still"
+    moves = "nothing moves in the held-out clips" if math.isnan(skill) else moves
     return (f"soon_skill {skill:.2f} ({moves}), sampled futures spread {metrics['val_flow_spread']:.2f} of real ones, "
             f"effective rank {rank:.1f} of {cfg.enc_dim}, target std {what} {std:.2f}: {health}")
 
 
 @torch.no_grad()
 def encode_bank(model, source, process, num_clips, deadline):
-    """Real futures to look samples up in, as many as the deadline allows -> (futures [n, F * D] on the CPU, sample numbers in
-    the `bank` stream, file numbers, clips read)."""
+    """Real futures to look samples up in, as many as the deadline allows -> (futures [n, F * D] on the CPU, sample
+    numbers in the `bank` stream, file numbers, clips read)."""
     cfg, size = model.cfg, min(model.cfg.batch_size, num_clips)
     sampler = StepSampler(0, math.ceil(num_clips / size), size, 0, 1)
     futures, numbers, files = [], [], []
@@ -5161,14 +5209,16 @@ def picture_rows(model, data, bank, process, number, side, num_samples):
     -> [(title, uint8 frames [T, *side, 3])]. The clip's own file never answers for a sample."""
     cfg, (futures, bank_numbers, bank_files, _) = model.cfg, bank
     frames, file, _, _, _ = data["val"].decode(number, *side)
-    clip = torch.from_numpy(np.ascontiguousarray(data["val"].decode(number, cfg.height, cfg.width)[0].transpose(0, 3, 1, 2)))
+    seen = data["val"].decode(number, cfg.height, cfg.width)[0]
+    clip = torch.from_numpy(np.ascontiguousarray(seen.transpose(0, 3, 1, 2)))
     generator = torch.Generator(process.device).manual_seed(number)
     samples = model.sample_futures(clip[None].to(process.device), num_samples, generator=generator)[0].flatten(1).cpu()
     own = data["val"].videos[file].name
     other = torch.tensor([data["bank"].videos[file].name != own for file in bank_files])
     other = other if other.any() else torch.ones_like(other)  # a single file has only itself to show
     nearest = torch.cdist(samples, futures).masked_fill(~other, float("inf")).argmin(1).tolist()
-    return [("truth", frames)] + [(f"sample {k + 1}: nearest", data["bank"].decode(bank_numbers[place], *side)[0]) for k, place in enumerate(nearest)]
+    found = [data["bank"].decode(bank_numbers[entry], *side)[0] for entry in nearest]
+    return [("truth", frames), *((f"sample {k}: nearest", clip) for k, clip in enumerate(found, 1))]
 
 
 def save_picture(image, path):
@@ -5182,9 +5232,9 @@ def save_picture(image, path):
 
 @torch.no_grad()
 def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, num_samples=4):
-    """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames of
-    the nearest real clip, with the verdict under them -> what was left out for want of time, "" for nothing. One clip is
-    drawn at least, the others while `seconds` last, of which the search may take two fifths."""
+    """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames
+    of the nearest real clip, with the verdict under them -> what was left out for want of time, "" for nothing. One
+    clip is drawn at least, the others while `seconds` last, of which the search may take two fifths."""
     from PIL import Image
 
     cfg, began = model.cfg, time.monotonic()
@@ -5199,16 +5249,17 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
     blocks = []
     while len(blocks) < num_clips and (not blocks or time.monotonic() < began + seconds):
         blocks.append(picture_rows(model, data, bank, process, len(blocks), side, num_samples))
-    image, draw, font, block_h = picture_canvas(len(blocks), num_samples, len(now) + len(soon), side, verdict(metrics, cfg))
+    columns, caption = len(now) + len(soon), verdict(metrics, cfg)
+    image, draw, font, block_h = picture_canvas(len(blocks), num_samples, columns, side, caption)
     for block, rows in enumerate(blocks):
-        for row, (title, shown) in enumerate(rows):
+        for row, (title, pictures) in enumerate(rows):
             y = block * block_h + 24 + row * (side[0] + 4)
             draw.text((12, y + side[0] // 2 - 8), title, fill="black", font=font)
             for column, frame in enumerate([*now, *soon]):
                 if row and column < len(now):
                     continue
                 x = 130 + column * (side[1] + 4) + (12 if column >= len(now) else 0)
-                image.paste(Image.fromarray(np.ascontiguousarray(shown[frame])), (x, y))
+                image.paste(Image.fromarray(np.ascontiguousarray(pictures[frame])), (x, y))
                 if row == 0:
                     title = f"NOW {frame + 1}" if column < len(now) else f"SOON {frame + 1 - cfg.now_frames}"
                     draw.text((x, y - 18), title, fill="black", font=font)  # frames, not seconds: short files are sampled denser
@@ -5219,9 +5270,8 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 18  Training: Config -> checkpoints
+# 22  Steps: resume, rehearse, update, save, log
 # ---------------------------------------------------------------------------------------------------------------------
-
 
 REHEARSAL_S = 10.0  # a pass longer than this is not made just to time it
 
@@ -5285,19 +5335,13 @@ def retire_later(cfg, step, resumed_from):
 
 def is_restart(cfg):
     """Whether torchrun starts this run again after it had begun: config.json then holds the id of this launch."""
-    if not restart_count():
-        return False
-    try:
-        config = json.loads((Path(cfg.out_dir) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and config.get("launch") == os.environ.get("TORCHELASTIC_RUN_ID")
+    config = read_mapping(os.path.join(cfg.out_dir, "config.json"), 2**20) if restart_count() else {}
+    return bool(config) and config.get("launch") == os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def newest_of_launch(cfg, tell):
     """What a restarted run goes on from -> (state, path): its own newest checkpoint, whatever --resume asked for when
-    it began; (None, None)
-    where it has made none, and --resume FILE counts."""
+    it began; (None, None) where it has made none, and --resume FILE counts."""
     state, path = newest_checkpoint(cfg.out_dir, tell)
     named = state is not None and cfg.resume != "never" and os.path.lexists(cfg.resume)
     if named and load_checkpoint(cfg.resume)["step"] >= state["step"]:
@@ -5334,11 +5378,11 @@ def throw_away_pass(model, wrapped, cfg, process, num_clips):
 
 
 def rehearse(model, wrapped, cfg, process):
-    """Passes that are thrown away: DDP regroups its gradient buckets after its first backward -> seconds per step of the
-    slowest rank, and in words where the figure comes from.
+    """Passes that are thrown away: DDP regroups its gradient buckets after its first backward -> seconds per step of
+    the slowest rank, and in words where the figure comes from.
 
-    Without that pass ring sums would add in another order from then on, and a resumed run would differ in the last bits from
-    one that was never stopped. The second pass is timed; where one alone would take too long, the first or none is.
+    Without that pass ring sums would add in another order from then on, and a resumed run would differ in the last bits
+    from one that was never stopped. The second pass is timed, or the first or none where one would take too long.
     """
     seconds = sum(flops_per_clip(cfg).values()) * cfg.batch_size / (measure_speed(process) * 0.4e12)
     whole, source = process.world_size > 1 or cfg.compile or seconds < REHEARSAL_S, "timed on noise"
@@ -5420,19 +5464,21 @@ def log_values(metrics, carries, model, process, log, clock, progress):
 
 
 def check_bad_files(log, entries, source, cfg, process):
-    """Name new bad files of all ranks; stop when too large a share of the data is bad now: named by this attempt of the run and not decoded since."""
-    told, failing = zip(*process.collect((entries, source.failing)))
-    log.add_bad([entry for part in told for entry in part])
+    """Name new bad files of all ranks; stop when too large a share of the data is bad now: named by this attempt of the
+    run and not decoded since."""
+    named, failing = zip(*process.collect((entries, source.failing)))
+    log.add_bad([entry for part in named for entry in part])
     failing = {name: reason for part in failing for name, reason in part.items()}
+    listed = f"all are in {cfg.out_dir}/bad_files.jsonl"
     for side, videos in (("training", source.train), ("validation", source.val)):
         if all(video.name in failing for video in videos):  # blank frames would stand in for them
-            raise UserError(f"all {len(videos)} {side} files cannot be decoded; the first is {videos[0].name}: {failing[videos[0].name]}; "
-                            f"all are in {cfg.out_dir}/bad_files.jsonl")
+            first = f"{videos[0].name}: {failing[videos[0].name]}"
+            raise UserError(f"all {len(videos)} {side} files cannot be decoded; the first is {first}; {listed}")
     total = len({video.name for video in source.train + source.val})
     if len(failing) / total > cfg.max_bad_fraction:
         name, reason = next(iter(failing.items()))
-        raise UserError(f"{len(failing)} of {total} files cannot be decoded (max_bad_fraction {cfg.max_bad_fraction}); the first is {name}: {reason}; "
-                        f"all are in {cfg.out_dir}/bad_files.jsonl")
+        raise UserError(f"{len(failing)} of {total} files cannot be decoded (max_bad_fraction {cfg.max_bad_fraction}); "
+                        f"the first is {name}: {reason}; {listed}")
 
 
 class Clock:
@@ -5462,6 +5508,11 @@ class Clock:
         self.since += time.perf_counter() - began
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# 23  Flow phase: frozen latents -> SOON predictor and flow net
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def cache_latents(model, source, process, start, num_clips, log):
     """Frozen latents of this rank's clips, from sample `start` on -> (contexts [n, K, D], futures [n, F, D]) on the
@@ -5472,7 +5523,7 @@ def cache_latents(model, source, process, start, num_clips, log):
     sampler = StepSampler(start, num_batches, size, process.rank, process.world_size)
     cached = None
     loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, stopping=process.stop.asked)
-    for number, batch in enumerate(process.walk(loader)):
+    for number, batch in enumerate(process.in_step(loader)):
         with torch.no_grad(), autocast(process):
             clip = model.normalise(batch["frames"].to(process.device))
             parts = model.encode_now(model.online.tokenizer(clip[:, : cfg.now_frames])), model.future_target(model.make_targets(clip))
@@ -5558,7 +5609,7 @@ def flow_fit_loss(model, contexts, y, kept, process, step=None):
 def fit_net(net, slow, num_steps, loss_at, name, key, began, cfg, process, log):
     """Fit a net on frozen latents, and its EMA `slow` where there is one. StoppedTogether when a signal ends it.
 
-    loss_at(step) is the loss of a step, loss_at() the held-out one; the log's lines begin with `name` and call the loss `key`.
+    loss_at(step) is the loss of a step, loss_at() the held-out one; log lines begin with `name` and call it `key`.
     """
     optimizer = torch.optim.AdamW(net.requires_grad_(True).parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = replace(cfg, steps=num_steps, warmup_steps=num_steps)  # capped at a tenth
@@ -5571,8 +5622,9 @@ def fit_net(net, slow, num_steps, loss_at, name, key, began, cfg, process, log):
         log.bar(step + 1, num_steps, name, f"{name}: step")
         if (step + 1) % (4 * cfg.log_every) == 0 or step + 1 == num_steps:
             with torch.no_grad():
-                held = float(loss_at())
-            log.line(f"{name} step:{step + 1} {key}:{float(loss.detach()):.4g} held_out:{held:.4g} time:{time.perf_counter() - began:.0f}")
+                held_out = float(loss_at())
+            log.line(f"{name} step:{step + 1} {key}:{float(loss.detach()):.4g} held_out:{held_out:.4g} "
+                     f"time:{time.perf_counter() - began:.0f}")
         if step % 50 == 0:
             process.stop_together()
     net.requires_grad_(False)
@@ -5594,8 +5646,8 @@ def fit_soon(model, contexts, futures, kept, process, log):
 def fit_flow(model, source, process, log, progress):
     """The flow phase: the encoders stand still, so latents are made once and seen often. StoppedTogether on a signal.
 
-    First SOON's copy of the predictor, then the flow net over what that forecast leaves open. One clip in twenty is held
-    out; when its loss rises while the other falls, the net learns clips by heart: more flow_fit_clips.
+    First SOON's copy of the predictor, then the flow net over what that forecast leaves open. One clip in twenty is
+    held out; when its loss rises while the other falls, the net learns clips by heart: more flow_fit_clips.
     """
     cfg, began = model.cfg, time.perf_counter()
     model.eval()
@@ -5610,9 +5662,13 @@ def fit_flow(model, source, process, log, progress):
     del futures
     log.line(f"flow phase: {float(model.space.explained):.0%} of the residual in {cfg.flow_rank} directions; {cfg.flow_fit_steps} steps")
     model.flow_ema.load_state_dict(model.flow.state_dict())
-    loss_at = partial(flow_fit_loss, model, contexts, y, kept, process)
-    fit_net(model.flow, model.flow_ema, cfg.flow_fit_steps, loss_at, "flow phase", "loss_flow", began, cfg, process, log)
+    loss_at, name = partial(flow_fit_loss, model, contexts, y, kept, process), "flow phase"
+    fit_net(model.flow, model.flow_ema, cfg.flow_fit_steps, loss_at, name, "loss_flow", began, cfg, process, log)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 24  Training: Config -> checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
 
 END_S = 20.0  # for the last evaluation, and again for the picture; a hundredth of a long run's time where that is more
 
@@ -5686,11 +5742,8 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     # -- data
     began = time.perf_counter()
     state, resumed_from = open_run(cfg, process, log)
-    if not cfg.data_root:
-        log.line(f"no --data_root: training on built-in driving scenes, {cfg.scene_clips} clips in {cfg.out_dir}/scenes")
-    elif not videos:
-        log.line(f"WARNING: no video under {cfg.data_root}: {nothing_found(cfg, videos)}; "
-                 f"going on with data:{cfg.missing_data} (--missing_data error refuses instead)")
+    if not videos:
+        log.line(instead_of_videos(cfg, videos))
     log.stage = "opening the data"
     source = process.together(open_data, cfg, videos, process.is_main, process.stop_together, process.stop.asked)
     for note in data_notes(cfg, videos, source, state["data"] if state else None):
@@ -5699,7 +5752,7 @@ def run(cfg, overrides, argv, videos, process, folder, log):
 
     # -- model
     log.stage = "building the model and timing a pass on noise"
-    process.amp_dtype, reason = choose_precision(cfg, process, state["precision"] if state and "precision" in state else "")
+    process.amp_dtype, reason = choose_precision(cfg, process, state.get("precision", "") if state else "")
     torch.manual_seed(cfg.seed)
     model = WorldModel(cfg, process.rank, process.world_size).to(process.device)
     optimizer = build_optimizer(model, cfg)
@@ -5716,15 +5769,16 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     # -- resume
     progress, skipped_in_row, timed = Progress(), 0, False
     print_summary(cfg, overrides, model, source, process, reason, log)
+    advice = "; THAT IS DAYS: think of --preset small or tiny, fewer --steps, or a faster device"
     log.line(f"first estimate: {describe_time(seconds * cfg.steps)} for {cfg.steps} steps, {timed_how}"
-             + ("; THAT IS DAYS: think of --preset small or tiny, fewer --steps, or a faster device" if seconds * cfg.steps > 2 * 86400 else ""))
+             + advice * (seconds * cfg.steps > 2 * 86400))
     if state is not None:
         try:
             restore_model(state, model)
             restore_run(state, optimizer, scaler, process)
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"checkpoint {resumed_from}: does not fit this model ({str(error).splitlines()[0]})") from error
-        progress = Progress(**{field.name: state.get(field.name, field.default) for field in fields(Progress)})
+        progress = Progress(**{entry.name: state.get(entry.name, entry.default) for entry in fields(Progress)})
         progress.flow_fitted &= progress.step >= cfg.steps  # a run that is extended fits its flow anew at its new end
         if not progress.flow_fitted:
             model.soon_predictor = None
@@ -5733,8 +5787,8 @@ def run(cfg, overrides, argv, videos, process, folder, log):
             retire_later(cfg, progress.step, resumed_from)
         del state
     if process.is_main:  # with the id of the launch, so not before what it does not go on from is out of the way
-        config = {**run_info(cfg, argv, source), "config": asdict(cfg)}
-        write_atomic(Path(cfg.out_dir) / "config.json", lambda handle: handle.write(json.dumps(config, indent=2).encode()))
+        config = json.dumps({**run_info(cfg, argv, source), "config": asdict(cfg)}, indent=2).encode()
+        write_atomic(Path(cfg.out_dir) / "config.json", lambda handle: handle.write(config))
     log.forget_after(progress.step, progress.step >= cfg.steps)
     source.quarantine.update((name, reason) for name, reason in log.bad.items() if reason.startswith(QUARANTINED))
     check_ranks(process, weights=digest(fingerprint(model)), quarantine=digest(sorted(source.quarantine)))
@@ -5747,7 +5801,8 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     process.stop.saved = progress.step
     model.train()
     sampler = StepSampler(progress.consumed, (cfg.steps - progress.step) * cfg.grad_accum, cfg.batch_size, process.rank, process.world_size)
-    loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, process.device.type == "cuda", process.stop.asked)
+    pinned = process.device.type == "cuda"
+    loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, pinned, process.stop.asked)
     folder.closing.append(loader)
     if is_due(cfg.val_every, progress, cfg) and process.any(progress.step not in log.evaluated)[0]:  # the stop came before it
         bad, stopping = evaluate(model, source, process, log, mark, progress)
@@ -5806,8 +5861,8 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     if stopping:
         if process.any(process.is_main and process.stop.saved < progress.step)[0]:
             save(must=True)
-        saved = ", saved" if progress.step else ""
-        return end_early(process.stop, folder, log.line, f"at step {progress.step}{saved}; run the same command to go on")
+        where = f"at step {progress.step}{', saved' if progress.step else ''}; run the same command to go on"
+        return end_early(process.stop, folder, log.line, where)
 
     # -- flow phase
     if cfg.flow_fit_clips and cfg.lambda_flow and not progress.flow_fitted:
@@ -5862,8 +5917,9 @@ def train(cfg, overrides=None, argv=(), stop=None):
             raise
         silent = process.silent_ranks()
         who = f"rank {', '.join(map(str, silent))} did not answer: dead, hung or stopped" if silent else "all ranks are alive: a slow network?"
-        raise UserError(f"ranks lost each other at step {folder.step} ({' '.join(str(error).split())[:120]}); {who}; run the same command to go on "
-                        f"from the last checkpoint (dist_timeout_s = {cfg.dist_timeout_s:g})") from error
+        raise UserError(f"ranks lost each other at step {folder.step} ({flat(error)[:120]}); {who}; run the same "
+                        "command to go on from the last checkpoint "
+                        f"(dist_timeout_s = {cfg.dist_timeout_s:g})") from error
     finally:
         if own:
             stop.restore()
@@ -5881,8 +5937,9 @@ def start(argv, stop):
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):  # the CPU allocator has no type of its own
             raise
         peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
-        raise UserError(f"out of memory ({' '.join(str(error).split())[:160]}{peak}); in order of effect: lower --batch_size (raise --grad_accum), "
-                        "--grad_checkpoint, --amp, smaller --image_size or --num_frames, --preset small; nothing saved before is harmed") from error
+        raise UserError(f"out of memory ({flat(error)[:160]}{peak}); in order of effect: lower --batch_size (raise "
+                        "--grad_accum), --grad_checkpoint, --amp, smaller --image_size or --num_frames, "
+                        "--preset small; nothing saved before is harmed") from error
     except OSError as error:
         raise UserError(f"{error}; nothing saved before is harmed, run the same command to go on") from error
     finally:
@@ -5908,7 +5965,7 @@ def report_errors(command, *args):
     try:
         return command(*args) or EXIT_OK
     except (UserError, OSError) as error:
-        say(f"error: {' '.join(str(error).split())}", sys.stderr)
+        say(f"error: {flat(error)}", sys.stderr)
         return getattr(error, "exit_code", EXIT_ERROR)
     except (Stopped, KeyboardInterrupt):
         say("error: interrupted", sys.stderr)

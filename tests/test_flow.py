@@ -1,4 +1,4 @@
-"""Section 11: the path, the running space of residuals, sampling, and a toy of two futures with known odds."""
+"""Flow: the path, the running space of residuals, sampling, and a toy of two futures with known odds."""
 
 import math
 

@@ -190,7 +190,7 @@ def test_a_walk_over_batches_ends_together():
     for other, expected in ([False], [2, 1, 0]), ([True], []):
         (process, _), loader, seen = two_ranks(other), Batches(), []
         try:
-            for batch in process.walk(loader):
+            for batch in process.in_step(loader):
                 seen.append(batch)
         except V.StoppedTogether:
             assert other == [True]

@@ -161,7 +161,8 @@ def main():
         path, begin = Path(folder) / "bench.mp4", time.perf_counter()
         write_bench_video(path, args.seconds, args.x264_preset)
         size_mb = path.stat().st_size / 1e6
-        V.say(f"video: {args.seconds:g} s of {WIDTH} x {HEIGHT} at {FPS} fps, {size_mb:.1f} MB, written in {time.perf_counter() - begin:.0f} s")
+        V.say(f"video: {args.seconds:g} s of {WIDTH} x {HEIGHT} at {FPS} fps, {size_mb:.1f} MB, "
+              f"written in {time.perf_counter() - begin:.0f} s")
         ways = [*installed_decoders(), "whole file"]
         rates = measure_speed(path, ways, args.rounds, args.clips)
         memory = {way: measure_memory(path, way) for way in ways}

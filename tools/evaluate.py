@@ -781,8 +781,8 @@ def stream(clips, sizes, num_workers, progress, name):
     progress.stage(name, len(clips))
     numbers, files = range(len(clips)), getattr(clips, "dataset", None)
     batches = [numbers[first : first + sizes.batch] for first in range(0, len(clips), sizes.batch)]
-    room = V.batch_bytes(clips.cfg, sizes.batch)
-    loader = V.ClipLoader(clips, batches, num_workers, timeout_s=clips.cfg.decode_timeout_s, collate_fn=collate_clips, files=files, batch_bytes=room)
+    loader = V.ClipLoader(clips, batches, num_workers, timeout_s=clips.cfg.decode_timeout_s, collate_fn=collate_clips,
+                          files=files, batch_bytes=V.batch_bytes(clips.cfg, sizes.batch))
     for frames, labels in loader:
         yield frames, labels
         progress.step(len(labels))
@@ -1956,7 +1956,8 @@ def print_table(report):
             mark = {True: "met", False: "MISSED", None: "not measured"}[figure["passed"]]
             V.say(f"{name:<24}{short(figure['value']):>10}  {figure['expect']:<16}{mark}")
     for control, verdict in report["controls_must_fail"].items():
-        V.say(f"control {control}: {'fails ' + ', '.join(verdict['failed']) if verdict['passed'] else 'PASSES every test made for it'}")
+        fails = f"fails {', '.join(verdict['failed'])}"
+        V.say(f"control {control}: {fails if verdict['passed'] else 'PASSES every test made for it'}")
     V.say(report["summary"])
 
 
@@ -1977,7 +1978,8 @@ def run(args, sizes):
         for note in V.data_notes(cfg, videos, source):
             V.say(note, sys.stderr)
     elif cfg.data_root:
-        V.say("note: this run learned from videos; without --data_root it is measured on built-in scenes, which it never saw", sys.stderr)
+        V.say("note: this run learned from videos; without --data_root it is measured on built-in scenes, "
+              "which it never saw", sys.stderr)
     out = Path(args.out) if args.out else run_folder(args.ckpt)
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()

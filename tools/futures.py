@@ -165,8 +165,9 @@ def fill_pool(model, source, stream, seconds, most, num_workers=0, least=8):
     seen, tubelets = cfg.now_frames + cfg.soon_frames, (cfg.now_frames + cfg.soon_frames) // cfg.tubelet_t
     most = max(least, min(most, POOL_BYTES // (seen * 3 * cfg.height * cfg.width + 2 * tubelets * cfg.sites * cfg.enc_dim)))
     clips, numbers = PoolClips(cfg, source, stream), range(most)
-    loader = V.ClipLoader(clips, [numbers[first : first + 4] for first in range(0, most, 4)], num_workers, timeout_s=cfg.decode_timeout_s,
-                          collate_fn=torch.utils.data.default_collate, files=clips.videos, batch_bytes=V.batch_bytes(cfg, 4))
+    batches = [numbers[first : first + 4] for first in range(0, most, 4)]
+    loader = V.ClipLoader(clips, batches, num_workers, timeout_s=cfg.decode_timeout_s, files=clips.videos,
+                          collate_fn=torch.utils.data.default_collate, batch_bytes=V.batch_bytes(cfg, 4))
     bar, rows, count = Bar("encode held-out clips" if stream == "val" else "encode clips"), [], 0
     for batch in loader:
         if not batch["readable"].all():
@@ -1007,7 +1008,8 @@ def open_run(args):
     if data["kind"] == "render":  # such runs draw scenes at the model's own size
         model.cfg = cfg = replace(cfg, scene_size=0)
     if args.clip and source is None:
-        V.say("note: the decoder is trained on built-in scenes; for your own videos give them as --data_root too", sys.stderr)
+        V.say("note: the decoder is trained on built-in scenes; for your own videos give them as --data_root too",
+              sys.stderr)
     origin = "scenes" if source is None else os.path.abspath(source.root)
     key = decoder_key(model, state["step"], origin + " perceptual" * args.perceptual)
     return model, source, Path(args.ckpt).resolve().parent / f"decoder_{key}.pt", key

@@ -456,7 +456,8 @@ def main(argv=None):
     print_table(table)
     for row in rows:
         if not passed([row]):
-            V.say(f"mutation {row['number']} ({row['mutator']} of {row['source']}): {row['outcome']} {row['detail'][:160]} {row['opened'] or ''}")
+            V.say(f"mutation {row['number']} ({row['mutator']} of {row['source']}): "
+                  f"{row['outcome']} {row['detail'][:160]} {row['opened'] or ''}")
     V.say(f"{args.num} mutations, {time.monotonic() - begin:.0f} s")
     if args.out:
         versions = {name: importlib.metadata.version(name) for name in ("av", args.reader.replace("pyav", "av"))}

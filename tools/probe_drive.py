@@ -452,12 +452,15 @@ def all_rows(model, drive, windows, labels, folds, spans, args):
 
 def print_table(report):
     """The report's rows as a table on stdout."""
-    V.say(f"{report['signal']} of {report['drive']}: {report['windows']} windows, deviation {report['deviation']:.3f}, {report['folds']} folds, "
+    V.say(f"{report['signal']} of {report['drive']}: {report['windows']} windows, "
+          f"deviation {report['deviation']:.3f}, {report['folds']} folds, "
           f"gap {report['gap_s']:g} s, {report['blocks']} blocks of {report['block_s']:g} s")
-    V.say(f"{'features':<13}{'probe':<11}{'window':<10}{'MAE':>7}  {'95 %':<16}{'R2':>7}  {'95 %':<18}{'R2 less that of trained':<18}")
+    V.say(f"{'features':<13}{'probe':<11}{'window':<10}{'MAE':>7}  {'95 %':<16}{'R2':>7}  {'95 %':<18}"
+          f"{'R2 less that of trained':<18}")
     for row in report["rows"]:
         mae, r2, above = ("[{:.3f}, {:.3f}]".format(*row[key]) if key in row else "" for key in ("mae_interval", "r2_interval", "r2_above_trained"))
-        V.say(f"{row['features']:<13}{row['probe']:<11}{row['window']:<10}{row['mae']:>7.3f}  {mae:<16}{row['r2']:>7.3f}  {r2:<18}{above:<18}")
+        V.say(f"{row['features']:<13}{row['probe']:<11}{row['window']:<10}{row['mae']:>7.3f}  {mae:<16}"
+              f"{row['r2']:>7.3f}  {r2:<18}{above:<18}")
 
 
 def probe(args):
