@@ -168,6 +168,7 @@ def newest_step(out_dir):
 def kill_while_saving(out_dir, save, num, seed=0):
     """Fork a process that saves in a loop and kill it at a random moment, again and again -> list of newest_step's answers."""
     rng, answers = random.Random(seed), []
+    real_state()  # made once, here: each child would spend the time until its kill on making it
     (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     for _ in range(num):
         pid = os.fork()
