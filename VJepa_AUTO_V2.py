@@ -4589,6 +4589,8 @@ def check_insides(state):
         raise ValueError(f"seconds = {shown(state['seconds'])}")
     if not isinstance(state.get("flow_fitted", False), bool):
         raise ValueError(f"flow_fitted = {shown(state['flow_fitted'])}")
+    if state.get("precision", "fp32") not in PRECISIONS.values():
+        raise ValueError(f"precision = {shown(state['precision'])}")
     if not all(isinstance(text, str) for text in (state["source"], state["data"]["kind"], state["data"]["root"])):
         raise ValueError("source and data must be texts")
     files, names = state["data"].get("files", 0), state["data"].get("names", [])

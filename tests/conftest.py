@@ -1,28 +1,34 @@
 """Shared pieces of the tests: the script on the import path, a tiny config, small videos made on the fly."""
 
+import importlib
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, one process per core; read when torch is imported
+import pytest
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, one process per core; read when torch is imported
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "VJepa_AUTO_V2.py"
 sys.path.insert(0, str(ROOT))
 
-import VJepa_AUTO_V2 as V  # noqa: E402
-
 # Real footage and awkward files kept beside a developer's checkout; tests that want them skip where they are absent.
 FOOTAGE = Path(os.environ.get("VJEPA_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
+def __getattr__(name):
+    """`from conftest import V` imports the script, and torch with it: the process that deals out the tests is spared that."""
+    if name == "V":
+        return importlib.import_module("VJepa_AUTO_V2")
+    raise AttributeError(name)
+
+
 def small_config(**overrides):
     """A config of a few thousand parameters: 4 x 4 sites, NOW 2 + SOON 2 + EVENTUALLY 2 tubelets."""
+    import VJepa_AUTO_V2 as V
+
     base = dict(
         image_size=32, patch=8, num_frames=12, now_frames=4, soon_frames=4, eventually_frames=4, enc_dim=48, enc_depth=2, pred_dim=24,
         pred_depth=2, num_heads=4, outcome_queries=2, outcome_queue=16, flow_dim=32, flow_depth=2, flow_heads=4, flow_rank=8, flow_chunks=2,
@@ -33,6 +39,10 @@ def small_config(**overrides):
 
 def random_batch(cfg, num_clips, seed=0, first=0):
     """A batch of random frames with the masks and flow noise of samples first, first + 1, ... -> dict of tensors."""
+    import numpy as np
+    import torch
+    import VJepa_AUTO_V2 as V
+
     rng = np.random.default_rng(seed)
     samples = []
     for index in range(first, first + num_clips):
@@ -48,6 +58,8 @@ def random_batch(cfg, num_clips, seed=0, first=0):
 @pytest.fixture(scope="session")
 def scene_folder(tmp_path_factory):
     """Eight built-in scenes as mp4 with annotations -> folder."""
+    import VJepa_AUTO_V2 as V
+
     folder = tmp_path_factory.mktemp("scenes") / "scenes"
     V.write_scenes(folder, small_config())
     return folder

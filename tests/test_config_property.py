@@ -166,10 +166,11 @@ def try_configs(seed, count, folder):
     return refused, ran
 
 
-def test_random_configs_run_or_are_refused(tmp_path):
-    """60 configs over all fields. Seen red with the rules between fields left out, and with the types not checked."""
-    refused, ran = try_configs(0, 60, tmp_path)
-    assert refused >= 15 and ran >= 15, (refused, ran)
+@pytest.mark.parametrize("count", [24, pytest.param(60, marks=pytest.mark.slow)])
+def test_random_configs_run_or_are_refused(tmp_path, count):
+    """Configs over all fields. Seen red with the rules between fields left out, and with the types not checked."""
+    refused, ran = try_configs(0, count, tmp_path)
+    assert refused >= count / 4 and ran >= count / 4, (refused, ran)
 
 
 @pytest.mark.slow

@@ -168,6 +168,7 @@ def newest_step(out_dir):
 def kill_while_saving(out_dir, save, num, seed=0):
     """Fork a process that saves in a loop and kill it at a random moment, again and again -> list of newest_step's answers."""
     rng, answers = random.Random(seed), []
+    real_state()  # made once, here: each child would spend the time until its kill on making it
     (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     for _ in range(num):
         pid = os.fork()
@@ -423,7 +424,8 @@ def test_second_writer_is_refused(scene_folder, tmp_path):
     assert code == 0 and status(tmp_path / "run")["state"] == "finished", output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.faults) for other in (signal.SIGUSR1, signal.SIGINT))],
+                         ids=lambda number: number.name)
 def test_signal_to_the_whole_group(scene_folder, tmp_path, number):
     """Every process gets the signal, loader workers too, as schedulers send it: exit 75, saved, status says so, nobody left."""
     cfg = run_config(scene_folder, tmp_path / "run", steps=4000, num_workers=2)
@@ -453,11 +455,28 @@ def group_members(group):
     return members
 
 
+@pytest.mark.faults
 def test_status_of_a_failed_run(scene_folder, tmp_path):
     """A crash leaves state failed with its reason, and ends at once although loader workers ignore SIGTERM."""
     code, output = finish(alone(run_config(scene_folder, tmp_path / "run", num_workers=2), tmp_path), environment(faults=[["exception", 0, 4, 0]]), 60)
     told = status(tmp_path / "run")
     assert code == 1 and told["state"] == "failed" and told["step"] == 4 and "planted exception" in told["reason"], output
+
+
+def test_status_of_a_run_that_failed_in_this_process(scene_folder, tmp_path, monkeypatch):
+    """The same without a process of its own: the exception goes on to the caller, and the state is failed with its reason."""
+    real = V.take_step
+
+    def take_step(model, wrapped, optimizer, scaler, batches, step, cfg, process):
+        if step == 4:
+            raise ValueError("planted exception")
+        return real(model, wrapped, optimizer, scaler, batches, step, cfg, process)
+
+    monkeypatch.setattr(V, "take_step", take_step)
+    with pytest.raises(ValueError, match="planted exception"):
+        V.train(run_config(scene_folder, tmp_path / "run"))
+    told = status(tmp_path / "run")
+    assert told["state"] == "failed" and told["step"] == 4 and "planted exception" in told["reason"]
 
 
 # -- decoders that hang or crash
@@ -515,21 +534,6 @@ def test_an_exception_in_a_worker_is_not_taken_for_its_death(scene_folder, monke
     dangerous(monkeypatch, {videos[2].name: bug})
     with pytest.raises(RuntimeError, match="a bug"):
         samples_of(cfg, videos, {}, 2)
-
-
-def test_the_interpreter_ends_beside_an_open_loader(scene_folder):
-    """Workers ignore SIGTERM, with which Python ends its children at exit. Seen red (it hangs) without the finalizer."""
-    code = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from conftest import V, small_config
-cfg = small_config(data_root={str(scene_folder)!r})
-loader = V.ClipLoader(V.ClipDataset(cfg, V.find_videos(cfg.data_root, "*"), cfg.data_root, "train"), V.StepSampler(0, 50, 2, 0, 1), 2, False)
-next(loader)
-raise ValueError("left open")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "left open" in done.stderr
 
 
 @pytest.mark.faults

@@ -223,8 +223,8 @@ def test_coordinates_have_unit_mean_variance_and_the_true_shape(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_fit_agrees_with_the_running_statistics(mode):
     """One exact fit spans what many updates found, and turns the directions as little as they had to."""
-    space, _ = space_of(**mode)
-    fresh, mixing = feed(space, 300, 32, rank=8, noise=0.01)
+    space, cfg = space_of(**mode)
+    fresh, mixing = feed(space, 300, 32 if cfg.flow_joint else 8, rank=8, noise=0.01)
     before = space.basis.clone()
     space.fit(fresh(512))
     directions = torch.nn.functional.normalize(mixing, dim=1)

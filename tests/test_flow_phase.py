@@ -108,7 +108,8 @@ def test_loader_workers_get_cores_of_their_own(tmp_path, monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert V.train(phase_config(tmp_path / "run", num_workers=1)) == V.EXIT_OK
+        cfg = phase_config(tmp_path / "run", num_workers=1, steps=1, flow_fit_clips=4, flow_fit_steps=1, soon_fit_steps=1, val_clips=2)
+        assert V.train(cfg) == V.EXIT_OK
         assert seen == [1] and torch.get_num_threads() == 2
         with pytest.raises(ZeroDivisionError), V.spare_threads(5):
             seen.append(torch.get_num_threads())

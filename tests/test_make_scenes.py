@@ -1,24 +1,24 @@
 """tools/make_scenes.py: files that training would have made itself, a split that training keeps, folders that are never overwritten."""
 
-import importlib.util
 import json
+import multiprocessing
+import os
 import sys
 
 import numpy as np
 import pytest
 from conftest import ROOT, V
 
-spec = importlib.util.spec_from_file_location("make_scenes", ROOT / "tools" / "make_scenes.py")
-M = importlib.util.module_from_spec(spec)
-sys.modules["make_scenes"] = M  # worker processes look the module up by its name
-spec.loader.exec_module(M)
+sys.path.insert(0, str(ROOT / "tools"))  # worker processes, which get this path, look the module up by its name
+
+import make_scenes as M  # noqa: E402
 
 
 @pytest.fixture
 def in_one_process(monkeypatch):
     """Write in this process: starting others costs seconds and is tested once."""
     class OnePool:
-        def __init__(self, workers):
+        def __init__(self, workers, context):
             pass
 
         def __enter__(self):
@@ -27,10 +27,10 @@ def in_one_process(monkeypatch):
         def __exit__(self, *error):
             pass
 
-        def imap_unordered(self, write, jobs, chunksize):
+        def map(self, write, jobs, chunksize):
             return map(write, jobs)
 
-    monkeypatch.setattr(M.multiprocessing, "get_context", lambda method: type("Context", (), {"Pool": OnePool}))
+    monkeypatch.setattr(M, "ProcessPoolExecutor", OnePool)
 
 
 def make(folder, *flags):
@@ -77,13 +77,26 @@ def test_an_interrupted_writing_goes_on(tmp_path, in_one_process):
     assert [name for name in before if before[name] != after[name]] == ["scene_000002.mp4"]
 
 
-def test_worker_processes_write_the_same(tmp_path, in_one_process, monkeypatch):
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])  # spawned ones import torch: seconds
+def test_worker_processes_write_the_same(tmp_path, in_one_process, monkeypatch, method):
     """Two processes, same bytes."""
     assert make(tmp_path / "one") == 0
     monkeypatch.undo()
-    assert make(tmp_path / "two", "--workers", "2") == 0
+    context, asked = multiprocessing.get_context(method), []
+    monkeypatch.setattr(M.multiprocessing, "get_context", lambda method: asked.append(method) or context)
+    assert make(tmp_path / "two", "--workers", "2") == 0 and asked == ["spawn"]
     for path in (tmp_path / "one").rglob("*.*"):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+
+
+def test_a_killed_worker_ends_the_writing_in_one_line(tmp_path, monkeypatch, capsys):
+    """Seen red with multiprocessing.Pool: it starts another process and waits for ever for what the dead one was to write."""
+    context = multiprocessing.get_context("fork")  # a process that knows the patch below
+    monkeypatch.setattr(M.multiprocessing, "get_context", lambda method: context)
+    monkeypatch.setattr(M.V, "write_scene", lambda *args: os._exit(9))
+    assert make(tmp_path) == V.EXIT_ERROR
+    error = capsys.readouterr().err
+    assert "a writing process was killed" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags, words", [(["--size", "33"], "must be even"), (["--mix", "spoon=1"], "scene_mix"), (["--num", "0"], "at least 1"),

@@ -256,7 +256,7 @@ def test_a_signal_at_every_stage(scene_folder, tmp_path, straight, monkeypatch, 
     """Exit 75, status stopped with the reason, saved what there is; the same command ends the run with the same bits as
     if nothing had been.
 
-    Seen red: final save -15, final evaluation KeyboardInterrupt, start-up -15, picture and latents finished first.
+    Seen red: listing, final save and final evaluation, in which the signal itself ended the process.
     """
     settings, name, at, words, saved = STAGES[stage]
     number = list((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1))[len(stage) % 4]

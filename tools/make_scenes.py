@@ -16,6 +16,8 @@ import multiprocessing
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,14 +84,17 @@ def write_one(job):
 
 
 def write_all(folder, cfg, args):
-    """Write every scene with `workers` processes and a progress line."""
+    """Write every scene with `workers` processes and a progress line. UserError when one of them is killed."""
     jobs = [(folder, cfg, index, k, scene_name(index, k, args.siblings)) for index in range(args.num) for k in range(args.siblings)]
     began, shown = time.perf_counter(), V.is_terminal(sys.stderr)
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        for count, _ in enumerate(pool.imap_unordered(write_one, jobs, chunksize=8), 1):
-            if shown:
-                filled = round(24 * count / len(jobs))
-                V.emit(f"\r[{'#' * filled}{'.' * (24 - filled)}] {count}/{len(jobs)} scenes" + ("" if count < len(jobs) else "\n"), sys.stderr)
+    try:  # an executor, not a Pool: that puts a new process in the place of a dead one and waits for ever for its scenes
+        with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+            for count, _ in enumerate(pool.map(write_one, jobs, chunksize=8), 1):
+                if shown:
+                    bar = f"{'#' * round(24 * count / len(jobs)):.<24}"
+                    V.emit(f"\r[{bar}] {count}/{len(jobs)} scenes" + ("" if count < len(jobs) else "\n"), sys.stderr)
+    except BrokenProcessPool as error:
+        raise V.UserError("a writing process was killed (out of memory?); the same command goes on, fewer --workers need less") from error
     return len(jobs), time.perf_counter() - began
 
 
