@@ -4596,8 +4596,6 @@ def check_insides(state):
     files, names = state["data"].get("files", 0), state["data"].get("names", [])
     if not fits(int, files) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("data: its listing is a count and a list of names")
-    if state.get("precision", "fp32") not in PRECISIONS.values():
-        raise ValueError(f"precision = {shown(state['precision'])}")
     for name in NETWORKS:
         compare_tensors(state[name], getattr(model, name).state_dict(), name)
     if state.get("soon_predictor") is not None:

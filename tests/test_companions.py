@@ -233,7 +233,6 @@ def test_wrong_insides_are_bad_checkpoints_long(run, monkeypatch):
         (("consumed",), -5),
         (("opt", "state"), {"x": 1}),
         (("flow_stats",), {}),
-        (("precision",), []),
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
 )
