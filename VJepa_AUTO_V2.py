@@ -1701,29 +1701,39 @@ def end_without(parent):
     os._exit(EXIT_ERROR)
 
 
-def exit_unless_readable(cfg, video, parent):
-    """Decode one small clip of a video and end this process: exit code 0 when it worked."""
+def do_apart(parent, work, *args):
+    """Life of a process of child_process: exit code 1 for a BadFile, 0 where the work was done."""
     threading.Thread(target=end_without, args=(parent,), daemon=True).start()
     try:
-        read_frames(video.path, ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5), cfg.decoder)
+        work(*args)
     except BadFile:
         os._exit(1)
     os._exit(0)
 
 
-def can_read(cfg, video):
-    """Whether one small clip of a video can be decoded, tried in a process of its own: a decoder may crash or hang."""
-    process = multiprocessing.get_context("fork").Process(target=exit_unless_readable, args=(cfg, video, os.getpid()))
+@contextmanager
+def child_process(work, *args):
+    """A forked process for work on files that may crash it or hang; at the end of the block it is killed."""
+    process = multiprocessing.get_context("fork").Process(target=do_apart, args=(os.getpid(), work, *args))
     with HeldSignals():
         process.start()
-    process.join(cfg.decode_timeout_s)
-    process.kill()
-    process.join()
-    return process.exitcode == 0
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def can_read(cfg, video):
+    """Whether one small clip of a video can be decoded."""
+    plan = ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5)
+    with child_process(read_frames, video.path, plan, cfg.decoder) as process:
+        process.join(cfg.decode_timeout_s)
+        return process.exitcode == 0
 
 
 def send_guessed(pipe, root, videos):
-    """Send the names of raw streams whose rate nobody gives, one by one, then None, and end this process."""
+    """Send the names of raw streams whose rate nobody gives, one by one, then None."""
     for video in videos:
         try:
             check_regular(video.path)
@@ -1735,31 +1745,23 @@ def send_guessed(pipe, root, videos):
         except BadFile:
             continue  # named with its reason when a clip of it is read
     pipe.send(None)
-    os._exit(0)
 
 
 def guessed_rates(cfg, root, videos):
     """Names of the files that are read at RAW_FPS since neither frame_fps nor header nor annotation says more -> (list,
-    whether all were looked at). Only raw suffixes are opened, in a process of its own: a crash or hang costs little."""
+    whether all were looked at). Only raw suffixes are opened, for 20 s at most."""
     raw = [video for video in videos if video.path.lower().endswith(RAW_SUFFIXES)]
     names, done = [], False
     if cfg.frame_fps or not raw:
         return names, True
-    fork = multiprocessing.get_context("fork")
-    pipe, end = fork.Pipe(duplex=False)
-    process = fork.Process(target=send_guessed, args=(end, root, raw))
-    process.start()
-    end.close()
+    pipe, end = multiprocessing.Pipe(duplex=False)
     deadline = time.monotonic() + min(cfg.decode_timeout_s, 20.0)
-    try:
+    with child_process(send_guessed, end, root, raw), suppress(EOFError):  # it died of a file
+        end.close()
         while not done and pipe.poll(max(deadline - time.monotonic(), 0.0)):
             name = pipe.recv()
             done = name is None
             names += [] if done else [name]
-    except EOFError:
-        done = False  # it died of a file
-    process.kill()
-    process.join()
     return names, done
 
 
