@@ -164,7 +164,6 @@ FREE = {
     "skipped",
     "flow_fitted",
     "data",
-    "precision",
     "source",
     "soon_predictor",
     "opt",
