@@ -4857,7 +4857,10 @@ class RunLog:
         """Say now and then what the run is at, for as long as nothing else is said: run in a thread."""
         while not self.closed.wait(min(1.0, SILENCE_S)):
             if time.monotonic() - self.spoken >= SILENCE_S:
-                self.line(f"at work: {self.stage}")
+                try:
+                    self.line(f"at work: {self.stage}")
+                except UserError:
+                    return  # the folder is somebody else's now: the run itself meets that at its next line or save
 
     def line(self, text):
         """One line of console text."""
