@@ -3983,16 +3983,18 @@ class Process:
 
     def mean(self, values):
         """Mean over ranks of a list of floats -> list of floats."""
+        if self.world_size == 1:
+            return list(map(float, values))
         tensor = torch.tensor(values, dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device)
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
+        dist.all_reduce(tensor)
         return (tensor / self.world_size).tolist()
 
     def any(self, *flags):
         """Whether each flag is set on at least one rank -> list of bools, the same on all ranks."""
+        if self.world_size == 1:
+            return [bool(flag) for flag in flags]  # twice a step: nothing that a GPU would have to be waited for
         tensor = torch.tensor([int(flag) for flag in flags], device="cpu" if self.device.type != "cuda" else self.device)
-        if self.world_size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return [bool(flag) for flag in tensor.tolist()]
 
     def collect(self, thing):
