@@ -79,6 +79,11 @@ from functools import lru_cache, partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
+# what asks a run to stop; where this file is what was started, it waits until somebody listens (StopFlag): seconds later
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -336,8 +341,9 @@ def mix_shares(scene_mix):
 
 
 MAX_LINE = 4000  # characters of a message or of a line of the log
-# Control characters, line separators, and the surrogates that stand for bytes of a file name that is not UTF-8.
-UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+# Control characters, line separators, changes of the writing direction, which show another name than the one that is there,
+# and the surrogates that stand for bytes of a file name that is not UTF-8.
+UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 # field -> (smallest, largest) value allowed; None leaves a side open
 RANGES = {
     "steps": (1, 10**9), "seed": (0, 2**31 - 1), "clip_fps": (0, 1000), "frame_fps": (0, 1000),
@@ -752,8 +758,6 @@ RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times 
 RAW_FPS = 25.0  # frames per second of a raw stream of which neither header nor annotation nor the user says anything
 LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC no frame is overtaken by more than 16
 MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further than this has lost what lay between
-# the main process saves first and then ends its workers
-WORKERS_IGNORE = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SKIPPING_CODECS = ("h264", "hevc")  # decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file
 
 
@@ -1656,7 +1660,7 @@ class HeldSignals:
 
     def __enter__(self):
         in_main = threading.current_thread() is threading.main_thread()  # nobody else may set handlers
-        numbers = [number for number in WORKERS_IGNORE if in_main and callable(signal.getsignal(number))]
+        numbers = [number for number in STOP_SIGNALS if in_main and callable(signal.getsignal(number))]
         self.heard = []
         self.previous = {number: signal.signal(number, self.hear) for number in numbers}
 
@@ -2474,8 +2478,8 @@ WORKER_ERRORS = {"UsageError": UsageError, "UserError": UserError, "MemoryError"
 
 
 def init_worker():
-    """Loader workers leave signals to the main process; one thread each."""
-    for number in WORKERS_IGNORE:
+    """Loader workers leave signals to the main process, which saves first and then ends them; one thread each."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
@@ -3873,12 +3877,14 @@ class StopFlag:
     launcher counts as well: nobody would end its ranks. A SIGHUP that nohup has switched off stays off.
     """
 
-    def __init__(self, signals=(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)):
+    def __init__(self, signals=STOP_SIGNALS):
         self.signal_name, self.since, self.saved = "", 0.0, 0
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         heard = [number for number in signals if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
         in_main = threading.current_thread() is threading.main_thread()  # Python gives signals to no other thread
         self.previous = {number: signal.signal(number, self.handle) for number in heard if in_main}
+        if in_main:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # those that came since the program's first line come now
 
     @property
     def reason(self):
