@@ -79,6 +79,11 @@ from functools import lru_cache, partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
+# what asks a run to stop; where this file is what was started, it waits until somebody listens (StopFlag): seconds later
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -337,8 +342,9 @@ def mix_shares(scene_mix):
 
 MAX_LINE = 4000  # characters of a message or of a line of the log
 SILENCE_S = 18.0  # after so long without a word a run says what it is at: nobody waits 20 s for a sign of life
-# Control characters, line separators, and the surrogates that stand for bytes of a file name that is not UTF-8.
-UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+# Control characters, line separators, changes of the writing direction, which show another name than the one that is there,
+# and the surrogates that stand for bytes of a file name that is not UTF-8.
+UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 # field -> (smallest, largest) value allowed; None leaves a side open
 RANGES = {
     "steps": (1, 10**9), "seed": (0, 2**31 - 1), "clip_fps": (0, 1000), "frame_fps": (0, 1000),
@@ -1670,7 +1676,6 @@ def read_frames(path, plan, decoder):
     raise BadFile("; ".join(reasons))
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # what asks a run to stop
 
 
 class HeldSignals:
@@ -3933,6 +3938,8 @@ class StopFlag:
         heard = [number for number in signals if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
         in_main = threading.current_thread() is threading.main_thread()  # Python gives signals to no other thread
         self.previous = {number: signal.signal(number, self.handle) for number in heard if in_main}
+        if in_main:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # those that came since the program's first line come now
 
     @property
     def reason(self):
