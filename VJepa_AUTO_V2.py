@@ -33,6 +33,13 @@ Sources: V-JEPA (arXiv 2404.08471), V-JEPA 2 (2506.09985), InfoNCE (1807.03748),
 RankMe (2210.02885), incremental PCA (Ross et al. 2008), AdaLN-zero (DiT, 2212.09748).
 """
 
+import signal
+
+# what asks a run to stop; where this file is what was started, it waits until somebody listens (StopFlag): seconds later
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
 import argparse
 import bisect
 import copy
@@ -58,7 +65,6 @@ import re
 import resource
 import secrets
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -78,11 +84,6 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-
-# what asks a run to stop; where this file is what was started, it waits until somebody listens (StopFlag): seconds later
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 import numpy as np
 import torch
@@ -469,6 +470,9 @@ def value_problems(cfg):
     for name, allowed in CHOICES.items():
         if getattr(cfg, name) not in allowed:
             problems.append(f"{name} = {shown(getattr(cfg, name))}: must be one of {', '.join(allowed)} (--{name})")
+    for name, wanted in (("out_dir", "name a folder"), ("resume", "be auto, never or a checkpoint file")):
+        if not getattr(cfg, name).strip():
+            problems.append(f"{name} = {getattr(cfg, name)!r}: must {wanted} (--{name})")
     if not 1 <= min(cfg.height, cfg.width) <= max(cfg.height, cfg.width) <= 8192:
         problems.append(f"image_size = {cfg.image_size}: must lie in 1 to 8192 (--image_size)")
     try:
@@ -1536,7 +1540,7 @@ def pyav_walk(container, stream, plan, fast):
         if shown is None and sought and (now > times[0] or now > 0 and not frame.key_frame):
             raise BadFile(f"seek to {times[0]:.2f} s landed at {now:.2f} s{'' if frame.key_frame else ', on no key frame'}")
         if now < before:
-            raise BadFile(f"its time stamps run backwards, from {before:.2f} s to {now:.2f} s")
+            raise BadFile(f"its time stamps run backwards, from {before:.2f} s to {now:.2f} s; convert it to mp4")
         picture = None
         while len(frames) < len(times) and shown is not None and now > times[len(frames)]:
             picture = pyav_picture(shown, plan, aspect) if picture is None else picture
@@ -5002,6 +5006,11 @@ def clear_folder(folder):
     for path in [folder / name for name in RUN_FILES]:
         if os.path.lexists(path) and not (known and path.is_file()):
             move_aside(path)
+    files = folder / ".lease", folder / "checkpoints" / WRITTEN
+    kept = ((folder / "checkpoints", Path.is_dir), *((path, Path.is_file) for path in files))
+    for path, is_right in kept:
+        if os.path.lexists(path) and not is_right(path):
+            move_aside(path)
 
 
 class RunFolder:
@@ -5017,14 +5026,15 @@ class RunFolder:
         if not process.is_main:
             return
         try:
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             self.identity = self.folder.stat()
             clear_folder(self.folder)
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
             self.take()
             sweep_folder(self.folder)
             self.write_status("running", None)
         except OSError as error:
-            raise UserError(f"out_dir {cfg.out_dir}: cannot be written ({error.strerror}); "
+            raise UserError(f"out_dir {cfg.out_dir}: cannot be written ({reason_of(error)}); "
                             "choose another --out_dir") from error
 
     def take(self):
@@ -5429,7 +5439,7 @@ def save_run(model, optimizer, scaler, source, process, progress, log, final=Fal
         process.stop.saved = progress.step
     except OSError as error:
         newest = checkpoint_files(model.cfg.out_dir)
-        text = f"checkpoint of step {progress.step} could not be saved ({error.strerror}); {newest[-1][1] if newest else 'no earlier one'} stands"
+        text = f"checkpoint of step {progress.step} could not be saved ({reason_of(error)}); {newest[-1][1] if newest else 'no earlier one'} stands"
         if must or log.owner is not None and log.owner.taken:
             raise UserError(f"{text}; make room and run the same command again") from error
         log.line(f"WARNING: {text}, the next try is in {model.cfg.ckpt_every} steps")
