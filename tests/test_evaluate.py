@@ -149,6 +149,7 @@ def test_energy_score_of_a_fork():
     assert gauss == pytest.approx(0.3012 * DELTA, rel=0.03)
 
 
+@pytest.mark.slow
 def test_energy_score_is_unbiased_in_the_number_of_samples():
     """Three samples score like fifteen on average, in several dimensions; seen red with K * K in the fair branch."""
     rng = np.random.default_rng(1)

@@ -220,7 +220,7 @@ def test_coordinates_have_unit_mean_variance_and_the_true_shape(mode):
     torch.testing.assert_close(torch.cov(drawn.T), torch.cov(y.T), rtol=0, atol=0.08 * float(own[-1]))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [MODES[0], pytest.param(MODES[1], marks=pytest.mark.slow)])
 def test_fit_agrees_with_the_running_statistics(mode):
     """One exact fit spans what many updates found, and turns the directions as little as they had to."""
     space, cfg = space_of(**mode)

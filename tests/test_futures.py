@@ -94,6 +94,7 @@ def test_a_token_is_drawn_where_it_belongs():
         assert middle == pytest.approx([2 * t + 1, 8 * h + 4, 8 * w + 4], abs=2)
 
 
+@pytest.mark.slow
 def test_training_beats_the_mean_frame_on_held_out_scenes():
     """120 small steps on latents of a random encoder. Seen red with the truth of another clip."""
     cfg = scene_config(image_size=(16, 16), patch=4, tubelet_t=2, enc_dim=48)
@@ -177,6 +178,7 @@ def test_perceptual_distance(monkeypatch, tmp_path):
 # -- cache
 
 
+@pytest.mark.slow
 def test_cache_is_used_again_and_trained_longer_when_asked(run_folder, monkeypatch, tmp_path):
     """The same checkpoint trains once; more minutes than the cache had train anew. Seen red with the comparison of minutes left out."""
     model, source, path, key = P.open_run(P.parse_arguments(["--ckpt", str(run_folder), "--device", "cpu"]))
@@ -390,6 +392,7 @@ def test_the_clips_window_begins_where_it_is_asked_for(tmp_path):
     assert len(P.clip_window(path, 0.0, replace(cfg, clip_fps=0.0))) == 12
 
 
+@pytest.mark.slow
 def test_videos_have_a_plane_instead_of_a_fan(scene_folder, tmp_path, capsys, monkeypatch):
     """A run on a folder of videos: held-out files are shown, fan.png is a plane, --data_root replaces a folder that has moved."""
     monkeypatch.setattr(P, "JUDGE_CLIPS", 8)

@@ -256,6 +256,7 @@ def test_probes_never_see_the_labels_they_predict():
         np.testing.assert_array_equal(predict(labels)[test], predict(changed)[test])
 
 
+@pytest.mark.slow
 def test_attentive_probe_attends_to_the_token_that_knows():
     """R2 above 0.8 in 80 epochs on features of any scale, near 0 on features without the label. Seen red with test features not standardised."""
     features, labels, folds, _, _ = make_task()
