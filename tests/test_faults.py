@@ -424,8 +424,8 @@ def test_second_writer_is_refused(scene_folder, tmp_path):
     assert code == 0 and status(tmp_path / "run")["state"] == "finished", output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.faults) for other in (signal.SIGUSR1, signal.SIGINT))],
-                         ids=lambda number: number.name)
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 def test_signal_to_the_whole_group(scene_folder, tmp_path, number):
     """Every process gets the signal, loader workers too, as schedulers send it: exit 75, saved, status says so, nobody left."""
     cfg = run_config(scene_folder, tmp_path / "run", steps=4000, num_workers=2)

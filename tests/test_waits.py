@@ -94,6 +94,7 @@ def test_batches_are_the_same_bytes_by_every_way(scene_folder):
             assert all(value.dtype == other[key].dtype for key, value in batch.items() if key != "bad")
 
 
+@pytest.mark.faults
 def test_batches_that_a_thread_copies(scene_folder, monkeypatch):
     """The path of pinned memory with its thread, the pinning itself replaced by a copy: each batch is whole and in its place.
 
