@@ -193,7 +193,7 @@ def test_kill_while_saving(tmp_path):
     plain = kill_while_saving(tmp_path / "plain", save_plainly, 300)
     assert sum(steps == [-1] for steps in plain) > 0.2 * 300  # the control: the kills do hit the writing
     V.sweep_folder(tmp_path / "ours")
-    assert not list((tmp_path / "ours/checkpoints").glob(".*")) and len(list((tmp_path / "ours/checkpoints").iterdir())) <= 8
+    assert not list((tmp_path / "ours/checkpoints").glob(".*.tmp")) and len(list((tmp_path / "ours/checkpoints").iterdir())) <= 8
 
 
 def content_places(path):
