@@ -107,6 +107,7 @@ def changed(state, path, value):
 def write(state, path):
     """Put another state in a checkpoint's place, as whole and well-formed as it was."""
     torch.save(state, path)
+    (path.parent / V.WRITTEN).unlink(missing_ok=True)  # else its SHA-256 tells already
 
 
 def outcome(path):

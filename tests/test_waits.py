@@ -483,7 +483,7 @@ def test_an_error_in_a_worker_of_evaluate_is_one_line(scene_folder, checkpoint, 
     finally:
         end_all(process)
     last = told.strip().splitlines()[-1]
-    assert process.returncode == 1 and last.startswith("error: annotation of ") and "speed" in last and len(last) < 300 and "Traceback" not in told, told
+    assert process.returncode == 1 and last.startswith("error: data_root ") and "annotation scene_" in last and "speed" in last and len(last) < 300 and "Traceback" not in told, told
 
 
 @pytest.mark.faults
