@@ -32,6 +32,7 @@ def run_rank(rank, world_size, port, cfg, num_steps, num_clips, maneuvers, folde
     torch.set_num_threads(1)
     process = V.start_process(cfg)
     gathered = V.gather_rows(torch.tensor([[rank * 10.0], [rank * 10.0 + 1]]), world_size)
+    torch.manual_seed(cfg.seed)
     model = V.WorldModel(cfg, process.rank, process.world_size).train()
     torch.manual_seed(cfg.seed + 1 + process.rank)
     wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
