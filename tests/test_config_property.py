@@ -44,10 +44,11 @@ TOO_LARGE = {"mlp_ratio": 8, "num_frames": 64, "enc_dim": 64, "pred_dim": 64, "f
 
 
 def draw_in_range(rng, name):
-    """Either end of a field's range, or something between; open ends are drawn up to ten times the default."""
+    """Either end of a field's range, or something between; open and very wide ones are drawn up to ten times the default."""
     low, high = V.RANGES[name]
     default = FIELDS[name].default
-    top = high if high is not None else 10 * max(default, 1)
+    wide = high is None or high > 100 * max(default, 1) and rng.random() < 0.97  # a bound that only keeps nonsense out is met now and then
+    top = 10 * max(default, 1) if wide else high
     if FIELDS[name].type is int:
         return rng.choice([low, default, default, rng.randint(low, top)] + ([] if high is None else [high]))
     return rng.choice([float(low), default, default, rng.uniform(low, top)] + ([] if high is None else [float(high)]))

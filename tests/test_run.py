@@ -370,6 +370,7 @@ def test_resume_that_forgets_something_shows(straight, to_resume, scene_folder, 
 def test_loss_scale_survives_a_restart(scene_folder, tmp_path, monkeypatch, forget):
     """fp16 on the CPU: the scaler's state after a stop and a resume is that of a run in one go, and is not when it is left out."""
     monkeypatch.setattr(V, "amp_dtype", lambda cfg, device: torch.float16)
+    monkeypatch.setattr(V, "amp_cost", lambda *_: 0.5)  # however slow this CPU is at it
     base = config(scene_folder, tmp_path / "one", amp=True)
     assert V.train(base) == 0
     cut = V.replace(base, out_dir=str(tmp_path / "cut"))
@@ -642,7 +643,7 @@ def test_real_signal_to_the_real_command(scene_folder, tmp_path, number):
             break
     rest, err = run.communicate(timeout=120)
     assert (run.returncode, err) == (75, "") and "saved; run the same command to go on" in rest
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()][0].startswith("ckpt_")
+    assert list((tmp_path / "run/checkpoints").glob("ckpt_*.pt"))
     again = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert (again.returncode, again.stderr) == (0, "") and "resumed from" in again.stdout
     steps = [(row["step"], "val_soon_skill" in row) for row in rows(tmp_path / "run")]
