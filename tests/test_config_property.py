@@ -31,8 +31,8 @@ SMALL = {
 SIZES = ["patch", "image_size", "tubelet_t", "now_frames", "soon_frames", "eventually_frames", "num_frames", "num_heads", "enc_dim", "pred_dim", "flow_heads",
          "flow_dim", "flow_chunks", "flow_rank", "flow_pool"]  # rules tie these to each other
 TEXTS = {
-    "data_root": ["", "a b", "data", "/nowhere/\u00e9"], "video_glob": ["*", "", "*.mp4", "[", "**"], "out_dir": ["runs/x", "", "."],
-    "resume": ["auto", "never", "a.pt", ""], "track": ["", "", "wandb", "tensorboard,wandb", ","],
+    "data_root": ["", "a b", "data", "/nowhere/\u00e9"], "video_glob": ["*", "", "*.mp4", "[", "**"], "out_dir": ["runs/x", "."],
+    "resume": ["auto", "never", "a.pt"], "track": ["", "", "wandb", "tensorboard,wandb", ","],
     "scene_mix": ["default", "fork_only", "fork=1", "fork=3, brake=0.5", "steady=1e-9"],
 }
 ODD = [-1, 0, 1, 5, 7, 10**9, 2**63, 10**30, -(10**400), 10**5000, -1.0, 0.0, 0.3, 2.0, 1e308, math.nan, math.inf, -math.inf, "", "0", "x\ny", "\x1b[31m",
@@ -50,8 +50,8 @@ def draw_in_range(rng, name):
     wide = high is None or high > 100 * max(default, 1) and rng.random() < 0.97  # a bound that only keeps nonsense out is met now and then
     top = 10 * max(default, 1) if wide else high
     if FIELDS[name].type is int:
-        return rng.choice([low, default, default, rng.randint(low, top)] + ([] if high is None else [high]))
-    return rng.choice([float(low), default, default, rng.uniform(low, top)] + ([] if high is None else [float(high)]))
+        return rng.choice([low, default, default, rng.randint(low, top)] + ([] if wide else [high]))
+    return rng.choice([float(low), default, default, rng.uniform(low, top)] + ([] if wide else [float(high)]))
 
 
 def draw_config(rng):
