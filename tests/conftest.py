@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,28 @@ def random_batch(cfg, num_clips, seed=0, first=0):
     batch = V.collate(samples)
     batch.pop("bad")
     return batch
+
+
+def group_members(group):
+    """Process ids of a process group that are not zombies."""
+    members = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # ended while we looked
+        if int(fields[2]) == group and fields[0] != "Z":
+            members.append(int(path.parent.name))
+    return members
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """A run that died in a test must not keep the handlers of the next one."""
+    held = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in held.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, V, small_config
+from conftest import ROOT, SCRIPT, V, group_members, small_config
 
 FAULTY = ROOT / "tests" / "faulty_run.py"
 QUICK_LOOK = dict(val_clips=2, val_every=0, picture=False)
@@ -437,19 +437,6 @@ def test_signal_to_the_whole_group(scene_folder, tmp_path, number):
         wait_for(lambda: not group_members(process.pid), 10)
     finally:
         end_group(process)
-
-
-def group_members(group):
-    """Process ids of a process group that are not zombies."""
-    members = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rsplit(")", 1)[1].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # ended while we looked
-        if int(fields[2]) == group and fields[0] != "Z":
-            members.append(int(path.parent.name))
-    return members
 
 
 @pytest.mark.faults

@@ -13,16 +13,6 @@ from training import cpu_process, new_model
 STILL = ("online", "predictor", "outcome", "target", "read_out")  # what the flow phase must not touch
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    """A run that died in a test must not keep the handlers of the next one."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    held = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in held.items():
-        signal.signal(number, handler)
-
-
 def phase_config(out_dir, **overrides):
     """Three steps on rendered scenes, then five steps of SOON and six of the flow net on 24 clips."""
     base = dict(out_dir=str(out_dir), steps=3, scenes="render", flow_fit_clips=24, flow_fit_steps=6, flow_fit_batch=4, soon_fit_steps=5, soon_fit_batch=4,

@@ -18,16 +18,6 @@ STATE_KEYS = {"step", "cfg", "online", "predictor", "outcome", "flow", "flow_ema
 WALL_CLOCK = ("clips_per_s", "data_wait", "mem_gb", "time")  # the only logged values that may differ between two equal runs
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    """A run that died in a test must not keep the handlers of the next one."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-    held = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in held.items():
-        signal.signal(number, handler)
-
-
 def config(folder, out_dir, **overrides):
     """Eight steps with dropout and two mask draws on the scene folder: 7 train files, so an epoch ends inside step 4."""
     base = dict(data_root=str(folder), out_dir=str(out_dir), steps=8, dropout=0.1, mask_draws=2, val_every=3, val_clips=2, picture=False)

@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -21,15 +20,6 @@ import torch
 from conftest import ROOT, SCRIPT, V, small_config
 
 EVIL = "evil\nerror: forged \x1b[31mred\x1b[0m\u2028 \udce4.mp4"
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-    held = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in held.items():
-        signal.signal(number, handler)
 
 
 def config(scene_folder, out_dir, **overrides):

@@ -30,15 +30,6 @@ RANK_NAMES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-    held = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in held.items():
-        signal.signal(number, handler)
-
-
 def config(scene_folder, out_dir, **overrides):
     base = dict(
         data_root=str(scene_folder),

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, V, small_config
+from conftest import ROOT, SCRIPT, V, group_members, small_config
 
 NUM_BATCHES = 6
 
@@ -496,24 +496,11 @@ def test_evaluate_ends_with_its_workers(checkpoint, tmp_path, number):
     pytest.importorskip("sklearn")
     process = start_evaluation(checkpoint, tmp_path)
     try:
-        wait_until(lambda: len(members(process.pid)) > 2, 60)
+        wait_until(lambda: len(group_members(process.pid)) > 2, 60)
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-        wait_until(lambda: not members(process.pid), 10)
+        wait_until(lambda: not group_members(process.pid), 10)
     finally:
         end_all(process)
-
-
-def members(group):
-    """Process ids of a group that are alive."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rsplit(")", 1)[1].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # ended while we looked
-        if int(fields[2]) == group and fields[0] != "Z":
-            found.append(int(path.parent.name))
-    return found
 
 
 def end_all(process):
