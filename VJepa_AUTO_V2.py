@@ -122,7 +122,9 @@ class VJepaAutoV2Config:
 
     # -- run
     preset: str = "base"  # tiny | proof | small | base | large: a named set of overrides (base = these defaults)
-    data_root: str = ""  # folder of videos, one video, or a list file (csv, txt, jsonl); empty = built-in driving scenes
+    data_root: str = (
+        ""  # folder of videos, one video, or a list file (csv, txt, jsonl); empty = built-in driving scenes
+    )
     video_glob: str = "*"  # *.mp4: by name; sub/*.mp4: by path below data_root; **/: any folders or none
     out_dir: str = "runs/vjepa_auto_v2"  # everything the run writes
     resume: str = "auto"  # auto (newest checkpoint in out_dir) | never | a checkpoint file
@@ -207,7 +209,9 @@ class VJepaAutoV2Config:
     flow_fit_steps: int = 2000  # optimizer steps of that flow phase
     flow_fit_batch: int = 128  # clips per step of the flow phase and process, flow_draws draws each
     flow_fit_lr: float = 1e-3  # peak learning rate of the flow phase, SOON included
-    soon_fit_steps: int = 0  # steps before those in which a copy of the predictor learns SOON alone on the same latents; 0 = no copy
+    soon_fit_steps: int = (
+        0  # steps before those in which a copy of the predictor learns SOON alone on the same latents; 0 = no copy
+    )
     soon_fit_batch: int = 32  # clips per step of that and process
     # -- optimisation
     batch_size: int = 8  # clips per process and micro-step
@@ -293,6 +297,7 @@ class VJepaAutoV2Config:
         return min(self.warmup_steps, self.steps // 10)
 
 
+# fmt: off
 PRESETS = {
     "tiny": dict(
         image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=96, enc_depth=4,
@@ -316,6 +321,7 @@ PRESETS = {
     "base": {},
     "large": dict(enc_dim=1024, enc_depth=24, num_heads=16, flow_dim=1024, flow_heads=16, batch_size=4, grad_checkpoint=True, amp=True),
 }
+# fmt: on
 
 
 def preset_config(preset, **overrides):
@@ -348,32 +354,97 @@ SILENCE_S = 18.0  # after so long without a word a run says what it is at: nobod
 UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 # field -> (smallest, largest) value allowed; None leaves a side open
 RANGES = {
-    "steps": (1, 10**9), "seed": (0, 2**31 - 1), "clip_fps": (0, 1000), "frame_fps": (0, 1000),
-    "val_fraction": (0, 0.9), "max_bad_fraction": (0, 0.99),
-    "decode_timeout_s": (0.1, 10**6), "crop_scale_min": (0.01, 1), "crop_scale_max": (0.01, 1), "crop_ratio_min": (0.1, 10), "crop_ratio_max": (0.1, 10),
-    "num_workers": (0, 512), "scene_clips": (4, 10**7), "scene_size": (0, 4096), "num_frames": (3, 100000),
-    "channels": (3, 3), "now_frames": (1, 100000), "soon_frames": (1, 100000), "eventually_frames": (1, 100000),
-    "tubelet_t": (1, 100000), "patch": (1, 8192), "enc_dim": (6, 65536), "enc_depth": (1, 1000), "pred_dim": (6, 65536),
-    "pred_depth": (1, 1000), "num_heads": (1, 65536), "mlp_ratio": (0.1, 64), "dropout": (0, 0.9),
-    "short_num_blocks": (1, 1000), "short_scale": (0.001, 1), "long_num_blocks": (1, 1000), "long_scale": (0.001, 1),
-    "aspect_min": (0.05, 20), "aspect_max": (0.05, 20), "short_visible": (0, 0.99), "long_visible": (0, 0.99),
-    "mask_draws": (1, 64), "lambda_vjepa": (0, 10**6), "lambda_soon": (0, 10**6), "lambda_eventually": (0, 10**6),
-    "lambda_flow": (0, 10**6), "lambda_supcon": (0, 10**6), "supcon_temperature": (1e-4, None),
+    "steps": (1, 10**9),
+    "seed": (0, 2**31 - 1),
+    "clip_fps": (0, 1000),
+    "frame_fps": (0, 1000),
+    "val_fraction": (0, 0.9),
+    "max_bad_fraction": (0, 0.99),
+    "decode_timeout_s": (0.1, 10**6),
+    "crop_scale_min": (0.01, 1),
+    "crop_scale_max": (0.01, 1),
+    "crop_ratio_min": (0.1, 10),
+    "crop_ratio_max": (0.1, 10),
+    "num_workers": (0, 512),
+    "scene_clips": (4, 10**7),
+    "scene_size": (0, 4096),
+    "num_frames": (3, 100000),
+    "channels": (3, 3),
+    "now_frames": (1, 100000),
+    "soon_frames": (1, 100000),
+    "eventually_frames": (1, 100000),
+    "tubelet_t": (1, 100000),
+    "patch": (1, 8192),
+    "enc_dim": (6, 65536),
+    "enc_depth": (1, 1000),
+    "pred_dim": (6, 65536),
+    "pred_depth": (1, 1000),
+    "num_heads": (1, 65536),
+    "mlp_ratio": (0.1, 64),
+    "dropout": (0, 0.9),
+    "short_num_blocks": (1, 1000),
+    "short_scale": (0.001, 1),
+    "long_num_blocks": (1, 1000),
+    "long_scale": (0.001, 1),
+    "aspect_min": (0.05, 20),
+    "aspect_max": (0.05, 20),
+    "short_visible": (0, 0.99),
+    "long_visible": (0, 0.99),
+    "mask_draws": (1, 64),
+    "lambda_vjepa": (0, 10**6),
+    "lambda_soon": (0, 10**6),
+    "lambda_eventually": (0, 10**6),
+    "lambda_flow": (0, 10**6),
+    "lambda_supcon": (0, 10**6),
+    "supcon_temperature": (1e-4, None),
     "outcome_queries": (1, 65536),
-    "outcome_temperature": (1e-4, None), "outcome_queue": (0, 10**7), "flow_dim": (2, 65536), "flow_depth": (1, 1000),
-    "flow_heads": (1, 65536), "flow_rank": (1, 4096), "flow_chunks": (1, 100000), "flow_joint_max": (0, 2**62),
-    "flow_pool": (1, 8192), "flow_draws": (1, 4096), "flow_shift": (0, 1000), "flow_steps": (1, 10000),
-    "flow_context_grad": (0, 1), "flow_lr": (0, None), "flow_ema": (0, 1), "flow_fit_clips": (0, 10**9), "soon_fit_steps": (0, 10**9), "soon_fit_batch": (1, 65536),
-    "flow_fit_steps": (1, 10**9), "flow_fit_batch": (1, 65536), "flow_fit_lr": (0, None), "batch_size": (1, 65536), "grad_accum": (1, 65536),
-    "lr": (0, None), "min_lr": (0, None), "weight_decay": (0, None), "warmup_steps": (0, 10**9), "grad_clip": (0, None),
-    "ema_momentum": (0, 1), "ema_momentum_end": (0, 1), "max_skipped_steps": (1, 10**9), "log_every": (1, 10**9),
-    "ckpt_every": (1, 10**9), "keep_last": (1, 10**9), "val_every": (0, 10**9), "val_clips": (2, 10**7),
+    "outcome_temperature": (1e-4, None),
+    "outcome_queue": (0, 10**7),
+    "flow_dim": (2, 65536),
+    "flow_depth": (1, 1000),
+    "flow_heads": (1, 65536),
+    "flow_rank": (1, 4096),
+    "flow_chunks": (1, 100000),
+    "flow_joint_max": (0, 2**62),
+    "flow_pool": (1, 8192),
+    "flow_draws": (1, 4096),
+    "flow_shift": (0, 1000),
+    "flow_steps": (1, 10000),
+    "flow_context_grad": (0, 1),
+    "flow_lr": (0, None),
+    "flow_ema": (0, 1),
+    "flow_fit_clips": (0, 10**9),
+    "soon_fit_steps": (0, 10**9),
+    "soon_fit_batch": (1, 65536),
+    "flow_fit_steps": (1, 10**9),
+    "flow_fit_batch": (1, 65536),
+    "flow_fit_lr": (0, None),
+    "batch_size": (1, 65536),
+    "grad_accum": (1, 65536),
+    "lr": (0, None),
+    "min_lr": (0, None),
+    "weight_decay": (0, None),
+    "warmup_steps": (0, 10**9),
+    "grad_clip": (0, None),
+    "ema_momentum": (0, 1),
+    "ema_momentum_end": (0, 1),
+    "max_skipped_steps": (1, 10**9),
+    "log_every": (1, 10**9),
+    "ckpt_every": (1, 10**9),
+    "keep_last": (1, 10**9),
+    "val_every": (0, 10**9),
+    "val_clips": (2, 10**7),
     "dist_timeout_s": (1, 10**6),
 }
 CHOICES = {
-    "preset": tuple(PRESETS), "device": ("auto", "cuda", "mps", "cpu"), "decoder": ("auto", "pyav", "decord", "torchcodec"),
-    "missing_data": ("scenes", "error", "random"), "pos_embed": ("sincos", "rope"), "outcome_target": ("mean", "delta"),
-    "flow_rest": ("mean", "gaussian"), "scenes": ("files", "render"),
+    "preset": tuple(PRESETS),
+    "device": ("auto", "cuda", "mps", "cpu"),
+    "decoder": ("auto", "pyav", "decord", "torchcodec"),
+    "missing_data": ("scenes", "error", "random"),
+    "pos_embed": ("sincos", "rope"),
+    "outcome_target": ("mean", "delta"),
+    "flow_rest": ("mean", "gaussian"),
+    "scenes": ("files", "render"),
 }
 
 
@@ -441,7 +512,11 @@ def shown(value):
     """A value of any type for a message. Lists of anything but plain values are counted, not printed: they may be deep."""
     if isinstance(value, int) and not fits(int, value) and not isinstance(value, bool):
         return f"too large a number ({value.bit_length()} bits)"
-    if isinstance(value, dict) or isinstance(value, (list, tuple)) and not all(fits(float, part) or isinstance(part, str) for part in value):
+    if (
+        isinstance(value, dict)
+        or isinstance(value, (list, tuple))
+        and not all(fits(float, part) or isinstance(part, str) for part in value)
+    ):
         return f"a {type(value).__name__} of {len(value)}"
     return one_line(repr(value), 100)
 
@@ -481,7 +556,9 @@ def value_problems(cfg):
         problems.append(f"scene_mix = {shown(cfg.scene_mix)}: {one_line(error)} (--scene_mix)")
     unknown = sorted({t for t in cfg.track.split(",") if t} - {"tensorboard", "wandb"})
     if unknown:
-        problems.append(f"track = {shown(cfg.track)}: {one_line(', '.join(unknown))} is not one of tensorboard, wandb (--track)")
+        problems.append(
+            f"track = {shown(cfg.track)}: {one_line(', '.join(unknown))} is not one of tensorboard, wandb (--track)"
+        )
     return problems
 
 
@@ -490,37 +567,59 @@ def relation_problems(cfg):
     problems = []
     parts = cfg.now_frames + cfg.soon_frames + cfg.eventually_frames
     if cfg.num_frames != parts:
-        problems.append(f"num_frames = {cfg.num_frames}: must equal now + soon + eventually frames = {parts} (--num_frames)")
+        problems.append(
+            f"num_frames = {cfg.num_frames}: must equal now + soon + eventually frames = {parts} (--num_frames)"
+        )
     for name in ("now_frames", "soon_frames", "eventually_frames"):
         if getattr(cfg, name) % cfg.tubelet_t:
-            problems.append(f"{name} = {getattr(cfg, name)}: must be divisible by tubelet_t = {cfg.tubelet_t} (--{name})")
+            problems.append(
+                f"{name} = {getattr(cfg, name)}: must be divisible by tubelet_t = {cfg.tubelet_t} (--{name})"
+            )
     for side in dict.fromkeys((cfg.height, cfg.width)):
         if side % cfg.patch:
-            problems.append(f"image_size = {cfg.image_size}: {side} must be divisible by patch = {cfg.patch} (--image_size)")
+            problems.append(
+                f"image_size = {cfg.image_size}: {side} must be divisible by patch = {cfg.patch} (--image_size)"
+            )
     for name, heads in (("enc_dim", "num_heads"), ("pred_dim", "num_heads"), ("flow_dim", "flow_heads")):
         width, count = getattr(cfg, name), getattr(cfg, heads)
         if width % count:
             problems.append(f"{name} = {width}: must be divisible by {heads} = {count} (--{name})")
         elif name != "flow_dim" and cfg.pos_embed == "rope" and (width // count < 6 or width // count % 2):
-            problems.append(f"{name} = {width}: rope needs an even number of channels per head, at least 6, not {width // count} (--{name})")
+            problems.append(
+                f"{name} = {width}: rope needs an even number of channels per head, at least 6, not {width // count} (--{name})"
+            )
         if width % 2:
             problems.append(f"{name} = {width}: must be even, the position code pairs sine and cosine (--{name})")
-    for low, high in (("crop_scale_min", "crop_scale_max"), ("crop_ratio_min", "crop_ratio_max"), ("aspect_min", "aspect_max")):
+    for low, high in (
+        ("crop_scale_min", "crop_scale_max"),
+        ("crop_ratio_min", "crop_ratio_max"),
+        ("aspect_min", "aspect_max"),
+    ):
         if getattr(cfg, low) > getattr(cfg, high):
             problems.append(f"{low} = {getattr(cfg, low)}: must not exceed {high} = {getattr(cfg, high)} (--{low})")
     if not problems and cfg.sites < 2:
-        problems.append(f"image_size = {cfg.image_size}: needs at least 2 patches of {cfg.patch} to mask one (--image_size)")
+        problems.append(
+            f"image_size = {cfg.image_size}: needs at least 2 patches of {cfg.patch} to mask one (--image_size)"
+        )
     if not problems and cfg.flow_chunks > cfg.eventually_tubelets:
-        problems.append(f"flow_chunks = {cfg.flow_chunks}: only {cfg.eventually_tubelets} EVENTUALLY tubelets to chunk (--flow_chunks)")
+        problems.append(
+            f"flow_chunks = {cfg.flow_chunks}: only {cfg.eventually_tubelets} EVENTUALLY tubelets to chunk (--flow_chunks)"
+        )
     if not cfg.flow_joint and not problems and cfg.flow_pool > min(cfg.grid[1:]):
-        problems.append(f"flow_pool = {cfg.flow_pool}: exceeds the {cfg.grid[1]} x {cfg.grid[2]} token grid (--flow_pool)")
+        problems.append(
+            f"flow_pool = {cfg.flow_pool}: exceeds the {cfg.grid[1]} x {cfg.grid[2]} token grid (--flow_pool)"
+        )
     span = (cfg.soon_tokens + cfg.flow_chunks) * cfg.enc_dim if cfg.flow_joint else cfg.enc_dim
     if not problems and cfg.flow_rank > span:
         problems.append(f"flow_rank = {cfg.flow_rank}: exceeds the {span} numbers that a direction spans (--flow_rank)")
     if cfg.soon_fit_steps and not cfg.flow_fit_clips:
-        problems.append(f"soon_fit_steps = {cfg.soon_fit_steps}: the flow phase fits SOON, and flow_fit_clips = 0 leaves it out (--flow_fit_clips)")
+        problems.append(
+            f"soon_fit_steps = {cfg.soon_fit_steps}: the flow phase fits SOON, and flow_fit_clips = 0 leaves it out (--flow_fit_clips)"
+        )
     if cfg.lambda_vjepa + cfg.lambda_soon + cfg.lambda_eventually + cfg.lambda_supcon <= 0:
-        problems.append("lambda_vjepa = 0: at least one of vjepa, soon, eventually, supcon must train the encoder (--lambda_vjepa)")
+        problems.append(
+            "lambda_vjepa = 0: at least one of vjepa, soon, eventually, supcon must train the encoder (--lambda_vjepa)"
+        )
     return problems
 
 
@@ -540,7 +639,9 @@ MAX_CONFIG_BYTES = 2**18
 MAX_INHERITS = 8  # files between the first config and the last that it inherits from, this one included
 # YAML 1.2's reading of an unquoted word. YAML 1.1, pyyaml's own, takes 1e-4 for text, 012 for ten and 1:30 for ninety.
 YAML_WORDS = {
-    "null": r"(~|null|Null|NULL)?", "bool": r"(?i:true|false|yes|no|on|off)", "int": r"[-+]?[0-9]+",
+    "null": r"(~|null|Null|NULL)?",
+    "bool": r"(?i:true|false|yes|no|on|off)",
+    "int": r"[-+]?[0-9]+",
     "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }
 
@@ -681,7 +782,9 @@ def parse_config(path):
         data = parse_yaml(text) if kind == "YAML" else parse_json(text, float)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"config {one_line(path)}: not valid {kind} ({one_line(error)})") from error
-    data = data.get("config", data) if isinstance(data, dict) and "versions" in data else data  # a run's own config.json
+    data = (
+        data.get("config", data) if isinstance(data, dict) and "versions" in data else data
+    )  # a run's own config.json
     if not isinstance(data, dict):
         raise UsageError(f"config {one_line(path)}: must hold a mapping of fields, not {type(data).__name__}")
     return data
@@ -700,7 +803,9 @@ def read_config_file(path, seen=None):
     if path in trail[:-1]:
         raise UsageError(f"config {one_line(path)}: inherits itself through {' -> '.join(file.name for file in trail)}")
     if not path.is_relative_to(trail[0].parent):
-        raise UsageError(f"config {one_line(trail[-2])}: inherits {one_line(path)}, which lies outside {one_line(trail[0].parent)}; move it there")
+        raise UsageError(
+            f"config {one_line(trail[-2])}: inherits {one_line(path)}, which lies outside {one_line(trail[0].parent)}; move it there"
+        )
     if len(trail) > MAX_INHERITS + 1:
         raise UsageError(f"config {one_line(path)}: more than {MAX_INHERITS} files inherit from each other")
     if path in seen:
@@ -731,9 +836,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def build_parser():
     """A flag for every config field, with - or _ in its name, and no abbreviations."""
-    parser = ArgumentParser(prog="VJepa_AUTO_V2.py", allow_abbrev=False, description="Train a driving world model on a folder of videos.")
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="JSON or YAML file of fields; later files win")
-    parser.add_argument("--print_config", "--print-config", action="store_true", help="print the resolved config and leave")
+    parser = ArgumentParser(
+        prog="VJepa_AUTO_V2.py", allow_abbrev=False, description="Train a driving world model on a folder of videos."
+    )
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="JSON or YAML file of fields; later files win"
+    )
+    parser.add_argument(
+        "--print_config", "--print-config", action="store_true", help="print the resolved config and leave"
+    )
     comments = field_help()
     for entry in fields(VJepaAutoV2Config):
         flags = list(dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"]))
@@ -753,7 +864,9 @@ def resolve_config(argv):
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
-        raise UsageError(f"unknown argument {one_line(unknown[0])}{nearest(unknown[0].split('=')[0], known)}; --help lists all flags")
+        raise UsageError(
+            f"unknown argument {one_line(unknown[0])}{nearest(unknown[0].split('=')[0], known)}; --help lists all flags"
+        )
     flags = {name: value for name, value in vars(args).items() if name not in ("config", "print_config")}
     from_files = {}
     for path in args.config:
@@ -772,8 +885,30 @@ def resolve_config(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 
 VIDEO_SUFFIXES = (
-    ".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".ts", ".hevc", ".h264", ".mts", ".m2ts", ".3gp", ".3g2", ".f4v",
-    ".265", ".h265", ".264", ".wmv", ".asf", ".flv", ".mpg", ".mpeg", ".vob", ".ogv",
+    ".mp4",
+    ".m4v",
+    ".mkv",
+    ".mov",
+    ".avi",
+    ".webm",
+    ".ts",
+    ".hevc",
+    ".h264",
+    ".mts",
+    ".m2ts",
+    ".3gp",
+    ".3g2",
+    ".f4v",
+    ".265",
+    ".h265",
+    ".264",
+    ".wmv",
+    ".asf",
+    ".flv",
+    ".mpg",
+    ".mpeg",
+    ".vob",
+    ".ogv",
 )
 
 
@@ -909,8 +1044,11 @@ def scan_folder(root, video_glob):
         folder = os.path.join(root, parent)
         for entry in entries:
             name = entry.name
-            if name.lower().endswith(VIDEO_SUFFIXES) and name[0] != "." and (
-                    matches(name) or matches(parent + name) or below and matches(below + parent + name)):
+            if (
+                name.lower().endswith(VIDEO_SUFFIXES)
+                and name[0] != "."
+                and (matches(name) or matches(parent + name) or below and matches(below + parent + name))
+            ):
                 found.append(VideoFile(parent + name, folder + name))
                 identities[parent + name] = file_identity(entry.stat)
             else:
@@ -995,7 +1133,8 @@ def parse_list_line(line, folder, header=None):
     check_path(line)
     candidates = [
         (path, label, os.path.abspath(os.path.join(folder, os.path.expanduser(path))))
-        for path, label in list_candidates(line, header) if path
+        for path, label in list_candidates(line, header)
+        if path
     ]
     present = [candidate for candidate in candidates if os.path.isfile(candidate[2])]
     present = present or [candidate for candidate in candidates if os.path.exists(candidate[2])]
@@ -1050,7 +1189,9 @@ def read_list(path):
 def find_videos(data_root, video_glob):
     """Folder (its videos/ if it has one), list file or single video -> Listing. UsageError if the path is absent."""
     if not os.path.exists(data_root):
-        raise UsageError(f"data_root {data_root}: no such file or folder; give a folder of videos, or leave --data_root out for built-in scenes")
+        raise UsageError(
+            f"data_root {data_root}: no such file or folder; give a folder of videos, or leave --data_root out for built-in scenes"
+        )
     if not os.access(data_root, os.R_OK):
         raise UsageError(f"data_root {data_root}: not readable; check its permissions")
     if os.path.isfile(data_root):
@@ -1122,16 +1263,26 @@ def read_annotation(data_root, video):
 
 # Demuxers that may open a file: a playlist script named .mp4 would otherwise make FFmpeg read other files.
 CONTAINER_WHITELIST = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,hevc,h264,asf,flv,mpeg,ogg"
-DECODERS = {"auto": ("pyav", "decord"), "pyav": ("pyav", "decord"), "decord": ("decord", "pyav"), "torchcodec": ("torchcodec", "pyav")}
+DECODERS = {
+    "auto": ("pyav", "decord"),
+    "pyav": ("pyav", "decord"),
+    "decord": ("decord", "pyav"),
+    "torchcodec": ("torchcodec", "pyav"),
+}
 # What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing): not programming errors here.
 DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError, ArithmeticError)
-MAX_PIXELS = 2**26  # frames larger than this (8K has half of it), or stretched beyond it, are refused instead of filling the memory
+MAX_PIXELS = (
+    2**26
+)  # frames larger than this (8K has half of it), or stretched beyond it, are refused instead of filling the memory
 RAW_SUFFIXES = (".h264", ".hevc", ".264", ".265", ".h265")  # names of bare streams
 RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times at all and cannot be rewound
 RAW_FPS = 25.0  # frames per second of a raw stream of which neither header nor annotation nor the user says anything
 LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC no frame is overtaken by more than 16
 MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further than this has lost what lay between
-SKIPPING_CODECS = ("h264", "hevc")  # decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file
+SKIPPING_CODECS = (
+    "h264",
+    "hevc",
+)  # decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file
 
 
 class CannotOpen(BadFile):
@@ -1224,8 +1375,15 @@ def open_pyav(url):
     import av
 
     try:
-        return av.open(url, options={"format_whitelist": CONTAINER_WHITELIST, "max_pixels": str(MAX_PIXELS)}, metadata_errors="ignore")
-    except (av.FFmpegError, *DECODE_ERRORS) as error:  # PatchWelcomeError, UnknownError and some others are FFmpegError and nothing else
+        return av.open(
+            url,
+            options={"format_whitelist": CONTAINER_WHITELIST, "max_pixels": str(MAX_PIXELS)},
+            metadata_errors="ignore",
+        )
+    except (
+        av.FFmpegError,
+        *DECODE_ERRORS,
+    ) as error:  # PatchWelcomeError, UnknownError and some others are FFmpegError and nothing else
         raise CannotOpen(f"pyav cannot open it ({reason_of(error)})") from error
 
 
@@ -1538,7 +1696,9 @@ def pyav_walk(container, stream, plan, fast):
         now = before + 1 / line.fps if frame.pts is None else line.second(frame.pts)
         # at 0 the key frame may be hidden
         if shown is None and sought and (now > times[0] or now > 0 and not frame.key_frame):
-            raise BadFile(f"seek to {times[0]:.2f} s landed at {now:.2f} s{'' if frame.key_frame else ', on no key frame'}")
+            raise BadFile(
+                f"seek to {times[0]:.2f} s landed at {now:.2f} s{'' if frame.key_frame else ', on no key frame'}"
+            )
         if now < before:
             raise BadFile(f"its time stamps run backwards, from {before:.2f} s to {now:.2f} s; convert it to mp4")
         picture = None
@@ -1641,7 +1801,9 @@ def read_decord(path, plan):
         wanted = np.clip(np.searchsorted(starts, times, side="right") - 1, 0, len(starts) - 1)
         pictures = reader.get_batch(wanted).asnumpy()
     except (*DECODE_ERRORS, decord.DECORDError) as error:
-        raise CannotOpen(f"decord cannot read it ({str(error).strip().splitlines()[-1][:120] if str(error).strip() else type(error).__name__})") from error
+        raise CannotOpen(
+            f"decord cannot read it ({str(error).strip().splitlines()[-1][:120] if str(error).strip() else type(error).__name__})"
+        ) from error
     return pictures[:, y : y + plan.height, x : x + plan.width]
 
 
@@ -1656,7 +1818,9 @@ def read_torchcodec(path, plan):
     try:
         info = VideoDecoder(path, num_ffmpeg_threads=1).metadata
         scaled_w, scaled_h, x, y = crop_box(plan, info.width, info.height)
-        decoder = VideoDecoder(path, num_ffmpeg_threads=1, dimension_order="NHWC", transforms=[Resize((scaled_h, scaled_w))])
+        decoder = VideoDecoder(
+            path, num_ffmpeg_threads=1, dimension_order="NHWC", transforms=[Resize((scaled_h, scaled_w))]
+        )
         begin, end = info.begin_stream_seconds, info.end_stream_seconds
         times = frame_times(plan, end - begin, float(info.average_fps))
         pictures = decoder.get_frames_played_at(list(np.minimum(begin + times, end - 1e-3))).data.numpy()
@@ -1678,8 +1842,6 @@ def read_frames(path, plan, decoder):
         except CannotOpen as error:
             reasons.append(str(error))
     raise BadFile("; ".join(reasons))
-
-
 
 
 class HeldSignals:
@@ -1793,14 +1955,29 @@ def split_readable(cfg, videos):
 
 TWIN_KINDS = ("teleport", "vanish", "pass_through", "recolour", "reverse")  # physics broken after an instant
 CAMERA_HEIGHT, HORIZON, FOCAL = 1.4, 0.42, 0.9  # metres; share of the height; share of the width (about 58 degrees)
-LANE, DASH, BONNET = 3.5, 6.0, 0.93  # metres of a lane, of a dash and of the space after it; where the own bonnet begins, share of the height
-ROADS = {2: (3.9, 3.4, 0.0, LANE / 2), 3: (5.65, 5.25, LANE / 2, 0.0)}  # lanes -> paved half width, edge line, dashed line, own lane
+LANE, DASH, BONNET = (
+    3.5,
+    6.0,
+    0.93,
+)  # metres of a lane, of a dash and of the space after it; where the own bonnet begins, share of the height
+ROADS = {
+    2: (3.9, 3.4, 0.0, LANE / 2),
+    3: (5.65, 5.25, LANE / 2, 0.0),
+}  # lanes -> paved half width, edge line, dashed line, own lane
 ARC, BEND = 22.0, 0.028  # metres until a branch of a fork runs straight, curvature in 1/m
 FORK_ODDS = (0.5, 0.5, 0.5, 0.1, 0.3, 0.7, 0.9)  # p(right branch), drawn evenly: half is the common case
 SIGN_COLOURS = {0.1: (40, 90, 220), 0.3: (60, 200, 220), 0.5: (240, 240, 240), 0.7: (250, 170, 40), 0.9: (220, 40, 40)}
 HAZARDS = {False: 0.2, True: 1.0}  # beacon of the lead car lit -> braking rate per second
-BRAKE, REACTION, CRAWL = 6.0, 0.8, 0.3  # m/s2 of lead and own car, own delay in seconds, share of the speed that is kept
-LANE_ODDS = {"none": (0.1, 0.8, 0.1), "left": (0.8, 0.2, 0.0), "right": (0.0, 0.2, 0.8)}  # indicator -> left, keep, right
+BRAKE, REACTION, CRAWL = (
+    6.0,
+    0.8,
+    0.3,
+)  # m/s2 of lead and own car, own delay in seconds, share of the speed that is kept
+LANE_ODDS = {
+    "none": (0.1, 0.8, 0.1),
+    "left": (0.8, 0.2, 0.0),
+    "right": (0.0, 0.2, 0.8),
+}  # indicator -> left, keep, right
 TRUCK_AT = 4.9  # metres, centre of the parked truck
 STOP_ODDS = 0.15  # a car that passes behind the parked truck stops there
 SIDE_NAMES = {-1: "left", 0: "keep", 1: "right"}
@@ -1827,20 +2004,45 @@ def draw_scene(scene_seed, cfg, kind=""):
     plot = {"brake": "lead", "occluder": "cross", "steady": str(rng.choice(("lead", "cross", "barrier")))}.get(kind, "")
     slow = plot in ("cross", "barrier")
     scene = dict(
-        kind=kind, plot=plot, lanes=3 if kind == "lane" else 2, speed=float(rng.uniform(1.5, 3) if slow else rng.uniform(9, 14)),
-        lane=float(rng.uniform(-0.3, 0.3)), phase=float(rng.uniform(0, 2 * DASH)), sway=float(rng.uniform(0, 2 * np.pi)),
-        sky=rng.uniform((90, 130, 170), (170, 200, 245)), ground=rng.uniform((60, 90, 40), (150, 150, 90)),
-        asphalt=float(rng.uniform(70, 120)), clouds=rng.uniform(0, 2 * np.pi, 3), paint=rng.uniform(40, 230, 3),
-        prob=float(rng.choice(FORK_ODDS)), reach=float(rng.uniform(0.3, 0.8)), beacon=bool(rng.random() < 0.5),
-        indicator=str(rng.choice(tuple(LANE_ODDS))), gap=float(rng.uniform(8, 13) if kind == "steady" else rng.uniform(11, 18)), drift=float(rng.choice((-1, 1)) * rng.uniform(1.5, 3)),
-        cross_speed=float(rng.uniform(5, 7)), cross_from=float(rng.uniform(0.4, 0.9)), cross_gap=float(rng.uniform(16, 20)),
-        truck_gap=float(rng.uniform(9, 11)), broken_after=float(rng.uniform(0.15, 0.5)), jump=float(rng.choice((-1, 1)) * rng.uniform(5, 7)),
+        kind=kind,
+        plot=plot,
+        lanes=3 if kind == "lane" else 2,
+        speed=float(rng.uniform(1.5, 3) if slow else rng.uniform(9, 14)),
+        lane=float(rng.uniform(-0.3, 0.3)),
+        phase=float(rng.uniform(0, 2 * DASH)),
+        sway=float(rng.uniform(0, 2 * np.pi)),
+        sky=rng.uniform((90, 130, 170), (170, 200, 245)),
+        ground=rng.uniform((60, 90, 40), (150, 150, 90)),
+        asphalt=float(rng.uniform(70, 120)),
+        clouds=rng.uniform(0, 2 * np.pi, 3),
+        paint=rng.uniform(40, 230, 3),
+        prob=float(rng.choice(FORK_ODDS)),
+        reach=float(rng.uniform(0.3, 0.8)),
+        beacon=bool(rng.random() < 0.5),
+        indicator=str(rng.choice(tuple(LANE_ODDS))),
+        gap=float(rng.uniform(8, 13) if kind == "steady" else rng.uniform(11, 18)),
+        drift=float(rng.choice((-1, 1)) * rng.uniform(1.5, 3)),
+        cross_speed=float(rng.uniform(5, 7)),
+        cross_from=float(rng.uniform(0.4, 0.9)),
+        cross_gap=float(rng.uniform(16, 20)),
+        truck_gap=float(rng.uniform(9, 11)),
+        broken_after=float(rng.uniform(0.15, 0.5)),
+        jump=float(rng.choice((-1, 1)) * rng.uniform(5, 7)),
     )
     metres = int(scene["speed"] * cfg.num_frames / (cfg.clip_fps or 4.0)) + 110
     num_trees = max(4, int(metres * rng.uniform(0.06, 0.13)))
-    scene["trees"] = np.stack([rng.uniform(0, metres, num_trees), rng.choice([-1, 1], num_trees) * rng.uniform(7.5, 17, num_trees),
-                               rng.uniform(2.5, 6, num_trees), rng.uniform(0.6, 1.1, num_trees)])  # s, x, height, brightness
-    others = [(float(rng.uniform(30, 150)), float(rng.uniform(-1, 2)), float(rng.uniform(8, 14)), rng.uniform(40, 230, 3)) for _ in range(int(rng.integers(1, 4)))]
+    scene["trees"] = np.stack(
+        [
+            rng.uniform(0, metres, num_trees),
+            rng.choice([-1, 1], num_trees) * rng.uniform(7.5, 17, num_trees),
+            rng.uniform(2.5, 6, num_trees),
+            rng.uniform(0.6, 1.1, num_trees),
+        ]
+    )  # s, x, height, brightness
+    others = [
+        (float(rng.uniform(30, 150)), float(rng.uniform(-1, 2)), float(rng.uniform(8, 14)), rng.uniform(40, 230, 3))
+        for _ in range(int(rng.integers(1, 4)))
+    ]
     if kind == "lane":  # ahead in a lane beside ours, about as fast as we are
         beside = LANE * float(rng.choice([-1, 1]))
         scene["cars"] = [(s, beside, scene["speed"] + faster, paint) for s, faster, _, paint in others]
@@ -1854,8 +2056,13 @@ def scene_odds(scene_seed, cfg, kind=""):
     scene = draw_scene(scene_seed, cfg, kind)
     left, keep, right = LANE_ODDS[scene["indicator"]]
     rate, seconds = HAZARDS[scene["beacon"]], cfg.soon_frames / (cfg.clip_fps or 4.0)
-    odds = {"fork": {"right": scene["prob"]}, "brake": {"hazard": rate, "brake_in_soon": 1 - math.exp(-rate * seconds)},
-            "lane": {"left": left, "keep": keep, "right": right}, "occluder": {"stops": STOP_ODDS}, "steady": {"barrier": scene["plot"] == "barrier"}}
+    odds = {
+        "fork": {"right": scene["prob"]},
+        "brake": {"hazard": rate, "brake_in_soon": 1 - math.exp(-rate * seconds)},
+        "lane": {"left": left, "keep": keep, "right": right},
+        "occluder": {"stops": STOP_ODDS},
+        "steady": {"barrier": scene["plot"] == "barrier"},
+    }
     return {"kind": scene["kind"], **odds[scene["kind"]]}
 
 
@@ -1869,10 +2076,13 @@ def draw_future(scene, future_seed, scene_seed):
         choice = int(np.searchsorted(np.cumsum(LANE_ODDS[scene["indicator"]]), chance, side="right")) - 1
     loose = scene["kind"] not in ("brake", "steady")
     future = dict(
-        choice=min(choice, 1), stops=scene["kind"] == "occluder" and chance < STOP_ODDS,
+        choice=min(choice, 1),
+        stops=scene["kind"] == "occluder" and chance < STOP_ODDS,
         brake_at=-math.log(1 - chance) / HAZARDS[scene["beacon"]] if scene["kind"] == "brake" else math.inf,
-        push=float(np.clip(rng.normal(0, 0.04), -0.1, 0.1)) * scene["speed"] * loose, wander=float(rng.normal(0, 0.12)) * loose,
-        start=float(rng.uniform(0.1, 0.5)), duration=float(rng.uniform(1.6, 2.2)),
+        push=float(np.clip(rng.normal(0, 0.04), -0.1, 0.1)) * scene["speed"] * loose,
+        wander=float(rng.normal(0, 0.12)) * loose,
+        start=float(rng.uniform(0.1, 0.5)),
+        duration=float(rng.uniform(1.6, 2.2)),
     )
     return future, rng
 
@@ -1891,8 +2101,16 @@ def ego_path(scene, future, times, tau, fork_at):
     for t, u in ((times, tau), (times + fine, tau + fine)):  # two close instants give the derivatives
         u = np.maximum(u, 0) * (tau > 0)  # nothing of the future reaches a NOW frame, not even its heading
         held = np.minimum(u, 3.0)
-        s = speed * t + future["push"] * (0.5 * held**2 + 3.0 * (u - held)) - slowed(u - future["brake_at"] - REACTION, speed)
-        offset = scene["lane"] + 0.15 * np.sin(0.8 * t + scene["sway"]) + future["wander"] * (1 - np.cos(np.pi * np.minimum(u / 2, 1))) / 2
+        s = (
+            speed * t
+            + future["push"] * (0.5 * held**2 + 3.0 * (u - held))
+            - slowed(u - future["brake_at"] - REACTION, speed)
+        )
+        offset = (
+            scene["lane"]
+            + 0.15 * np.sin(0.8 * t + scene["sway"])
+            + future["wander"] * (1 - np.cos(np.pi * np.minimum(u / 2, 1))) / 2
+        )
         if scene["kind"] == "lane":
             share = np.clip((u - future["start"]) / future["duration"], 0, 1)
             offset = offset + side * LANE * share**2 * (3 - 2 * share)
@@ -1901,7 +2119,11 @@ def ego_path(scene, future, times, tau, fork_at):
     (s, x, offset), (s_next, x_next, _) = states
     # the car points where the road goes; the small wander inside the lane does not turn the camera
     bent = np.minimum(np.maximum(s - fork_at, 0), ARC) * (scene["kind"] == "fork")
-    heading = np.arctan(side * BEND * bent) if scene["kind"] != "lane" else np.arctan((x_next - x) / np.maximum(s_next - s, 1e-9)) * (tau > 0)
+    heading = (
+        np.arctan(side * BEND * bent)
+        if scene["kind"] != "lane"
+        else np.arctan((x_next - x) / np.maximum(s_next - s, 1e-9)) * (tau > 0)
+    )
     rate = (s_next - s) / fine
     turning = np.gradient(heading, times) * (tau > 0)  # NOW runs straight
     return dict(s=s, x=x, heading=heading, speed=rate, yaw_rate=turning, offset=offset)
@@ -1941,7 +2163,13 @@ def car_parts(view, paint, lit=""):
     """Boxes of a car seen from `rear`, `front` or `side` -> rows (left, right, bottom, top, r, g, b) in metres round its base."""
     dark, glass = (20, 20, 20), (30, 35, 45)
     if view == "side":
-        return [(-2.1, 2.1, 0.3, 0.95, *paint), (-1.2, 1.2, 0.9, 1.5, *paint), (-1.0, 1.0, 1.0, 1.4, *glass), (-1.6, -0.9, 0, 0.55, *dark), (0.9, 1.6, 0, 0.55, *dark)]
+        return [
+            (-2.1, 2.1, 0.3, 0.95, *paint),
+            (-1.2, 1.2, 0.9, 1.5, *paint),
+            (-1.0, 1.0, 1.0, 1.4, *glass),
+            (-1.6, -0.9, 0, 0.55, *dark),
+            (0.9, 1.6, 0, 0.55, *dark),
+        ]
     lamp = (255, 245, 200) if view == "front" else (200, 30, 30)
     parts = [(-0.95, 0.95, 0.2, 1.45, *paint), (-0.75, 0.75, 0.85, 1.35, *glass), (-0.9, 0.9, 0, 0.3, *dark)]
     parts += [(place - 0.18, place + 0.18, 0.5, 0.78, *lamp) for place in (-0.7, 0.7)]
@@ -1961,16 +2189,41 @@ def thing_list(scene, mover, times, tau, fork_at, future):
         things.append((ts, tx + np.sign(tx) * branch_offset(ts - fork_at) * is_fork, parts, True))
     for car_s, car_x, car_speed, paint in scene["cars"]:
         where = car_s + car_speed * times  # oncoming cars come from the left branch of a fork
-        things.append((where, car_x - branch_offset(where - fork_at) * is_fork, car_parts("front" if car_speed < 0 else "rear", paint), True))
+        things.append(
+            (
+                where,
+                car_x - branch_offset(where - fork_at) * is_fork,
+                car_parts("front" if car_speed < 0 else "rear", paint),
+                True,
+            )
+        )
     if is_fork:
-        things.append((fork_at + 9, 0.0, [(-0.1, 0.1, 0, 2.2, 60, 60, 60), (-1.2, 1.2, 1.9, 3.8, *SIGN_COLOURS[scene["prob"]])], True))
+        things.append(
+            (
+                fork_at + 9,
+                0.0,
+                [(-0.1, 0.1, 0, 2.2, 60, 60, 60), (-1.2, 1.2, 1.9, 3.8, *SIGN_COLOURS[scene["prob"]])],
+                True,
+            )
+        )
     now_s = float(scene["speed"] * times[np.argmin(np.abs(tau))])
     if scene["kind"] == "occluder":
         for depth in (6, 4, 2, 0):
             paint = (225, 225, 215) if depth == 0 else (150, 150, 145)
-            things.append((now_s + scene["truck_gap"] + depth, TRUCK_AT, [(-1.2, 1.2, 0.4, 3.1, *paint), (-1.1, 1.1, 0, 0.5, 25, 25, 25)], True))
+            things.append(
+                (
+                    now_s + scene["truck_gap"] + depth,
+                    TRUCK_AT,
+                    [(-1.2, 1.2, 0.4, 3.1, *paint), (-1.1, 1.1, 0, 0.5, 25, 25, 25)],
+                    True,
+                )
+            )
     if scene["plot"] == "barrier":
-        parts = [(-0.6, 0.6, 0, 1.8, 235, 235, 235), (-0.6, 0.6, 0.25, 0.7, 220, 40, 40), (-0.6, 0.6, 1.1, 1.55, 220, 40, 40)]
+        parts = [
+            (-0.6, 0.6, 0, 1.8, 235, 235, 235),
+            (-0.6, 0.6, 0.25, 0.7, 220, 40, 40),
+            (-0.6, 0.6, 1.1, 1.55, 220, 40, 40),
+        ]
         things.append((now_s + scene["cross_gap"] - 0.2, 4.6, parts, True))
     if mover is not None:
         s, x, shown, repainted = mover
@@ -1978,7 +2231,14 @@ def thing_list(scene, mover, times, tau, fork_at, future):
         beacon = "beacon" if scene["kind"] == "brake" and scene["beacon"] else ""
         things.append((s, x, car_parts(view, scene["paint"], beacon), shown & ~repainted))
         if repainted.any():
-            things.append((s, x, car_parts(view, np.where(scene["paint"] > 135, scene["paint"] - 110, scene["paint"] + 110), beacon), repainted))
+            things.append(
+                (
+                    s,
+                    x,
+                    car_parts(view, np.where(scene["paint"] > 135, scene["paint"] - 110, scene["paint"] + 110), beacon),
+                    repainted,
+                )
+            )
         braking = (tau > 0) & (tau >= future["brake_at"])
         if braking.any():
             things.append((s - 0.01, x, car_parts(view, scene["paint"], "brake")[-1:], braking))
@@ -1989,9 +2249,14 @@ def paint_ground(scene, pose, height, width, fork_at, now):
     """Grass, road, crossing road and markings below the horizon -> float32 [T, rows, W, 3]. now: time of the last NOW frame."""
     paved, edge_at, line_at, _ = ROADS[scene["lanes"]]
     rows = np.arange(int(np.ceil(HORIZON * height - 0.5)), height, dtype=np.float32)
-    depth = (CAMERA_HEIGHT * FOCAL * width / (rows + 0.5 - HORIZON * height)).astype(np.float32)  # metres ahead of each row
+    depth = (CAMERA_HEIGHT * FOCAL * width / (rows + 0.5 - HORIZON * height)).astype(
+        np.float32
+    )  # metres ahead of each row
     across = depth[:, None] * (((np.arange(width, dtype=np.float32) + 0.5) / width - 0.5) / FOCAL)  # [rows, W]
-    cos, sin, s, x = (value.astype(np.float32)[:, None, None] for value in (np.cos(pose["heading"]), np.sin(pose["heading"]), pose["s"], pose["x"]))
+    cos, sin, s, x = (
+        value.astype(np.float32)[:, None, None]
+        for value in (np.cos(pose["heading"]), np.sin(pose["heading"]), pose["s"], pose["x"])
+    )
     ground_s = s + depth[:, None] * cos - across * sin  # [T, rows, W]
     ground_x = x + depth[:, None] * sin + across * cos
     side = np.abs(ground_x)
@@ -2015,10 +2280,15 @@ def paint_ground(scene, pose, height, width, fork_at, now):
 
 def paint_sky(scene, pose, height, width, times):
     """Sky with a gradient and drifting clouds down to the horizon -> float32 [T, rows, W, 3]."""
-    v = (np.arange(int(np.ceil(HORIZON * height - 0.5)), dtype=np.float32) + 0.5) / height / HORIZON  # 0 above, 1 at the horizon
+    v = (
+        (np.arange(int(np.ceil(HORIZON * height - 0.5)), dtype=np.float32) + 0.5) / height / HORIZON
+    )  # 0 above, 1 at the horizon
     u = ((np.arange(width, dtype=np.float32) + 0.5) / width - 0.5) / FOCAL
     drift = (3 * u[None] + 2 * pose["heading"][:, None] + 0.1 * times[:, None]).astype(np.float32)  # [T, W]
-    bands = sum(np.sin((k + 1) * drift + np.float32(scene["clouds"][k])) for k in range(3))[:, None] * np.sin(6 * (1 - v))[:, None]
+    bands = (
+        sum(np.sin((k + 1) * drift + np.float32(scene["clouds"][k])) for k in range(3))[:, None]
+        * np.sin(6 * (1 - v))[:, None]
+    )
     return (scene["sky"].astype(np.float32) + 50 * v[:, None, None])[None] + 12 * bands[..., None]
 
 
@@ -2041,7 +2311,9 @@ def draw_things(image, things, pose, break_order=90.0):
     y0, y1 = np.floor(np.clip(high, 0, height)).astype(int), np.ceil(np.clip(low, 0, height)).astype(int)
     visible = shown[:, owner] & (x1 > x0) & (y1 > y0)
     columns, rows = np.arange(width), np.arange(height)
-    cover_x = np.clip(np.minimum(right[..., None], columns + 1) - np.maximum(left[..., None], columns), 0, 1).astype(np.float32)
+    cover_x = np.clip(np.minimum(right[..., None], columns + 1) - np.maximum(left[..., None], columns), 0, 1).astype(
+        np.float32
+    )
     cover_y = np.clip(np.minimum(low[..., None], rows + 1) - np.maximum(high[..., None], rows), 0, 1).astype(np.float32)
     order = np.argsort(-depth[:, owner], axis=1, kind="stable")
     for frame in range(T):
@@ -2083,23 +2355,38 @@ def scene_labels(scene, future, pose, mover, tau, fork_at, cfg):
         depth = ds * cos + dx * sin
         column = 0.5 + FOCAL * (dx * cos - ds * sin) / np.maximum(depth, 1.0)
         there = shown & (depth > 1.5) & (column > -0.05) & (column < 1.05)
-        mover_u, mover_depth = ([float(v) if ok else None for v, ok in zip(values, there)] for values in (column, depth))
+        mover_u, mover_depth = (
+            [float(v) if ok else None for v, ok in zip(values, there)] for values in (column, depth)
+        )
         if scene["plot"] == "lead":
             lead_gap = mover_depth
         if kind == "occluder":  # the truck's picture against the car's centre
             now_s = pose["s"][cfg.now_frames - 1]
             near, far = (now_s + scene["truck_gap"] + d - pose["s"] for d in (0, 6))
-            event[(near > 1.5) & ((TRUCK_AT - 1.2 - pose["x"]) / np.maximum(far, 1) < dx / depth) & (dx / depth < (TRUCK_AT + 1.2 - pose["x"]) / np.maximum(near, 1))] = "hidden"
+            event[
+                (near > 1.5)
+                & ((TRUCK_AT - 1.2 - pose["x"]) / np.maximum(far, 1) < dx / depth)
+                & (dx / depth < (TRUCK_AT + 1.2 - pose["x"]) / np.maximum(near, 1))
+            ] = "hidden"
         event[(tau > 0) & (tau >= future["brake_at"])] = "braking"
     if kind == "fork":
         event[pose["s"] > fork_at] = "fork"
     if kind == "lane" and side:
         event[(tau > future["start"]) & (tau < future["start"] + future["duration"])] = "changing"
     return dict(
-        kind=kind, maneuver="brake" if braked else moves.get(kind, "keep"), branch=side if kind == "fork" else 0, prob=scene["prob"] if kind == "fork" else 0.0,
-        brake_time=future["brake_at"] if braked else None, speed=pose["speed"].tolist(), yaw_rate=pose["yaw_rate"].tolist(),
-        steer=np.arctan(2.8 * pose["yaw_rate"] / np.maximum(pose["speed"], 1)).tolist(), lane_offset=pose["offset"].tolist(),
-        lead_gap=lead_gap, mover_u=mover_u, mover_depth=mover_depth, event=event.tolist(),
+        kind=kind,
+        maneuver="brake" if braked else moves.get(kind, "keep"),
+        branch=side if kind == "fork" else 0,
+        prob=scene["prob"] if kind == "fork" else 0.0,
+        brake_time=future["brake_at"] if braked else None,
+        speed=pose["speed"].tolist(),
+        yaw_rate=pose["yaw_rate"].tolist(),
+        steer=np.arctan(2.8 * pose["yaw_rate"] / np.maximum(pose["speed"], 1)).tolist(),
+        lane_offset=pose["offset"].tolist(),
+        lead_gap=lead_gap,
+        mover_u=mover_u,
+        mover_depth=mover_depth,
+        event=event.tolist(),
     )
 
 
@@ -2113,12 +2400,20 @@ def scene(scene_seed, future_seed, cfg, kind="", twin=""):
     grow = cfg.scene_size / min(cfg.height, cfg.width) if cfg.scene_size else 1.0
     height, width = (2 * max(round(side * grow / 2), 1) for side in (cfg.height, cfg.width))
     params = draw_scene(scene_seed, cfg, kind)
-    if twin and (twin not in TWIN_KINDS or params["kind"] != "steady" or (twin == "pass_through" and params["plot"] != "barrier")):
-        raise ValueError(f"twin {twin!r}: one of {', '.join(TWIN_KINDS)}, of a steady scene, pass_through of one with a barrier")
+    if twin and (
+        twin not in TWIN_KINDS or params["kind"] != "steady" or (twin == "pass_through" and params["plot"] != "barrier")
+    ):
+        raise ValueError(
+            f"twin {twin!r}: one of {', '.join(TWIN_KINDS)}, of a steady scene, pass_through of one with a barrier"
+        )
     future, rng = draw_future(params, future_seed, scene_seed)
     times = np.arange(cfg.num_frames) / (cfg.clip_fps or 4.0)
     tau = times - times[cfg.now_frames - 1]
-    after = params["cross_from"] if twin == "pass_through" else params["broken_after"] * cfg.soon_frames / (cfg.clip_fps or 4.0)
+    after = (
+        params["cross_from"]
+        if twin == "pass_through"
+        else params["broken_after"] * cfg.soon_frames / (cfg.clip_fps or 4.0)
+    )
     broken = (tau > max(after, 0)) & bool(twin)
     fork_at = params["speed"] * (times[cfg.now_frames - 1] + params["reach"])
     pose = ego_path(params, future, times, tau, fork_at)
@@ -2129,8 +2424,13 @@ def scene(scene_seed, future_seed, cfg, kind="", twin=""):
     draw_things(image, thing_list(params, mover, times, tau, fork_at, future), pose)
     draw_bonnet(image, params)
     labels = scene_labels(params, future, pose, mover, tau, fork_at, cfg)
-    labels |= dict(fps=cfg.clip_fps or 4.0, scene_seed=int(scene_seed), future_seed=int(future_seed), twin=twin,
-                   break_frame=int(broken.argmax()) if broken.any() else -1)
+    labels |= dict(
+        fps=cfg.clip_fps or 4.0,
+        scene_seed=int(scene_seed),
+        future_seed=int(future_seed),
+        twin=twin,
+        break_frame=int(broken.argmax()) if broken.any() else -1,
+    )
     return np.clip(image, 0, 255).astype(np.uint8), labels
 
 
@@ -2191,7 +2491,17 @@ def scenes_folder(folder, cfg):
     A folder is theirs when its scenes.json holds the setting; an absent or empty one is free. Any other is somebody's
     own, and folder_<digest of the setting> is looked at instead, then the same with _2, _3, ... at its end.
     """
-    names = ("seed", "scene_clips", "scene_size", "scene_mix", "image_size", "num_frames", "now_frames", "soon_frames", "clip_fps")
+    names = (
+        "seed",
+        "scene_clips",
+        "scene_size",
+        "scene_mix",
+        "image_size",
+        "num_frames",
+        "now_frames",
+        "soon_frames",
+        "clip_fps",
+    )
     setting = json.dumps({name: getattr(cfg, name) for name in names})
     other = f"{folder}_{hashlib.sha256(setting.encode()).hexdigest()[:8]}"
     for candidate in itertools.chain([str(folder), other], (f"{other}_{k}" for k in itertools.count(2))):
@@ -2247,8 +2557,16 @@ def block_mask(rng, cfg, family):
 @lru_cache(maxsize=64)
 def visible_sites(grid, num_blocks, scale, aspect_min, aspect_max, share):
     """Visible sites of a mask family, one constant per run: `share` of the grid, or the block sampler's mean when 0."""
-    shape = VJepaAutoV2Config(short_num_blocks=num_blocks, short_scale=scale, aspect_min=aspect_min, aspect_max=aspect_max,
-                              tubelet_t=1, patch=1, num_frames=1, image_size=grid)
+    shape = VJepaAutoV2Config(
+        short_num_blocks=num_blocks,
+        short_scale=scale,
+        aspect_min=aspect_min,
+        aspect_max=aspect_max,
+        tubelet_t=1,
+        patch=1,
+        num_frames=1,
+        image_size=grid,
+    )
     if not share:
         rng = np.random.default_rng(0)
         share = 1 - np.mean([block_mask(rng, shape, "short").mean() for _ in range(2000)])
@@ -2335,8 +2653,20 @@ def mask_and_noise(cfg, stream, index):
 
 # Faults of a machine or a network, told in a reason by their texts, that say nothing about a file that is there.
 PASSING_FAULTS = (
-    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
-    errno.ENETUNREACH, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EACCES, errno.ENOENT,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.EACCES,
+    errno.ENOENT,
 )
 RETRY_S = 0.5  # between two looks at a file whose fault may pass
 
@@ -2375,7 +2705,13 @@ class ClipDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, cfg, videos, data_root, stream, maneuvers=(), quarantine=None):
-        self.cfg, self.videos, self.data_root, self.stream, self.quarantine = cfg, videos, data_root, stream, {} if quarantine is None else quarantine
+        self.cfg, self.videos, self.data_root, self.stream, self.quarantine = (
+            cfg,
+            videos,
+            data_root,
+            stream,
+            {} if quarantine is None else quarantine,
+        )
         self.maneuvers = {name: number for number, name in enumerate(maneuvers)}
         self.watch, self.waited, self.retried = Attendant(), 0.0, set()
 
@@ -2413,8 +2749,10 @@ class ClipDataset(torch.utils.data.Dataset):
                     self.retried.add(number)
                 if self.waited >= limit_s or not away and (not passing or tries == 3):
                     raise
-                missing = (f"{video.name}: {error}, and no other file of {self.data_root or 'the list'} can be seen; "
-                           f"waiting up to {limit_s:g} s for the data")
+                missing = (
+                    f"{video.name}: {error}, and no other file of {self.data_root or 'the list'} can be seen; "
+                    f"waiting up to {limit_s:g} s for the data"
+                )
                 self.watch.waiting(missing if away else "")
                 tries, self.waited = tries + passing, self.waited + RETRY_S
                 time.sleep(RETRY_S)
@@ -2437,7 +2775,9 @@ class ClipDataset(torch.utils.data.Dataset):
                 continue
             try:
                 annotation = {"maneuver": video.label} if video.label else {}
-                annotation.update((key, value) for key, value in read_annotation(self.data_root, video).items() if value is not None)
+                annotation.update(
+                    (key, value) for key, value in read_annotation(self.data_root, video).items() if value is not None
+                )
                 frames = self.read(number, replace(plan, noted_fps=annotation.get("fps") or 0.0))
             except BadFile as error:
                 bad[video.name] = str(error)
@@ -2463,7 +2803,13 @@ class NoiseDataset(ClipDataset):
 
     def decode(self, index, height, width):
         rng = sample_rng(self.cfg.seed, self.stream, index, 2)
-        return rng.integers(0, 256, (self.cfg.num_frames, height, width, 3), dtype=np.uint8), index % len(self.videos), {}, [], False
+        return (
+            rng.integers(0, 256, (self.cfg.num_frames, height, width, 3), dtype=np.uint8),
+            index % len(self.videos),
+            {},
+            [],
+            False,
+        )
 
 
 class SceneDataset(ClipDataset):
@@ -2529,11 +2875,14 @@ def nothing_found(cfg, videos):
 def instead_of_videos(cfg, videos):
     """What a run without any video learns from -> one line."""
     if cfg.data_root:
-        return (f"WARNING: no video under {cfg.data_root}: {nothing_found(cfg, videos)}; "
-                f"going on with data:{cfg.missing_data} (--missing_data error refuses instead)")
+        return (
+            f"WARNING: no video under {cfg.data_root}: {nothing_found(cfg, videos)}; "
+            f"going on with data:{cfg.missing_data} (--missing_data error refuses instead)"
+        )
     written = f"{cfg.scene_clips} clips in {cfg.out_dir}/scenes"
-    return ("no --data_root: training on built-in driving scenes, "
-            + ("a new one for every sample" if cfg.scenes == "render" else written))
+    return "no --data_root: training on built-in driving scenes, " + (
+        "a new one for every sample" if cfg.scenes == "render" else written
+    )
 
 
 def list_data(cfg):
@@ -2590,8 +2939,10 @@ def data_notes(cfg, videos, source, saved=None):
     on from."""
     notes = list(getattr(videos, "notes", ()))
     if source.kind == "scenes" and source.root != os.path.join(cfg.out_dir, "scenes"):
-        notes.append(f"note: {cfg.out_dir}/scenes holds something else and stays as it is; "
-                     f"this run's scenes stand in {source.root}")
+        notes.append(
+            f"note: {cfg.out_dir}/scenes holds something else and stays as it is; "
+            f"this run's scenes stand in {source.root}"
+        )
     change = listing_change(saved, source) if saved else ""
     return notes + [change] if change else notes
 
@@ -2607,7 +2958,13 @@ class StepSampler:
     """Sample numbers of this rank, micro-step after micro-step: rank r of W takes start + i*W + r. Holds no state."""
 
     def __init__(self, start, num_batches, batch_size, rank, world_size):
-        self.start, self.num_batches, self.batch_size, self.rank, self.world_size = start, num_batches, batch_size, rank, world_size
+        self.start, self.num_batches, self.batch_size, self.rank, self.world_size = (
+            start,
+            num_batches,
+            batch_size,
+            rank,
+            world_size,
+        )
 
     def __len__(self):
         return self.num_batches
@@ -2632,10 +2989,14 @@ PREFETCH = 2  # batches that a worker may be ahead of the loop
 TICK_S = 0.25  # how often a wait for a batch looks up
 QUIET_S = 10.0  # a worker without a file in hand may be silent for so long at least: it starts, draws, copies
 INLINE_BYTES = 4096  # smaller arrays travel in the message itself
-TOO_MANY = ("raise the limit on processes and open files (ulimit -u, ulimit -n) or lower --num_workers (0 reads in the "
-            "main process)")
-TOO_LARGE = ("lower --num_workers or --batch_size, give the container more memory (docker run --memory), or read in "
-             "the main process (--num_workers 0)")
+TOO_MANY = (
+    "raise the limit on processes and open files (ulimit -u, ulimit -n) or lower --num_workers (0 reads in the "
+    "main process)"
+)
+TOO_LARGE = (
+    "lower --num_workers or --batch_size, give the container more memory (docker run --memory), or read in "
+    "the main process (--num_workers 0)"
+)
 # What a worker's exception comes out as in the main process; others are programming errors.
 WORKER_ERRORS = {"UsageError": UsageError, "UserError": UserError, "MemoryError": MemoryError, "OSError": OSError}
 
@@ -2862,8 +3223,20 @@ class ClipLoader:
     to date with the files that could not be decoded and have not been since. It draws no random numbers.
     """
 
-    def __init__(self, dataset, sampler, num_workers, pin_memory=False, timeout_s=60.0, *, collate_fn=collate,
-                 files=None, batch_bytes=0, stopping=None, failing=None):
+    def __init__(
+        self,
+        dataset,
+        sampler,
+        num_workers,
+        pin_memory=False,
+        timeout_s=60.0,
+        *,
+        collate_fn=collate,
+        files=None,
+        batch_bytes=0,
+        stopping=None,
+        failing=None,
+    ):
         self.dataset, self.sampler, self.num_workers, self.timeout_s = dataset, sampler, num_workers, timeout_s
         self.collate_fn, self.batch_bytes, self.failing = collate_fn, batch_bytes, failing
         self.attendant = Attendant(stopping)
@@ -2997,8 +3370,16 @@ def batch_bytes(cfg, num_clips):
 
 def open_loader(source, cfg, stream, sampler, num_workers, pin_memory=False, stopping=None):
     """The ClipLoader of a stream of a DataSource. A wait for a batch raises Stopped once `stopping()` is true."""
-    return ClipLoader(source.dataset(cfg, stream), sampler, num_workers, pin_memory, cfg.decode_timeout_s,
-                      batch_bytes=batch_bytes(cfg, sampler.batch_size), stopping=stopping, failing=source.failing)
+    return ClipLoader(
+        source.dataset(cfg, stream),
+        sampler,
+        num_workers,
+        pin_memory,
+        cfg.decode_timeout_s,
+        batch_bytes=batch_bytes(cfg, sampler.batch_size),
+        stopping=stopping,
+        failing=source.failing,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3062,7 +3443,12 @@ def attend(q, k, v):
     4.5 ms for 72 tokens and 9.6 ms for 216, as plain products 0.8 and 2.3 ms. Those keep the scores, so only few of them.
     """
     num_scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and num_scores <= MAX_PLAIN_SCORES:
+    if (
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and torch.is_grad_enabled()
+        and num_scores <= MAX_PLAIN_SCORES
+    ):
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -3313,7 +3699,9 @@ def flow_positions(cfg, dim):
         return torch.zeros(1, dim)
     soon_t = cfg.soon_frames // cfg.tubelet_t
     soon = grid_positions((soon_t, cfg.flow_pool, cfg.flow_pool))
-    chunks = torch.tensor([[soon_t + 4 * (number + 1), 0, 0] for number in range(cfg.flow_chunks)])  # a time of their own
+    chunks = torch.tensor(
+        [[soon_t + 4 * (number + 1), 0, 0] for number in range(cfg.flow_chunks)]
+    )  # a time of their own
     return sincos_table(torch.cat([soon, chunks]), dim)
 
 
@@ -3326,7 +3714,9 @@ class FlowBlock(nn.Module):
         self.attn = None if joint else Attention(dim, num_heads, 0.0)
         self.cross = None if joint else CrossAttention(dim, context_dim, num_heads)
         self.mlp = MLP(dim, 4 * dim)
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(1 if joint else 3))
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(1 if joint else 3)
+        )
         self.modulate = nn.Linear(dim, 3 * len(self.norms) * dim)
 
     def forward(self, x, condition, keys, values):
@@ -3357,7 +3747,9 @@ class FlowNet(nn.Module):
         self.embed, self.out = nn.Linear(cfg.flow_rank, W), nn.Linear(W, cfg.flow_rank)
         self.tau_mlp = nn.Sequential(nn.Linear(64, W), nn.SiLU(), nn.Linear(W, W))
         self.norm_context = nn.LayerNorm(cfg.enc_dim, eps=1e-6)
-        self.whole = nn.Sequential(nn.Linear(cfg.now_tokens * cfg.enc_dim, W), nn.SiLU(), nn.Linear(W, W)) if joint else None
+        self.whole = (
+            nn.Sequential(nn.Linear(cfg.now_tokens * cfg.enc_dim, W), nn.SiLU(), nn.Linear(W, W)) if joint else None
+        )
         self.blocks = nn.ModuleList(FlowBlock(W, cfg.enc_dim, cfg.flow_heads, joint) for _ in range(cfg.flow_depth))
         self.norm, self.modulate = nn.LayerNorm(W, eps=1e-6, elementwise_affine=False), nn.Linear(W, 2 * W)
         for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
@@ -3367,7 +3759,9 @@ class FlowNet(nn.Module):
         for zeroed in (*(block.modulate for block in self.blocks), self.modulate, self.out):
             nn.init.zeros_(zeroed.weight)  # every block starts as the identity and the first guess as the mean, zero
         self.register_buffer("code", flow_positions(cfg, W), persistent=False)
-        self.register_buffer("frequencies", torch.exp(torch.linspace(math.log(0.1), math.log(10.0), 32)), persistent=False)
+        self.register_buffer(
+            "frequencies", torch.exp(torch.linspace(math.log(0.1), math.log(10.0), 32)), persistent=False
+        )
 
     def project(self, context):
         """What every sample and step reuses of the NOW context [B, K, D]: its summary [B, W], or keys and values per block."""
@@ -3403,12 +3797,25 @@ class FutureSpace(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.joint, self.num_chunks, self.pool_side, self.rank = cfg.flow_joint, cfg.flow_chunks, cfg.flow_pool, cfg.flow_rank
+        self.joint, self.num_chunks, self.pool_side, self.rank = (
+            cfg.flow_joint,
+            cfg.flow_chunks,
+            cfg.flow_pool,
+            cfg.flow_rank,
+        )
         self.soon_grid = (cfg.soon_frames // cfg.tubelet_t, *cfg.grid[1:])
         D, num_future = cfg.enc_dim, cfg.soon_tokens + cfg.flow_chunks
         span = num_future * D if self.joint else D
-        for name, shape in (("variance", (D,)), ("rest_variance", (D,)), ("mean", (cfg.flow_tokens, span)), ("basis", (span, self.rank)),
-                            ("covariance", (self.rank, self.rank)), ("scale", ()), ("explained", ()), ("updates", ())):
+        for name, shape in (
+            ("variance", (D,)),
+            ("rest_variance", (D,)),
+            ("mean", (cfg.flow_tokens, span)),
+            ("basis", (span, self.rank)),
+            ("covariance", (self.rank, self.rank)),
+            ("scale", ()),
+            ("explained", ()),
+            ("updates", ()),
+        ):
             self.register_buffer(name, torch.zeros(shape))
         self.variance.fill_(1.0)
         self.scale.fill_(1.0)
@@ -3501,7 +3908,11 @@ class FutureSpace(nn.Module):
         few = centred[:: math.ceil(len(centred) / 4096)]
         values, vectors = torch.linalg.eigh((few @ few.T).double() / len(few))
         values, vectors = values.flip(0)[: self.rank].clamp_min(0), vectors.flip(1)[:, : self.rank]
-        fresh = few.T @ (vectors * torch.where(values > 1e-7 * values[0], values.clamp_min(1e-30).rsqrt(), 0)).float() / math.sqrt(len(few))
+        fresh = (
+            few.T
+            @ (vectors * torch.where(values > 1e-7 * values[0], values.clamp_min(1e-30).rsqrt(), 0)).float()
+            / math.sqrt(len(few))
+        )
         pad = self.rank - len(values)  # fewer rows than directions
         self.turn_to(F.pad(fresh, (0, pad)), F.pad(values, (0, pad)), self.basis)
         outside = centred - centred @ self.basis @ self.basis.T
@@ -3578,8 +3989,14 @@ def sup_con(outcome, others, maneuver, other_maneuver, file, other_file, tempera
     positive = (other & (maneuver[:, None] == other_maneuver[None]) & (maneuver >= 0)[:, None]).float()
     log_share = logits - torch.logsumexp(logits.masked_fill(~other, -1e4), 1, keepdim=True)
     per_clip = -(positive * log_share).sum(1) / positive.sum(1).clamp_min(1)
-    pairs = (other_file[:, None] != other_file[None]) & (other_maneuver[:, None] == other_maneuver[None]) & (other_maneuver >= 0)[None]
-    anchors = pairs.any(1).sum().clamp_min(1)  # of all ranks: each rank's share then averages to the mean over all anchors
+    pairs = (
+        (other_file[:, None] != other_file[None])
+        & (other_maneuver[:, None] == other_maneuver[None])
+        & (other_maneuver >= 0)[None]
+    )
+    anchors = (
+        pairs.any(1).sum().clamp_min(1)
+    )  # of all ranks: each rank's share then averages to the mean over all anchors
     return per_clip.sum() * (len(other_maneuver) // len(maneuver)) / anchors
 
 
@@ -3634,8 +4051,15 @@ class WorldModel(nn.Module):
     def __init__(self, cfg, rank=0, world_size=1):
         super().__init__()
         self.cfg, self.rank, self.world_size = cfg, rank, world_size
-        self.online, self.predictor, self.outcome, self.flow = Encoder(cfg), Predictor(cfg), OutcomeHead(cfg), FlowNet(cfg)
-        self.read_out = nn.Linear(cfg.enc_dim, cfg.flow_chunks * cfg.enc_dim)  # linear forecast of the EVENTUALLY chunks
+        self.online, self.predictor, self.outcome, self.flow = (
+            Encoder(cfg),
+            Predictor(cfg),
+            OutcomeHead(cfg),
+            FlowNet(cfg),
+        )
+        self.read_out = nn.Linear(
+            cfg.enc_dim, cfg.flow_chunks * cfg.enc_dim
+        )  # linear forecast of the EVENTUALLY chunks
         init_weights(self.read_out)
         self.target, self.flow_ema = copy.deepcopy(self.online), copy.deepcopy(self.flow)
         self.soon_predictor = None  # the predictor's copy that the flow phase fits to SOON alone
@@ -3645,7 +4069,9 @@ class WorldModel(nn.Module):
         self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(1, 1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(1, 1, 3, 1, 1), persistent=False)
         self.register_buffer("now_idx", torch.arange(cfg.now_tokens), persistent=False)
-        self.register_buffer("soon_idx", torch.arange(cfg.now_tokens, cfg.now_tokens + cfg.soon_tokens), persistent=False)
+        self.register_buffer(
+            "soon_idx", torch.arange(cfg.now_tokens, cfg.now_tokens + cfg.soon_tokens), persistent=False
+        )
         frozen = [self.target, self.flow_ema]
         if not cfg.lambda_flow:
             frozen += [self.flow, self.read_out]
@@ -3722,7 +4148,9 @@ class WorldModel(nn.Module):
         """targets [B, L, D] -> a future [B, F, D]: the SOON tokens, then the chunk means of EVENTUALLY."""
         cfg, B = self.cfg, len(targets)
         soon = targets[:, cfg.now_tokens : cfg.now_tokens + cfg.soon_tokens]
-        tubelets = targets[:, cfg.now_tokens + cfg.soon_tokens :].reshape(B, cfg.eventually_tubelets, cfg.sites, -1).mean(2)
+        tubelets = (
+            targets[:, cfg.now_tokens + cfg.soon_tokens :].reshape(B, cfg.eventually_tubelets, cfg.sites, -1).mean(2)
+        )
         chunks = [part.mean(1) for part in tubelets.tensor_split(cfg.flow_chunks, 1)]
         return torch.cat([soon, torch.stack(chunks, 1)], 1)
 
@@ -3765,7 +4193,9 @@ class WorldModel(nn.Module):
         soon_preds = self.predict_soon(context)  # [B, M, D]
         soon_targets = gather_tokens(targets, self.soon_idx.expand(len(clip), -1))
         losses["loss_soon"] = l1_loss(soon_preds, soon_targets)
-        last_now = targets[:, cfg.now_tokens - cfg.sites : cfg.now_tokens]  # [B, h*w, D], repeated as the forecast that nothing moves
+        last_now = targets[
+            :, cfg.now_tokens - cfg.sites : cfg.now_tokens
+        ]  # [B, h*w, D], repeated as the forecast that nothing moves
         persistence = l1_loss(last_now.repeat(1, cfg.soon_tokens // cfg.sites, 1), soon_targets)
         gauges["persistence"] = persistence
         gauges["soon_skill"] = saved_share(losses["loss_soon"].detach(), persistence)
@@ -3780,7 +4210,9 @@ class WorldModel(nn.Module):
         total = sum((weights[name] * loss for name, loss in losses.items() if weights[name]), zero)
         if cfg.lambda_supcon:
             others, maneuver, file = (self.gather(rows) for rows in (outcome, batch["maneuver"], batch["file"]))
-            losses["loss_supcon"] = sup_con(outcome, others, batch["maneuver"], maneuver, batch["file"], file, cfg.supcon_temperature)
+            losses["loss_supcon"] = sup_con(
+                outcome, others, batch["maneuver"], maneuver, batch["file"], file, cfg.supcon_temperature
+            )
             total = total + cfg.lambda_supcon * losses["loss_supcon"]
         losses = {"loss_total": total, **losses}
         return losses, gauges, carry
@@ -3796,7 +4228,9 @@ class WorldModel(nn.Module):
         if self.cfg.lambda_flow:
             square = torch.stack([carry["square"] for carry in carries]).mean(0)
             square = self.gather(square[None]).mean(0)
-            rows = torch.cat([self.gather(carry["rows"].float()) for carry in carries]) if "rows" in carries[0] else None
+            rows = (
+                torch.cat([self.gather(carry["rows"].float()) for carry in carries]) if "rows" in carries[0] else None
+            )
             self.space.absorb(rows, square)
             for value in self.space.buffers() if self.world_size > 1 else ():
                 dist.broadcast(value, 0)  # young directions hang on rounding: all ranks must hold the same ones
@@ -3820,7 +4254,9 @@ class WorldModel(nn.Module):
         B, S = len(context), num_samples
         point = self.forecast(context, self.predict_soon(context))  # [B, F, D]
         noise = torch.randn((B, S, cfg.flow_tokens, cfg.flow_rank), generator=generator, device=context.device)
-        y = sample_flow(self.flow_ema, self.flow_ema.project(context), noise, num_steps or cfg.flow_steps, cfg.tau_shift)
+        y = sample_flow(
+            self.flow_ema, self.flow_ema.project(context), noise, num_steps or cfg.flow_steps, cfg.tau_shift
+        )
         residual = self.space.decode(y.flatten(0, 1)).unflatten(0, (B, S))  # [B, S, F, D]
         if cfg.flow_rest == "gaussian":
             scale = (self.space.rest_variance * self.space.variance).sqrt()
@@ -3838,13 +4274,28 @@ def flops_per_clip(cfg):
     D, P, L, ratio = cfg.enc_dim, cfg.pred_dim, cfg.num_tokens, cfg.mlp_ratio
     kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES]
     tokenizer = 2 * L * D * 3 * cfg.tubelet_t * cfg.patch**2
-    online = cfg.mask_draws * sum(cfg.enc_depth * block_flops(k, D, ratio) for k in kept) + cfg.enc_depth * block_flops(cfg.now_tokens, D, ratio) + tokenizer
-    predictor = cfg.pred_depth * (cfg.mask_draws * len(kept) * block_flops(L, P, ratio) + block_flops(cfg.now_tokens + cfg.soon_tokens, P, ratio))
+    online = (
+        cfg.mask_draws * sum(cfg.enc_depth * block_flops(k, D, ratio) for k in kept)
+        + cfg.enc_depth * block_flops(cfg.now_tokens, D, ratio)
+        + tokenizer
+    )
+    predictor = cfg.pred_depth * (
+        cfg.mask_draws * len(kept) * block_flops(L, P, ratio) + block_flops(cfg.now_tokens + cfg.soon_tokens, P, ratio)
+    )
     W, N, R = cfg.flow_dim, cfg.flow_tokens, cfg.flow_draws
-    mixing = 0 if cfg.flow_joint else R * N * 2 * W * W * 6 + 4 * cfg.now_tokens * W * D + 4 * R * N * (cfg.now_tokens + N) * W
+    mixing = (
+        0
+        if cfg.flow_joint
+        else R * N * 2 * W * W * 6 + 4 * cfg.now_tokens * W * D + 4 * R * N * (cfg.now_tokens + N) * W
+    )
     flow = cfg.flow_depth * (R * N * 2 * W * W * 8 + mixing) + 2 * cfg.now_tokens * D * W * cfg.flow_joint
     again = 4 if cfg.grad_checkpoint else 3
-    return {"online": again * online, "target": cfg.enc_depth * block_flops(L, D, ratio) + tokenizer, "predictor": again * predictor, "flow": 3 * flow * bool(cfg.lambda_flow)}
+    return {
+        "online": again * online,
+        "target": cfg.enc_depth * block_flops(L, D, ratio) + tokenizer,
+        "predictor": again * predictor,
+        "flow": 3 * flow * bool(cfg.lambda_flow),
+    }
 
 
 def memory_estimate_gb(cfg, num_parameters):
@@ -3896,8 +4347,11 @@ def parameter_groups(model, cfg):
         else:
             groups["decay"].append(parameter)
     settings = {"decay": (cfg.weight_decay, cfg.lr), "no_decay": (0.0, cfg.lr), "flow": (0.0, cfg.flow_lr)}
-    return [dict(params=members, name=name, weight_decay=settings[name][0], peak_lr=settings[name][1], lr=0.0)
-            for name, members in groups.items() if members]
+    return [
+        dict(params=members, name=name, weight_decay=settings[name][0], peak_lr=settings[name][1], lr=0.0)
+        for name, members in groups.items()
+        if members
+    ]
 
 
 def build_optimizer(model, cfg):
@@ -3943,7 +4397,9 @@ class StopFlag:
         in_main = threading.current_thread() is threading.main_thread()  # Python gives signals to no other thread
         self.previous = {number: signal.signal(number, self.handle) for number in heard if in_main}
         if in_main:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # those that came since the program's first line come now
+            signal.pthread_sigmask(
+                signal.SIG_UNBLOCK, signals
+            )  # those that came since the program's first line come now
 
     @property
     def reason(self):
@@ -4004,7 +4460,9 @@ class Process:
         """Whether each flag is set on at least one rank -> list of bools, the same on all ranks."""
         if self.world_size == 1:
             return [bool(flag) for flag in flags]  # twice a step: nothing that a GPU would have to be waited for
-        tensor = torch.tensor([int(flag) for flag in flags], device="cpu" if self.device.type != "cuda" else self.device)
+        tensor = torch.tensor(
+            [int(flag) for flag in flags], device="cpu" if self.device.type != "cuda" else self.device
+        )
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return [bool(flag) for flag in tensor.tolist()]
 
@@ -4065,7 +4523,9 @@ def choose_device(name, local_rank):
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("device = cuda: this machine has no usable CUDA device; use --device cpu or --device auto")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UsageError(f"device = cuda: local rank {local_rank} but {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
+        raise UsageError(
+            f"device = cuda: local rank {local_rank} but {torch.cuda.device_count()} GPUs here; lower --nproc_per_node"
+        )
     if name == "mps" and not has_mps:
         raise UsageError("device = mps: not available on this machine; use --device cpu or --device auto")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
@@ -4153,8 +4613,10 @@ def read_count(name, default, least, most):
     range."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
-        raise UsageError(f"environment: {name} = {shown(text)} must be a whole number from {least} to {most}; "
-                         "torchrun sets it for every process")
+        raise UsageError(
+            f"environment: {name} = {shown(text)} must be a whole number from {least} to {most}; "
+            "torchrun sets it for every process"
+        )
     return int(text)
 
 
@@ -4189,8 +4651,10 @@ def reach(address, port, deadline, stop):
             return
         except OSError as error:
             reason = reason_of(error)
-    raise UserError(f"rank 0 does not answer at {address} port {port} ({reason}): start it there, or correct MASTER_ADDR "
-                    "and MASTER_PORT")
+    raise UserError(
+        f"rank 0 does not answer at {address} port {port} ({reason}): start it there, or correct MASTER_ADDR "
+        "and MASTER_PORT"
+    )
 
 
 def open_store(rank, world_size, timeout_s, stop):
@@ -4203,16 +4667,24 @@ def open_store(rank, world_size, timeout_s, stop):
     """
     env, deadline = os.environ, time.monotonic() + timeout_s
     if not env.get("MASTER_ADDR"):
-        raise UsageError(f"environment: WORLD_SIZE = {world_size}, but MASTER_ADDR, where rank 0 is met, is not set; "
-                         "torchrun sets both")
+        raise UsageError(
+            f"environment: WORLD_SIZE = {world_size}, but MASTER_ADDR, where rank 0 is met, is not set; "
+            "torchrun sets both"
+        )
     address, port = env["MASTER_ADDR"], read_count("MASTER_PORT", "", 1, 65535)
     served = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_master = not served and rank == 0
     try:
         if not is_master:
             reach(address, port, deadline, stop)
-        store = dist.TCPStore(address, port, None if served else world_size, is_master=is_master,
-                              timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+        store = dist.TCPStore(
+            address,
+            port,
+            None if served else world_size,
+            is_master=is_master,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )
         one_node = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")
         store = dist.PrefixStore(f"attempt_{restart_count() if one_node else 'any'}", store)
         store.set(f"here/{rank}", "1")
@@ -4221,11 +4693,14 @@ def open_store(rank, world_size, timeout_s, stop):
             absent = [other for other in absent if not store.check([f"here/{other}"])]
             if not absent:
                 return store
-        raise UserError(f"rank {', '.join(map(str, absent))} of {world_size} did not come within dist_timeout_s = "
-                        f"{timeout_s:g} s; start all of them, on all nodes")
+        raise UserError(
+            f"rank {', '.join(map(str, absent))} of {world_size} did not come within dist_timeout_s = "
+            f"{timeout_s:g} s; start all of them, on all nodes"
+        )
     except dist.DistError as error:
-        raise UserError(f"ranks cannot meet at {address} port {port} ({flat(error)[:200]}); rank 0 may be "
-                        "gone, or the port in use") from error
+        raise UserError(
+            f"ranks cannot meet at {address} port {port} ({flat(error)[:200]}); rank 0 may be gone, or the port in use"
+        ) from error
 
 
 def identify_process(cfg, stop):
@@ -4264,7 +4739,10 @@ def start_process(cfg):
 
 def fingerprint(model):
     """Order-free integer sums over the bits of all parameters and buffers -> list, equal on two ranks when the weights are."""
-    return [int(value.detach().reshape(-1).view(torch.int32).sum(dtype=torch.int64)) for value in model.state_dict().values()]
+    return [
+        int(value.detach().reshape(-1).view(torch.int32).sum(dtype=torch.int64))
+        for value in model.state_dict().values()
+    ]
 
 
 def digest(thing):
@@ -4278,8 +4756,10 @@ def check_ranks(process, **parts):
     for name in parts:
         odd = [rank for rank, other in enumerate(of_ranks) if other[name] != of_ranks[0][name]]
         if odd:
-            raise UserError(f"ranks disagree: {name.replace('_', ' ')} of rank {', '.join(map(str, odd))} differs from rank 0's; start all ranks with the same "
-                            "code, flags and data, from the same checkpoint")
+            raise UserError(
+                f"ranks disagree: {name.replace('_', ' ')} of rank {', '.join(map(str, odd))} differs from rank 0's; start all ranks with the same "
+                "code, flags and data, from the same checkpoint"
+            )
 
 
 def failed_collective(error):
@@ -4289,7 +4769,9 @@ def failed_collective(error):
 
 def autocast(process):
     """The autocast context of a forward pass; does nothing in fp32."""
-    return torch.autocast(process.device.type, dtype=process.amp_dtype or torch.bfloat16, enabled=process.amp_dtype is not None)
+    return torch.autocast(
+        process.device.type, dtype=process.amp_dtype or torch.bfloat16, enabled=process.amp_dtype is not None
+    )
 
 
 @contextmanager
@@ -4411,9 +4893,32 @@ def write_report(path, values):
 
 # Fields that decide what the weights mean or which samples come next: a checkpoint with other values is not resumed.
 RESUME_MUST_MATCH = (
-    "seed", "image_size", "num_frames", "channels", "now_frames", "soon_frames", "eventually_frames", "tubelet_t", "patch", "enc_dim",
-    "enc_depth", "pred_dim", "pred_depth", "num_heads", "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target",
-    "flow_dim", "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool",
+    "seed",
+    "image_size",
+    "num_frames",
+    "channels",
+    "now_frames",
+    "soon_frames",
+    "eventually_frames",
+    "tubelet_t",
+    "patch",
+    "enc_dim",
+    "enc_depth",
+    "pred_dim",
+    "pred_depth",
+    "num_heads",
+    "mlp_ratio",
+    "pos_embed",
+    "outcome_queries",
+    "outcome_queue",
+    "outcome_target",
+    "flow_dim",
+    "flow_depth",
+    "flow_heads",
+    "flow_rank",
+    "flow_chunks",
+    "flow_joint_max",
+    "flow_pool",
 )
 
 
@@ -4453,8 +4958,11 @@ def is_written(path):
 def note_written(path, source, sha256):
     """Put on record that a run wrote the file `source`, which is about to get the name `path`; the one that still has
     that name stays on record."""
-    record = {name: known for name, known in read_mapping(path.parent / WRITTEN, 2**22).items()
-              if os.path.lexists(path.parent / name)}
+    record = {
+        name: known
+        for name, known in read_mapping(path.parent / WRITTEN, 2**22).items()
+        if os.path.lexists(path.parent / name)
+    }
     record[path.name] = [[*size_and_time(source), sha256], *written_record(path)[:1]]
     write_atomic(path.parent / WRITTEN, lambda handle: handle.write(json.dumps(record).encode()))
 
@@ -4477,8 +4985,23 @@ def move_checkpoint(path, target):
 
 CHECKPOINT_FORMAT = 2  # 2: SOON positions start from the last seen tubelet
 NETWORKS = ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target")
-CHECKPOINT_KEYS = {"format", "step", "cfg", *NETWORKS, "opt", "scaler", "flow_stats", "outcome_queue", "rng", "consumed",
-                   "world_size", "seconds", "skipped", "data", "source"}
+CHECKPOINT_KEYS = {
+    "format",
+    "step",
+    "cfg",
+    *NETWORKS,
+    "opt",
+    "scaler",
+    "flow_stats",
+    "outcome_queue",
+    "rng",
+    "consumed",
+    "world_size",
+    "seconds",
+    "skipped",
+    "data",
+    "source",
+}
 
 
 @lru_cache(maxsize=1)
@@ -4492,12 +5015,19 @@ def checkpoint_state(model, optimizer, scaler, source, process, progress):
     cuda_rng = torch.cuda.get_rng_state(process.device) if process.device.type == "cuda" else None
     rng = process.collect({"torch": torch.get_rng_state(), "cuda": cuda_rng})
     return {
-        "format": CHECKPOINT_FORMAT, **asdict(progress), "cfg": asdict(model.cfg),
-        **{name: getattr(model, name).state_dict() for name in NETWORKS}, "opt": optimizer.state_dict(),
+        "format": CHECKPOINT_FORMAT,
+        **asdict(progress),
+        "cfg": asdict(model.cfg),
+        **{name: getattr(model, name).state_dict() for name in NETWORKS},
+        "opt": optimizer.state_dict(),
         "soon_predictor": model.soon_predictor.state_dict() if model.soon_predictor else None,
-        "scaler": scaler.state_dict(), "flow_stats": model.space.state_dict(),
-        "outcome_queue": {"keys": model.queue, "filled": model.queue_filled}, "rng": rng,
-        "world_size": process.world_size, "precision": PRECISIONS[process.amp_dtype], "data": source.listing(),
+        "scaler": scaler.state_dict(),
+        "flow_stats": model.space.state_dict(),
+        "outcome_queue": {"keys": model.queue, "filled": model.queue_filled},
+        "rng": rng,
+        "world_size": process.world_size,
+        "precision": PRECISIONS[process.amp_dtype],
+        "data": source.listing(),
         "source": source_text(),
     }
 
@@ -4545,7 +5075,9 @@ def damage_of(path):
         found = hashlib.sha256()
         while block := handle.read(1 << 22):
             found.update(block)
-    return "" if found.hexdigest() in known else f"its SHA-256 is {found.hexdigest()[:12]}..., not {str(known[0])[:12]}..."
+    return (
+        "" if found.hexdigest() in known else f"its SHA-256 is {found.hexdigest()[:12]}..., not {str(known[0])[:12]}..."
+    )
 
 
 def saved_config(state):
@@ -4573,8 +5105,11 @@ def compare_tensors(found, wanted, name):
         raise ValueError(f"{name}: {shown(sorted(map(str, odd))[0])} is missing or too much")
     for key, tensor in wanted.items():
         value = found[key]
-        if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (tensor.shape, tensor.dtype) \
-                or (value.layout, value.device.type) != (torch.strided, "cpu"):
+        if (
+            not isinstance(value, torch.Tensor)
+            or (value.shape, value.dtype) != (tensor.shape, tensor.dtype)
+            or (value.layout, value.device.type) != (torch.strided, "cpu")
+        ):
             raise ValueError(f"{name}: {key} is not a {str(tensor.dtype)[6:]} of shape {list(tensor.shape)}")
 
 
@@ -4649,8 +5184,10 @@ def load_checkpoint(path):
     if not os.path.lexists(path):
         raise UsageError(f"resume {path}: no such checkpoint")
     if not path.is_file():
-        raise BadCheckpoint(f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; use another "
-                            "one, or --resume never")
+        raise BadCheckpoint(
+            f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; use another "
+            "one, or --resume never"
+        )
     try:
         damage = damage_of(path)
         if damage:
@@ -4661,15 +5198,18 @@ def load_checkpoint(path):
             lacking = ", ".join(sorted(missing))
             raise BadCheckpoint(f"checkpoint {path}: not a VJepa_AUTO_V2 checkpoint (it lacks {lacking})")
         if not fits(int, state["format"]) or state["format"] != CHECKPOINT_FORMAT:
-            raise BadCheckpoint(f"checkpoint {path}: format {shown(state['format'])}, this file reads format "
-                                f"{CHECKPOINT_FORMAT}")
+            raise BadCheckpoint(
+                f"checkpoint {path}: format {shown(state['format'])}, this file reads format {CHECKPOINT_FORMAT}"
+            )
         check_insides(state)
     except BadCheckpoint:
         raise
     except Exception as error:  # a foreign file makes the unpickler, and whoever looks at its insides, raise anything
         why = f"{type(error).__name__}: {flat(error)[:160]}"
-        raise BadCheckpoint(f"checkpoint {path}: not readable, damaged or made by another version ({why}); use another "
-                            "one, or --resume never") from error
+        raise BadCheckpoint(
+            f"checkpoint {path}: not readable, damaged or made by another version ({why}); use another "
+            "one, or --resume never"
+        ) from error
     return state
 
 
@@ -4689,7 +5229,9 @@ def newest_checkpoint(out_dir, tell):
                 tell(f"WARNING: {reason}")
             return state, path
     if reasons:
-        raise UserError(f"out_dir {out_dir}: none of its checkpoints can be read, so nothing starts over unasked; the newest: {reasons[0]}")
+        raise UserError(
+            f"out_dir {out_dir}: none of its checkpoints can be read, so nothing starts over unasked; the newest: {reasons[0]}"
+        )
     return None, None
 
 
@@ -4697,12 +5239,18 @@ def check_same_run(state, cfg, path):
     """UsageError naming the fields in which a checkpoint and this config cannot be the same run."""
     plain = json.loads(json.dumps(asdict(cfg)))
     saved = json.loads(json.dumps(state["cfg"]))
-    different = [f"{name} = {plain[name]} (checkpoint: {saved.get(name)})" for name in RESUME_MUST_MATCH if plain[name] != saved.get(name)]
+    different = [
+        f"{name} = {plain[name]} (checkpoint: {saved.get(name)})"
+        for name in RESUME_MUST_MATCH
+        if plain[name] != saved.get(name)
+    ]
     for name in ("lambda_vjepa", "lambda_soon", "lambda_eventually", "lambda_flow", "lambda_supcon"):
         if bool(plain[name]) != bool(saved.get(name)):  # decides which parameters the optimizer holds
             different.append(f"{name} = {plain[name]} (checkpoint: {saved.get(name)})")
     if different:
-        raise UsageError(f"resume {path}: made by another config: {'; '.join(different)}; use the same values, another --out_dir, or --resume never")
+        raise UsageError(
+            f"resume {path}: made by another config: {'; '.join(different)}; use the same values, another --out_dir, or --resume never"
+        )
 
 
 def restore_model(state, model):
@@ -4784,13 +5332,28 @@ VAL_KEYS = {
 def run_info(cfg, argv, source):
     """Versions, commit, data and decoders (in the order in which they are tried) of a run for config.json -> dict."""
     git = shutil.which("git")
-    head = subprocess.run([git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True) if git else None
+    head = (
+        subprocess.run([git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+        if git
+        else None
+    )
     commit = head.stdout.strip() if head is not None and head.returncode == 0 else "unknown"
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "numpy", "av")}
-    return {"versions": {"python": platform.python_version(), **versions}, "commit": commit, "command": list(argv),
-            "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
-            "data": {"kind": source.kind, "root": source.root, "train_files": len(source.train), "val_files": len(source.val)},
-            "decoders": [name for name in DECODERS[cfg.decoder] if importlib.util.find_spec({"pyav": "av"}.get(name, name))]}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": commit,
+        "command": list(argv),
+        "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
+        "data": {
+            "kind": source.kind,
+            "root": source.root,
+            "train_files": len(source.train),
+            "val_files": len(source.val),
+        },
+        "decoders": [
+            name for name in DECODERS[cfg.decoder] if importlib.util.find_spec({"pyav": "av"}.get(name, name))
+        ],
+    }
 
 
 def format_number(value):
@@ -4840,8 +5403,13 @@ class Tracker:
         else:
             import wandb
 
-            self.writer = wandb.init(project="vjepa_auto_v2", name=Path(cfg.out_dir).name, dir=cfg.out_dir,
-                                     config=asdict(cfg), resume="allow")
+            self.writer = wandb.init(
+                project="vjepa_auto_v2",
+                name=Path(cfg.out_dir).name,
+                dir=cfg.out_dir,
+                config=asdict(cfg),
+                resume="allow",
+            )
 
     def record(self, values):
         """Hand over one record of metrics.jsonl."""
@@ -4868,11 +5436,18 @@ class RunLog:
     def __init__(self, cfg, is_main, folder=None):
         self.folder, self.is_main, self.owner, self.bad, self.trackers = Path(cfg.out_dir), is_main, folder, {}, []
         self.bar_width, self.pending, self.evaluated, self.lost = 0, {}, set(), ""
-        self.stage, self.spoken, self.lock, self.closed = "starting", time.monotonic(), threading.RLock(), threading.Event()
+        self.stage, self.spoken, self.lock, self.closed = (
+            "starting",
+            time.monotonic(),
+            threading.RLock(),
+            threading.Event(),
+        )
         packages = list(filter(None, cfg.track.split(","))) if is_main else []
         for package in packages:
             if importlib.util.find_spec(package) is None:
-                raise UsageError(f"track = {cfg.track}: {package} is not installed (pip install {package}), or leave --track out")
+                raise UsageError(
+                    f"track = {cfg.track}: {package} is not installed (pip install {package}), or leave --track out"
+                )
         self.trackers = [Tracker(package, cfg, self.line) for package in packages]
         self.pulse = threading.Thread(target=self.tell_stage, daemon=True) if is_main and folder is not None else None
         if self.pulse is not None:
@@ -4930,7 +5505,9 @@ class RunLog:
             self.append(name, "")
         if self.is_main and self.lost:
             why = one_line(self.lost)
-            self.append("train.log", f"WARNING: the console was lost in this run ({why}); this file holds all its lines\n")
+            self.append(
+                "train.log", f"WARNING: the console was lost in this run ({why}); this file holds all its lines\n"
+            )
 
     def bar(self, step, steps, text, what="step"):
         """Progress bar on a terminal; nothing elsewhere, where plain lines tell. `what` is counted."""
@@ -5046,8 +5623,9 @@ class RunFolder:
             sweep_folder(self.folder)
             self.write_status("running", None)
         except OSError as error:
-            raise UserError(f"out_dir {cfg.out_dir}: cannot be written ({reason_of(error)}); "
-                            "choose another --out_dir") from error
+            raise UserError(
+                f"out_dir {cfg.out_dir}: cannot be written ({reason_of(error)}); choose another --out_dir"
+            ) from error
 
     def take(self):
         """Lock .lease. UserError when another run holds it."""
@@ -5059,10 +5637,13 @@ class RunFolder:
             owner = handle.read(300).strip() or "unknown"
             handle.close()
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(f"out_dir {self.folder}: another run writes there ({owner}); stop it, "
-                                "or choose another --out_dir") from error
-            raise UserError(f"out_dir {self.folder}: its file system gives no locks ({error.strerror}), "
-                            "so nothing would keep a second run away; choose another --out_dir") from error
+                raise UserError(
+                    f"out_dir {self.folder}: another run writes there ({owner}); stop it, or choose another --out_dir"
+                ) from error
+            raise UserError(
+                f"out_dir {self.folder}: its file system gives no locks ({error.strerror}), "
+                "so nothing would keep a second run away; choose another --out_dir"
+            ) from error
         handle.truncate(0)
         handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
         handle.flush()
@@ -5084,8 +5665,16 @@ class RunFolder:
 
     def write_status(self, state, exit_code):
         """Write status.json. state: running | finished | stopped | failed; running with a dead pid means killed."""
-        values = {"state": state, "exit_code": exit_code, "step": self.step, "reason": self.reason, "host": socket.gethostname(), "pid": os.getpid(),
-                  "attempt": restart_count(), "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        values = {
+            "state": state,
+            "exit_code": exit_code,
+            "step": self.step,
+            "reason": self.reason,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "attempt": restart_count(),
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
         self.check()
         write_atomic(self.folder / "status.json", lambda handle: handle.write(json.dumps(values).encode()))
 
@@ -5177,13 +5766,19 @@ def validate(model, source, process, deadline=math.inf):
     model.train(was_training)
     sums = {name: value / len(targets) for name, value in sums.items()}
     targets, looks = torch.cat(targets), torch.cat(looks)
-    several = bool((looks != looks[0]).any())  # one short held-out file gives the same clip again and again: nothing to compare
+    several = bool(
+        (looks != looks[0]).any()
+    )  # one short held-out file gives the same clip again and again: nothing to compare
     # a ratio of means: clips in which nothing moves would blow up a mean of ratios
     soon = torch.tensor([sums["loss_soon"], sums["persistence"]], dtype=torch.float64)
     sums["soon_skill"] = float(saved_share(*soon))
-    sums |= {"target_std": float(target_std(targets)), "target_std_clips": float(target_std_clips(targets)) if several else float("nan"),
-             "effective_rank": float(effective_rank(targets)), "flow_spread": spread,
-             "clips": len(looks) * process.world_size}
+    sums |= {
+        "target_std": float(target_std(targets)),
+        "target_std_clips": float(target_std_clips(targets)) if several else float("nan"),
+        "effective_rank": float(effective_rank(targets)),
+        "flow_spread": spread,
+        "clips": len(looks) * process.world_size,
+    }
     names = [key for key in VAL_KEYS if key.removeprefix("val_") in sums]
     means = process.mean([sums[key.removeprefix("val_")] for key in names])
     return dict(zip(names, means)), bad
@@ -5192,13 +5787,17 @@ def validate(model, source, process, deadline=math.inf):
 def verdict(metrics, cfg):
     """One sentence about a run's health from its last evaluation."""
     skill, rank, across = metrics["val_soon_skill"], metrics["val_effective_rank"], metrics["val_target_std_clips"]
-    std, what = (across, "across clips") if math.isfinite(across) else (metrics["val_target_std"], "(one held-out clip)")
+    std, what = (
+        (across, "across clips") if math.isfinite(across) else (metrics["val_target_std"], "(one held-out clip)")
+    )
     collapsed = std < 0.2 or rank < 0.05 * cfg.enc_dim
     health = "COLLAPSED: lower lr, raise ema_momentum or warm up longer" if collapsed else "no sign of collapse"
     moves = f"{'' if skill > 0 else 'no '}better than a world that stands still"
     moves = "nothing moves in the held-out clips" if math.isnan(skill) else moves
-    return (f"soon_skill {skill:.2f} ({moves}), sampled futures spread {metrics['val_flow_spread']:.2f} of real ones, "
-            f"effective rank {rank:.1f} of {cfg.enc_dim}, target std {what} {std:.2f}: {health}")
+    return (
+        f"soon_skill {skill:.2f} ({moves}), sampled futures spread {metrics['val_flow_spread']:.2f} of real ones, "
+        f"effective rank {rank:.1f} of {cfg.enc_dim}, target std {what} {std:.2f}: {health}"
+    )
 
 
 @torch.no_grad()
@@ -5298,7 +5897,9 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
                 image.paste(Image.fromarray(np.ascontiguousarray(pictures[frame])), (x, y))
                 if row == 0:
                     title = f"NOW {frame + 1}" if column < len(now) else f"SOON {frame + 1 - cfg.now_frames}"
-                    draw.text((x, y - 18), title, fill="black", font=font)  # frames, not seconds: short files are sampled denser
+                    draw.text(
+                        (x, y - 18), title, fill="black", font=font
+                    )  # frames, not seconds: short files are sampled denser
     save_picture(image, path)
     if len(blocks) == num_clips and bank[-1] >= wanted:
         return ""
@@ -5330,29 +5931,55 @@ def describe_time(seconds):
 
 def print_summary(cfg, overrides, model, source, process, reason, log):
     """The start-up lines: device, precision and why, parameters, tokens, cost, memory, data and overrides."""
-    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    precision = {None: "fp32", torch.bfloat16: "bf16 autocast", torch.float16: "fp16 autocast + scaler"}[process.amp_dtype]
-    sizes = {name: sum(p.numel() for p in getattr(model, name).parameters()) / 1e6 for name in ("online", "predictor", "outcome", "flow")}
+    device = (
+        torch.cuda.get_device_name(process.device)
+        if process.device.type == "cuda"
+        else f"{torch.get_num_threads()} threads"
+    )
+    precision = {None: "fp32", torch.bfloat16: "bf16 autocast", torch.float16: "fp16 autocast + scaler"}[
+        process.amp_dtype
+    ]
+    sizes = {
+        name: sum(p.numel() for p in getattr(model, name).parameters()) / 1e6
+        for name in ("online", "predictor", "outcome", "flow")
+    }
     flops = flops_per_clip(cfg)
     clips = cfg.batch_size * cfg.grad_accum * process.world_size
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) + sum(p.numel() for p in model.target.parameters()) / 4
-    log.line(f"device: {process.device.type} ({device}), {process.world_size} process(es), {precision}{': ' * bool(reason)}{reason}"
-             f"{', compiled' if cfg.compile else ''}")
+    trained = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad)
+        + sum(p.numel() for p in model.target.parameters()) / 4
+    )
+    log.line(
+        f"device: {process.device.type} ({device}), {process.world_size} process(es), {precision}{': ' * bool(reason)}{reason}"
+        f"{', compiled' if cfg.compile else ''}"
+    )
     log.line("parameters: " + ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items()) + " (target = online)")
-    log.line(f"clip: {cfg.num_frames} frames of {cfg.height} x {cfg.width}, {'%g per second' % cfg.clip_fps if cfg.clip_fps else 'spread over the file'} "
-             f"-> grid {' x '.join(map(str, cfg.grid))} = {cfg.num_tokens} tokens; visible under a mask: "
-             + ", ".join(f"{name} {family_visible(cfg, name)}/{cfg.sites} sites" for name in MASK_FAMILIES))
-    log.line(f"step: {clips} clips, {sum(flops.values()) * clips / 1e12:.3g} TFLOP ("
-             + ", ".join(f"{name} {value / sum(flops.values()):.0%}" for name, value in flops.items())
-             + f"); memory about {memory_estimate_gb(cfg, trained):.1f} GB per process plus the framework")
+    log.line(
+        f"clip: {cfg.num_frames} frames of {cfg.height} x {cfg.width}, {'%g per second' % cfg.clip_fps if cfg.clip_fps else 'spread over the file'} "
+        f"-> grid {' x '.join(map(str, cfg.grid))} = {cfg.num_tokens} tokens; visible under a mask: "
+        + ", ".join(f"{name} {family_visible(cfg, name)}/{cfg.sites} sites" for name in MASK_FAMILIES)
+    )
+    log.line(
+        f"step: {clips} clips, {sum(flops.values()) * clips / 1e12:.3g} TFLOP ("
+        + ", ".join(f"{name} {value / sum(flops.values()):.0%}" for name, value in flops.items())
+        + f"); memory about {memory_estimate_gb(cfg, trained):.1f} GB per process plus the framework"
+    )
     held = "" if source.held_out else "; ONE FILE ONLY: validation uses the training file"
-    log.line(f"data: {source.kind}, {len(source.train)} train and {len(source.val)} val files under {source.root or 'no folder'}{held}")
+    log.line(
+        f"data: {source.kind}, {len(source.train)} train and {len(source.val)} val files under {source.root or 'no folder'}{held}"
+    )
     guessed, complete = guessed_rates(cfg, source.root, dict.fromkeys((*source.train, *source.val)))
     if guessed:
-        log.line(f"data: {len(guessed)}{'' if complete else ' or more'} raw streams name no frame rate and are read at "
-                 f"{RAW_FPS:g} per second, a guess (--frame_fps, or fps in their annotation): "
-                 + ", ".join(one_line(name, 60) for name in guessed[:5]) + (", ..." if len(guessed) > 5 else ""))
-    log.line(f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}" + (f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else ""))
+        log.line(
+            f"data: {len(guessed)}{'' if complete else ' or more'} raw streams name no frame rate and are read at "
+            f"{RAW_FPS:g} per second, a guess (--frame_fps, or fps in their annotation): "
+            + ", ".join(one_line(name, 60) for name in guessed[:5])
+            + (", ..." if len(guessed) > 5 else "")
+        )
+    log.line(
+        f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}"
+        + (f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else "")
+    )
     log.line("set: " + (", ".join(f"{name}={value}" for name, value in overrides.items()) or "nothing, all defaults"))
 
 
@@ -5463,7 +6090,9 @@ def take_step(model, wrapped, optimizer, scaler, batches, step, cfg, process):
         group["lr"] = lr_at(step, cfg, group["peak_lr"])
     metrics, carries = {}, []
     for number, batch in enumerate(batches):
-        wrapped.require_backward_grad_sync = number == len(batches) - 1  # read by DDP alone: ranks average once per step
+        wrapped.require_backward_grad_sync = (
+            number == len(batches) - 1
+        )  # read by DDP alone: ranks average once per step
         with autocast(process):
             losses, gauges, carry = wrapped(batch)
         scaler.scale(losses["loss_total"] / len(batches)).backward()
@@ -5472,7 +6101,9 @@ def take_step(model, wrapped, optimizer, scaler, batches, step, cfg, process):
             metrics[name] = metrics.get(name, 0) + value.detach() / len(batches)
     scaler.unscale_(optimizer)
     metrics["grad_norm"], metrics["flow_grad_norm"] = clip_gradients(optimizer, cfg)
-    numbers = torch.stack([metrics[name].float().to(process.device) for name in ("loss_total", "grad_norm", "flow_grad_norm")])
+    numbers = torch.stack(
+        [metrics[name].float().to(process.device) for name in ("loss_total", "grad_norm", "flow_grad_norm")]
+    )
     return metrics, carries, bool(torch.isfinite(numbers).all())
 
 
@@ -5488,12 +6119,22 @@ def log_values(metrics, carries, model, process, log, clock, progress):
     cfg = model.cfg
     targets = torch.cat([gauge_tokens(carry["targets"]) for carry in carries])
     values = {name: float(value) for name, value in metrics.items() if name in LOG_KEYS}
-    values |= {"target_std": float(target_std(targets)), "target_std_clips": float(target_std_clips(targets)), "effective_rank": float(effective_rank(targets))}
+    values |= {
+        "target_std": float(target_std(targets)),
+        "target_std_clips": float(target_std_clips(targets)),
+        "effective_rank": float(effective_rank(targets)),
+    }
     means = dict(zip(values, process.mean(list(values.values()))))
     means |= {
-        "step": progress.step, "lr": lr_at(progress.step - 1, cfg, cfg.lr), "ema_momentum": ema_momentum_at(progress.step - 1, cfg),
-        "flow_explained": float(model.space.explained), "clips_per_s": cfg.batch_size * cfg.grad_accum * process.world_size / clock.seconds_per_step,
-        "data_wait": clock.data_wait, "mem_gb": peak_memory_gb(process.device), "bad_files": len(log.bad), "skipped_steps": progress.skipped,
+        "step": progress.step,
+        "lr": lr_at(progress.step - 1, cfg, cfg.lr),
+        "ema_momentum": ema_momentum_at(progress.step - 1, cfg),
+        "flow_explained": float(model.space.explained),
+        "clips_per_s": cfg.batch_size * cfg.grad_accum * process.world_size / clock.seconds_per_step,
+        "data_wait": clock.data_wait,
+        "mem_gb": peak_memory_gb(process.device),
+        "bad_files": len(log.bad),
+        "skipped_steps": progress.skipped,
         "time": progress.seconds,
     }
     return {key: means[key] for key in LOG_KEYS if key in means}
@@ -5513,8 +6154,10 @@ def check_bad_files(log, entries, source, cfg, process):
     total = len({video.name for video in source.train + source.val})
     if len(failing) / total > cfg.max_bad_fraction:
         name, reason = next(iter(failing.items()))
-        raise UserError(f"{len(failing)} of {total} files cannot be decoded (max_bad_fraction {cfg.max_bad_fraction}); "
-                        f"the first is {name}: {reason}; {listed}")
+        raise UserError(
+            f"{len(failing)} of {total} files cannot be decoded (max_bad_fraction {cfg.max_bad_fraction}); "
+            f"the first is {name}: {reason}; {listed}"
+        )
 
 
 class Clock:
@@ -5562,7 +6205,10 @@ def cache_latents(model, source, process, start, num_clips, log):
     for number, batch in enumerate(process.in_step(loader)):
         with torch.no_grad(), autocast(process):
             clip = model.normalise(batch["frames"].to(process.device))
-            parts = model.encode_now(model.online.tokenizer(clip[:, : cfg.now_frames])), model.future_target(model.make_targets(clip))
+            parts = (
+                model.encode_now(model.online.tokenizer(clip[:, : cfg.now_frames])),
+                model.future_target(model.make_targets(clip)),
+            )
         if cached is None:  # taken whole: joining pieces in the end would need the memory twice
             cached = tuple(torch.empty((num_batches * size, *part.shape[1:]), dtype=kept) for part in parts)
         for whole, part in zip(cached, parts):
@@ -5633,7 +6279,12 @@ def soon_fit_loss(model, contexts, futures, kept, process, step=None):
 
 def flow_fit_loss(model, contexts, y, kept, process, step=None):
     """The flow net's loss on the clips that a step draws from the first `kept`; without a step its EMA's on held-out ones, NaN where there are none."""
-    cfg, net, rng, chosen = model.cfg, model.flow_ema, torch.Generator().manual_seed(model.cfg.seed), torch.arange(kept, len(y))[:512]
+    cfg, net, rng, chosen = (
+        model.cfg,
+        model.flow_ema,
+        torch.Generator().manual_seed(model.cfg.seed),
+        torch.arange(kept, len(y))[:512],
+    )
     if step is not None:
         net, rng = model.flow, fit_rng(cfg, step, process)
         chosen = torch.randint(kept, (cfg.flow_fit_batch,), generator=rng)
@@ -5647,7 +6298,9 @@ def fit_net(net, slow, num_steps, loss_at, name, key, began, cfg, process, log):
 
     loss_at(step) is the loss of a step, loss_at() the held-out one; log lines begin with `name` and call it `key`.
     """
-    optimizer = torch.optim.AdamW(net.requires_grad_(True).parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        net.requires_grad_(True).parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     schedule = replace(cfg, steps=num_steps, warmup_steps=num_steps)  # capped at a tenth
     for step in range(num_steps):
         loss = loss_at(step)
@@ -5659,8 +6312,10 @@ def fit_net(net, slow, num_steps, loss_at, name, key, began, cfg, process, log):
         if (step + 1) % (4 * cfg.log_every) == 0 or step + 1 == num_steps:
             with torch.no_grad():
                 held_out = float(loss_at())
-            log.line(f"{name} step:{step + 1} {key}:{float(loss.detach()):.4g} held_out:{held_out:.4g} "
-                     f"time:{time.perf_counter() - began:.0f}")
+            log.line(
+                f"{name} step:{step + 1} {key}:{float(loss.detach()):.4g} held_out:{held_out:.4g} "
+                f"time:{time.perf_counter() - began:.0f}"
+            )
         if step % 50 == 0:
             process.stop_together()
     net.requires_grad_(False)
@@ -5690,13 +6345,17 @@ def fit_flow(model, source, process, log, progress):
     with spare_threads(cfg.num_workers):
         contexts, futures = cache_latents(model, source, process, progress.consumed, cfg.flow_fit_clips, log)
     kept = max(1, len(contexts) - len(contexts) // 20)
-    log.line(f"flow phase: latents of {len(contexts) * process.world_size} clips in {describe_time(time.perf_counter() - began)}")
+    log.line(
+        f"flow phase: latents of {len(contexts) * process.world_size} clips in {describe_time(time.perf_counter() - began)}"
+    )
     if cfg.soon_fit_steps:
         fit_soon(model, contexts, futures, kept, process, log)
     process.stop_together()
     y = flow_coordinates(model, contexts, futures, process)
     del futures
-    log.line(f"flow phase: {float(model.space.explained):.0%} of the residual in {cfg.flow_rank} directions; {cfg.flow_fit_steps} steps")
+    log.line(
+        f"flow phase: {float(model.space.explained):.0%} of the residual in {cfg.flow_rank} directions; {cfg.flow_fit_steps} steps"
+    )
     model.flow_ema.load_state_dict(model.flow.state_dict())
     loss_at, name = partial(flow_fit_loss, model, contexts, y, kept, process), "flow phase"
     fit_net(model.flow, model.flow_ema, cfg.flow_fit_steps, loss_at, name, "loss_flow", began, cfg, process, log)
@@ -5735,7 +6394,9 @@ def finish(model, source, process, log, mark, progress):
     log.line("verdict: " + verdict(values, cfg))
     if cfg.picture:
         process.together(show_futures, model, source, process, values, log, seconds)
-    log.line(f"done: {progress.step} steps in {describe_time(progress.seconds)}; checkpoint {cfg.out_dir}/checkpoints/ckpt_final.pt")
+    log.line(
+        f"done: {progress.step} steps in {describe_time(progress.seconds)}; checkpoint {cfg.out_dir}/checkpoints/ckpt_final.pt"
+    )
     return EXIT_OK
 
 
@@ -5798,7 +6459,9 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     wrapped = model
     if process.world_size > 1:
         devices = [process.device] if process.device.type == "cuda" else None
-        wrapped = nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrapped = nn.parallel.DistributedDataParallel(
+            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     seconds, timed_how = rehearse(model, wrapped, cfg, process)
     torch.manual_seed(cfg.seed + 1 + process.rank)  # dropout differs between ranks, weights do not
 
@@ -5806,14 +6469,18 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     progress, skipped_in_row, timed = Progress(), 0, False
     print_summary(cfg, overrides, model, source, process, reason, log)
     advice = "; THAT IS DAYS: think of --preset small or tiny, fewer --steps, or a faster device"
-    log.line(f"first estimate: {describe_time(seconds * cfg.steps)} for {cfg.steps} steps, {timed_how}"
-             + advice * (seconds * cfg.steps > 2 * 86400))
+    log.line(
+        f"first estimate: {describe_time(seconds * cfg.steps)} for {cfg.steps} steps, {timed_how}"
+        + advice * (seconds * cfg.steps > 2 * 86400)
+    )
     if state is not None:
         try:
             restore_model(state, model)
             restore_run(state, optimizer, scaler, process)
         except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"checkpoint {resumed_from}: does not fit this model ({str(error).splitlines()[0]})") from error
+            raise UserError(
+                f"checkpoint {resumed_from}: does not fit this model ({str(error).splitlines()[0]})"
+            ) from error
         progress = Progress(**{entry.name: state.get(entry.name, entry.default) for entry in fields(Progress)})
         progress.flow_fitted &= progress.step >= cfg.steps  # a run that is extended fits its flow anew at its new end
         if not progress.flow_fitted:
@@ -5836,11 +6503,19 @@ def run(cfg, overrides, argv, videos, process, folder, log):
     clock, bad, last, stopping, first_step = Clock(), [], {}, False, progress.step + 1
     process.stop.saved = progress.step
     model.train()
-    sampler = StepSampler(progress.consumed, (cfg.steps - progress.step) * cfg.grad_accum, cfg.batch_size, process.rank, process.world_size)
+    sampler = StepSampler(
+        progress.consumed,
+        (cfg.steps - progress.step) * cfg.grad_accum,
+        cfg.batch_size,
+        process.rank,
+        process.world_size,
+    )
     pinned = process.device.type == "cuda"
     loader = open_loader(source, cfg, "train", sampler, cfg.num_workers, pinned, process.stop.asked)
     folder.closing.append(loader)
-    if is_due(cfg.val_every, progress, cfg) and process.any(progress.step not in log.evaluated)[0]:  # the stop came before it
+    if (
+        is_due(cfg.val_every, progress, cfg) and process.any(progress.step not in log.evaluated)[0]
+    ):  # the stop came before it
         bad, stopping = evaluate(model, source, process, log, mark, progress)
     while progress.step < cfg.steps and not stopping:
         # -- batch
@@ -5862,19 +6537,37 @@ def run(cfg, overrides, argv, videos, process, folder, log):
         skipped_in_row = skipped_in_row + 1 if broken else 0
         if broken:
             progress.skipped += 1
-            files = [source.train[number].name for batch in batches for number in batch["file"].tolist() if number >= 0 and not finite]
-            named = [f"rank {rank}: {', '.join(dict.fromkeys(names))}" for rank, names in enumerate(process.collect(files)) if names]
+            files = [
+                source.train[number].name
+                for batch in batches
+                for number in batch["file"].tolist()
+                if number >= 0 and not finite
+            ]
+            named = [
+                f"rank {rank}: {', '.join(dict.fromkeys(names))}"
+                for rank, names in enumerate(process.collect(files))
+                if names
+            ]
             log.line(f"step {step + 1} skipped: loss or gradient not finite; its files: {'; '.join(named) or 'none'}")
             if skipped_in_row >= cfg.max_skipped_steps:
-                raise UserError(f"{skipped_in_row} steps in a row were not finite; lower --lr or --flow_lr, or look at the data; the last checkpoint stands")
+                raise UserError(
+                    f"{skipped_in_row} steps in a row were not finite; lower --lr or --flow_lr, or look at the data; the last checkpoint stands"
+                )
         else:
             apply_step(model, optimizer, scaler, carries, step, cfg)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        progress.step, progress.consumed = step + 1, progress.consumed + cfg.batch_size * cfg.grad_accum * process.world_size
+        progress.step, progress.consumed = (
+            step + 1,
+            progress.consumed + cfg.batch_size * cfg.grad_accum * process.world_size,
+        )
         progress.seconds = time.perf_counter() - began
         clock.tick(waited)
-        log.bar(progress.step, cfg.steps, f"{describe_time(progress.seconds)} {' '.join(f'{key}:{format_number(value)}' for key, value in last.items())}")
+        log.bar(
+            progress.step,
+            cfg.steps,
+            f"{describe_time(progress.seconds)} {' '.join(f'{key}:{format_number(value)}' for key, value in last.items())}",
+        )
         # -- log
         if progress.step in (first_step, cfg.steps) or progress.step % cfg.log_every == 0 or stopping:
             clock.close()
@@ -5882,7 +6575,9 @@ def run(cfg, overrides, argv, videos, process, folder, log):
             log.record(record, mark)
             if not timed and math.isfinite(clock.seconds_per_step):
                 timed = True
-                log.line(f"{clock.seconds_per_step:.3g} s per step: {describe_time(clock.seconds_per_step * (cfg.steps - progress.step))} to go")
+                log.line(
+                    f"{clock.seconds_per_step:.3g} s per step: {describe_time(clock.seconds_per_step * (cfg.steps - progress.step))} to go"
+                )
             last = {key: record[key] for key in ("loss_total", "soon_skill", "clips_per_s")}
         # -- evaluate and save
         pause = time.perf_counter()
@@ -5952,10 +6647,16 @@ def train(cfg, overrides=None, argv=(), stop=None):
         if process.world_size == 1 or not failed_collective(error):
             raise
         silent = process.silent_ranks()
-        who = f"rank {', '.join(map(str, silent))} did not answer: dead, hung or stopped" if silent else "all ranks are alive: a slow network?"
-        raise UserError(f"ranks lost each other at step {folder.step} ({flat(error)[:120]}); {who}; run the same "
-                        "command to go on from the last checkpoint "
-                        f"(dist_timeout_s = {cfg.dist_timeout_s:g})") from error
+        who = (
+            f"rank {', '.join(map(str, silent))} did not answer: dead, hung or stopped"
+            if silent
+            else "all ranks are alive: a slow network?"
+        )
+        raise UserError(
+            f"ranks lost each other at step {folder.step} ({flat(error)[:120]}); {who}; run the same "
+            "command to go on from the last checkpoint "
+            f"(dist_timeout_s = {cfg.dist_timeout_s:g})"
+        ) from error
     finally:
         if own:
             stop.restore()
@@ -5970,12 +6671,16 @@ def start(argv, stop):
     try:
         return train(cfg, overrides, argv, stop)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):  # the CPU allocator has no type of its own
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(
+            error
+        ):  # the CPU allocator has no type of its own
             raise
         peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
-        raise UserError(f"out of memory ({flat(error)[:160]}{peak}); in order of effect: lower --batch_size (raise "
-                        "--grad_accum), --grad_checkpoint, --amp, smaller --image_size or --num_frames, "
-                        "--preset small; nothing saved before is harmed") from error
+        raise UserError(
+            f"out of memory ({flat(error)[:160]}{peak}); in order of effect: lower --batch_size (raise "
+            "--grad_accum), --grad_checkpoint, --amp, smaller --image_size or --num_frames, "
+            "--preset small; nothing saved before is harmed"
+        ) from error
     except OSError as error:
         raise UserError(f"{error}; nothing saved before is harmed, run the same command to go on") from error
     finally:

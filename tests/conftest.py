@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, one process per core; read when torch is imported
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the tests run side by side, one process per core; read when torch is imported
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "VJepa_AUTO_V2.py"
@@ -31,9 +33,33 @@ def small_config(**overrides):
     import VJepa_AUTO_V2 as V
 
     base = dict(
-        image_size=32, patch=8, num_frames=12, now_frames=4, soon_frames=4, eventually_frames=4, enc_dim=48, enc_depth=2, pred_dim=24,
-        pred_depth=2, num_heads=4, outcome_queries=2, outcome_queue=16, flow_dim=32, flow_depth=2, flow_heads=4, flow_rank=8, flow_chunks=2,
-        flow_draws=3, batch_size=2, num_workers=0, steps=20, warmup_steps=2, scene_clips=8, device="cpu", val_clips=4, log_every=1,
+        image_size=32,
+        patch=8,
+        num_frames=12,
+        now_frames=4,
+        soon_frames=4,
+        eventually_frames=4,
+        enc_dim=48,
+        enc_depth=2,
+        pred_dim=24,
+        pred_depth=2,
+        num_heads=4,
+        outcome_queries=2,
+        outcome_queue=16,
+        flow_dim=32,
+        flow_depth=2,
+        flow_heads=4,
+        flow_rank=8,
+        flow_chunks=2,
+        flow_draws=3,
+        batch_size=2,
+        num_workers=0,
+        steps=20,
+        warmup_steps=2,
+        scene_clips=8,
+        device="cpu",
+        val_clips=4,
+        log_every=1,
     )
     return replace(V.VJepaAutoV2Config(), **{**base, **overrides})
 
@@ -42,6 +68,7 @@ def random_batch(cfg, num_clips, seed=0, first=0):
     """A batch of random frames with the masks and flow noise of samples first, first + 1, ... -> dict of tensors."""
     import numpy as np
     import torch
+
     import VJepa_AUTO_V2 as V
 
     rng = np.random.default_rng(seed)
@@ -49,7 +76,13 @@ def random_batch(cfg, num_clips, seed=0, first=0):
     for index in range(first, first + num_clips):
         sample = V.mask_and_noise(cfg, "train", index)
         frames = rng.integers(0, 256, (cfg.num_frames, 3, cfg.height, cfg.width), dtype=np.uint8)
-        sample.update(frames=torch.from_numpy(frames), file=torch.tensor(index), maneuver=torch.tensor(-1), index=torch.tensor(index), bad=[])
+        sample.update(
+            frames=torch.from_numpy(frames),
+            file=torch.tensor(index),
+            maneuver=torch.tensor(-1),
+            index=torch.tensor(index),
+            bad=[],
+        )
         samples.append(sample)
     batch = V.collate(samples)
     batch.pop("bad")
@@ -72,7 +105,9 @@ def group_members(group):
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
     """A run that died in a test must not keep the handlers of the next one."""
-    held = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)}
+    held = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    }
     yield
     for number, handler in held.items():
         signal.signal(number, handler)

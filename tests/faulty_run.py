@@ -48,9 +48,15 @@ def take_step(model, wrapped, optimizer, scaler, batches, step, cfg, process):
             strike(kind, model, batches)
     metrics, carries, finite = PLAIN_STEP(model, wrapped, optimizer, scaler, batches, step, cfg, process)
     if "TRACE" in os.environ:
-        row = {"step": step, "rank": RANK, "loss": float(metrics["loss_total"]).hex(), "norm": float(metrics["grad_norm"]).hex(),
-               "weights": V.digest(V.fingerprint(model)), "samples": [number for batch in batches for number in batch["index"].tolist()],
-               "files": [number for batch in batches for number in batch["file"].tolist()]}
+        row = {
+            "step": step,
+            "rank": RANK,
+            "loss": float(metrics["loss_total"]).hex(),
+            "norm": float(metrics["grad_norm"]).hex(),
+            "weights": V.digest(V.fingerprint(model)),
+            "samples": [number for batch in batches for number in batch["index"].tolist()],
+            "files": [number for batch in batches for number in batch["file"].tolist()],
+        }
         with open(Path(os.environ["TRACE"]) / f"rank_{RANK}.jsonl", "a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
     return metrics, carries, finite

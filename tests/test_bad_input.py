@@ -30,7 +30,10 @@ def one_line(err):
 
 def bad_files(folder):
     """bad_files.jsonl -> {path: reason}."""
-    return {row["path"]: row["reason"] for row in map(json.loads, (Path(folder) / "bad_files.jsonl").read_text().splitlines())}
+    return {
+        row["path"]: row["reason"]
+        for row in map(json.loads, (Path(folder) / "bad_files.jsonl").read_text().splitlines())
+    }
 
 
 def write_audio(path):
@@ -83,7 +86,12 @@ def test_empty_folder_is_refused_if_so_asked(capsys, tmp_path):
     """--missing_data error: exit 2, one line with the folder and the pattern, nothing written."""
     (tmp_path / "empty").mkdir()
     code, _, err = run(capsys, tmp_path, data_root=str(tmp_path / "empty"), missing_data="error", video_glob="*.mkv")
-    assert code == 2 and "no video matches '*.mkv'" in one_line(err) and "--video_glob" in err and not (tmp_path / "run").exists()
+    assert (
+        code == 2
+        and "no video matches '*.mkv'" in one_line(err)
+        and "--video_glob" in err
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_empty_folder_may_give_random_pixels_marked(capsys, tmp_path):
@@ -109,15 +117,23 @@ def mixed_folder(scene_folder, tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_files_are_named_counted_and_replaced(capsys, tmp_path, mixed_folder, workers):
     """Exit 0; every bad file once in bad_files.jsonl with its reason; the count stands in the records. Seen red with BadFile ignored."""
-    code, out, err = run(capsys, tmp_path, data_root=str(mixed_folder), steps=8, val_clips=4, val_fraction=0.3, num_workers=workers)
+    code, out, err = run(
+        capsys, tmp_path, data_root=str(mixed_folder), steps=8, val_clips=4, val_fraction=0.3, num_workers=workers
+    )
     assert (code, err) == (0, "")
     named = bad_files(tmp_path / "run")
     assert set(named) == {"zero.mp4", "truncated.mp4", "garbage.mp4", "text.mp4", "sound.mp4"}
-    assert "0 bytes" in named["zero.mp4"] and "no video stream" in named["sound.mp4"] and all(len(reason) > 5 for reason in named.values())
+    assert (
+        "0 bytes" in named["zero.mp4"]
+        and "no video stream" in named["sound.mp4"]
+        and all(len(reason) > 5 for reason in named.values())
+    )
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     counts = [row["bad_files"] for row in records if "bad_files" in row]
     assert counts == sorted(counts) and counts[-1] >= 3
-    assert out.count("bad file: zero.mp4: ") == 1 and len((tmp_path / "run/bad_files.jsonl").read_text().splitlines()) == 5
+    assert (
+        out.count("bad file: zero.mp4: ") == 1 and len((tmp_path / "run/bad_files.jsonl").read_text().splitlines()) == 5
+    )
 
 
 def test_a_restart_counts_bad_files_once(capsys, tmp_path, mixed_folder):
@@ -126,8 +142,12 @@ def test_a_restart_counts_bad_files_once(capsys, tmp_path, mixed_folder):
     assert run(capsys, tmp_path, steps=8, **settings)[0] == 0
     before = bad_files(tmp_path / "run")
     assert run(capsys, tmp_path, steps=9, **settings)[0] == 0
-    assert bad_files(tmp_path / "run") == before and len((tmp_path / "run/bad_files.jsonl").read_text().splitlines()) == len(before)
-    last = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if "bad_files" in line][-1]
+    assert bad_files(tmp_path / "run") == before and len(
+        (tmp_path / "run/bad_files.jsonl").read_text().splitlines()
+    ) == len(before)
+    last = [
+        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if "bad_files" in line
+    ][-1]
     assert (last["step"], last["bad_files"]) == (9, 5)
 
 
@@ -163,7 +183,11 @@ def test_another_file_is_held_out_when_the_held_out_one_is_bad(capsys, tmp_path,
     for video in bad:
         Path(video.path).write_bytes(b"damaged" * 100)
     train, val = V.split_readable(small_config(), videos)
-    assert len(val) == len(bad) + 1 and {video.name for video in bad} < {video.name for video in val} and len(train) + len(val) == len(videos)
+    assert (
+        len(val) == len(bad) + 1
+        and {video.name for video in bad} < {video.name for video in val}
+        and len(train) + len(val) == len(videos)
+    )
     code, _, err = run(capsys, tmp_path, data_root=str(folder))
     assert (code, err) == (0, "") and {entry for entry in bad_files(tmp_path / "run")} >= {video.name for video in bad}
 
@@ -171,7 +195,9 @@ def test_another_file_is_held_out_when_the_held_out_one_is_bad(capsys, tmp_path,
 def test_list_with_absent_files(capsys, tmp_path, scene_folder):
     """A list that names a file which is not there: the file is bad, the others serve."""
     names = [str(path) for path in sorted((scene_folder / "videos").glob("*.mp4"))]
-    (tmp_path / "list.csv").write_text("path,label\n" + "\n".join(f"{name},keep" for name in [*names, str(tmp_path / "gone.mp4")]))
+    (tmp_path / "list.csv").write_text(
+        "path,label\n" + "\n".join(f"{name},keep" for name in [*names, str(tmp_path / "gone.mp4")])
+    )
     code, _, err = run(capsys, tmp_path, data_root=str(tmp_path / "list.csv"), steps=8, val_clips=4)
     assert (code, err) == (0, "") and [Path(name).name for name in bad_files(tmp_path / "run")] == ["gone.mp4"]
 
@@ -191,7 +217,10 @@ def test_damaged_list(capsys, tmp_path, text):
 def finished(scene_folder, tmp_path_factory):
     """A finished run of two steps -> folder."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    assert V.train(small_config(data_root=str(scene_folder), out_dir=str(folder), steps=2, picture=False, val_clips=2)) == 0
+    assert (
+        V.train(small_config(data_root=str(scene_folder), out_dir=str(folder), steps=2, picture=False, val_clips=2))
+        == 0
+    )
     return folder
 
 
@@ -237,8 +266,21 @@ def spoil(path, how, marker):
         path.write_bytes(pickle.dumps(Malicious(str(marker))))
 
 
-HOWS = ["empty", "truncated", "text", "flipped 0.1", "flipped 0.5", "flipped 0.9", "foreign dict", "foreign list", "keys without content",
-        "a module missing", "a weight missing", "malicious", "malicious raw"]
+HOWS = [
+    "empty",
+    "truncated",
+    "text",
+    "flipped 0.1",
+    "flipped 0.5",
+    "flipped 0.9",
+    "foreign dict",
+    "foreign list",
+    "keys without content",
+    "a module missing",
+    "a weight missing",
+    "malicious",
+    "malicious raw",
+]
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -281,7 +323,12 @@ def test_out_dir_is_a_file(capsys, tmp_path, scene_folder):
     """Exit 1, one line; the file stays as it is."""
     (tmp_path / "run").write_text("mine")
     code, _, err = run(capsys, tmp_path, data_root=str(scene_folder))
-    assert code == 1 and "cannot be written" in one_line(err) and "--out_dir" in err and (tmp_path / "run").read_text() == "mine"
+    assert (
+        code == 1
+        and "cannot be written" in one_line(err)
+        and "--out_dir" in err
+        and (tmp_path / "run").read_text() == "mine"
+    )
 
 
 @pytest.mark.parametrize("place", ["below a file", "/proc/vjepa_run", "read-only"])
@@ -320,10 +367,16 @@ def test_absent_mps_is_refused(capsys, tmp_path, scene_folder):
     assert code == 2 and "device = mps" in one_line(err)
 
 
-@pytest.mark.parametrize("argv, fragment", [
-    (["--stepz", "3"], "did you mean --steps?"), (["--steps", "three"], "--steps"), (["--decoder", "ffmpeg"], "decoder = 'ffmpeg'"),
-    (["--config", "/absent/config.json"], "/absent/config.json"), (["--amp=yes"], "--amp"),
-])
+@pytest.mark.parametrize(
+    "argv, fragment",
+    [
+        (["--stepz", "3"], "did you mean --steps?"),
+        (["--steps", "three"], "--steps"),
+        (["--decoder", "ffmpeg"], "decoder = 'ffmpeg'"),
+        (["--config", "/absent/config.json"], "/absent/config.json"),
+        (["--amp=yes"], "--amp"),
+    ],
+)
 def test_mistyped_command(capsys, monkeypatch, argv, fragment):
     """Exit 2 and one line; test_config.py holds the long list."""
     monkeypatch.setattr(V, "train", lambda *rest: pytest.fail("this command line must not start a run"))
@@ -333,6 +386,7 @@ def test_mistyped_command(capsys, monkeypatch, argv, fragment):
 
 def test_out_of_memory_tells_what_to_lower(capsys, tmp_path, scene_folder, monkeypatch):
     """Exit 1 with the flags in their order of effect, not a traceback."""
+
     def exhausted(*rest):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
 
@@ -343,6 +397,7 @@ def test_out_of_memory_tells_what_to_lower(capsys, tmp_path, scene_folder, monke
 
 def test_a_bug_is_not_taken_for_lack_of_memory(capsys, tmp_path, scene_folder, monkeypatch):
     """A RuntimeError that says nothing of memory, and its subclasses, end in a traceback. Seen red with every subclass of RuntimeError called out of memory."""
+
     def broken(*rest):
         raise NotImplementedError("no such operator")
 

@@ -60,7 +60,12 @@ def test_one_short_held_out_file_is_not_called_a_collapse(tmp_path, scene_folder
     cfg = small_config()
     source = V.open_data(cfg, [V.VideoFile("one.mp4", str(one))], True, None)
     values, bad = V.validate(new_model(cfg), source, cpu_process())
-    assert bad == [] and not source.held_out and math.isnan(values["val_target_std_clips"]) and values["val_target_std"] > 0.2
+    assert (
+        bad == []
+        and not source.held_out
+        and math.isnan(values["val_target_std_clips"])
+        and values["val_target_std"] > 0.2
+    )
     assert "no sign of collapse" in V.verdict(values, cfg)
     values["val_target_std_clips"] = 0.01
     assert "COLLAPSED" in V.verdict(values, cfg)

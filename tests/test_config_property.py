@@ -19,35 +19,137 @@ yaml = importlib.import_module("yaml") if importlib.util.find_spec("yaml") else 
 FIELDS = {field.name: field for field in fields(V.VJepaAutoV2Config)}
 # Fields whose large values cost time or memory in a step; all others are drawn from their whole range. Most values fit together.
 SMALL = {
-    "num_workers": [0, 1, 512], "enc_depth": [1, 1, 2], "pred_depth": [1, 1, 2], "flow_depth": [1, 1, 2], "mlp_ratio": [0.1, 0.5, 1.0, 4.0],
-    "short_num_blocks": [1, 1, 2, 2, 7], "long_num_blocks": [1, 1, 2], "mask_draws": [1, 1, 2, 3], "short_visible": [0.0, 0.01, 0.2, 0.5, 0.8, 0.99],
-    "long_visible": [0.0, 0.01, 0.2, 0.5, 0.8, 0.99], "outcome_queries": [1, 2, 5],
-    "outcome_queue": [0, 1, 2, 3, 16], "flow_rank": [1, 2, 7, 16, 64], "flow_joint_max": [0, 0, 500, 65536, 2**40],
-    "flow_pool": [1, 1, 1, 2, 3], "flow_draws": [1, 2, 3], "flow_steps": [1, 2, 3], "batch_size": [1, 2, 2, 3], "grad_accum": [1, 1, 2],
-    "lambda_flow": [0.0, 1.0, 1.0], "lambda_supcon": [0.0, 0.0, 1.0], "lambda_vjepa": [0.0, 1.0, 1.0], "flow_fit_clips": [0, 0, 1, 100],
-    "lr": [0.0, 1e-6, 1e-3, 0.03], "flow_lr": [0.0, 1e-6, 1e-3, 0.03], "weight_decay": [0.0, 0.05, 1.0],  # a rate of 7 may well diverge in a step
-    "preset": list(V.PRESETS), "device": ["cpu"], "compile": [False],
+    "num_workers": [0, 1, 512],
+    "enc_depth": [1, 1, 2],
+    "pred_depth": [1, 1, 2],
+    "flow_depth": [1, 1, 2],
+    "mlp_ratio": [0.1, 0.5, 1.0, 4.0],
+    "short_num_blocks": [1, 1, 2, 2, 7],
+    "long_num_blocks": [1, 1, 2],
+    "mask_draws": [1, 1, 2, 3],
+    "short_visible": [0.0, 0.01, 0.2, 0.5, 0.8, 0.99],
+    "long_visible": [0.0, 0.01, 0.2, 0.5, 0.8, 0.99],
+    "outcome_queries": [1, 2, 5],
+    "outcome_queue": [0, 1, 2, 3, 16],
+    "flow_rank": [1, 2, 7, 16, 64],
+    "flow_joint_max": [0, 0, 500, 65536, 2**40],
+    "flow_pool": [1, 1, 1, 2, 3],
+    "flow_draws": [1, 2, 3],
+    "flow_steps": [1, 2, 3],
+    "batch_size": [1, 2, 2, 3],
+    "grad_accum": [1, 1, 2],
+    "lambda_flow": [0.0, 1.0, 1.0],
+    "lambda_supcon": [0.0, 0.0, 1.0],
+    "lambda_vjepa": [0.0, 1.0, 1.0],
+    "flow_fit_clips": [0, 0, 1, 100],
+    "lr": [0.0, 1e-6, 1e-3, 0.03],
+    "flow_lr": [0.0, 1e-6, 1e-3, 0.03],
+    "weight_decay": [0.0, 0.05, 1.0],  # a rate of 7 may well diverge in a step
+    "preset": list(V.PRESETS),
+    "device": ["cpu"],
+    "compile": [False],
 }
-SIZES = ["patch", "image_size", "tubelet_t", "now_frames", "soon_frames", "eventually_frames", "num_frames", "num_heads", "enc_dim", "pred_dim", "flow_heads",
-         "flow_dim", "flow_chunks", "flow_rank", "flow_pool"]  # rules tie these to each other
+SIZES = [
+    "patch",
+    "image_size",
+    "tubelet_t",
+    "now_frames",
+    "soon_frames",
+    "eventually_frames",
+    "num_frames",
+    "num_heads",
+    "enc_dim",
+    "pred_dim",
+    "flow_heads",
+    "flow_dim",
+    "flow_chunks",
+    "flow_rank",
+    "flow_pool",
+]  # rules tie these to each other
 TEXTS = {
-    "data_root": ["", "a b", "data", "/nowhere/\u00e9"], "video_glob": ["*", "", "*.mp4", "[", "**"], "out_dir": ["runs/x", "."],
-    "resume": ["auto", "never", "a.pt"], "track": ["", "", "wandb", "tensorboard,wandb", ","],
+    "data_root": ["", "a b", "data", "/nowhere/\u00e9"],
+    "video_glob": ["*", "", "*.mp4", "[", "**"],
+    "out_dir": ["runs/x", "."],
+    "resume": ["auto", "never", "a.pt"],
+    "track": ["", "", "wandb", "tensorboard,wandb", ","],
     "scene_mix": ["default", "fork_only", "fork=1", "fork=3, brake=0.5", "steady=1e-9"],
 }
-ODD = [-1, 0, 1, 5, 7, 10**9, 2**63, 10**30, -(10**400), 10**5000, -1.0, 0.0, 0.3, 2.0, 1e308, math.nan, math.inf, -math.inf, "", "0", "x\ny", "\x1b[31m",
-       "a\0b", "\ud800", "fork=nan", "fork=1,lane=-1", "=", "wandb,mlflow", None, True, False, (), (8,), (16, 24), [16, 8], (8, 8.0), (8, 10**5000), [[[]]], {},
-       b"x", object(), torch.zeros(2, 2)]
-TOO_LARGE = {"mlp_ratio": 8, "num_frames": 64, "enc_dim": 64, "pred_dim": 64, "flow_dim": 64, "outcome_queries": 8, "flow_draws": 8, "flow_rank": 300,
-             "flow_steps": 8, "outcome_queue": 10**4, "mask_draws": 4, "enc_depth": 8, "pred_depth": 8, "flow_depth": 8, "batch_size": 8, "grad_accum": 8,
-             "height": 64, "width": 64, "short_num_blocks": 100, "long_num_blocks": 100, "flow_tokens": 500}
+ODD = [
+    -1,
+    0,
+    1,
+    5,
+    7,
+    10**9,
+    2**63,
+    10**30,
+    -(10**400),
+    10**5000,
+    -1.0,
+    0.0,
+    0.3,
+    2.0,
+    1e308,
+    math.nan,
+    math.inf,
+    -math.inf,
+    "",
+    "0",
+    "x\ny",
+    "\x1b[31m",
+    "a\0b",
+    "\ud800",
+    "fork=nan",
+    "fork=1,lane=-1",
+    "=",
+    "wandb,mlflow",
+    None,
+    True,
+    False,
+    (),
+    (8,),
+    (16, 24),
+    [16, 8],
+    (8, 8.0),
+    (8, 10**5000),
+    [[[]]],
+    {},
+    b"x",
+    object(),
+    torch.zeros(2, 2),
+]
+TOO_LARGE = {
+    "mlp_ratio": 8,
+    "num_frames": 64,
+    "enc_dim": 64,
+    "pred_dim": 64,
+    "flow_dim": 64,
+    "outcome_queries": 8,
+    "flow_draws": 8,
+    "flow_rank": 300,
+    "flow_steps": 8,
+    "outcome_queue": 10**4,
+    "mask_draws": 4,
+    "enc_depth": 8,
+    "pred_depth": 8,
+    "flow_depth": 8,
+    "batch_size": 8,
+    "grad_accum": 8,
+    "height": 64,
+    "width": 64,
+    "short_num_blocks": 100,
+    "long_num_blocks": 100,
+    "flow_tokens": 500,
+}
 
 
 def draw_in_range(rng, name):
     """Either end of a field's range, or something between; open and very wide ones are drawn up to ten times the default."""
     low, high = V.RANGES[name]
     default = FIELDS[name].default
-    wide = high is None or high > 100 * max(default, 1) and rng.random() < 0.97  # a bound that only keeps nonsense out is met now and then
+    wide = (
+        high is None or high > 100 * max(default, 1) and rng.random() < 0.97
+    )  # a bound that only keeps nonsense out is met now and then
     top = 10 * max(default, 1) if wide else high
     if FIELDS[name].type is int:
         return rng.choice([low, default, default, rng.randint(low, top)] + ([] if wide else [high]))
@@ -64,17 +166,38 @@ def draw_config(rng):
             values[name] = rng.random() < 0.5
         elif name in V.RANGES:
             values[name] = draw_in_range(rng, name)
-    for pair in (("crop_scale_min", "crop_scale_max"), ("crop_ratio_min", "crop_ratio_max"), ("aspect_min", "aspect_max")):
+    for pair in (
+        ("crop_scale_min", "crop_scale_max"),
+        ("crop_ratio_min", "crop_ratio_max"),
+        ("aspect_min", "aspect_max"),
+    ):
         values.update(zip(pair, sorted(values[name] for name in pair)))
-    heads, flow_heads, patch, tubelet = rng.choice([1, 2, 3, 4]), rng.choice([1, 2, 4]), rng.choice([1, 4, 4, 5, 8, 8, 16]), rng.choice([1, 2, 2, 3])
-    sides = [patch * rng.randint(max(1, -(-8 // patch)), min(5, 32 // patch)) if patch > 1 else rng.randint(1, 5) for _ in range(2)]
+    heads, flow_heads, patch, tubelet = (
+        rng.choice([1, 2, 3, 4]),
+        rng.choice([1, 2, 4]),
+        rng.choice([1, 4, 4, 5, 8, 8, 16]),
+        rng.choice([1, 2, 2, 3]),
+    )
+    sides = [
+        patch * rng.randint(max(1, -(-8 // patch)), min(5, 32 // patch)) if patch > 1 else rng.randint(1, 5)
+        for _ in range(2)
+    ]
     parts = {name: tubelet * rng.choice([1, 1, 2, 3]) for name in ("now_frames", "soon_frames", "eventually_frames")}
     widths = [heads * rng.choice([6, 6, 8, 12]) for _ in range(2)]  # even per head, as rope wants it
     values |= {
-        "patch": patch, "image_size": sides[0] if rng.random() < 0.5 else tuple(sides), "tubelet_t": tubelet, **parts, "num_frames": sum(parts.values()),
-        "num_heads": heads, "enc_dim": widths[0], "pred_dim": widths[1], "flow_heads": flow_heads, "flow_dim": flow_heads * 2 * rng.randint(1, 6),
+        "patch": patch,
+        "image_size": sides[0] if rng.random() < 0.5 else tuple(sides),
+        "tubelet_t": tubelet,
+        **parts,
+        "num_frames": sum(parts.values()),
+        "num_heads": heads,
+        "enc_dim": widths[0],
+        "pred_dim": widths[1],
+        "flow_heads": flow_heads,
+        "flow_dim": flow_heads * 2 * rng.randint(1, 6),
         "soon_fit_steps": rng.choice([0, 1, 3] if values["flow_fit_clips"] else [0] * 19 + [1]),
-        "flow_chunks": rng.randint(1, parts["eventually_frames"] // tubelet), "flow_rank": rng.choice([1, 2, 5, 16, 64 if values["flow_joint_max"] else 3]),
+        "flow_chunks": rng.randint(1, parts["eventually_frames"] // tubelet),
+        "flow_rank": rng.choice([1, 2, 5, 16, 64 if values["flow_joint_max"] else 3]),
     }
     while rng.random() < 0.3:
         values[rng.choice(SIZES)] = rng.randint(1, 13)
@@ -100,15 +223,22 @@ def labelled_batch(cfg, rng, first):
 def run_steps(cfg, rng, num_steps, sample):
     """Optimizer steps on random frames, then sampled futures; all of it must stay finite."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # mlp_ratio 0.1 of a narrow width leaves no hidden channel
+        warnings.filterwarnings(
+            "ignore", "Initializing zero-element tensors"
+        )  # mlp_ratio 0.1 of a narrow width leaves no hidden channel
         model = new_model(cfg)
     if sample:
-        assert all(math.isfinite(value) and value >= 0 for value in V.flops_per_clip(cfg).values()) and V.memory_estimate_gb(cfg, 1) > 0
+        assert (
+            all(math.isfinite(value) and value >= 0 for value in V.flops_per_clip(cfg).values())
+            and V.memory_estimate_gb(cfg, 1) > 0
+        )
     optimizer, scaler = V.build_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
     for step in range(num_steps):
         first = step * cfg.grad_accum
         batches = [labelled_batch(cfg, rng, (first + number) * cfg.batch_size) for number in range(cfg.grad_accum)]
-        metrics, carries, finite = V.take_step(model, model, optimizer, scaler, batches, step, cfg, cpu_process(torch.bfloat16 if cfg.amp else None))
+        metrics, carries, finite = V.take_step(
+            model, model, optimizer, scaler, batches, step, cfg, cpu_process(torch.bfloat16 if cfg.amp else None)
+        )
         assert finite, {name: float(value) for name, value in metrics.items()}
         V.apply_step(model, optimizer, scaler, carries, step, cfg)
         optimizer.zero_grad(set_to_none=True)
@@ -184,9 +314,50 @@ def test_1000_random_configs_run_or_are_refused(tmp_path):
 # -- random command lines and files
 
 LETTERS = string.printable + "\0\x1b\x85\u2028\u00e9\u0661\udcff\ud83d"
-WORDS = ["0", "1", "2", "-1", "1e-4", "0.5", "nan", "inf", "-inf", "1_0", "012", "0x1f", "1" * 30, "9" * 5000, "64,96", "64,", ",", "16,16,16", "true", "no",
-         "None", "", " ", "=", "--", "-", "-5", "a b", "x\ny", "../x", "~", "$(touch x)", "; ls", "'", "cpu", "auto", "tiny", "base", "sincos", "mean",
-         "fork=1", "wandb"]
+WORDS = [
+    "0",
+    "1",
+    "2",
+    "-1",
+    "1e-4",
+    "0.5",
+    "nan",
+    "inf",
+    "-inf",
+    "1_0",
+    "012",
+    "0x1f",
+    "1" * 30,
+    "9" * 5000,
+    "64,96",
+    "64,",
+    ",",
+    "16,16,16",
+    "true",
+    "no",
+    "None",
+    "",
+    " ",
+    "=",
+    "--",
+    "-",
+    "-5",
+    "a b",
+    "x\ny",
+    "../x",
+    "~",
+    "$(touch x)",
+    "; ls",
+    "'",
+    "cpu",
+    "auto",
+    "tiny",
+    "base",
+    "sincos",
+    "mean",
+    "fork=1",
+    "wandb",
+]
 
 
 def random_text(rng):
@@ -230,7 +401,9 @@ def random_argv(rng):
         elif kind < 0.9:
             argv += ["--config", random_text(rng)]
         else:
-            argv.append(rng.choice(["", "-", "--", "--no-", f"{flag}x", f"-{name[0]}", f"--{name[:-1]}"]) + random_text(rng))
+            argv.append(
+                rng.choice(["", "-", "--", "--no-", f"{flag}x", f"-{name[0]}", f"--{name[:-1]}"]) + random_text(rng)
+            )
     return argv
 
 
@@ -265,16 +438,22 @@ def random_file(rng):
     for name in rng.sample(list(FIELDS), rng.randint(0, 4)):
         values[name] = FIELDS[name].default if rng.random() < 0.8 else plain_values(rng)
     if rng.random() < 0.1:
-        values[rng.choice(["inherits", "versions", "config", random_text(rng)])] = rng.choice(["a.json", ["a.yaml"], "../b.json", plain_values(rng)])
+        values[rng.choice(["inherits", "versions", "config", random_text(rng)])] = rng.choice(
+            ["a.json", ["a.yaml"], "../b.json", plain_values(rng)]
+        )
     as_yaml = yaml and rng.random() < 0.5
-    text = yaml.safe_dump(values, allow_unicode=True) if as_yaml else json.dumps(values, indent=1, ensure_ascii=rng.random() < 0.5)
+    text = (
+        yaml.safe_dump(values, allow_unicode=True)
+        if as_yaml
+        else json.dumps(values, indent=1, ensure_ascii=rng.random() < 0.5)
+    )
     lines = text.splitlines(keepends=True)
     if rng.random() < 0.1:
         lines.insert(rng.randrange(len(lines) + 1), rng.choice(lines))
     text = "".join(lines)
     for _ in range(rng.choice([0, 0, 0, 1, 3])):
         place = rng.randrange(len(text) + 1)
-        text = text[:place] + random_text(rng) + text[place + rng.randint(0, 2):]
+        text = text[:place] + random_text(rng) + text[place + rng.randint(0, 2) :]
     return text, ".yaml" if as_yaml else ".json"
 
 

@@ -28,7 +28,9 @@ def rank_part(batch, rank, world_size):
 
 def run_rank(rank, world_size, port, cfg, num_steps, num_clips, maneuvers, folder):
     """One rank of a run, put together as `train` does it. Rank 0 writes its losses (means over ranks) and weights."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     process = V.start_process(cfg)
     gathered = V.gather_rows(torch.tensor([[rank * 10.0], [rank * 10.0 + 1]]), world_size)
@@ -42,7 +44,10 @@ def run_rank(rank, world_size, port, cfg, num_steps, num_clips, maneuvers, folde
     means = [dict(zip(names, process.mean([metrics[name] for name in names]))) for metrics in history]
     everyone = process.collect({name: value.double().sum().item() for name, value in model.state_dict().items()})
     if rank == 0:
-        torch.save({"losses": means, "state": model.state_dict(), "sums": everyone, "gathered": gathered}, os.path.join(folder, "result.pt"))
+        torch.save(
+            {"losses": means, "state": model.state_dict(), "sums": everyone, "gathered": gathered},
+            os.path.join(folder, "result.pt"),
+        )
     torch.distributed.destroy_process_group()
 
 
@@ -102,6 +107,7 @@ def assert_same_run(result, history, before, after):
 
 def test_gather_rows_order(monkeypatch):
     """Clip i of rank r becomes row i * W + r, the order of the samples. Seen red with the ranks' blocks put one after another."""
+
     def fake_all_gather(parts, rows):
         for rank, part in enumerate(parts):
             part.copy_(rows + 100 * rank)
@@ -147,7 +153,9 @@ def accumulated(cfg, num_steps, pieces):
 
     def batches_at(step):
         batch = global_batch(cfg, step, 4, [-1] * 4)
-        return [{key: value[i * 4 // pieces : (i + 1) * 4 // pieces] for key, value in batch.items()} for i in range(pieces)]
+        return [
+            {key: value[i * 4 // pieces : (i + 1) * 4 // pieces] for key, value in batch.items()} for i in range(pieces)
+        ]
 
     history, _ = train_steps(model, cfg, batches_at, num_steps)
     return history, before, model.state_dict()
@@ -160,7 +168,9 @@ def test_grad_accum_is_the_large_batch_without_infonce():
     split, _, other = accumulated(cfg, 8, 2)
     for whole, parts in zip(history, split):
         for name in ("loss_total", "loss_vjepa", "loss_soon", "loss_flow", "grad_norm", "flow_grad_norm"):
-            assert parts[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-6), name  # another order of fp32 sums over eight steps
+            assert parts[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-6), (
+                name
+            )  # another order of fp32 sums over eight steps
     shares = distance_share(before, after, other)
     shares.pop("outcome")  # not trained here
     assert max(shares.values()) < 0.002, shares  # measured 2e-6; see distance_share
@@ -180,7 +190,10 @@ def test_grad_accum_sees_fewer_negatives():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size, num_clips, maneuvers, flow_rank", [(2, 4, [0, 0, 1, 1], 8), (3, 3, [0, 0, 0], 8), (2, 4, [0, 0, 1, 1], 64)])
+@pytest.mark.parametrize(
+    "world_size, num_clips, maneuvers, flow_rank",
+    [(2, 4, [0, 0, 1, 1], 8), (3, 3, [0, 0, 0], 8), (2, 4, [0, 0, 1, 1], 64)],
+)
 def test_ranks_equal_one_process(tmp_path, world_size, num_clips, maneuvers, flow_rank):
     """The first ten steps with all losses on: losses, weights, EMA, queue and flow statistics are those of one process.
 
@@ -211,12 +224,47 @@ def test_supcon_with_all_positives_on_one_rank(tmp_path):
 @pytest.mark.slow
 def test_torchrun_trains_to_the_end(tmp_path):
     """The documented command on two ranks: exit code 0, one final checkpoint, one log line per step, not one per rank."""
-    flags = dict(image_size=32, patch=8, num_frames=12, now_frames=4, soon_frames=4, eventually_frames=4, enc_dim=48, enc_depth=2, pred_dim=24,
-                 pred_depth=2, num_heads=4, outcome_queue=16, flow_dim=32, flow_depth=2, flow_heads=4, flow_rank=8, flow_chunks=2, flow_draws=3,
-                 batch_size=2, num_workers=0, steps=4, scene_clips=8, device="cpu", val_clips=4, log_every=1, out_dir=str(tmp_path / "run"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), "--no-picture"]
+    flags = dict(
+        image_size=32,
+        patch=8,
+        num_frames=12,
+        now_frames=4,
+        soon_frames=4,
+        eventually_frames=4,
+        enc_dim=48,
+        enc_depth=2,
+        pred_dim=24,
+        pred_depth=2,
+        num_heads=4,
+        outcome_queue=16,
+        flow_dim=32,
+        flow_depth=2,
+        flow_heads=4,
+        flow_rank=8,
+        flow_chunks=2,
+        flow_draws=3,
+        batch_size=2,
+        num_workers=0,
+        steps=4,
+        scene_clips=8,
+        device="cpu",
+        val_clips=4,
+        log_every=1,
+        out_dir=str(tmp_path / "run"),
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(SCRIPT),
+        "--no-picture",
+    ]
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [V.WRITTEN, "ckpt_final.pt"]
     state = V.load_checkpoint(tmp_path / "run" / "checkpoints" / "ckpt_final.pt")

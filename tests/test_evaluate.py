@@ -22,10 +22,35 @@ import evaluate as E  # noqa: E402
 
 metrics = pytest.importorskip("sklearn.metrics")
 
-SMALL = E.Sizes(fit_forks=8, fit_clips=10, fork_scenes=4, siblings=4, sign_scenes=1, brake_scenes=3, brake_siblings=3, kind_scenes=4, mix_clips=12,
-                twin_scenes=4, rare_scenes=2, fit_videos=8, num_samples=4, surprise_samples=6, surprise_steps=1, shuffled_steps=2, shuffled_batch=4, probe_epochs=1,
-                components=8, resamples=10, batch=16)
-DELTA, NOISE, DIMS, K = 2.0, 0.1, 8, 32  # the synthetic world: distance of the branches, deviation within a branch, numbers per future, samples
+SMALL = E.Sizes(
+    fit_forks=8,
+    fit_clips=10,
+    fork_scenes=4,
+    siblings=4,
+    sign_scenes=1,
+    brake_scenes=3,
+    brake_siblings=3,
+    kind_scenes=4,
+    mix_clips=12,
+    twin_scenes=4,
+    rare_scenes=2,
+    fit_videos=8,
+    num_samples=4,
+    surprise_samples=6,
+    surprise_steps=1,
+    shuffled_steps=2,
+    shuffled_batch=4,
+    probe_epochs=1,
+    components=8,
+    resamples=10,
+    batch=16,
+)
+DELTA, NOISE, DIMS, K = (
+    2.0,
+    0.1,
+    8,
+    32,
+)  # the synthetic world: distance of the branches, deviation within a branch, numbers per future, samples
 
 # -- a world of two branches with known odds
 
@@ -63,7 +88,10 @@ def fork_world(kind, num_even=60, num_sign=40, knows_side=False, seed=0):
                 side = np.array([-1, -1, 1, 1])
                 real = centre + side[:, None] * axis / 2 + NOISE * rng.standard_normal((4, DIMS))
             point = centre + axis * (np.sign(odds - 0.5) / 2 if odds != 0.5 else side[0] / 2 if knows_side else 0.0)
-            samples = {"model": sampled(rng, kind, centre, axis, odds), "mean + noise": sampled(rng, "mean + noise", centre, axis, odds)}
+            samples = {
+                "model": sampled(rng, kind, centre, axis, odds),
+                "mean + noise": sampled(rng, "mean + noise", centre, axis, odds),
+            }
             readings.append(E.Reading(odds, real, side, 10 if odds == 0.5 else 0, point, samples))
     return readings
 
@@ -78,22 +106,42 @@ def test_an_oracle_passes_every_fork_test():
     """Samples of the world's own law meet all thresholds, and nearly reach what real futures score."""
     readings = fork_world("oracle")
     figures = E.fork_figures(readings, E.Sizes(), {"mean + noise": None})
-    assert all(figure["passed"] for figure in figures.values()), {name: figure["value"] for name, figure in figures.items() if not figure["passed"]}
+    assert all(figure["passed"] for figure in figures.values()), {
+        name: figure["value"] for name, figure in figures.items() if not figure["passed"]
+    }
     assert len(figures) == 12
     assert figures["es_vs_oracle"]["value"] == pytest.approx(1, abs=0.08)
     for name in ("fork_deviation", "es_skill_point", "es_skill_noise", "near_real", "between_share"):
         assert figures[name]["value"] == pytest.approx(figures[name]["controls"]["perfect sampler"], abs=0.04), name
-    assert figures["calibration_slope"]["controls"]["mean + noise"] == pytest.approx(0, abs=0.3) and figures["es_skill_noise"]["controls"]["mean + noise"] == 0
+    assert (
+        figures["calibration_slope"]["controls"]["mean + noise"] == pytest.approx(0, abs=0.3)
+        and figures["es_skill_noise"]["controls"]["mean + noise"] == 0
+    )
     low, high = figures["fork_share"]["interval"]
     assert low < figures["fork_share"]["value"] < high < low + 0.1
 
 
-@pytest.mark.parametrize("kind, failed, passed", [
-    ("one mode", ("fork_share", "fork_deviation", "es_skill_point", "es_vs_oracle", "calibration_slope"), ("near_real", "between_share")),
-    ("mean + noise", ("between_share", "near_real", "es_skill_noise", "es_vs_oracle", "calibration_slope"), ("fork_share",)),
-    ("0.8 at even forks", ("fork_share", "fork_deviation"), ("near_real", "between_share")),
-    ("0.5 at all forks", ("calibration_slope", "calibration_intercept", "calibration_ece"), ("fork_share", "fork_deviation", "near_real", "es_vs_oracle")),
-])
+@pytest.mark.parametrize(
+    "kind, failed, passed",
+    [
+        (
+            "one mode",
+            ("fork_share", "fork_deviation", "es_skill_point", "es_vs_oracle", "calibration_slope"),
+            ("near_real", "between_share"),
+        ),
+        (
+            "mean + noise",
+            ("between_share", "near_real", "es_skill_noise", "es_vs_oracle", "calibration_slope"),
+            ("fork_share",),
+        ),
+        ("0.8 at even forks", ("fork_share", "fork_deviation"), ("near_real", "between_share")),
+        (
+            "0.5 at all forks",
+            ("calibration_slope", "calibration_intercept", "calibration_ece"),
+            ("fork_share", "fork_deviation", "near_real", "es_vs_oracle"),
+        ),
+    ],
+)
 def test_a_wrong_forecaster_fails_the_tests_made_for_it(kind, failed, passed):
     """Seen red with the share counted as > 0.5 of the samples' mean, and with the near radius multiplied by 15."""
     verdicts = fork_passes(kind)
@@ -116,8 +164,16 @@ def test_controls_that_pass_everything_are_reported():
     readings, good = fork_world("oracle"), fork_world("oracle", seed=1)
     figures = E.fork_figures(readings, E.Sizes(resamples=5), {"shuffled targets": good, "mean + noise": None})
     verdicts = E.controls_must_fail(figures)
-    assert verdicts["shuffled targets"] == {"tests": list(E.CONTROL_TESTS["shuffled targets"]), "failed": [], "passed": False}
-    assert verdicts["mean + noise"]["passed"] and set(verdicts["mean + noise"]["failed"]) == {"between_share", "near_real", "es_vs_oracle"}
+    assert verdicts["shuffled targets"] == {
+        "tests": list(E.CONTROL_TESTS["shuffled targets"]),
+        "failed": [],
+        "passed": False,
+    }
+    assert verdicts["mean + noise"]["passed"] and set(verdicts["mean + noise"]["failed"]) == {
+        "between_share",
+        "near_real",
+        "es_vs_oracle",
+    }
     assert "untrained encoder" not in verdicts
 
 
@@ -128,8 +184,15 @@ def test_the_charts_of_a_fork_world():
     assert np.allclose(curves["calibration"]["share"], curves["calibration"]["odds"], atol=0.05)
     edges = np.array(curves["branch_coordinate"]["edges"])
     middle = (edges[:-1] > 0.24) & (edges[1:] < 0.76)
-    inside = {name: np.array(values)[middle].sum() for name, values in curves["branch_coordinate"].items() if name != "edges"}
-    assert inside["real futures"] < 0.02 and inside["model"] < 0.02 and inside["mean + noise"] > 0.5 and inside["point forecast"] == 1
+    inside = {
+        name: np.array(values)[middle].sum() for name, values in curves["branch_coordinate"].items() if name != "edges"
+    }
+    assert (
+        inside["real futures"] < 0.02
+        and inside["model"] < 0.02
+        and inside["mean + noise"] > 0.5
+        and inside["point forecast"] == 1
+    )
 
 
 # -- scores against closed forms
@@ -181,7 +244,11 @@ def test_coverage_and_ranks_tell_narrow_from_right():
     """
     rng, n = np.random.default_rng(2), 8000
     truth = rng.standard_normal(n)
-    right, narrow, shifted = rng.standard_normal((n, 32)), 0.5 * rng.standard_normal((n, 32)), 1 + rng.standard_normal((n, 32))
+    right, narrow, shifted = (
+        rng.standard_normal((n, 32)),
+        0.5 * rng.standard_normal((n, 32)),
+        1 + rng.standard_normal((n, 32)),
+    )
     assert E.coverage(right, truth).mean() == pytest.approx(0.8, abs=0.015)
     assert E.coverage(narrow, truth).mean() < 0.55
     shares, chance = E.rank_test(E.truth_ranks(right, truth), 32)
@@ -196,7 +263,10 @@ def test_coverage_and_ranks_tell_narrow_from_right():
 def test_best_of_k_is_the_mean_over_all_choices():
     """Against brute force over all subsets."""
     distances = np.random.default_rng(3).random((5, 6))
-    brute = [[np.mean([min(row[list(chosen)]) for chosen in itertools.combinations(range(6), k)]) for k in (1, 2, 5, 6)] for row in distances]
+    brute = [
+        [np.mean([min(row[list(chosen)]) for chosen in itertools.combinations(range(6), k)]) for k in (1, 2, 5, 6)]
+        for row in distances
+    ]
     assert np.allclose(E.best_of(distances, (1, 2, 5, 6)), brute)
 
 
@@ -239,7 +309,11 @@ def test_bootstrap_intervals_cover():
 
 def test_thresholds_read_as_they_judge():
     """The text and the verdict of one-sided and two-sided limits; no value gives no verdict."""
-    assert [E.expectation(limits) for limits in ((0.9, None), (None, 0.1), (0.45, 0.55))] == [">= 0.9", "<= 0.1", "0.45..0.55"]
+    assert [E.expectation(limits) for limits in ((0.9, None), (None, 0.1), (0.45, 0.55))] == [
+        ">= 0.9",
+        "<= 0.1",
+        "0.45..0.55",
+    ]
     assert [E.meets(value, (0.45, 0.55)) for value in (0.44, 0.45, 0.55, 0.56)] == [False, True, True, False]
     assert E.meets(math.nan, (0, None)) is None and E.meets(None, (0, None)) is None
     figure = E.make_figure("branch_gate", 0.9, [0.8, 0.95], 10)
@@ -260,7 +334,10 @@ def test_forecast_errors_by_hand():
     still = V.layer_norm(torch.randn(2, 1, 16, 48, generator=generator)).expand(2, 6, 16, 48)
     errors = E.forecast_errors(still[:, 2:4].flatten(1, 2), still.flatten(1, 2), cfg)
     assert errors.shape == (2, 3, 2, 2) and errors.abs().max() < 1e-5
-    step, start = 0.3 * torch.randn(2, 1, 16, 48, generator=generator), V.layer_norm(torch.randn(2, 1, 16, 48, generator=generator))
+    step, start = (
+        0.3 * torch.randn(2, 1, 16, 48, generator=generator),
+        V.layer_norm(torch.randn(2, 1, 16, 48, generator=generator)),
+    )
     before, last = start[:, 0], V.layer_norm(start[:, 0] + step[:, 0])
     line = torch.stack([before, last, *(V.layer_norm(last + h * (last - before)) for h in (1, 2))], 1)
     moving = torch.cat([line, line[:, :2]], 1).flatten(1, 2)
@@ -270,7 +347,9 @@ def test_forecast_errors_by_hand():
     jumped[:, 32 + 5] += 8.0
     errors = E.forecast_errors(jumped[:, 32:64] + 1, jumped, cfg)
     # 4 of 16 sites count as moving, one of them moves by 8
-    assert errors[0, 1, :, 0].tolist() == pytest.approx([8 / 16, 8 / 4], abs=1e-5) and errors[0, 0, :, 0].tolist() == pytest.approx([1, 1], abs=1e-5)
+    assert errors[0, 1, :, 0].tolist() == pytest.approx([8 / 16, 8 / 4], abs=1e-5) and errors[
+        0, 0, :, 0
+    ].tolist() == pytest.approx([1, 1], abs=1e-5)
 
 
 def test_principal_components_and_their_maps():
@@ -298,8 +377,12 @@ def linear_tasks(n=240, seed=7):
     value[::7] = math.nan
     classes = np.where(rows[:, 2] > 0.3, 3, np.where(rows[:, 3] > 0, 1, 0))
     classes[::5] = -1
-    return rows, E.Tasks({"speed": value, "steer": np.full(n, math.nan)}, {"maneuver": classes, "branch": (rows[:, 4] > 0).astype(int)},
-                         {"maneuver": 4, "branch": 2}, np.arange(n) // 2)
+    return rows, E.Tasks(
+        {"speed": value, "steer": np.full(n, math.nan)},
+        {"maneuver": classes, "branch": (rows[:, 4] > 0).astype(int)},
+        {"maneuver": 4, "branch": 2},
+        np.arange(n) // 2,
+    )
 
 
 def test_linear_probes_read_what_is_there():
@@ -309,12 +392,20 @@ def test_linear_probes_read_what_is_there():
     pred = E.predict(E.fit_probes(rows, tasks, 30), other, test)
     assert set(pred) == {"speed", "maneuver", "branch"}
     assert E.probe_scores(test, "speed", pred["speed"])[0] > 0.98
-    assert E.probe_scores(test, "maneuver", pred["maneuver"])[0] > 0.75 and E.probe_scores(test, "branch", pred["branch"])[0] > 0.8
+    assert (
+        E.probe_scores(test, "maneuver", pred["maneuver"])[0] > 0.75
+        and E.probe_scores(test, "branch", pred["branch"])[0] > 0.8
+    )
     assert 2 not in pred["maneuver"]  # a class that no row has
     dealt = tasks.shuffled(0)
-    assert np.array_equal(np.isnan(dealt.values["speed"]), np.isnan(tasks.values["speed"])) and not np.array_equal(dealt.classes["branch"], tasks.classes["branch"])
+    assert np.array_equal(np.isnan(dealt.values["speed"]), np.isnan(tasks.values["speed"])) and not np.array_equal(
+        dealt.classes["branch"], tasks.classes["branch"]
+    )
     luck = E.predict(E.fit_probes(rows, dealt, 30), other, test)
-    assert E.probe_scores(test, "speed", luck["speed"])[0] < 0.2 and E.probe_scores(test, "branch", luck["branch"])[0] < 0.65
+    assert (
+        E.probe_scores(test, "speed", luck["speed"])[0] < 0.2
+        and E.probe_scores(test, "branch", luck["branch"])[0] < 0.65
+    )
 
 
 def test_the_attentive_probe_learns_where_a_token_stands_out():
@@ -328,7 +419,10 @@ def test_the_attentive_probe_learns_where_a_token_stands_out():
     tasks = E.Tasks({"speed": value[:800]}, {"maneuver": classes[:800]}, {"maneuver": 2}, np.arange(800))
     test = E.Tasks({"speed": value[800:]}, {"maneuver": classes[800:]}, {"maneuver": 2}, np.arange(200))
     pred = E.attentive_predictions(tokens[:800], tasks, tokens[800:], 20, torch.device("cpu"))
-    assert E.probe_scores(test, "speed", pred["speed"])[0] > 0.6 and E.accuracy(test.rows("maneuver", pred["maneuver"])[0]) > 0.65
+    assert (
+        E.probe_scores(test, "speed", pred["speed"])[0] > 0.6
+        and E.accuracy(test.rows("maneuver", pred["maneuver"])[0]) > 0.65
+    )
 
 
 def test_branch_space_holds_what_siblings_differ_in():
@@ -347,7 +441,9 @@ def test_branch_space_holds_what_siblings_differ_in():
     assert lengths[0] > 8 and 0.9 < lengths[1] < 1.1  # scatter 0.1 along the fork, 1 along the wandering
     inside = torch.randn(2000, 60) * 0.1
     inside[:, 1] = torch.randn(2000)
-    assert (inside @ weight).std(0).tolist() == pytest.approx([1] * 8, abs=0.45)  # directions picked for their scatter have less on fresh futures
+    assert (inside @ weight).std(0).tolist() == pytest.approx(
+        [1] * 8, abs=0.45
+    )  # directions picked for their scatter have less on fresh futures
 
 
 def test_reducer_keeps_small_tokens_and_shrinks_large_ones():
@@ -361,7 +457,9 @@ def test_reducer_keeps_small_tokens_and_shrinks_large_ones():
     reduce.fit(tokens)
     small = reduce(tokens.view(2, 2, -1, 160))
     assert small.shape == (2, 2, 2 * 64, 128)
-    top = tokens.view(4, 2, 16, 12, 160)[0, 0, :2, :2].mean((0, 1))  # rows pool 16 -> 8; of 12 -> 8 columns the first covers two
+    top = tokens.view(4, 2, 16, 12, 160)[0, 0, :2, :2].mean(
+        (0, 1)
+    )  # rows pool 16 -> 8; of 12 -> 8 columns the first covers two
     assert small[0, 0, 0].norm() == pytest.approx(float(top.norm()), rel=1e-3)
 
 
@@ -371,9 +469,14 @@ def test_reducer_keeps_small_tokens_and_shrinks_large_ones():
 def test_fitting_and_testing_scenes_never_meet():
     """All scene seeds of all sets are disjoint, and far above those of any training. Seen red with two sets sharing a range."""
     cfg = small_config()
-    sets = {"fit": [job for job in E.fit_jobs(0, cfg, E.QUICK, V.SCENE_KINDS)], "forks": [job for _, jobs, _ in E.fork_groups(0, cfg, SMALL) for job in jobs],
-            "twins": [job for jobs in E.twin_groups(0, cfg, 4) for job in jobs], "rare": [job for jobs in E.rare_groups(0, cfg, 4) for job in jobs],
-            "mix": [E.Job(E.set_seed(0, "mix", n), 0) for n in range(100)], "other seed": E.fit_jobs(1, cfg, SMALL, V.SCENE_KINDS)}
+    sets = {
+        "fit": [job for job in E.fit_jobs(0, cfg, E.QUICK, V.SCENE_KINDS)],
+        "forks": [job for _, jobs, _ in E.fork_groups(0, cfg, SMALL) for job in jobs],
+        "twins": [job for jobs in E.twin_groups(0, cfg, 4) for job in jobs],
+        "rare": [job for jobs in E.rare_groups(0, cfg, 4) for job in jobs],
+        "mix": [E.Job(E.set_seed(0, "mix", n), 0) for n in range(100)],
+        "other seed": E.fit_jobs(1, cfg, SMALL, V.SCENE_KINDS),
+    }
     seeds = {name: {job.scene_seed for job in jobs} for name, jobs in sets.items()}
     for one, two in itertools.combinations(seeds, 2):
         assert not seeds[one] & seeds[two], (one, two)
@@ -391,11 +494,15 @@ def test_scenes_are_chosen_as_told():
         assert [job.future_seed for job in jobs[:natural]] == list(range(natural))
     for likely, rare in E.rare_groups(0, cfg, 4):
         right = V.scene_odds(rare.scene_seed, cfg, "fork")["right"]
-        assert (E.future_of(rare, cfg)["choice"], E.future_of(likely, cfg)["choice"]) == ((1, -1) if right == 0.1 else (-1, 1))
+        assert (E.future_of(rare, cfg)["choice"], E.future_of(likely, cfg)["choice"]) == (
+            (1, -1) if right == 0.1 else (-1, 1)
+        )
     stops = [E.future_of(job, cfg)["stops"] for job in E.fit_jobs(0, cfg, SMALL, ("occluder",))]
     assert stops == [False, True] * 5
     twins = E.twin_groups(0, cfg, 4)
-    assert [job.twin for job in twins[0]] == ["", *V.TWIN_KINDS] and "pass_through" not in [job.twin for job in twins[-1]]
+    assert [job.twin for job in twins[0]] == ["", *V.TWIN_KINDS] and "pass_through" not in [
+        job.twin for job in twins[-1]
+    ]
 
 
 def test_scenes_are_drawn_in_the_size_that_the_run_learned_from():
@@ -414,7 +521,11 @@ def test_scenes_are_drawn_in_the_size_that_the_run_learned_from():
 def test_labels_at_the_end_of_soon():
     """Signals are means over the last SOON tubelet, unknown ones NaN; a braking after SOON is not yet a maneuver."""
     cfg = small_config(clip_fps=4.0)  # NOW and SOON are frames 0 to 7
-    assert E.soon_end([*range(12)], cfg) == 6.5 and math.isnan(E.soon_end([None] * 12, cfg)) and math.isnan(E.soon_end(None, cfg))
+    assert (
+        E.soon_end([*range(12)], cfg) == 6.5
+        and math.isnan(E.soon_end([None] * 12, cfg))
+        and math.isnan(E.soon_end(None, cfg))
+    )
     assert E.soon_end([0] * 7 + [3, None, None], cfg) == 1.5
     assert E.window_maneuver({"maneuver": "brake", "brake_time": 0.9}, cfg) == "brake"
     assert E.window_maneuver({"maneuver": "brake", "brake_time": 1.1}, cfg) == "keep"
@@ -435,7 +546,11 @@ class FakeSubject:
 
     def encode(self, frames):
         tokens = frames.float().flatten(2)  # one token per frame
-        return tokens[:, : self.cfg.now_frames], tokens, torch.zeros(len(frames), self.cfg.soon_frames, tokens.shape[-1])
+        return (
+            tokens[:, : self.cfg.now_frames],
+            tokens,
+            torch.zeros(len(frames), self.cfg.soon_frames, tokens.shape[-1]),
+        )
 
     def sample(self, context, flow, num_samples, num_steps, seed):
         for first in range(len(context)):
@@ -453,7 +568,11 @@ def test_surprise_is_the_distance_to_the_nearest_sample():
     assert scores.shape == (5, 3, 2)
     for row in range(4):
         assert scores[row, :, 0].tolist() == [0, 0, 4]
-    assert scores[4, :, 0].tolist() == [0, 8, 4]  # the point forecast of black takes a legal world for more surprising than an impossible one
+    assert scores[4, :, 0].tolist() == [
+        0,
+        8,
+        4,
+    ]  # the point forecast of black takes a legal world for more surprising than an impossible one
     assert np.isfinite(scores[:, 0]).all() and np.isnan(scores[:, 1:, 1]).all()
 
 
@@ -494,7 +613,9 @@ def test_a_lasting_error_outweighs_a_passing_one():
     lasting[0, :, 1] = 1
     first, second = (E.nearest_scores(error.flatten(1, 2), 2) for error in (passing, lasting))
     assert first[:2].tolist() == [0, 2] and second[:2].tolist() == [1, 1]
-    assert E.nearest_scores(torch.cat([passing, lasting]).flatten(1, 2), 2)[1] == 1  # each score takes the sample that is nearest by it
+    assert (
+        E.nearest_scores(torch.cat([passing, lasting]).flatten(1, 2), 2)[1] == 1
+    )  # each score takes the sample that is nearest by it
     assert E.nearest_scores(lasting[:, :1].flatten(1, 2), 2)[:2].tolist() == [1, 1]  # one tubelet: nothing to average
 
 
@@ -508,6 +629,7 @@ def test_twins_are_compared_on_shared_windows():
 
 def test_auroc_counts_impossible_above_rare():
     """Impossible clips with large, rare ones with small surprise: 1; the other way round: 0. Matched, scenes of unlike level compare."""
+
     def scores(*levels):
         return np.broadcast_to(np.array(levels, float)[None, :, None], (4, len(levels), 2)) + np.zeros((4, 1, 1))
 
@@ -527,7 +649,14 @@ def test_auroc_counts_impossible_above_rare():
 def tiny_model(**overrides):
     """A model of a few thousand parameters with random weights and directions, on wide pictures."""
     torch.set_num_threads(1)
-    model = new_model(small_config(**{**dict(image_size=(16, 32), scenes="render", num_frames=16, soon_frames=4, eventually_frames=8), **overrides}))
+    model = new_model(
+        small_config(
+            **{
+                **dict(image_size=(16, 32), scenes="render", num_frames=16, soon_frames=4, eventually_frames=8),
+                **overrides,
+            }
+        )
+    )
     fill_space(model)
     return model
 
@@ -581,16 +710,34 @@ def test_every_figure_is_there(scene_report):
     figures = report["figures"]
     assert not set(E.THRESHOLDS) - set(figures) and "no_leak" in figures
     for name, figure in figures.items():
-        assert set(figure) >= {"value", "interval", "n", "controls", "expect", "passed", "reading"} and figure["reading"].endswith("."), name
+        assert set(figure) >= {"value", "interval", "n", "controls", "expect", "passed", "reading"} and figure[
+            "reading"
+        ].endswith("."), name
         assert (figure["expect"] is not None) == (name in E.THRESHOLDS or name == "no_leak"), name
         assert figure["value"] is None or figure["n"] > 0, name
     for name in ("fork_share", "near_real", "calibration_slope"):
         assert set(figures[name]["controls"]) >= {"untrained encoder", "shuffled targets", "mean + noise"}
-    assert set(figures["probe_speed_r2"]["controls"]) >= {"untrained encoder", "raw pixels", "shuffled labels", "encoded NOW alone"}
+    assert set(figures["probe_speed_r2"]["controls"]) >= {
+        "untrained encoder",
+        "raw pixels",
+        "shuffled labels",
+        "encoded NOW alone",
+    }
     judged = [figure["passed"] for figure in figures.values() if figure["passed"] is not None]
-    assert report["summary"] == f"{sum(judged)} of {len(judged)} thresholds met" and sum(judged) < len(judged) / 2  # nothing was learned
+    assert (
+        report["summary"] == f"{sum(judged)} of {len(judged)} thresholds met" and sum(judged) < len(judged) / 2
+    )  # nothing was learned
     assert report["controls_must_fail"]["untrained encoder"]["passed"]
-    assert set(report["curves"]) == {"skill", "calibration", "branch_coordinate", "pooled_ranks", "gap_ranks", "best_of_k", "surprise", "lane_odds"}
+    assert set(report["curves"]) == {
+        "skill",
+        "calibration",
+        "branch_coordinate",
+        "pooled_ranks",
+        "gap_ranks",
+        "best_of_k",
+        "surprise",
+        "lane_odds",
+    }
     json.dumps(report, allow_nan=False)
 
 
@@ -604,7 +751,9 @@ def test_one_seed_gives_one_evaluation(scene_report):
     again, once, other = (E.evaluate(model, sizes, seed=seed, num_workers=0)["figures"] for seed in (0, 0, 1))
     model.cfg = kept
     assert json.dumps(again) == json.dumps(once) != json.dumps(other)
-    assert "gap_crps_ratio" not in again and "surprise_teleport" not in again and "fork_share" in again  # only what the run has seen
+    assert (
+        "gap_crps_ratio" not in again and "surprise_teleport" not in again and "fork_share" in again
+    )  # only what the run has seen
 
 
 def test_the_page_stands_alone(scene_report, tmp_path):
@@ -612,10 +761,14 @@ def test_the_page_stands_alone(scene_report, tmp_path):
     model, report = scene_report
     E.write_page({**report, "checkpoint": "<a&b>.pt", "step": 3}, model.cfg, tmp_path / "page.html")
     page, text = read_page(tmp_path / "page.html"), (tmp_path / "page.html").read_text()
-    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links) and "http" not in " ".join(page.words)
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links) and "http" not in " ".join(
+        page.words
+    )
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.seen
     ids = {attributes.get("id") for _, attributes in page.seen}
-    assert set(report["figures"]) <= ids and {link[1:] for link in page.links if link.startswith("#")} == set(report["figures"])
+    assert set(report["figures"]) <= ids and {link[1:] for link in page.links if link.startswith("#")} == set(
+        report["figures"]
+    )
     tags = [tag for tag, _ in page.seen]
     assert tags.count("svg") == 7 + len(report["curves"]["lane_odds"]) and tags.count("img") == 1
     assert "&lt;a&amp;b&gt;.pt" in text and not re.search(r"\b(nan|inf|None)\b", " ".join(page.words))
@@ -625,14 +778,22 @@ def test_the_page_stands_alone(scene_report, tmp_path):
 def save_checkpoint(model, folder):
     """A checkpoint of a model as the script writes it -> path."""
     source = V.DataSource("render", "", [], [], [], True)
-    state = V.checkpoint_state(model, V.build_optimizer(model, model.cfg), torch.amp.GradScaler("cpu", enabled=False), source,
-                               V.Process(0, 1, torch.device("cpu"), None), V.Progress(step=3))
+    state = V.checkpoint_state(
+        model,
+        V.build_optimizer(model, model.cfg),
+        torch.amp.GradScaler("cpu", enabled=False),
+        source,
+        V.Process(0, 1, torch.device("cpu"), None),
+        V.Progress(step=3),
+    )
     return V.save_checkpoint(state, folder, model.cfg, final=True)
 
 
 def test_the_command_on_videos_with_and_without_annotations(scene_folder, tmp_path, capsys):
     """Reads the held-out files of the run's split, writes both files beside the checkpoint, probes only where there are labels."""
-    checkpoint = save_checkpoint(tiny_model(val_fraction=0.4, scene_clips=8, num_frames=12, eventually_frames=4), tmp_path / "run")
+    checkpoint = save_checkpoint(
+        tiny_model(val_fraction=0.4, scene_clips=8, num_frames=12, eventually_frames=4), tmp_path / "run"
+    )
     bare = tmp_path / "bare"
     shutil.copytree(scene_folder / "videos", bare)
     names = {}
@@ -643,17 +804,36 @@ def test_the_command_on_videos_with_and_without_annotations(scene_folder, tmp_pa
         report = json.loads((out / "evaluation.json").read_text())
         assert report["step"] == 3 and report["data"]["kind"] == "videos" and read_page(out / "evaluation.html")
         names[root] = set(report["figures"])
-        held_out = len(V.open_data(replace(V.load_model(checkpoint)[1], data_root=str(root)), V.find_videos(str(root), "*"), True, None).val)
+        held_out = len(
+            V.open_data(
+                replace(V.load_model(checkpoint)[1], data_root=str(root)), V.find_videos(str(root), "*"), True, None
+            ).val
+        )
         assert report["data"]["files"] == (held_out if root is bare else 8)
-    assert names[scene_folder] - names[bare] >= {"probe_speed_r2"} and not [name for name in names[bare] if name.startswith(("probe", "fork", "surprise"))]
-    assert names[bare] >= {"skill_persistence", "skill_linear", "retrieval_r1", "pooled_rank_chi2", "spread_ratio", "effective_rank", "target_std"}
+    assert names[scene_folder] - names[bare] >= {"probe_speed_r2"} and not [
+        name for name in names[bare] if name.startswith(("probe", "fork", "surprise"))
+    ]
+    assert names[bare] >= {
+        "skill_persistence",
+        "skill_linear",
+        "retrieval_r1",
+        "pooled_rank_chi2",
+        "spread_ratio",
+        "effective_rank",
+        "target_std",
+    }
     assert "thresholds met" in capsys.readouterr().out
 
 
 def test_signals_of_a_video_are_read_at_the_clips_times(scene_folder, tmp_path):
     """An annotation at 4 frames per second against a clip at 2: every second value, from the plan's window on."""
     video = V.find_videos(str(scene_folder), "*")[0]
-    annotation = {"fps": 4.0, "speed": [float(number) for number in range(12)], "maneuver": "keep", "steer": [None] * 12}
+    annotation = {
+        "fps": 4.0,
+        "speed": [float(number) for number in range(12)],
+        "maneuver": "keep",
+        "steer": [None] * 12,
+    }
     plan = V.ClipPlan(4, 2.0, 16, 32, 0.5, 1.0, 1.0, 0.5, 0.5)  # 2 s out of 3 s, starting at 0.5 s
     labels = E.timed_annotation(annotation, video, plan)
     assert labels == {"maneuver": "keep", "speed": [2.0, 4.0, 6.0, 8.0], "steer": [None] * 4}
@@ -669,9 +849,12 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "foreign.pt").write_bytes(b"no checkpoint")
     (tmp_path / "empty").mkdir()
     checkpoint = str(save_checkpoint(tiny_model(), tmp_path / "run"))
-    cases = [(["--ckpt", str(tmp_path / "none.pt")], 2, "no such checkpoint"), (["--ckpt", str(tmp_path / "foreign.pt")], 1, "not readable"),
-             (["--ckpt", checkpoint, "--data_root", str(tmp_path / "empty")], 2, "no video"),
-             (["--ckpt", checkpoint, "--data_root", str(tmp_path / "nowhere")], 2, "no such file or folder")]
+    cases = [
+        (["--ckpt", str(tmp_path / "none.pt")], 2, "no such checkpoint"),
+        (["--ckpt", str(tmp_path / "foreign.pt")], 1, "not readable"),
+        (["--ckpt", checkpoint, "--data_root", str(tmp_path / "empty")], 2, "no video"),
+        (["--ckpt", checkpoint, "--data_root", str(tmp_path / "nowhere")], 2, "no such file or folder"),
+    ]
     for argv, code, cause in cases:
         assert E.main(argv) == code
         error = capsys.readouterr().err

@@ -46,7 +46,9 @@ def environment(trace=None, faults=(), **more):
 
 def launch(command, env, **more):
     """Start a command in a process group of its own, its output collected."""
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **more)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **more
+    )
 
 
 def alone(cfg, folder):
@@ -55,8 +57,17 @@ def alone(cfg, folder):
 
 def ranks(cfg, folder, number, *options):
     """The command of a run on several gloo ranks."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}", "--monitor-interval=0.1", *options,
-            str(FAULTY), *flags(cfg, folder)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={number}",
+        "--monitor-interval=0.1",
+        *options,
+        str(FAULTY),
+        *flags(cfg, folder),
+    ]
 
 
 def finish(command, env, timeout=180):
@@ -93,13 +104,20 @@ def status(out_dir):
 
 def steps_logged(out_dir):
     path = Path(out_dir) / "metrics.jsonl"
-    return [row["step"] for row in map(json.loads, path.read_text().splitlines()) if "lr" in row] if path.exists() else []
+    return (
+        [row["step"] for row in map(json.loads, path.read_text().splitlines()) if "lr" in row] if path.exists() else []
+    )
 
 
 def trace_of(folder):
     """{(rank, step): facts}, the last attempt's where a step was taken twice."""
-    rows = [json.loads(line) for path in sorted(Path(folder).glob("rank_*.jsonl")) for line in path.read_text().splitlines()]
-    return {(row["rank"], row["step"]): {key: value for key, value in row.items() if key not in ("rank", "step")} for row in rows}
+    rows = [
+        json.loads(line) for path in sorted(Path(folder).glob("rank_*.jsonl")) for line in path.read_text().splitlines()
+    ]
+    return {
+        (row["rank"], row["step"]): {key: value for key, value in row.items() if key not in ("rank", "step")}
+        for row in rows
+    }
 
 
 def run_config(scene_folder, out_dir, **overrides):
@@ -118,13 +136,19 @@ def real_state():
     model = V.WorldModel(cfg)
     source = V.DataSource("scenes", "", [], [], [], True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return V.checkpoint_state(model, V.build_optimizer(model, cfg), scaler, source, V.Process(0, 1, torch.device("cpu"), None), V.Progress())
+    return V.checkpoint_state(
+        model, V.build_optimizer(model, cfg), scaler, source, V.Process(0, 1, torch.device("cpu"), None), V.Progress()
+    )
 
 
 def small_state(step):
     """A state that load_checkpoint accepts, whose encoder's tensors all tell the same step."""
     state = real_state()
-    return {**state, "step": step, "online": {name: torch.full_like(value, float(step)) for name, value in state["online"].items()}}
+    return {
+        **state,
+        "step": step,
+        "online": {name: torch.full_like(value, float(step)) for name, value in state["online"].items()},
+    }
 
 
 def save_for_ever(out_dir, save):
@@ -182,7 +206,10 @@ def test_kill_while_saving(tmp_path):
     plain = kill_while_saving(tmp_path / "plain", save_plainly, 300)
     assert sum(steps == [-1] for steps in plain) > 0.2 * 300  # the control: the kills do hit the writing
     V.sweep_folder(tmp_path / "ours")
-    assert not list((tmp_path / "ours/checkpoints").glob(".*.tmp")) and len(list((tmp_path / "ours/checkpoints").iterdir())) <= 8
+    assert (
+        not list((tmp_path / "ours/checkpoints").glob(".*.tmp"))
+        and len(list((tmp_path / "ours/checkpoints").iterdir())) <= 8
+    )
 
 
 def content_places(path):
@@ -270,12 +297,18 @@ def test_all_checkpoints_damaged_is_an_error_not_a_new_start(tmp_path):
 
 def test_hash_files_of_earlier_versions_are_left_alone(tmp_path):
     """They are not read, whatever is in them, and nobody deletes them: they may be the user's own."""
-    folder, hashes = tmp_path / "checkpoints", {"ckpt_3.pt.sha256": b"0" * 64 + b"  ckpt_3.pt\n", "ckpt_6.pt.sha256": b"\xff\x00 mine"}
+    folder, hashes = (
+        tmp_path / "checkpoints",
+        {"ckpt_3.pt.sha256": b"0" * 64 + b"  ckpt_3.pt\n", "ckpt_6.pt.sha256": b"\xff\x00 mine"},
+    )
     for step in (3, 6):
         V.save_checkpoint(small_state(step), tmp_path, small_config(), False)
     for name, content in hashes.items():
         (folder / name).write_bytes(content)
-    assert V.newest_checkpoint(tmp_path, print)[1].name == "ckpt_6.pt" and V.load_checkpoint(folder / "ckpt_3.pt")["step"] == 3
+    assert (
+        V.newest_checkpoint(tmp_path, print)[1].name == "ckpt_6.pt"
+        and V.load_checkpoint(folder / "ckpt_3.pt")["step"] == 3
+    )
     V.save_checkpoint(small_state(9), tmp_path, small_config(keep_last=1), False)
     V.move_checkpoint(folder / "ckpt_9.pt", folder / "ckpt_8.pt")
     assert {path.name for path in folder.iterdir()} == {V.WRITTEN, "ckpt_8.pt", *hashes}
@@ -318,8 +351,15 @@ def test_power_cut_order(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     recorder = Recorder(monkeypatch)
     V.save_checkpoint(small_state(3), tmp_path, small_config(), False)
-    calls = [(kind, name.lstrip(".").split(".tmp")[0].rsplit(".", 1)[0] if name.endswith(".tmp") else name) for kind, name in recorder.calls]
-    record = [("fsync", "written.json"), ("replace", V.WRITTEN), ("fsync", "checkpoints")]  # before the file that it proves
+    calls = [
+        (kind, name.lstrip(".").split(".tmp")[0].rsplit(".", 1)[0] if name.endswith(".tmp") else name)
+        for kind, name in recorder.calls
+    ]
+    record = [
+        ("fsync", "written.json"),
+        ("replace", V.WRITTEN),
+        ("fsync", "checkpoints"),
+    ]  # before the file that it proves
     assert calls == [("fsync", "ckpt_3.pt"), *record, ("replace", "ckpt_3.pt"), ("fsync", "checkpoints")]
 
 
@@ -338,7 +378,11 @@ def test_full_disk_while_saving_goes_on(scene_folder, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(V, "write_atomic", write_atomic)
     assert V.train(run_config(scene_folder, tmp_path / "run", steps=7)) == 0
-    assert refused and "checkpoint of step 3 could not be saved (No space left on device); no earlier one stands" in capsys.readouterr().out
+    assert (
+        refused
+        and "checkpoint of step 3 could not be saved (No space left on device); no earlier one stands"
+        in capsys.readouterr().out
+    )
     assert {path.name for path in (tmp_path / "run/checkpoints").glob("*.pt")} == {"ckpt_6.pt", "ckpt_final.pt"}
 
 
@@ -389,14 +433,29 @@ def test_tmpfs_runs_full(scene_folder, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
-    if os.geteuid() or not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or not mount
+        or subprocess.run([mount, "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True).returncode
+    ):
         pytest.skip("mounting a tmpfs needs rights that are not there")
     try:
-        code, output = finish(alone(run_config(scene_folder, disk / "run", steps=30, ckpt_every=2, keep_last=30), tmp_path), environment())
+        code, output = finish(
+            alone(run_config(scene_folder, disk / "run", steps=30, ckpt_every=2, keep_last=30), tmp_path), environment()
+        )
         last = output.strip().splitlines()[-1]
-        assert code == 1 and "WARNING: checkpoint of step" in output and last.startswith("error: ") and "No space left" in last, output
+        assert (
+            code == 1
+            and "WARNING: checkpoint of step" in output
+            and last.startswith("error: ")
+            and "No space left" in last
+        ), output
         files = V.checkpoint_files(disk / "run")
-        assert files and all(V.load_checkpoint(path) for _, path in files) and not list((disk / "run/checkpoints").glob(".*.tmp"))
+        assert (
+            files
+            and all(V.load_checkpoint(path) for _, path in files)
+            and not list((disk / "run/checkpoints").glob(".*.tmp"))
+        )
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -432,7 +491,12 @@ def test_signal_to_the_whole_group(scene_folder, tmp_path, number):
         os.killpg(process.pid, number)
         output, _ = process.communicate(timeout=60)
         told = status(tmp_path / "run")
-        assert (process.returncode, told["state"], told["exit_code"], told["reason"]) == (75, "stopped", 75, number.name), output
+        assert (process.returncode, told["state"], told["exit_code"], told["reason"]) == (
+            75,
+            "stopped",
+            75,
+            number.name,
+        ), output
         assert V.checkpoint_files(tmp_path / "run")[-1][0] == told["step"] == steps_logged(tmp_path / "run")[-1]
         wait_for(lambda: not group_members(process.pid), 10)
     finally:
@@ -442,9 +506,15 @@ def test_signal_to_the_whole_group(scene_folder, tmp_path, number):
 @pytest.mark.faults
 def test_status_of_a_failed_run(scene_folder, tmp_path):
     """A crash leaves state failed with its reason, and ends at once although loader workers ignore SIGTERM."""
-    code, output = finish(alone(run_config(scene_folder, tmp_path / "run", num_workers=2), tmp_path), environment(faults=[["exception", 0, 4, 0]]), 60)
+    code, output = finish(
+        alone(run_config(scene_folder, tmp_path / "run", num_workers=2), tmp_path),
+        environment(faults=[["exception", 0, 4, 0]]),
+        60,
+    )
     told = status(tmp_path / "run")
-    assert code == 1 and told["state"] == "failed" and told["step"] == 4 and "planted exception" in told["reason"], output
+    assert code == 1 and told["state"] == "failed" and told["step"] == 4 and "planted exception" in told["reason"], (
+        output
+    )
 
 
 def test_status_of_a_run_that_failed_in_this_process(scene_folder, tmp_path, monkeypatch):
@@ -484,26 +554,41 @@ def samples_of(cfg, videos, quarantine, num_workers, timeout_s=60.0):
     dataset = V.ClipDataset(cfg, videos, cfg.data_root, "train", (), quarantine)
     loader = V.ClipLoader(dataset, V.StepSampler(0, 6, 3, 0, 1), num_workers, False, timeout_s)
     batches = list(loader)
-    rows = [(i, f, float(frames.float().mean())) for batch in batches for i, f, frames in zip(batch["index"].tolist(), batch["file"].tolist(), batch["frames"])]
+    rows = [
+        (i, f, float(frames.float().mean()))
+        for batch in batches
+        for i, f, frames in zip(batch["index"].tolist(), batch["file"].tolist(), batch["frames"])
+    ]
     return rows, dataset.quarantine, [entry for batch in batches for entry in batch["bad"]]
 
 
-@pytest.mark.parametrize("deed, words", [
-    pytest.param("kill", "killed two loader workers", marks=pytest.mark.faults),
-    pytest.param("segfault", "killed two loader workers", marks=pytest.mark.faults),
-    ("hang", "decode_timeout_s"),
-])
+@pytest.mark.parametrize(
+    "deed, words",
+    [
+        pytest.param("kill", "killed two loader workers", marks=pytest.mark.faults),
+        pytest.param("segfault", "killed two loader workers", marks=pytest.mark.faults),
+        ("hang", "decode_timeout_s"),
+    ],
+)
 def test_a_file_that_ends_its_worker_is_quarantined(scene_folder, monkeypatch, deed, words):
     """The batches are those of a run that never opened the file; the file is named. Seen red with the quarantine not filled."""
     cfg = small_config(data_root=str(scene_folder))
     videos = V.find_videos(str(scene_folder), "*")
     evil = videos[2]
     expected, _, _ = samples_of(cfg, videos, {evil.name: "left out"}, 0)
-    deeds = {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV), "hang": lambda: time.sleep(600)}
+    deeds = {
+        "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+        "hang": lambda: time.sleep(600),
+    }
     dangerous(monkeypatch, {evil.name: deeds[deed]})
     rows, quarantine, bad = samples_of(cfg, videos, {}, 2, timeout_s=1.0 if deed == "hang" else 60.0)
     assert rows == expected
-    assert list(quarantine) == [evil.name] and quarantine[evil.name].startswith(V.QUARANTINED) and words in quarantine[evil.name]
+    assert (
+        list(quarantine) == [evil.name]
+        and quarantine[evil.name].startswith(V.QUARANTINED)
+        and words in quarantine[evil.name]
+    )
     assert {name for name, _ in bad} == {evil.name}
 
 
@@ -562,7 +647,9 @@ def test_three_ranks_resume_bit_exactly(scene_folder, tmp_path, variant):
 
     Two ranks would hide that DDP regroups its buckets after its first step. Seen red without the pass of `rehearse`.
     """
-    more = {"fp32": {}, "bf16": dict(amp=True), "accumulation": dict(grad_accum=2), "workers": dict(num_workers=2)}[variant]
+    more = {"fp32": {}, "bf16": dict(amp=True), "accumulation": dict(grad_accum=2), "workers": dict(num_workers=2)}[
+        variant
+    ]
     cfg = run_config(scene_folder, tmp_path / "whole", **more)
     code, output = finish(ranks(cfg, tmp_path, 3), environment(tmp_path / "trace_whole"))
     assert code == 0, output
@@ -671,7 +758,9 @@ def all_descendants(pid):
 def test_another_number_of_ranks_goes_on_with_the_same_samples(scene_folder, tmp_path):
     """1 -> 3 -> 1 ranks and 0 -> 2 workers at the same global batch: the sample numbers of all steps are those of one process."""
     base = run_config(scene_folder, tmp_path / "run", steps=9, ckpt_every=1, batch_size=6, keep_last=20)
-    code, output = finish(alone(V.replace(base, out_dir=str(tmp_path / "one")), tmp_path), environment(tmp_path / "trace_one"))
+    code, output = finish(
+        alone(V.replace(base, out_dir=str(tmp_path / "one")), tmp_path), environment(tmp_path / "trace_one")
+    )
     assert code == 0, output
     stages = [(1, 3, 0), (3, 6, 2), (1, 9, 0)]
     for number, until, workers in stages:
@@ -691,10 +780,17 @@ def test_infinite_loss_on_one_rank(scene_folder, tmp_path):
     """All ranks skip the step together, its files are named, weights stay equal; in a row too often, the run stops with advice."""
     cfg = run_config(scene_folder, tmp_path / "run")
     code, output = finish(ranks(cfg, tmp_path, 2), environment(tmp_path / "trace", [["inf", 1, 4, 0]]))
-    assert code == 0 and "step 5 skipped" in output and "rank 1: " in output and "scene_" in output.split("step 5 skipped")[1].splitlines()[0], output
+    assert (
+        code == 0
+        and "step 5 skipped" in output
+        and "rank 1: " in output
+        and "scene_" in output.split("step 5 skipped")[1].splitlines()[0]
+    ), output
     trace = trace_of(tmp_path / "trace")
     assert all(trace[0, step]["weights"] == trace[1, step]["weights"] for step in range(10))
-    assert trace[0, 4]["weights"] == trace[0, 5]["weights"] != trace[0, 6]["weights"]  # traced before the update of the step
+    assert (
+        trace[0, 4]["weights"] == trace[0, 5]["weights"] != trace[0, 6]["weights"]
+    )  # traced before the update of the step
     cfg = run_config(scene_folder, tmp_path / "second", max_skipped_steps=2)
     code, output = finish(ranks(cfg, tmp_path, 2), environment(faults=[["inf", 1, step, 0] for step in (4, 5)]))
     assert code == 1 and "2 steps in a row were not finite" in output and "lower --lr" in output
@@ -708,7 +804,11 @@ def test_kill_at_random_moments(scene_folder, tmp_path):
         process = launch(alone(cfg, tmp_path), environment())
         before = steps_logged(tmp_path / "run")[-1:] or [0]
         try:
-            wait_for(lambda: (tmp_path / "run").exists() and steps_logged(tmp_path / "run")[-1:] not in ([], before), 60, process)
+            wait_for(
+                lambda: (tmp_path / "run").exists() and steps_logged(tmp_path / "run")[-1:] not in ([], before),
+                60,
+                process,
+            )
             time.sleep(rng.uniform(0, 1.0))
         finally:
             end_group(process)

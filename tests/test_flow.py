@@ -37,7 +37,9 @@ def test_velocity_of_the_true_data_is_the_straight_line():
     noise, y, tau = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.rand(2, 3) * 0.9
     torch.testing.assert_close(V.flow_velocity(y, V.flow_path(noise, y, tau), tau), y - noise, rtol=1e-4, atol=1e-5)
     late = torch.full((2, 3), 0.99)
-    torch.testing.assert_close(V.flow_velocity(y, V.flow_path(noise, y, late), late), (y - noise) * 0.01 / 0.05, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        V.flow_velocity(y, V.flow_path(noise, y, late), late), (y - noise) * 0.01 / 0.05, rtol=1e-3, atol=1e-4
+    )
     assert torch.isfinite(V.flow_velocity(y, noise, torch.ones(2, 3))).all()
 
 
@@ -86,16 +88,27 @@ def test_zero_initialised_net_has_the_exact_loss():
     y = ((carry["rows"] - model.space.mean) @ model.space.basis / model.space.scale).double()  # [B, 1, k]
     weight = (1 - batch["tau"].double()).clamp(min=0.05) ** -2  # [B, R]
     context = seen["predictor"][-1][0][0]
-    chunks = model.future_target(carry["targets"])[:, -cfg.flow_chunks :] - model.read_out(context.mean(1)).view(2, cfg.flow_chunks, -1)
+    chunks = model.future_target(carry["targets"])[:, -cfg.flow_chunks :] - model.read_out(context.mean(1)).view(
+        2, cfg.flow_chunks, -1
+    )
     expected = (weight[:, :, None] * y**2).mean() + chunks.double().square().mean()
-    torch.testing.assert_close(losses["loss_flow"].double(), expected, rtol=1e-4, atol=0)  # rounding times 1 / 0.05 squared
+    torch.testing.assert_close(
+        losses["loss_flow"].double(), expected, rtol=1e-4, atol=0
+    )  # rounding times 1 / 0.05 squared
 
 
 # -- sampling through the model
 
 
-@pytest.mark.parametrize("mode", [dict(), dict(flow_joint_max=0, flow_pool=2), dict(flow_rest="gaussian"),
-                                  dict(pos_embed="rope", image_size=(16, 40))])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        dict(),
+        dict(flow_joint_max=0, flow_pool=2),
+        dict(flow_rest="gaussian"),
+        dict(pos_embed="rope", image_size=(16, 40)),
+    ],
+)
 def test_samples_have_the_documented_shape_and_follow_the_generator(mode):
     """[B, S, F, D], the same for the same seed, different for another; from frames, clip or context alike."""
     cfg = small_config(**mode)
@@ -106,8 +119,12 @@ def test_samples_have_the_documented_shape_and_follow_the_generator(mode):
     for source, seed in (("frames", 1), ("frames", 1), ("clip", 1), ("context", 1), ("now", 1), ("frames", 2)):
         clip = model.normalise(batch["frames"])
         with torch.no_grad():
-            given = {"frames": batch["frames"], "clip": clip, "now": batch["frames"][:, : cfg.now_frames],
-                     "context": model.encode_now(model.online.tokenizer(clip[:, : cfg.now_frames]))}[source]
+            given = {
+                "frames": batch["frames"],
+                "clip": clip,
+                "now": batch["frames"][:, : cfg.now_frames],
+                "context": model.encode_now(model.online.tokenizer(clip[:, : cfg.now_frames])),
+            }[source]
         draws.append(model.sample_futures(given, 3, num_steps=2, generator=torch.Generator().manual_seed(seed)))
     assert draws[0].shape == (2, 3, cfg.soon_tokens + cfg.flow_chunks, cfg.enc_dim)
     assert torch.isfinite(draws[0]).all() and not draws[0].requires_grad
@@ -179,7 +196,9 @@ def feed(space, num_updates, batch, rank, seed=0, noise=0.0, scales=None):
     scales = torch.linspace(2.0, 0.7, rank) if scales is None else scales
     mixing = torch.linalg.qr(torch.randn(span, rank, generator=generator)).Q.T * scales[:, None]
     for _ in range(num_updates):
-        space.absorb(low_rank_rows(batch, tokens, span, rank, generator, mixing, noise), torch.ones(len(space.variance)))
+        space.absorb(
+            low_rank_rows(batch, tokens, span, rank, generator, mixing, noise), torch.ones(len(space.variance))
+        )
     return lambda count: low_rank_rows(count, tokens, span, rank, generator, mixing, noise), mixing
 
 
@@ -197,7 +216,9 @@ def test_encode_decode_round_trip(mode):
     assert y.shape == (20, cfg.flow_tokens, cfg.flow_rank)
     decoded = space.decode(y)
     assert decoded.shape == (20, cfg.soon_tokens + cfg.flow_chunks, cfg.enc_dim)
-    torch.testing.assert_close(space.pool(decoded), rows, rtol=0, atol=2e-3)  # rows of size 5; six fp32 products and a running mean
+    torch.testing.assert_close(
+        space.pool(decoded), rows, rtol=0, atol=2e-3
+    )  # rows of size 5; six fp32 products and a running mean
     torch.testing.assert_close(space.encode(space.pool(decoded)), y, rtol=0, atol=2e-3)
     nothing = space.decode(torch.zeros(1, cfg.flow_tokens, cfg.flow_rank))
     torch.testing.assert_close(space.pool(nothing)[0], space.mean, rtol=0, atol=1e-5)
@@ -255,7 +276,9 @@ def test_basis_spans_the_true_directions(mode):
     directions = torch.nn.functional.normalize(mixing, dim=1)
     captured = (directions @ space.basis).square().sum(1)
     assert captured.min() > 0.99
-    torch.testing.assert_close(space.basis.T @ space.basis, torch.eye(8), rtol=0, atol=1e-3)  # fp32 Gram matrix, values over a factor of 10
+    torch.testing.assert_close(
+        space.basis.T @ space.basis, torch.eye(8), rtol=0, atol=1e-3
+    )  # fp32 Gram matrix, values over a factor of 10
     generator = torch.Generator().manual_seed(9)
     for _ in range(20):
         tokens, span = space.mean.shape
@@ -306,8 +329,12 @@ def test_young_directions_do_not_hang_on_rounding(num_rows, rank):
         space.absorb(rows, square)
         twin.absorb(rows * (1 + 1e-7 * torch.randn(rows.shape, generator=generator)), square)
         y, other = (one.encode(rows) for one in (space, twin))
-        assert (y - other).abs().max() <= 1e-3 * y.abs().max()  # measured 1e-5; rounding grows where eigenvalues lie close at the last direction
-        torch.testing.assert_close(space.basis @ (space.basis.T @ space.basis), space.basis, rtol=0, atol=1e-4)  # orthonormal, or none
+        assert (
+            (y - other).abs().max() <= 1e-3 * y.abs().max()
+        )  # measured 1e-5; rounding grows where eigenvalues lie close at the last direction
+        torch.testing.assert_close(
+            space.basis @ (space.basis.T @ space.basis), space.basis, rtol=0, atol=1e-4
+        )  # orthonormal, or none
 
 
 def test_statistics_forget():
@@ -340,14 +367,18 @@ def test_rows_in_parts_of_one_step_count_as_one(mode):
         for _ in range(4):
             rows = torch.randn(12, *model.space.mean.shape, generator=generator)
             squares = torch.rand(12, cfg.enc_dim, generator=generator) + 0.5
-            carries = [{"key": torch.zeros(12 // parts, cfg.enc_dim), "rows": part, "square": square.mean(0)}
-                       for part, square in zip(rows.chunk(parts), squares.chunk(parts))]
+            carries = [
+                {"key": torch.zeros(12 // parts, cfg.enc_dim), "rows": part, "square": square.mean(0)}
+                for part, square in zip(rows.chunk(parts), squares.chunk(parts))
+            ]
             model.absorb(carries)
         models.append(model)
     whole, split = (model.space.state_dict() for model in models)
     assert float(split["updates"]) == 4
     for name in whole:
-        torch.testing.assert_close(split[name], whole[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")  # mean of means
+        torch.testing.assert_close(
+            split[name], whole[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )  # mean of means
 
 
 def test_pooled_mode_by_hand():
@@ -436,7 +467,9 @@ def branch_clips(world, count, p_right, generator):
     probability p_right, else -axis, plus noise of a tenth of the distance between the branches.
     """
     direction = torch.eye(NUM_AXES)[torch.randint(NUM_AXES, (count,), generator=generator)]
-    context = direction[:, None] @ world["cue"] + 0.3 * torch.randn(count, 4, world["cue"].shape[1], generator=generator)
+    context = direction[:, None] @ world["cue"] + 0.3 * torch.randn(
+        count, 4, world["cue"].shape[1], generator=generator
+    )
     axis = direction @ world["plane"]
     is_right = torch.rand(count, generator=generator) < p_right
     noise = 0.2 * torch.randn(count, NUM_AXES + 2, generator=generator) @ world["noise_plane"]
@@ -460,7 +493,9 @@ def train_branches(cfg, p_right, num_steps, batch_size, lr, seed=0):
     world = branch_world(cfg, space.mean.shape[1], generator)
     optimizer = torch.optim.AdamW(flow.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(num_steps):
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+        optimizer.param_groups[0]["lr"] = (
+            lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+        )
         context, future, _, _ = branch_clips(world, batch_size, p_right, generator)
         residual = future.view(batch_size, -1, cfg.enc_dim)
         rows = space.pool(residual)
@@ -488,7 +523,11 @@ def branch_shares(cfg, flow, space, world, generator, p_right, count=512, num_sa
         residual = space.decode(y.flatten(0, 1)).view(count, num_samples, -1)
     place = ((residual * axis[:, None]).sum(2) + 1) / 2  # 0 = left branch, 1 = right branch
     beside = (residual - (2 * place - 1)[..., None] * axis[:, None]).norm(dim=2) / 2
-    return float((place > 0.5).float().mean()), float(((place > 0.25) & (place < 0.75)).float().mean()), float(beside.mean())
+    return (
+        float((place > 0.5).float().mean()),
+        float(((place > 0.25) & (place < 0.75)).float().mean()),
+        float(beside.mean()),
+    )
 
 
 @pytest.mark.slow
@@ -499,11 +538,15 @@ def test_two_branches_come_with_their_odds(p_right):
     Measured: 0.499 right and 3.4 % between at p = 0.5, 0.789 and 2.3 % at p = 0.8. A point forecast would put every sample
     at p on the axis. Seen red with the sign of the velocity dropped.
     """
-    cfg = small_config(image_size=16, now_frames=2, num_frames=10, flow_dim=64, flow_depth=2, flow_rank=4, flow_draws=4, flow_steps=20)  # 4 NOW tokens
+    cfg = small_config(
+        image_size=16, now_frames=2, num_frames=10, flow_dim=64, flow_depth=2, flow_rank=4, flow_draws=4, flow_steps=20
+    )  # 4 NOW tokens
     flow, space, world, generator = train_branches(cfg, p_right, num_steps=700, batch_size=128, lr=5e-3)
     right, between, beside = branch_shares(cfg, flow, space, world, generator, p_right)
     # 512 contexts x 16 samples: standard error 0.006 if independent
     assert abs(right - p_right) < 0.05
     assert between < 0.10
-    assert beside < 0.3  # distance beside the axis in units of the distance between the branches; the data's own is about 0.16
+    assert (
+        beside < 0.3
+    )  # distance beside the axis in units of the distance between the branches; the data's own is about 0.16
     assert float(space.explained) > 0.99

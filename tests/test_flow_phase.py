@@ -15,8 +15,18 @@ STILL = ("online", "predictor", "outcome", "target", "read_out")  # what the flo
 
 def phase_config(out_dir, **overrides):
     """Three steps on rendered scenes, then five steps of SOON and six of the flow net on 24 clips."""
-    base = dict(out_dir=str(out_dir), steps=3, scenes="render", flow_fit_clips=24, flow_fit_steps=6, flow_fit_batch=4, soon_fit_steps=5, soon_fit_batch=4,
-                picture=False, val_every=0)
+    base = dict(
+        out_dir=str(out_dir),
+        steps=3,
+        scenes="render",
+        flow_fit_clips=24,
+        flow_fit_steps=6,
+        flow_fit_batch=4,
+        soon_fit_steps=5,
+        soon_fit_batch=4,
+        picture=False,
+        val_every=0,
+    )
     return small_config(**{**base, **overrides})
 
 
@@ -77,7 +87,11 @@ def test_cached_pairs_are_what_the_loss_would_see(tmp_path):
     source = V.open_data(cfg, [], True, lambda: None)
     contexts, futures = V.cache_latents(model, source, process, 5, 10, V.RunLog(cfg, False))
     y = V.flow_coordinates(model, contexts, futures, process)
-    assert contexts.shape == (16, cfg.now_tokens, cfg.enc_dim) and y.shape == (16, 1, cfg.flow_rank)  # full batches of four times batch_size
+    assert contexts.shape == (16, cfg.now_tokens, cfg.enc_dim) and y.shape == (
+        16,
+        1,
+        cfg.flow_rank,
+    )  # full batches of four times batch_size
     data = source.dataset(cfg, "train")
     for place in (0, 3, 15):
         frames = data[5 + place]["frames"][None]
@@ -85,7 +99,9 @@ def test_cached_pairs_are_what_the_loss_would_see(tmp_path):
             clip = model.normalise(frames)
             context = model.encode_now(model.online.tokenizer(clip))
             future = model.future_target(model.make_targets(clip))
-            expected = model.space.encode(model.space.pool(future - model.forecast(context, model.predict_soon(context))))
+            expected = model.space.encode(
+                model.space.pool(future - model.forecast(context, model.predict_soon(context)))
+            )
         torch.testing.assert_close(contexts[place : place + 1], context, rtol=0, atol=1e-5)
         torch.testing.assert_close(futures[place : place + 1], future, rtol=0, atol=1e-5)
         torch.testing.assert_close(y[place : place + 1], expected, rtol=0, atol=1e-3 * float(y.abs().max()))
@@ -98,7 +114,9 @@ def test_loader_workers_get_cores_of_their_own(tmp_path, monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        cfg = phase_config(tmp_path / "run", num_workers=1, steps=1, flow_fit_clips=4, flow_fit_steps=1, soon_fit_steps=1, val_clips=2)
+        cfg = phase_config(
+            tmp_path / "run", num_workers=1, steps=1, flow_fit_clips=4, flow_fit_steps=1, soon_fit_steps=1, val_clips=2
+        )
         assert V.train(cfg) == V.EXIT_OK
         assert seen == [1] and torch.get_num_threads() == 2
         with pytest.raises(ZeroDivisionError), V.spare_threads(5):
@@ -148,7 +166,9 @@ def test_fits_average_their_gradients_over_ranks(monkeypatch):
     cfg, net = small_config(grad_clip=0.0), torch.nn.Linear(3, 1, bias=False)
     start, other = net.weight.detach().clone(), torch.tensor([[1.0, -2.0, 0.5]])
     monkeypatch.setattr(V.dist, "all_reduce", lambda grad: grad.add_(other / 2))
-    V.fit_step(net, torch.optim.SGD(net.parameters(), lr=9.0), net(torch.ones(1, 3)).sum(), 0.1, cfg, cpu_process(world_size=2))
+    V.fit_step(
+        net, torch.optim.SGD(net.parameters(), lr=9.0), net(torch.ones(1, 3)).sum(), 0.1, cfg, cpu_process(world_size=2)
+    )
     torch.testing.assert_close(net.weight.detach(), start - 0.1 * (torch.ones(1, 3) + other) / 2)
 
 
@@ -164,13 +184,54 @@ def test_fewer_clips_than_directions(tmp_path):
 @pytest.mark.slow
 def test_ranks_share_one_flow(tmp_path):
     """Two ranks fit one net on their shares of the clips, over pooled tokens, and the run ends with one checkpoint."""
-    flags = dict(image_size=32, patch=8, num_frames=12, now_frames=4, soon_frames=4, eventually_frames=4, enc_dim=48, enc_depth=2, pred_dim=24,
-                 pred_depth=2, num_heads=4, outcome_queue=16, flow_dim=32, flow_depth=2, flow_heads=4, flow_rank=8, flow_chunks=2, flow_draws=3,
-                 flow_joint_max=0, flow_pool=2, batch_size=2, num_workers=0, steps=2, scenes="render", flow_fit_clips=32, flow_fit_steps=4,
-                 flow_fit_batch=4, soon_fit_steps=3, soon_fit_batch=4, device="cpu", val_clips=4, log_every=1, out_dir=str(tmp_path / "run"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), "--no-picture"]
+    flags = dict(
+        image_size=32,
+        patch=8,
+        num_frames=12,
+        now_frames=4,
+        soon_frames=4,
+        eventually_frames=4,
+        enc_dim=48,
+        enc_depth=2,
+        pred_dim=24,
+        pred_depth=2,
+        num_heads=4,
+        outcome_queue=16,
+        flow_dim=32,
+        flow_depth=2,
+        flow_heads=4,
+        flow_rank=8,
+        flow_chunks=2,
+        flow_draws=3,
+        flow_joint_max=0,
+        flow_pool=2,
+        batch_size=2,
+        num_workers=0,
+        steps=2,
+        scenes="render",
+        flow_fit_clips=32,
+        flow_fit_steps=4,
+        flow_fit_batch=4,
+        soon_fit_steps=3,
+        soon_fit_batch=4,
+        device="cpu",
+        val_clips=4,
+        log_every=1,
+        out_dir=str(tmp_path / "run"),
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(SCRIPT),
+        "--no-picture",
+    ]
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "flow phase: latents of 32 clips" in done.stdout
     state = V.load_checkpoint(tmp_path / "run" / "checkpoints" / "ckpt_final.pt")
@@ -180,7 +241,17 @@ def test_ranks_share_one_flow(tmp_path):
 def test_latents_kept_in_bf16_serve_a_net_in_fp32(tmp_path, monkeypatch):
     """--amp on a CPU that is slow at bf16: contexts are kept short, and computed with in full. Seen red without `.float()`."""
     monkeypatch.setattr(V, "amp_cost", lambda *_: 31.0)
-    cfg = small_config(out_dir=str(tmp_path), amp=True, steps=1, flow_fit_clips=16, flow_fit_steps=1, soon_fit_steps=1, scenes="render",
-                       val_every=0, val_clips=2, picture=False)
+    cfg = small_config(
+        out_dir=str(tmp_path),
+        amp=True,
+        steps=1,
+        flow_fit_clips=16,
+        flow_fit_steps=1,
+        soon_fit_steps=1,
+        scenes="render",
+        val_every=0,
+        val_clips=2,
+        picture=False,
+    )
     assert V.train(cfg) == 0
     assert "flow phase step:1" in (tmp_path / "train.log").read_text()

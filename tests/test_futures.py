@@ -28,7 +28,9 @@ def save_run(folder, cfg, kind="render", root="", seed=0):
     optimizer, scaler = V.build_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
     source = V.DataSource(kind, str(root), [], [], [], True)
     process = V.Process(0, 1, torch.device("cpu"), None)
-    return V.save_checkpoint(V.checkpoint_state(model, optimizer, scaler, source, process, V.Progress(step=3)), folder, cfg, final=True)
+    return V.save_checkpoint(
+        V.checkpoint_state(model, optimizer, scaler, source, process, V.Progress(step=3)), folder, cfg, final=True
+    )
 
 
 def video(path, seconds, fps=10, size=(32, 48)):
@@ -47,7 +49,9 @@ def run_folder(tmp_path_factory):
     few.setattr(P, "FAN_SAMPLES", 5)
     few.setattr(P, "JUDGE_CLIPS", 8)
     few.setattr(P, "POOL_CLIPS", 24)
-    code = P.main(["--ckpt", str(path), "--minutes", "0.01", "--num_samples", "3", "--num_workers", "0", "--device", "cpu"])
+    code = P.main(
+        ["--ckpt", str(path), "--minutes", "0.01", "--num_samples", "3", "--num_workers", "0", "--device", "cpu"]
+    )
     few.undo()
     assert code == 0
     return path
@@ -69,7 +73,10 @@ def error_line(result, code):
 # -- decoder
 
 
-@pytest.mark.parametrize("image_size, patch, tubelet_t", [((16, 32), 8, 2), ((42, 28), 14, 2), ((12, 18), 6, 1), ((4, 6), 1, 2), ((15, 10), 5, 4)])
+@pytest.mark.parametrize(
+    "image_size, patch, tubelet_t",
+    [((16, 32), 8, 2), ((42, 28), 14, 2), ((12, 18), 6, 1), ((4, 6), 1, 2), ((15, 10), 5, 4)],
+)
 def test_decoder_makes_frames_of_the_clips_size(image_size, patch, tubelet_t):
     """Any grid, patch and tubelet length; the cut-off uint8 pictures have the frames' shape."""
     cfg = scene_config(image_size=image_size, patch=patch, tubelet_t=tubelet_t)
@@ -90,7 +97,10 @@ def test_a_token_is_drawn_where_it_belongs():
         changed[:, t, h, w] += 3 * torch.randn(16, cfg.enc_dim)
         with torch.no_grad():
             change = (decoder(changed) - decoder(latents)).abs().mean((0, 2))  # [T, H, W]
-        middle = [float((change.sum(tuple({0, 1, 2} - {axis})) * (torch.arange(side) + 0.5)).sum() / change.sum()) for axis, side in enumerate(change.shape)]
+        middle = [
+            float((change.sum(tuple({0, 1, 2} - {axis})) * (torch.arange(side) + 0.5)).sum() / change.sum())
+            for axis, side in enumerate(change.shape)
+        ]
         assert middle == pytest.approx([2 * t + 1, 8 * h + 4, 8 * w + 4], abs=2)
 
 
@@ -122,7 +132,9 @@ def test_training_pairs_tubelets_with_their_own_frames():
     torch.manual_seed(0)
     decoder, _ = P.train_decoder(P.PixelDecoder(cfg, 16), pool, cfg, 1e9, max_steps=100)
     seen = P.decode_soon(decoder, pool.soon(cfg)[1], cfg).mean((2, 3, 4)) / 255
-    assert np.abs(seen - bright[:, 2:].repeat_interleave(2, 1).numpy()).mean() < 0.08  # 0.25 for one brightness everywhere
+    assert (
+        np.abs(seen - bright[:, 2:].repeat_interleave(2, 1).numpy()).mean() < 0.08
+    )  # 0.25 for one brightness everywhere
 
 
 def test_judging_by_hand():
@@ -142,13 +154,22 @@ def test_pool_holds_now_and_soon_of_the_clips_it_names():
     """Latents are those of the whole clip, in (t, h, w) order; held-out scenes are not training scenes."""
     cfg = scene_config()
     model = new_model(cfg).eval()
-    pool, held_out = P.fill_pool(model, None, "train", 1e9, 3, least=3), P.fill_pool(model, None, "val", 1e9, 3, least=3)
+    pool, held_out = (
+        P.fill_pool(model, None, "train", 1e9, 3, least=3),
+        P.fill_pool(model, None, "val", 1e9, 3, least=3),
+    )
     frames, labels = P.render(cfg, P.TRAIN_SEED + 1, kind="fork")
     clip = torch.from_numpy(frames.transpose(0, 3, 1, 2).copy())[None]
     targets = model.make_targets(model.normalise(clip))[0]
     assert torch.equal(pool.frames[1], clip[0, :8]) and int(pool.branch[1]) == labels["branch"] != 0
-    torch.testing.assert_close(pool.soon(cfg)[1][1], targets[cfg.now_tokens : cfg.now_tokens + cfg.soon_tokens], rtol=0, atol=2e-3)  # fp16
-    assert not torch.equal(pool.frames[1], held_out.frames[1]) and held_out.points.shape == (3, cfg.soon_tokens, cfg.enc_dim)
+    torch.testing.assert_close(
+        pool.soon(cfg)[1][1], targets[cfg.now_tokens : cfg.now_tokens + cfg.soon_tokens], rtol=0, atol=2e-3
+    )  # fp16
+    assert not torch.equal(pool.frames[1], held_out.frames[1]) and held_out.points.shape == (
+        3,
+        cfg.soon_tokens,
+        cfg.enc_dim,
+    )
 
 
 def test_missing_vgg_weights_are_named(monkeypatch, tmp_path):
@@ -186,7 +207,10 @@ def test_cache_is_used_again_and_trained_longer_when_asked(run_folder, monkeypat
     decoder, saved = P.get_decoder(model, source, path, key, 0.005, 0, None, 0)
     monkeypatch.setattr(P, "fill_pool", lambda *args, **options: 1 / 0)
     again, _ = P.get_decoder(model, source, path, key, 0.01, 0, None, 0)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in decoder.state_dict().items()) and saved["minutes"] == 0.01
+    assert (
+        all(torch.equal(value, again.state_dict()[name]) for name, value in decoder.state_dict().items())
+        and saved["minutes"] == 0.01
+    )
     with pytest.raises(ZeroDivisionError):
         P.get_decoder(model, source, path, key, 0.02, 0, None, 0)
 
@@ -264,18 +288,26 @@ def test_probe_reads_the_right_tubelet():
         latents = 0.1 * torch.randn(count, 4, 2, 4, cfg.enc_dim, generator=generator)
         lateral = torch.randn(count, 2, generator=generator)
         latents[:, 2:, :, 0, 7] += lateral[:, :, None]
-        return P.Pool(torch.zeros(count, 8, 3, 16, 32, dtype=torch.uint8), latents, torch.zeros(0), lateral, lateral[:, 1].sign())
+        return P.Pool(
+            torch.zeros(count, 8, 3, 16, 32, dtype=torch.uint8), latents, torch.zeros(0), lateral, lateral[:, 1].sign()
+        )
 
     pool, held_out = clips(300), clips(50)
     readings = P.fit_readings(pool, held_out, cfg)
     read = P.read_lateral(readings["probe"], held_out.soon(cfg)[1], cfg)
-    assert (read - held_out.lateral).abs().mean() < 0.3 and float(readings["probe_r2"]) > 0.8 and float(readings["branch_told"]) > 0.9
+    assert (
+        (read - held_out.lateral).abs().mean() < 0.3
+        and float(readings["probe_r2"]) > 0.8
+        and float(readings["branch_told"]) > 0.9
+    )
     assert readings["bank"].shape == (300, 2) and "probe" not in P.fit_readings(replace_lateral(pool), held_out, cfg)
 
 
 def replace_lateral(pool):
     """The same clips as if they were videos: no lateral displacement is known."""
-    return P.Pool(pool.frames, pool.latents, pool.points, torch.full_like(pool.lateral, math.nan), torch.zeros_like(pool.branch))
+    return P.Pool(
+        pool.frames, pool.latents, pool.points, torch.full_like(pool.lateral, math.nan), torch.zeros_like(pool.branch)
+    )
 
 
 def test_branch_shares_by_hand():
@@ -306,9 +338,15 @@ def test_fan_shares_of_constructed_samples(monkeypatch):
     monkeypatch.setattr(model, "sample_futures", samples)
     fans = P.sample_fans(model, {"probe": probe}, 0, 8, 2)
     assert list(fans) == list(P.SIGNS) and all(len(rows) == 2 for rows in fans.values()) and signs == [8] * 10
-    assert all(fan["right"] == 0.75 and fan["between"] == 0 and fan["samples"].shape == (8, 2) for rows in fans.values() for fan in rows)
+    assert all(
+        fan["right"] == 0.75 and fan["between"] == 0 and fan["samples"].shape == (8, 2)
+        for rows in fans.values()
+        for fan in rows
+    )
     np.testing.assert_allclose(fans[0.5][0]["samples"][:, 1], [-30] * 2 + [30] * 6, rtol=1e-5)
-    assert P.share_summary([{"right": 0.4, "between": 0.1}, {"right": 0.8, "between": 0.3}]) == pytest.approx((0.6, 0.2, 0.2))
+    assert P.share_summary([{"right": 0.4, "between": 0.1}, {"right": 0.8, "between": 0.3}]) == pytest.approx(
+        (0.6, 0.2, 0.2)
+    )
 
 
 def test_true_branches_lie_on_their_sides():
@@ -323,7 +361,9 @@ def test_scenes_shown_follow_the_runs_mix():
     """A fork at even odds first; kinds the run never saw are not shown; seeds give other scenes."""
     cfg = scene_config()
     chosen = P.pick_scenes(cfg, 0)
-    assert [kind for _, kind in chosen] == ["fork", "lane", "brake"] and V.scene_odds(chosen[0][0], cfg, "fork")["right"] == 0.5
+    assert [kind for _, kind in chosen] == ["fork", "lane", "brake"] and V.scene_odds(chosen[0][0], cfg, "fork")[
+        "right"
+    ] == 0.5
     forks = P.pick_scenes(replace(cfg, scene_mix="fork_only"), 0)
     assert [V.scene_odds(seed, cfg, "fork")["right"] for seed, _ in forks] == [0.5, 0.9, 0.1]
     assert not {seed for seed, _ in chosen} & {seed for seed, _ in P.pick_scenes(cfg, 1)}
@@ -348,14 +388,29 @@ def test_everything_is_written(run_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(P, "FAN_SCENES", 2)
     monkeypatch.setattr(P, "FAN_SAMPLES", 5)
     before = run_folder.parent.parent
-    assert {path.name for path in (before / "futures").iterdir()} == {"rollout.mp4", "frames.png", "frames_2.png", "frames_3.png", "latents.png", "fan.png"}
-    code, out, _ = command(capsys, "--ckpt", run_folder, "--out", tmp_path / "new" / "folder", "--minutes", "0.005", "--num_samples", "5")
+    assert {path.name for path in (before / "futures").iterdir()} == {
+        "rollout.mp4",
+        "frames.png",
+        "frames_2.png",
+        "frames_3.png",
+        "latents.png",
+        "fan.png",
+    }
+    code, out, _ = command(
+        capsys, "--ckpt", run_folder, "--out", tmp_path / "new" / "folder", "--minutes", "0.005", "--num_samples", "5"
+    )
     assert code == 0 and "mean frame" in out
-    paths = [tmp_path / "new" / "folder" / name for name in ("rollout.mp4", "frames.png", "frames_2.png", "frames_3.png", "latents.png", "fan.png")]
+    paths = [
+        tmp_path / "new" / "folder" / name
+        for name in ("rollout.mp4", "frames.png", "frames_2.png", "frames_3.png", "latents.png", "fan.png")
+    ]
     assert out.splitlines()[-6:] == list(map(str, paths))
     cfg = scene_config()
     size = P.panel_size(cfg, 104)
-    assert Image.open(paths[1]).size == (138 + 6 * (size[0] + 5) + 20, 68 + 8 * (size[1] + 5) + 8)  # 2 NOW + 4 SOON columns, 3 + 5 rows
+    assert Image.open(paths[1]).size == (
+        138 + 6 * (size[0] + 5) + 20,
+        68 + 8 * (size[1] + 5) + 8,
+    )  # 2 NOW + 4 SOON columns, 3 + 5 rows
     assert all(min(Image.open(path).size) > 300 for path in paths[1:])
     wide, high = P.panel_size(cfg, 208)
     width, height = 14 + 4 * (wide + 14), 62 + 3 * (high + 38)
@@ -363,22 +418,32 @@ def test_everything_is_written(run_folder, tmp_path, capsys, monkeypatch):
     assert frames.shape == (33, height, width, 3)  # three clips of 4 + 4 frames and 3 to rest
     truth = P.render(cfg, *P.pick_scenes(cfg, 0)[0][:1], kind="fork")[0]
     panel = frames[5, 62 + 22 : 62 + 22 + high, 14 : 14 + wide]
-    assert np.abs(panel.astype(int) - np.asarray(P.scaled(truth[5], (wide, high))).astype(int)).mean() < 6  # H.264 and 4:2:0 colour
+    assert (
+        np.abs(panel.astype(int) - np.asarray(P.scaled(truth[5], (wide, high))).astype(int)).mean() < 6
+    )  # H.264 and 4:2:0 colour
     assert np.abs(panel.astype(int) - np.asarray(P.scaled(truth[0], (wide, high))).astype(int)).mean() > 6
 
 
 def test_a_clip_that_ends_inside_soon_has_no_truth(run_folder, tmp_path, capsys):
     """1.5 s hold NOW (1 s) but not SOON: this is said, the pictures are written, and no panel claims a truth."""
     path = video(tmp_path / "short.mp4", 1.5)
-    code, out, _ = command(capsys, "--ckpt", run_folder, "--out", tmp_path, "--minutes", "0.005", "--clip", path, "--num_samples", "2")
+    code, out, _ = command(
+        capsys, "--ckpt", run_folder, "--out", tmp_path, "--minutes", "0.005", "--clip", path, "--num_samples", "2"
+    )
     assert code == 0 and "no truth" in out
     assert {p.name for p in tmp_path.iterdir()} == {"short.mp4", "rollout.mp4", "frames.png", "latents.png", "fan.png"}
     cfg = scene_config()
     model, decoder = new_model(cfg).eval(), P.PixelDecoder(cfg, 16).eval()
     short = P.make_exhibit(model, decoder, P.clip_window(str(path), 0.0, cfg), "short", 2, 0)
-    assert [title for title, _, _ in P.panels(short, 4)] == ["Point forecast", "Sample 1", "Sample 2"] and short.true is None
+    assert [title for title, _, _ in P.panels(short, 4)] == [
+        "Point forecast",
+        "Sample 1",
+        "Sample 2",
+    ] and short.true is None
     long = P.make_exhibit(model, decoder, P.clip_window(str(video(tmp_path / "long.mp4", 4)), 0.0, cfg), "long", 2, 0)
-    assert [title for title, _, _ in P.panels(long, 4)][:2] == ["Truth", "Truth, decoded"] and np.array_equal(long.frames[4:], P.panels(long, 4)[0][2])
+    assert [title for title, _, _ in P.panels(long, 4)][:2] == ["Truth", "Truth, decoded"] and np.array_equal(
+        long.frames[4:], P.panels(long, 4)[0][2]
+    )
 
 
 def test_the_clips_window_begins_where_it_is_asked_for(tmp_path):
@@ -400,18 +465,26 @@ def test_videos_have_a_plane_instead_of_a_fan(scene_folder, tmp_path, capsys, mo
     path = save_run(tmp_path, scene_config(), "videos", tmp_path / "gone")
     gone = command(capsys, "--ckpt", path)
     assert "the run's videos are gone" in error_line(gone, 2)
-    code, out, _ = command(capsys, "--ckpt", path, "--data_root", scene_folder, "--minutes", "0.005", "--num_samples", "2")
+    code, out, _ = command(
+        capsys, "--ckpt", path, "--data_root", scene_folder, "--minutes", "0.005", "--num_samples", "2"
+    )
     assert code == 0 and (tmp_path / "futures" / "fan.png").is_file() and "held-out videos" in out
     _, val = V.split_readable(scene_config(), V.find_videos(str(scene_folder), "*"))
     assert len(list((tmp_path / "futures").glob("frames*.png"))) == min(3, len(val))
 
 
-@pytest.mark.parametrize("flags, code, text", [
-    (["--num_samples", "0"], 2, "num_samples = 0: must lie in 1 to 64"), (["--minutes", "0"], 2, "minutes = 0.0"), (["--start", "-1"], 2, "start = -1.0"),
-    (["--seed", "x"], 2, "invalid int value"), (["--clp", "x"], 2, "unrecognized arguments"),
-    (["--data_root", "absent"], 2, "data_root absent: no such file or folder"),
-    (["--clip", "absent.mp4"], 2, "clip absent.mp4: no such file"),
-])
+@pytest.mark.parametrize(
+    "flags, code, text",
+    [
+        (["--num_samples", "0"], 2, "num_samples = 0: must lie in 1 to 64"),
+        (["--minutes", "0"], 2, "minutes = 0.0"),
+        (["--start", "-1"], 2, "start = -1.0"),
+        (["--seed", "x"], 2, "invalid int value"),
+        (["--clp", "x"], 2, "unrecognized arguments"),
+        (["--data_root", "absent"], 2, "data_root absent: no such file or folder"),
+        (["--clip", "absent.mp4"], 2, "clip absent.mp4: no such file"),
+    ],
+)
 def test_wrong_flags(run_folder, capsys, flags, code, text):
     """One line, exit 2, before anything is trained."""
     assert text in error_line(command(capsys, "--ckpt", run_folder, *flags), code)
@@ -426,23 +499,33 @@ def test_wrong_checkpoints(tmp_path, capsys):
     state = torch.load(path, weights_only=True)
     torch.save({**state, "flow_ema": {"other": torch.zeros(1)}}, path)
     assert "made by another version" in error_line(command(capsys, "--ckpt", path), 1)
-    assert "lambda_flow 0" in error_line(command(capsys, "--ckpt", save_run(tmp_path / "dry", scene_config(lambda_flow=0.0))), 1)
-    assert "random pixels" in error_line(command(capsys, "--ckpt", save_run(tmp_path / "noise", scene_config(), "random")), 1)
+    assert "lambda_flow 0" in error_line(
+        command(capsys, "--ckpt", save_run(tmp_path / "dry", scene_config(lambda_flow=0.0))), 1
+    )
+    assert "random pixels" in error_line(
+        command(capsys, "--ckpt", save_run(tmp_path / "noise", scene_config(), "random")), 1
+    )
 
 
 def test_wrong_clips(run_folder, tmp_path, capsys):
     """Too short, not a video, starting past its end: named before any training."""
     short = error_line(command(capsys, "--ckpt", run_folder, "--clip", video(tmp_path / "blink.mp4", 0.5)), 1)
     assert "0.50 s long, NOW needs 1.00 s" in short
-    assert "from 7 s on" in error_line(command(capsys, "--ckpt", run_folder, "--clip", video(tmp_path / "four.mp4", 4), "--start", "7"), 1)
+    assert "from 7 s on" in error_line(
+        command(capsys, "--ckpt", run_folder, "--clip", video(tmp_path / "four.mp4", 4), "--start", "7"), 1
+    )
     (tmp_path / "text.mp4").write_text("no video")
-    assert "text.mp4: cannot be opened" in error_line(command(capsys, "--ckpt", run_folder, "--clip", tmp_path / "text.mp4"), 1)
+    assert "text.mp4: cannot be opened" in error_line(
+        command(capsys, "--ckpt", run_folder, "--clip", tmp_path / "text.mp4"), 1
+    )
 
 
 def test_folder_that_cannot_be_written(run_folder, tmp_path, capsys):
     """--out below a file: the cause and the flag."""
     (tmp_path / "file").write_text("")
-    assert "choose another --out" in error_line(command(capsys, "--ckpt", run_folder, "--out", tmp_path / "file" / "out"), 1)
+    assert "choose another --out" in error_line(
+        command(capsys, "--ckpt", run_folder, "--out", tmp_path / "file" / "out"), 1
+    )
 
 
 def test_real_footage(run_folder, tmp_path, capsys):
@@ -450,5 +533,7 @@ def test_real_footage(run_folder, tmp_path, capsys):
     path = FOOTAGE / "driving" / "labelled" / "donkeycar_tub" / "video.mp4"
     if not path.is_file():
         pytest.skip("no footage here")
-    code, out, _ = command(capsys, "--ckpt", run_folder, "--out", tmp_path, "--minutes", "0.005", "--clip", path, "--num_samples", "2")
+    code, out, _ = command(
+        capsys, "--ckpt", run_folder, "--out", tmp_path, "--minutes", "0.005", "--clip", path, "--num_samples", "2"
+    )
     assert code == 0 and (tmp_path / "rollout.mp4").stat().st_size > 10000

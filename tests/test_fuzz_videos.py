@@ -22,10 +22,20 @@ import fuzz_videos as Z  # noqa: E402
 
 ODD = FOOTAGE / "odd_videos"
 NUM_FEW = 4 * len(Z.MUTATORS)  # 60: every mutator four times
-STREAM_DAMAGE = ("flipped bits", "flipped media bits", "random bytes", "zero run")  # mutators that hit the coded pictures
-DECODER_NAMES = ["pyav", pytest.param("decord", marks=pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="no decord"))]
+STREAM_DAMAGE = (
+    "flipped bits",
+    "flipped media bits",
+    "random bytes",
+    "zero run",
+)  # mutators that hit the coded pictures
+DECODER_NAMES = [
+    "pyav",
+    pytest.param("decord", marks=pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="no decord")),
+]
 needs_odd_files = pytest.mark.skipif(not ODD.is_dir(), reason="no awkward files beside this checkout")
-needs_inotify = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="inotify, /proc and RLIMIT_AS are Linux'")
+needs_inotify = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="inotify, /proc and RLIMIT_AS are Linux'"
+)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +164,9 @@ def gorge(reader, path, plan):
 
 
 @needs_inotify
-@pytest.mark.parametrize("reading, outcome", [(crash, "crash"), (wait, "hang"), (stumble, "other"), (gorge, "other"), (blacken, "silent")])
+@pytest.mark.parametrize(
+    "reading, outcome", [(crash, "crash"), (wait, "hang"), (stumble, "other"), (gorge, "other"), (blacken, "silent")]
+)
 def test_the_fuzz_sees_what_it_looks_for(monkeypatch, sources, reading, outcome):
     """Planted readers that crash, hang, raise, eat memory or give wrong pixels are named so."""
     monkeypatch.setitem(Z.WAYS, "ours", reading)
@@ -166,14 +178,34 @@ def test_the_fuzz_sees_what_it_looks_for(monkeypatch, sources, reading, outcome)
 
 def test_exit_code_and_report(monkeypatch, tmp_path, capsys):
     """0 for refused, right and silent; 1 for a crash, a hang, another exception, or another file opened; failures of `defaults` are only counted."""
-    good = dict(number=3, mutator="cut", source="plain", way="ours", outcome="silent", detail="", off=9.0, peak_mb=5.0, seconds=0.1, opened=[])
-    for change, code in (({}, 0), ({"outcome": "refused"}, 0), ({"outcome": "crash"}, 1), ({"outcome": "hang"}, 1), ({"outcome": "other"}, 1),
-                         ({"opened": ["bait.mp4"]}, 1), ({"outcome": "crash", "way": "defaults"}, 0)):
+    good = dict(
+        number=3,
+        mutator="cut",
+        source="plain",
+        way="ours",
+        outcome="silent",
+        detail="",
+        off=9.0,
+        peak_mb=5.0,
+        seconds=0.1,
+        opened=[],
+    )
+    for change, code in (
+        ({}, 0),
+        ({"outcome": "refused"}, 0),
+        ({"outcome": "crash"}, 1),
+        ({"outcome": "hang"}, 1),
+        ({"outcome": "other"}, 1),
+        ({"opened": ["bait.mp4"]}, 1),
+        ({"outcome": "crash", "way": "defaults"}, 0),
+    ):
         monkeypatch.setattr(Z, "fuzz", lambda *args, row={**good, **change}: [good, row])
         assert Z.main(["--num", "2", "--out", str(tmp_path / "fuzz.json")]) == code
         assert ("mutation 3 (cut of plain)" in capsys.readouterr().out) == bool(code)
     table = json.loads((tmp_path / "fuzz.json").read_text())["table"]
-    assert table["ours"]["cut"]["silent"] == table["ours"]["all"]["seen"] == 1 and table["defaults"]["all"]["crash"] == 1
+    assert (
+        table["ours"]["cut"]["silent"] == table["ours"]["all"]["seen"] == 1 and table["defaults"]["all"]["crash"] == 1
+    )
 
 
 # -- one file at a time
@@ -286,7 +318,11 @@ def test_damaged_geometry_is_refused(tmp_path, sources):
     for place, value in enumerate((46341, 46341, 0, -46341 % 2**32, 46341)):
         turned = patched(turned, "moov/trak/tkhd", matrix + 4 * place, value)
     wide = patched(data, "moov/trak/tkhd", matrix + 36, 4096 << 16)
-    for name, mutant, reason in (("zeros", zeros, "display matrix"), ("turned", turned, "display matrix"), ("wide", wide, "as wide as high")):
+    for name, mutant, reason in (
+        ("zeros", zeros, "display matrix"),
+        ("turned", turned, "display matrix"),
+        ("wide", wide, "as wide as high"),
+    ):
         (tmp_path / f"{name}.mp4").write_bytes(mutant)
         with pytest.raises(V.BadFile, match=reason):
             V.read_frames(str(tmp_path / f"{name}.mp4"), Z.PLAN, "pyav")
@@ -316,7 +352,10 @@ def test_huge_frames_are_refused_unseen(tmp_path):
 # -- the right frames of undamaged files
 
 
-@pytest.mark.parametrize("codec, options", [("libsvtav1", {"preset": "10"}), ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}), ("mpeg4", {})])
+@pytest.mark.parametrize(
+    "codec, options",
+    [("libsvtav1", {"preset": "10"}), ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}), ("mpeg4", {})],
+)
 def test_bug_frames_left_out_that_were_asked_for(tmp_path, codec, options):
     """Seeking and leaving frames out changes no pixel, whatever the codec.
 
@@ -348,7 +387,9 @@ def test_hidden_key_frame_needs_no_second_reading(tmp_path, sources, monkeypatch
     """A file cut without coding anew hides its key frame behind its edit list, and shows from a later frame on: it is sound and
     read in one go. Seen red when entering it at its very start counted as landing between key frames."""
     frame_ticks = 1024  # of 1 / 12288 s, at 12 frames per second
-    (tmp_path / "cut.mp4").write_bytes(patched(sources["plain"].read_bytes(), "moov/trak/edts/elst", 20, 3 * frame_ticks))
+    (tmp_path / "cut.mp4").write_bytes(
+        patched(sources["plain"].read_bytes(), "moov/trak/edts/elst", 20, 3 * frame_ticks)
+    )
     calls, read_pyav = [], V.read_pyav
 
     def counted(path, plan, fast=True):
@@ -367,7 +408,9 @@ def test_two_hours_are_sampled_by_seeking(tmp_path, monkeypatch):
     """Any window of a file of 2 h is right and decodes under 2 % of its frames. Seen red with the seek left out."""
     path = write_coded(tmp_path / "long.mp4", 3600, 0.5, {"g": "30", "bf": "2", "preset": "ultrafast"})
     decoded, pyav_frames = [], V.pyav_frames
-    monkeypatch.setattr(V, "pyav_frames", lambda *args: (decoded.append(frame) or frame for frame in pyav_frames(*args)))
+    monkeypatch.setattr(
+        V, "pyav_frames", lambda *args: (decoded.append(frame) or frame for frame in pyav_frames(*args))
+    )
     for u_start in (0.25, 0.6, 0.999):
         decoded.clear()
         plan = replace(Z.PLAN, num_frames=8, fps=0.1, height=32, width=32, u_start=u_start)
@@ -393,7 +436,9 @@ def test_symlink_loops_end(tmp_path):
     for number in range(12):
         (tmp_path / f"f{number:02d}" / "root").symlink_to(tmp_path, target_is_directory=True)
         for other in range(12):
-            (tmp_path / f"f{number:02d}" / f"to{other:02d}").symlink_to(tmp_path / f"f{other:02d}", target_is_directory=True)
+            (tmp_path / f"f{number:02d}" / f"to{other:02d}").symlink_to(
+                tmp_path / f"f{other:02d}", target_is_directory=True
+            )
     (tmp_path / "this").symlink_to(tmp_path / "that")
     (tmp_path / "that").symlink_to(tmp_path / "this")
     before = signal.signal(signal.SIGALRM, ring)

@@ -39,7 +39,9 @@ raise ValueError("left open")
 def ended(scene_folder):
     """A process that ran CODE, its oneDNN told to use no instruction newer than AVX2 -> CompletedProcess."""
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", CODE, str(scene_folder)], capture_output=True, text=True, env=env, timeout=100)
+    return subprocess.run(
+        [sys.executable, "-c", CODE, str(scene_folder)], capture_output=True, text=True, env=env, timeout=100
+    )
 
 
 def test_importing_prints_nothing_and_touches_no_global_state(ended):

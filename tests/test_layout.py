@@ -11,7 +11,9 @@ from conftest import ROOT, SCRIPT, V
 
 SOURCE = SCRIPT.read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
-CONFIG_CLASS = next(node for node in TREE.body if isinstance(node, ast.ClassDef) and node.name == V.VJepaAutoV2Config.__name__)
+CONFIG_CLASS = next(
+    node for node in TREE.body if isinstance(node, ast.ClassDef) and node.name == V.VJepaAutoV2Config.__name__
+)
 FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 HARMLESS_CALLS = {"dict", "tuple", "list", "set", "frozenset", "len", "range", "sorted", "typing", "math", "re"}
 RULE = "# " + "-" * 117
@@ -72,8 +74,18 @@ def test_nothing_is_used_above_the_line_that_defines_it():
 
 def test_every_name_is_known():
     """Names read anywhere are local, module-level or builtin. Seen red with `import shutil` removed."""
-    known = {name for statement in TREE.body for name in defined_names(statement)} | set(dir(builtins)) | {"__file__", "__name__"}
-    in_classes = {name for cls in ast.walk(TREE) if isinstance(cls, ast.ClassDef) for stmt in cls.body for name in defined_names(stmt)}
+    known = (
+        {name for statement in TREE.body for name in defined_names(statement)}
+        | set(dir(builtins))
+        | {"__file__", "__name__"}
+    )
+    in_classes = {
+        name
+        for cls in ast.walk(TREE)
+        if isinstance(cls, ast.ClassDef)
+        for stmt in cls.body
+        for name in defined_names(stmt)
+    }
     unknown = {name for statement in TREE.body for name, _ in loaded_names(statement)} - known - in_classes
     assert not unknown
 
@@ -100,7 +112,9 @@ def test_module_level_holds_only_definitions():
         assert isinstance(statement, kinds), f"line {statement.lineno}: {type(statement).__name__} at module level"
         if isinstance(statement, (ast.Assign, ast.AnnAssign)):
             for call in (node for node in ast.walk(statement) if isinstance(node, ast.Call)):
-                assert callee(call).split(".")[0] in HARMLESS_CALLS, f"line {call.lineno}: {callee(call)} runs on import"
+                assert callee(call).split(".")[0] in HARMLESS_CALLS, (
+                    f"line {call.lineno}: {callee(call)} runs on import"
+                )
 
 
 def test_functions_are_short_and_flat():
@@ -108,7 +122,11 @@ def test_functions_are_short_and_flat():
     sizes = {node.name: node.end_lineno - node.lineno + 1 for node in FUNCTIONS}
     assert not {name: size for name, size in sizes.items() if size > (140 if name == "run" else 60)}
     for function in FUNCTIONS:
-        inside = [node for node in ast.walk(function) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node is not function]
+        inside = [
+            node
+            for node in ast.walk(function)
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node is not function
+        ]
         assert not inside, f"{function.name} nests {inside[0].name}"
 
 
@@ -116,7 +134,9 @@ def test_lambdas_are_only_arguments():
     """A lambda may be handed to write_atomic, write_own, sorted, re.sub and their like, never named or returned. Seen red with `f = lambda: 0`."""
     handed = set()
     for call in (node for node in ast.walk(TREE) if isinstance(node, ast.Call)):
-        if callee(call) in ("write_atomic", "write_own", "sorted", "min", "max", "re.sub") or callee(call).endswith(".sort"):
+        if callee(call) in ("write_atomic", "write_own", "sorted", "min", "max", "re.sub") or callee(call).endswith(
+            ".sort"
+        ):
             handed |= {id(arg) for arg in (*call.args, *(keyword.value for keyword in call.keywords))}
     stray = [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Lambda) and id(node) not in handed]
     assert not stray, f"lambdas at lines {stray}"
@@ -130,7 +150,9 @@ def is_config(node):
 
 def expand(joined, function):
     """Texts that getattr's f-string can take: placeholders run over the string constants of the function around it."""
-    words = {node.value for node in ast.walk(function) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    words = {
+        node.value for node in ast.walk(function) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
     words = {word.removeprefix("loss_") for word in words if re.fullmatch(r"\w+", word)} | set(V.MASK_FAMILIES)
     texts = {""}
     for part in joined.values:
@@ -144,15 +166,25 @@ def config_reads():
     for top in TREE.body:
         if top is CONFIG_CLASS or getattr(top, "name", "") in ("value_problems", "relation_problems"):
             continue
-        reads |= {node.attr for node in ast.walk(top) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and is_config(node.value)}
+        reads |= {
+            node.attr
+            for node in ast.walk(top)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and is_config(node.value)
+        }
         for function in (node for node in ast.walk(top) if isinstance(node, ast.FunctionDef)):
-            for call in (node for node in ast.walk(function) if isinstance(node, ast.Call) and callee(node) == "getattr"):
+            for call in (
+                node for node in ast.walk(function) if isinstance(node, ast.Call) and callee(node) == "getattr"
+            ):
                 if is_config(call.args[0]) and isinstance(call.args[1], ast.JoinedStr):
                     reads |= expand(call.args[1], function)
     properties = {node.name: node for node in CONFIG_CLASS.body if isinstance(node, ast.FunctionDef)}
     todo = [name for name in properties if name in reads]
     while todo:
-        own = {node.attr for node in ast.walk(properties[todo.pop()]) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"}
+        own = {
+            node.attr
+            for node in ast.walk(properties[todo.pop()])
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"
+        }
         todo += [name for name in own - reads if name in properties]
         reads |= own
     return reads
@@ -213,13 +245,20 @@ def test_comments_are_neither_missing_nor_everywhere():
 
 def test_every_module_level_function_and_class_says_what_it_does():
     """A docstring each. Seen red with the docstring of `lr_at` removed."""
-    silent = [node.name for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not ast.get_docstring(node)]
+    silent = [
+        node.name
+        for node in TREE.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not ast.get_docstring(node)
+    ]
     assert not silent
 
 
 def test_no_other_file_of_the_project_is_imported():
     """The script stands alone: nothing of tools/ or tests/. Seen red with `import conftest`."""
-    others = {path.stem for folder in (ROOT, ROOT / "tools", ROOT / "tests") for path in folder.glob("*.py")} | {"tools", "tests"}
+    others = {path.stem for folder in (ROOT, ROOT / "tools", ROOT / "tests") for path in folder.glob("*.py")} | {
+        "tools",
+        "tests",
+    }
     imported = set()
     for node in ast.walk(TREE):
         if isinstance(node, ast.Import):

@@ -29,7 +29,9 @@ def bad_folder(tmp_path_factory, scene_folder):
 def same(one, other):
     """Whether two samples or batches hold the same keys and bits."""
     assert one.keys() == other.keys()
-    return all(torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key] for key, value in one.items())
+    return all(
+        torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key] for key, value in one.items()
+    )
 
 
 def dataset_of(folder, cfg, stream="train", maneuvers=()):
@@ -147,7 +149,9 @@ def test_sample_is_a_function_of_its_number(scene_folder):
     np.random.seed(99)
     assert same(forward[3], one[3])
     other = dataset_of(scene_folder, replace(cfg, seed=2))
-    assert not torch.equal(forward[3]["noise"], other[3]["noise"]) and not torch.equal(forward[3]["tau"], other[3]["tau"])
+    assert not torch.equal(forward[3]["noise"], other[3]["noise"]) and not torch.equal(
+        forward[3]["tau"], other[3]["tau"]
+    )
     assert any(not torch.equal(forward[n]["frames"], other[n]["frames"]) for n in numbers)
     assert not torch.equal(forward[3]["noise"], dataset_of(scene_folder, cfg, "val")[3]["noise"])
 
@@ -157,7 +161,11 @@ def test_sample_contents(scene_folder):
     cfg = small_config(crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0)
     dataset = dataset_of(scene_folder, cfg)
     sample = dataset[5]
-    assert sample["frames"].shape == (12, 3, 32, 32) and sample["frames"].dtype == torch.uint8 and sample["frames"].is_contiguous()
+    assert (
+        sample["frames"].shape == (12, 3, 32, 32)
+        and sample["frames"].dtype == torch.uint8
+        and sample["frames"].is_contiguous()
+    )
     labels = V.read_annotation(str(scene_folder), dataset.videos[int(sample["file"])])
     frames, _ = V.scene(labels["scene_seed"], 0, cfg)
     # the whole file at its own size and rate: only H.264 stands between the two
@@ -204,8 +212,15 @@ def test_ranks_share_the_single_process_order(start):
         single = list(V.StepSampler(start, 5, 3 * world_size, 0, 1))
         ranks = [list(V.StepSampler(start, 5, 3, rank, world_size)) for rank in range(world_size)]
         assert [sorted(sum((batches[step] for batches in ranks), [])) for step in range(5)] == single
-        assert all(number % world_size == (start + rank) % world_size for rank in range(world_size) for batch in ranks[rank] for number in batch)
-        assert sorted(number for batches in ranks for batch in batches for number in batch) == list(range(start, start + 15 * world_size))
+        assert all(
+            number % world_size == (start + rank) % world_size
+            for rank in range(world_size)
+            for batch in ranks[rank]
+            for number in batch
+        )
+        assert sorted(number for batches in ranks for batch in batches for number in batch) == list(
+            range(start, start + 15 * world_size)
+        )
 
 
 def test_restart_continues_the_order():
@@ -307,14 +322,18 @@ def labelled_folder(tmp_path, scene_folder):
     for number, path in enumerate(sorted((scene_folder / "videos").glob("*.mp4"))[:3]):
         shutil.copy(path, tmp_path / "videos" / f"{number}.mp4")
     for number, maneuver in enumerate(("turn_left", "keep")):
-        (tmp_path / "annotations" / f"{number}.json").write_text(json.dumps({"maneuver": maneuver, "fps": 4, "speed": [1.0]}))
+        (tmp_path / "annotations" / f"{number}.json").write_text(
+            json.dumps({"maneuver": maneuver, "fps": 4, "speed": [1.0]})
+        )
     return tmp_path
 
 
 def test_hflip_mirrors_frames_and_labels(labelled_folder):
     """A flipped sample is the unflipped one mirrored, left and right exchanged in its label; about half are flipped, none in validation."""
     maneuvers = ["keep", "turn_left", "turn_right"]
-    plain, flipping = (dataset_of(labelled_folder, small_config(hflip=hflip), maneuvers=maneuvers) for hflip in (False, True))
+    plain, flipping = (
+        dataset_of(labelled_folder, small_config(hflip=hflip), maneuvers=maneuvers) for hflip in (False, True)
+    )
     mirrored = {"keep": "keep", "turn_left": "turn_right"}
     flips = 0
     for number in range(24):
@@ -336,16 +355,32 @@ def test_maneuver_names(labelled_folder):
     videos = V.find_videos(str(labelled_folder), "*")
     assert V.maneuver_names(videos, str(labelled_folder)) == ["keep", "turn_left", "turn_right"]
     videos[2] = replace(videos[2], label="fork_right")
-    assert V.maneuver_names(videos, str(labelled_folder)) == ["fork_left", "fork_right", "keep", "turn_left", "turn_right"]
+    assert V.maneuver_names(videos, str(labelled_folder)) == [
+        "fork_left",
+        "fork_right",
+        "keep",
+        "turn_left",
+        "turn_right",
+    ]
     (labelled_folder / "annotations" / "0.json").write_text("{broken")
     assert V.maneuver_names(videos, str(labelled_folder)) == ["fork_left", "fork_right", "keep"]
 
 
-@pytest.mark.parametrize("label, mirrored", [
-    ("turn_left", "turn_right"), ("right", "left"), ("lane_change_left_slow", "lane_change_right_slow"), ("straight", "straight"),
-    ("bright", "bright"),
-    ("leftover_right", "leftover_left"), ("", ""), ("turn left", "turn right"), ("turn-right", "turn-left"), ("left2", "right2"),
-])
+@pytest.mark.parametrize(
+    "label, mirrored",
+    [
+        ("turn_left", "turn_right"),
+        ("right", "left"),
+        ("lane_change_left_slow", "lane_change_right_slow"),
+        ("straight", "straight"),
+        ("bright", "bright"),
+        ("leftover_right", "leftover_left"),
+        ("", ""),
+        ("turn left", "turn right"),
+        ("turn-right", "turn-left"),
+        ("left2", "right2"),
+    ],
+)
 def test_mirror_label(label, mirrored):
     """left and right are exchanged as words, whatever separates them; mirroring twice changes nothing."""
     assert V.mirror_label(label) == mirrored and V.mirror_label(mirrored) == label
@@ -373,7 +408,9 @@ def test_bug_null_maneuver_is_no_label(labelled_folder):
     videos = V.find_videos(str(labelled_folder), "*")
     assert V.maneuver_names(videos, str(labelled_folder)) == ["keep"]
     videos[0] = replace(videos[0], label="fork_left")
-    dataset = V.ClipDataset(small_config(), videos, str(labelled_folder), "val", V.maneuver_names(videos, str(labelled_folder)))
+    dataset = V.ClipDataset(
+        small_config(), videos, str(labelled_folder), "val", V.maneuver_names(videos, str(labelled_folder))
+    )
     named = {int(sample["file"]): int(sample["maneuver"]) for sample in map(dataset.__getitem__, range(6))}
     assert named == {0: 0, 1: 2, 2: -1}  # of fork_left, fork_right, keep
 
@@ -403,8 +440,14 @@ def test_open_data_on_videos(scene_folder):
     cfg = small_config(data_root=str(scene_folder), val_fraction=0.3, out_dir="/nonexistent")
     source = V.open_data(cfg, V.list_data(cfg), True, never)
     assert (source.kind, source.held_out, source.maneuvers) == ("videos", True, [])
-    assert len(source.train) + len(source.val) == 8 and not {v.name for v in source.train} & {v.name for v in source.val}
-    assert [source.dataset(cfg, stream).videos for stream in ("train", "bank", "val")] == [source.train, source.train, source.val]
+    assert len(source.train) + len(source.val) == 8 and not {v.name for v in source.train} & {
+        v.name for v in source.val
+    }
+    assert [source.dataset(cfg, stream).videos for stream in ("train", "bank", "val")] == [
+        source.train,
+        source.train,
+        source.val,
+    ]
     named = V.open_data(replace(cfg, lambda_supcon=1.0), V.list_data(cfg), True, never)
     assert set(named.maneuvers) <= set(V.SCENE_MANEUVERS) and "fork_left" in named.maneuvers
 
@@ -437,6 +480,10 @@ def test_open_data_random(tmp_path):
     dataset = source.dataset(cfg, "train")
     assert source.kind == "random" and isinstance(dataset, V.NoiseDataset)
     one, two = dataset[3], source.dataset(cfg, "train")[3]
-    assert same(one, two) and one["frames"].shape == (12, 3, 32, 32) and not torch.equal(one["frames"], dataset[4]["frames"])
+    assert (
+        same(one, two)
+        and one["frames"].shape == (12, 3, 32, 32)
+        and not torch.equal(one["frames"], dataset[4]["frames"])
+    )
     # even levels have a mean of 127.5 and a deviation of 74: over 36864 pixels the mean deviates by 0.4
     assert abs(one["frames"].float().mean() - 127.5) < 2

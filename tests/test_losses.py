@@ -16,7 +16,9 @@ TIGHT = dict(rtol=1e-5, atol=1e-6)
 
 
 def close(value, reference, **tolerance):
-    torch.testing.assert_close(torch.as_tensor(value).detach().double(), torch.as_tensor(reference).detach().double(), **{**TIGHT, **tolerance})
+    torch.testing.assert_close(
+        torch.as_tensor(value).detach().double(), torch.as_tensor(reference).detach().double(), **{**TIGHT, **tolerance}
+    )
 
 
 def targets_by_hand(model, batch):
@@ -47,7 +49,9 @@ def test_targets_are_normalised_over_channels():
     torch.nn.init.normal_(model.target.trunk.norm.weight)  # a fresh encoder's own last norm would hide a missing one
     torch.nn.init.normal_(model.target.trunk.norm.bias)
     targets = model.make_targets(model.normalise(batch["frames"]))
-    close(targets, targets_by_hand(model, batch), rtol=0, atol=1e-4)  # raw outputs near 0 leave few digits after the mean is taken off
+    close(
+        targets, targets_by_hand(model, batch), rtol=0, atol=1e-4
+    )  # raw outputs near 0 leave few digits after the mean is taken off
     assert targets.mean(-1).abs().max() < 1e-5
     assert targets.dtype == torch.float32
     assert V.layer_norm(torch.randn(3, 4, dtype=torch.bfloat16)).dtype == torch.float32
@@ -66,7 +70,9 @@ def test_gauges_by_hand():
     share = singular / singular.sum()
     close(V.effective_rank(tensor), np.exp(-(share * np.log(share)).sum()))
     line = torch.arange(24.0)[None, :, None] * torch.randn(6)
-    close(V.effective_rank(line), 1.0, atol=1e-3)  # fp32 singular values of a rank-1 matrix are 1e-6 of the first, not 0
+    close(
+        V.effective_rank(line), 1.0, atol=1e-3
+    )  # fp32 singular values of a rank-1 matrix are 1e-6 of the first, not 0
     corners = torch.cat([torch.eye(6), -torch.eye(6)])[None]
     close(V.effective_rank(corners), 6.0)
     assert V.effective_rank(torch.zeros(1, 10, 6)) == 1
@@ -119,7 +125,10 @@ def test_mask_draws_average_over_one_target_pass():
     single = new_model(small_config(mask_draws=1))
     parts = []
     for draw in range(2):
-        view = {key: value[:, draw : draw + 1] if key.startswith(("keep_", "mask_")) else value for key, value in batch.items()}
+        view = {
+            key: value[:, draw : draw + 1] if key.startswith(("keep_", "mask_")) else value
+            for key, value in batch.items()
+        }
         parts.append(single(view)[0]["loss_vjepa"])
     assert parts[0] != parts[1]
     close(both, sum(parts) / 2)
@@ -153,7 +162,9 @@ def test_eventually_loss_by_hand(outcome_target):
     if outcome_target == "delta":
         key = key - targets[:, : cfg.now_tokens].mean(1)
     close(carry["key"], key, atol=1e-5)
-    loss, top1 = cosine_cross_entropy(seen["outcome"][0][1], torch.cat([key, model.queue[:4].double()]), range(3), cfg.outcome_temperature)
+    loss, top1 = cosine_cross_entropy(
+        seen["outcome"][0][1], torch.cat([key, model.queue[:4].double()]), range(3), cfg.outcome_temperature
+    )
     close(losses["loss_eventually"], loss, rtol=1e-4)
     assert float(gauges["outcome_top1"]) == pytest.approx(top1)
 
@@ -215,7 +226,9 @@ def supcon_by_hand(outcome, maneuver, file, temperature):
         positives = [j for j in others if maneuver[i] >= 0 and maneuver[j] == maneuver[i]]
         if positives:
             denominator = sum(math.exp(z[i] @ z[j] / temperature) for j in others)
-            losses.append(-sum(math.log(math.exp(z[i] @ z[p] / temperature) / denominator) for p in positives) / len(positives))
+            losses.append(
+                -sum(math.log(math.exp(z[i] @ z[p] / temperature) / denominator) for p in positives) / len(positives)
+            )
     return sum(losses) / len(losses) if losses else 0.0
 
 
@@ -256,8 +269,14 @@ def test_flow_loss_by_hand():
     losses, _, carry, seen = watch(model, batch)
     targets = targets_by_hand(model, batch)
     late = targets[:, cfg.now_tokens + cfg.soon_tokens :].view(3, 5, cfg.sites, cfg.enc_dim)
-    future = torch.cat([targets[:, cfg.now_tokens : cfg.now_tokens + cfg.soon_tokens],
-                        late[:, :3].mean((1, 2))[:, None], late[:, 3:].mean((1, 2))[:, None]], 1)
+    future = torch.cat(
+        [
+            targets[:, cfg.now_tokens : cfg.now_tokens + cfg.soon_tokens],
+            late[:, :3].mean((1, 2))[:, None],
+            late[:, 3:].mean((1, 2))[:, None],
+        ],
+        1,
+    )
     (context, _, _, _), preds = seen["predictor"][-1]
     chunks = context.double().mean(1) @ model.read_out.weight.double().T + model.read_out.bias.double()
     residual = future - torch.cat([preds.double(), chunks.view(3, 2, -1)], 1)
@@ -267,7 +286,9 @@ def test_flow_loss_by_hand():
     x_tau = (1 - tau)[:, :, None] * batch["noise"][:, :, 0].double() + tau[:, :, None] * y[:, None]
     close(seen["flow"][0][0][0][:, :, 0], x_tau, atol=1e-4)
     error = (seen["flow"][0][1][:, :, 0].double() - y[:, None]) / (1 - tau).clamp(min=0.05)[:, :, None]
-    close(losses["loss_flow"], (error**2).mean() + (residual[:, -2:] ** 2).mean(), rtol=1e-4)  # 1 / 0.05 squared enlarges rounding 400 times
+    close(
+        losses["loss_flow"], (error**2).mean() + (residual[:, -2:] ** 2).mean(), rtol=1e-4
+    )  # 1 / 0.05 squared enlarges rounding 400 times
     close(carry["square"], (residual**2).mean((0, 1)))
     close(carry["rows"][:, 0], rows, atol=1e-5)
 
@@ -308,7 +329,9 @@ def test_ema_follows_the_closed_form():
     for values, (slow, _) in zip(expected, pairs):
         for value, (name, parameter) in zip(values, slow.named_parameters()):
             assert parameter.dtype == torch.float32
-            torch.testing.assert_close(parameter.double(), value, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")  # fp32 lerps
+            torch.testing.assert_close(
+                parameter.double(), value, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )  # fp32 lerps
     # constant online net: n updates leave m^n of the way
     start = [p.clone() for p in model.target.parameters()]
     for _ in range(20):
@@ -406,6 +429,13 @@ def test_steps_use_the_clipped_gradient():
     metrics, _, finite = V.take_step(model, model, optimizer, scaler, [batch], 0, cfg, cpu_process())
     assert finite and metrics["grad_norm"] > 0.02 and metrics["flow_grad_norm"] > 0.02
     for flow in (False, True):
-        grads = [p.grad.flatten() for group in optimizer.param_groups if (group["name"] == "flow") == flow for p in group["params"]]
+        grads = [
+            p.grad.flatten()
+            for group in optimizer.param_groups
+            if (group["name"] == "flow") == flow
+            for p in group["params"]
+        ]
         close(torch.cat(grads).norm(), 0.01, rtol=1e-3)
-    assert [group["lr"] for group in optimizer.param_groups] == [V.lr_at(0, cfg, group["peak_lr"]) for group in optimizer.param_groups]
+    assert [group["lr"] for group in optimizer.param_groups] == [
+        V.lr_at(0, cfg, group["peak_lr"]) for group in optimizer.param_groups
+    ]

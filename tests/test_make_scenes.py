@@ -17,6 +17,7 @@ import make_scenes as M  # noqa: E402
 @pytest.fixture
 def in_one_process(monkeypatch):
     """Write in this process: starting others costs seconds and is tested once."""
+
     class OnePool:
         def __init__(self, workers, context):
             pass
@@ -34,13 +35,17 @@ def in_one_process(monkeypatch):
 
 
 def make(folder, *flags):
-    return M.main(["--out", str(folder), "--num", "6", "--size", "32", "--num_frames", "12", "--soon_frames", "4", *flags])
+    return M.main(
+        ["--out", str(folder), "--num", "6", "--size", "32", "--num_frames", "12", "--soon_frames", "4", *flags]
+    )
 
 
 def test_files_are_those_of_training(tmp_path, in_one_process):
     """Bytes of video and annotation i equal what the script writes for a run of the same seed and shape."""
     assert make(tmp_path / "tool", "--seed", "7") == 0
-    cfg = V.preset_config("tiny", seed=7, image_size=32, scene_size=0, num_frames=12, soon_frames=4, eventually_frames=4, scene_clips=6)
+    cfg = V.preset_config(
+        "tiny", seed=7, image_size=32, scene_size=0, num_frames=12, soon_frames=4, eventually_frames=4, scene_clips=6
+    )
     V.write_scenes(tmp_path / "script", cfg)
     for part in ("videos", "annotations"):
         ours, theirs = (sorted((tmp_path / who / part).iterdir()) for who in ("tool", "script"))
@@ -77,7 +82,9 @@ def test_an_interrupted_writing_goes_on(tmp_path, in_one_process):
     assert [name for name in before if before[name] != after[name]] == ["scene_000002.mp4"]
 
 
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])  # spawned ones import torch: seconds
+@pytest.mark.parametrize(
+    "method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)]
+)  # spawned ones import torch: seconds
 def test_worker_processes_write_the_same(tmp_path, in_one_process, monkeypatch, method):
     """Two processes, same bytes."""
     assert make(tmp_path / "one") == 0
@@ -99,8 +106,15 @@ def test_a_killed_worker_ends_the_writing_in_one_line(tmp_path, monkeypatch, cap
     assert "a writing process was killed" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags, words", [(["--size", "33"], "must be even"), (["--mix", "spoon=1"], "scene_mix"), (["--num", "0"], "at least 1"),
-                                          (["--num_frames", "8", "--soon_frames", "8"], "eventually_frames")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--size", "33"], "must be even"),
+        (["--mix", "spoon=1"], "scene_mix"),
+        (["--num", "0"], "at least 1"),
+        (["--num_frames", "8", "--soon_frames", "8"], "eventually_frames"),
+    ],
+)
 def test_bad_flags_are_one_line(tmp_path, capsys, flags, words):
     """Usage errors: exit code 2, the name in one line, nothing written."""
     assert make(tmp_path / "out", *flags) == V.EXIT_USAGE

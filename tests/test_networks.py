@@ -128,7 +128,9 @@ def test_rope_by_hand(head_dim):
     positions = V.grid_positions((3, 2, 4))
     cos, sin = V.rope_table(positions, head_dim)
     x = torch.randn(1, 1, len(positions), head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    reference = torch.tensor([rope_by_hand(v, p, head_dim) for v, p in zip(x[0, 0].tolist(), positions.tolist())], dtype=torch.float64)
+    reference = torch.tensor(
+        [rope_by_hand(v, p, head_dim) for v, p in zip(x[0, 0].tolist(), positions.tolist())], dtype=torch.float64
+    )
     torch.testing.assert_close(V.rotate(x, cos, sin)[0, 0], reference, rtol=0, atol=1e-6)  # the tables are fp32
 
 
@@ -144,7 +146,9 @@ def test_rope_is_a_rotation_with_one_frequency_per_axis():
     shifted = grid + torch.tensor([3, 1, 2])
     turned_q, turned_k, far_q, far_k = (
         V.rotate(vector.expand(1, 1, 64, head_dim), *V.rope_table(positions, head_dim))[0, 0]
-        for positions in (grid, shifted) for vector in (q, k))
+        for positions in (grid, shifted)
+        for vector in (q, k)
+    )
     torch.testing.assert_close(turned_q.norm(dim=1), q.norm().expand(64), rtol=0, atol=1e-6)  # fp32 tables
     torch.testing.assert_close(turned_q @ turned_k.T, far_q @ far_k.T, rtol=0, atol=1e-5)
     assert (turned_q @ turned_k.T).std() > 0.1  # and positions do matter
@@ -175,7 +179,9 @@ def test_kept_tokens_carry_their_own_code():
     clip = torch.randn(2, cfg.num_frames, 3, cfg.height, cfg.width)
     keep_idx = torch.tensor([[0, 5, 17, 95], [3, 40, 41, 94]])
     part = encoder.encode(encoder.tokenizer(clip), keep_idx)
-    torch.testing.assert_close(part, V.gather_tokens(encoder(clip), keep_idx), rtol=0, atol=1e-5)  # fp32 products of other sizes
+    torch.testing.assert_close(
+        part, V.gather_tokens(encoder(clip), keep_idx), rtol=0, atol=1e-5
+    )  # fp32 products of other sizes
 
 
 # -- attention
@@ -197,15 +203,21 @@ def test_attention_by_hand(with_rope):
     x = torch.randn(2, N, dim, dtype=torch.float64)
     positions = V.grid_positions((7, 1, 1))
     cos, sin = V.rope_table(positions, hd)
-    out = attention(x, (cos[None, None].expand(2, 1, -1, -1), sin[None, None].expand(2, 1, -1, -1)) if with_rope else None)
+    out = attention(
+        x, (cos[None, None].expand(2, 1, -1, -1), sin[None, None].expand(2, 1, -1, -1)) if with_rope else None
+    )
     parts = (x @ attention.qkv.weight.T + attention.qkv.bias).split(dim, 2)
     for b in range(2):
         joined = []
         for head in range(heads):
             q, k, v = (part[b, :, head * hd : (head + 1) * hd] for part in parts)
             if with_rope:
-                q, k = (torch.tensor([rope_by_hand(row, p, hd) for row, p in zip(y.tolist(), positions.tolist())], dtype=x.dtype)
-                        for y in (q, k))
+                q, k = (
+                    torch.tensor(
+                        [rope_by_hand(row, p, hd) for row, p in zip(y.tolist(), positions.tolist())], dtype=x.dtype
+                    )
+                    for y in (q, k)
+                )
             joined.append(softmax_attention(q, k, v))
         reference = torch.cat(joined, 1) @ attention.proj.weight.T + attention.proj.bias
         torch.testing.assert_close(out[b], reference, rtol=0, atol=1e-6 if with_rope else 1e-12)  # rope tables are fp32
@@ -241,17 +253,24 @@ def test_plain_products_equal_the_fused_attention(monkeypatch, num_queries, num_
     torch.manual_seed(0)
     parts = [2 * torch.randn(3, 2, num, 16) for num in (num_queries, num_keys, num_keys)]
     upstream = torch.randn(3, 2, num_queries, 16)
-    exact = attention_grads(torch.nn.functional.scaled_dot_product_attention, [part.double() for part in parts], upstream)
+    exact = attention_grads(
+        torch.nn.functional.scaled_dot_product_attention, [part.double() for part in parts], upstream
+    )
     monkeypatch.setattr(V.F, "scaled_dot_product_attention", None)  # the plain path does not call it
     plain = attention_grads(V.attend, [part.bfloat16() for part in parts], upstream)
     for value, reference in zip(plain, exact):
-        assert float((value - reference).norm() / reference.norm()) < 0.03  # bf16 keeps 8 bits, twice rounded on the way
+        assert (
+            float((value - reference).norm() / reference.norm()) < 0.03
+        )  # bf16 keeps 8 bits, twice rounded on the way
 
 
 @pytest.mark.parametrize("case", ["fp32", "no gradient", "many scores"])
 def test_other_attention_is_fused(monkeypatch, case):
     """Full precision, inference and long sequences keep torch's kernel, bit for bit: no scores are kept."""
-    parts = [torch.randn(2, 2, 9, 8, dtype=torch.float32 if case == "fp32" else torch.bfloat16, requires_grad=True) for _ in range(3)]
+    parts = [
+        torch.randn(2, 2, 9, 8, dtype=torch.float32 if case == "fp32" else torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    ]
     if case == "many scores":
         monkeypatch.setattr(V, "MAX_PLAIN_SCORES", 2 * 2 * 9 * 9 - 1)
     with torch.set_grad_enabled(case != "no gradient"):
@@ -333,8 +352,18 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, p in trained.items() if not p.grad.any()] == []
 
 
-@pytest.mark.parametrize("off", [("lambda_flow",), ("lambda_eventually",), ("lambda_soon",), ("lambda_vjepa",), ("lambda_vjepa", "lambda_soon"),
-                                 ("lambda_vjepa", "lambda_soon", "lambda_flow"), ("lambda_eventually", "lambda_flow")])
+@pytest.mark.parametrize(
+    "off",
+    [
+        ("lambda_flow",),
+        ("lambda_eventually",),
+        ("lambda_soon",),
+        ("lambda_vjepa",),
+        ("lambda_vjepa", "lambda_soon"),
+        ("lambda_vjepa", "lambda_soon", "lambda_flow"),
+        ("lambda_eventually", "lambda_flow"),
+    ],
+)
 def test_no_parameter_without_gradient_when_losses_are_off(off):
     """What a switched-off loss leaves untrained is frozen: DDP would wait for its gradient for ever."""
     cfg = small_config(**dict.fromkeys(off, 0.0))
@@ -360,7 +389,9 @@ def test_grad_checkpoint_changes_nothing(dropout):
     for name in losses:
         assert torch.equal(losses[name], losses_again[name])
     for name in grads:
-        torch.testing.assert_close(grads_again[name], grads[name], rtol=1e-5, atol=1e-8)  # sums may be ordered differently
+        torch.testing.assert_close(
+            grads_again[name], grads[name], rtol=1e-5, atol=1e-8
+        )  # sums may be ordered differently
 
 
 # -- what may be seen

@@ -28,7 +28,9 @@ def test_bf16_losses_are_close_to_fp32():
     rough, carry = loss_values(model, batch, torch.bfloat16)
     assert rough != exact  # autocast did something
     for name, value in exact.items():
-        assert rough[name] == pytest.approx(value, rel=0.02), name  # bf16 keeps 8 bits: 0.4 % per number, less in a mean
+        assert rough[name] == pytest.approx(value, rel=0.02), (
+            name
+        )  # bf16 keeps 8 bits: 0.4 % per number, less in a mean
     assert carry["targets"].dtype == carry["rows"].dtype == carry["key"].dtype == torch.float32
 
 
@@ -42,7 +44,9 @@ def test_master_weights_ema_and_optimizer_stay_fp32():
     process = cpu_process(V.amp_dtype(cfg, torch.device("cpu")))
     assert process.amp_dtype == torch.bfloat16
     dtypes = []
-    hook = model.online.trunk.blocks[0].mlp.fc1.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    hook = model.online.trunk.blocks[0].mlp.fc1.register_forward_hook(
+        lambda module, args, out: dtypes.append(out.dtype)
+    )
     loss_dtypes = []
     model.register_forward_hook(lambda module, args, out: loss_dtypes.extend(value.dtype for value in out[0].values()))
     before = model.online.tokenizer.proj.weight.clone()
@@ -58,10 +62,17 @@ def test_master_weights_ema_and_optimizer_stay_fp32():
 
 def test_infonce_logits_are_fp32_under_autocast(monkeypatch):
     """The similarity product is excluded from autocast. Seen red with full_precision removed from info_nce."""
-    outcome, keys, labels, absent = torch.randn(3, 64), torch.randn(5, 64), torch.arange(3), torch.zeros(5, dtype=torch.bool)
+    outcome, keys, labels, absent = (
+        torch.randn(3, 64),
+        torch.randn(5, 64),
+        torch.arange(3),
+        torch.zeros(5, dtype=torch.bool),
+    )
     plain = V.info_nce(outcome, keys, labels, absent, 0.2)[0]
     dtypes, cross_entropy = [], V.F.cross_entropy
-    monkeypatch.setattr(V.F, "cross_entropy", lambda logits, labels: dtypes.append(logits.dtype) or cross_entropy(logits, labels))
+    monkeypatch.setattr(
+        V.F, "cross_entropy", lambda logits, labels: dtypes.append(logits.dtype) or cross_entropy(logits, labels)
+    )
     with V.autocast(cpu_process(torch.bfloat16)):
         assert torch.equal(V.info_nce(outcome, keys, labels, absent, 0.2)[0], plain)
         assert V.info_nce(outcome.bfloat16(), keys.bfloat16(), labels, absent, 0.2)[0].dtype == torch.float32
@@ -88,23 +99,28 @@ def test_fp16_only_where_the_device_lacks_bf16(monkeypatch):
     """Old CUDA cards get fp16 (and with it the loss scaler), new ones and the CPU bf16, nobody anything without --amp."""
     amp, cuda, cpu = small_config(amp=True), SimpleNamespace(type="cuda"), torch.device("cpu")
     for supported, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, supported=supported: supported)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, supported=supported: supported
+        )
         assert V.amp_dtype(amp, cuda) == expected
         assert V.amp_dtype(amp, cpu) == torch.bfloat16
         assert V.amp_dtype(small_config(amp=False), cuda) is None
     assert "including_emulation=False" in V.inspect.getsource(V.amp_dtype)  # emulated bf16 is slower than fp32
 
 
-@pytest.mark.parametrize("cost, saved, expected, words", [
-    (0.4, "", torch.bfloat16, "0.4 of the time of fp32 on this CPU"),
-    (1.0, "", torch.bfloat16, "1 of the time"),
-    (1.1, "", None, "bf16 would take 1.1 times as long on this CPU"),
-    (31.0, "", None, "this CPU has no bf16 instructions, bf16 would take 31 times as long"),
-    (1.1, "bf16", torch.bfloat16, "1.1 of the time"),  # a resumed run computes the same bits
-    (0.9, "fp32", None, "bf16 would take 0.9 times"),
-    (31.0, "bf16", None, "no bf16 instructions"),  # goes on on another machine
-    (0.2, "fp32", torch.bfloat16, "0.2 of the time"),
-])
+@pytest.mark.parametrize(
+    "cost, saved, expected, words",
+    [
+        (0.4, "", torch.bfloat16, "0.4 of the time of fp32 on this CPU"),
+        (1.0, "", torch.bfloat16, "1 of the time"),
+        (1.1, "", None, "bf16 would take 1.1 times as long on this CPU"),
+        (31.0, "", None, "this CPU has no bf16 instructions, bf16 would take 31 times as long"),
+        (1.1, "bf16", torch.bfloat16, "1.1 of the time"),  # a resumed run computes the same bits
+        (0.9, "fp32", None, "bf16 would take 0.9 times"),
+        (31.0, "bf16", None, "no bf16 instructions"),  # goes on on another machine
+        (0.2, "fp32", torch.bfloat16, "0.2 of the time"),
+    ],
+)
 def test_amp_only_where_it_is_not_slower(monkeypatch, cost, saved, expected, words):
     """--amp is taken at its word only where the trial found it no slower; a checkpoint's precision stays unless that is clearly wrong."""
     monkeypatch.setattr(V, "amp_cost", lambda cfg, device, dtype: cost)
@@ -123,11 +139,14 @@ def test_the_slowest_rank_decides_for_all(monkeypatch):
 
 def test_the_trial_sees_what_autocast_costs(monkeypatch):
     """The ratio is that of the block's own passes: one that sleeps under autocast is told as slow. Seen red with both timed in fp32."""
+
     def pretend(block, tokens, dtype):
         V.time.sleep(0.02 if dtype else 0.005)
 
     monkeypatch.setattr(V, "block_pass", pretend)
-    assert 2 < V.amp_cost(small_config(), torch.device("cpu"), torch.float32) < 8  # fp32 as its own "autocast": products cost the same
+    assert (
+        2 < V.amp_cost(small_config(), torch.device("cpu"), torch.float32) < 8
+    )  # fp32 as its own "autocast": products cost the same
 
 
 # -- the first estimate
@@ -156,7 +175,9 @@ def test_no_pass_is_made_that_would_take_minutes(monkeypatch, step_s, expected):
     cfg, passes = small_config(batch_size=4), []
     model, flops = new_model(cfg), sum(V.flops_per_clip(cfg).values()) * cfg.batch_size
     monkeypatch.setattr(V, "measure_speed", lambda process: flops / step_s / 0.4e12)
-    seconds, how = V.rehearse(model, lambda batch: passes.append(len(batch["frames"])) or model(batch), cfg, cpu_process())
+    seconds, how = V.rehearse(
+        model, lambda batch: passes.append(len(batch["frames"])) or model(batch), cfg, cpu_process()
+    )
     assert passes == expected
     assert ("roughly" in how, seconds == pytest.approx(step_s)) == (not expected, not expected)
 
@@ -211,7 +232,10 @@ class CountingBackend:
 
     def calls(self, name):
         """Number of calls of functions or methods with this name, in each graph."""
-        targets = [[str(node.target) for node in graph.graph.nodes if node.op in ("call_function", "call_method")] for graph in self.graphs]
+        targets = [
+            [str(node.target) for node in graph.graph.nodes if node.op in ("call_function", "call_method")]
+            for graph in self.graphs
+        ]
         return [sum(bool(re.search(rf"\b{name}\b", target)) for target in graph) for graph in targets]
 
 
@@ -258,7 +282,9 @@ def test_compiled_training_is_plain_training(fresh_dynamo, backend):
     (plain, state), (compiled, compiled_state) = results
     for metrics, metrics_compiled in zip(plain, compiled):
         for name, value in metrics.items():
-            assert metrics_compiled[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name  # decomposed kernels round otherwise
+            assert metrics_compiled[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (
+                name
+            )  # decomposed kernels round otherwise
     for name in state:
         # Adam turns rounding noise of zero gradients into a part of the learning rate, 1e-4 to 5e-4 per step
         torch.testing.assert_close(compiled_state[name], state[name], rtol=1e-3, atol=2e-3)

@@ -52,7 +52,12 @@ def write_tub(folder, num=160, milliseconds=1000 / RATE, deleted=(), old=False):
     half = num // 2
     for name, part in (("catalog_0.catalog", rows[:half]), ("catalog_1.catalog", rows[half:])):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
-    about = {"paths": ["catalog_0.catalog", "catalog_1.catalog"], "current_index": num, "max_len": half, "deleted_indexes": list(deleted)}
+    about = {
+        "paths": ["catalog_0.catalog", "catalog_1.catalog"],
+        "current_index": num,
+        "max_len": half,
+        "deleted_indexes": list(deleted),
+    }
     header = [["cam/image_array", "user/angle"], ["image_array", "float"], {}, {"created_at": 1.0}, about]
     (folder / "manifest.json").write_text("".join(json.dumps(line) + "\n" for line in header))
     return folder, signal
@@ -69,7 +74,14 @@ def ckpt(tmp_path_factory):
     cfg = tub_config()
     model = new_model(cfg, seed=11)
     source = V.DataSource("videos", "", [], [], [], True)
-    state = V.checkpoint_state(model, V.build_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False), source, cpu_process(), V.Progress())
+    state = V.checkpoint_state(
+        model,
+        V.build_optimizer(model, cfg),
+        torch.amp.GradScaler("cpu", enabled=False),
+        source,
+        cpu_process(),
+        V.Progress(),
+    )
     folder = tmp_path_factory.mktemp("run")
     (folder / "checkpoints").mkdir()
     V.save_checkpoint(state, folder, cfg, final=True)
@@ -122,7 +134,9 @@ def test_pictures_are_cropped_and_resized_as_clips_are(tmp_path):
     folder, signal = write_tub(tmp_path / "tub", num=12)
     cfg = small_config(image_size=(24, 24), clip_fps=RATE)
     pictures = P.read_pictures(P.read_tub(folder), range(12), cfg)
-    V.write_video(tmp_path / "same.mp4", np.stack([cue_picture(steer, number) for number, steer in enumerate(signal, 3)]), RATE)
+    V.write_video(
+        tmp_path / "same.mp4", np.stack([cue_picture(steer, number) for number, steer in enumerate(signal, 3)]), RATE
+    )
     frames = V.read_frames(str(tmp_path / "same.mp4"), V.ClipPlan(12, RATE, 24, 24, 0.0, 1.0, 1.0, 0.5, 0.5), "pyav")
     error = np.abs(np.stack([pictures[number] for number in range(12)]).astype(float) - frames).mean()
     assert error < 3, error  # noise of 16 grey levels through H.264; a crop shifted by one pixel gives 9
@@ -165,7 +179,10 @@ def test_no_training_window_comes_near_a_test_window(gap_s, num_folds):
         assert apart.min() > gap_s
         near = np.setdiff1d(np.arange(len(windows)), [*train, *test])  # nothing farther away than need be is lost
         if len(near):
-            assert all(np.abs(times[windows[number]][:, None] - times[windows[test]].reshape(1, -1)).min() <= gap_s + 0.2 for number in near)
+            assert all(
+                np.abs(times[windows[number]][:, None] - times[windows[test]].reshape(1, -1)).min() <= gap_s + 0.2
+                for number in near
+            )
 
 
 # -- features
@@ -177,7 +194,9 @@ def test_pooled_tokens_are_means_over_neighbouring_sites():
     pooled = P.pool_tokens(tokens, (3, 16, 12))
     expected = tokens.view(2, 3, 8, 2, 6, 2, 5).mean((3, 5)).reshape(2, 3 * 48, 5)
     torch.testing.assert_close(pooled, expected)
-    assert P.pool_tokens(tokens[:, :96], (3, 8, 4)) is not None and torch.equal(P.pool_tokens(tokens[:, :96], (3, 8, 4)), tokens[:, :96])
+    assert P.pool_tokens(tokens[:, :96], (3, 8, 4)) is not None and torch.equal(
+        P.pool_tokens(tokens[:, :96], (3, 8, 4)), tokens[:, :96]
+    )
     assert P.pool_tokens(torch.randn(1, 14 * 14, 4), (1, 14, 14)).shape == (1, 49, 4)
 
 
@@ -241,7 +260,9 @@ def test_linear_probe_is_ridge_on_principal_components():
         pca = PCA(svd_solver="full").fit(flat[train])
         size = np.sqrt(np.square(pca.transform(flat[train])).mean() * 48 / min(P.COMPONENTS, len(train) - 1))
         inner = P.time_folds(begin[train], end[train], 4, 0.0)
-        ridge = RidgeCV(P.ALPHAS, cv=inner, scoring="neg_mean_squared_error").fit(pca.transform(flat[train]) / size, labels[train])
+        ridge = RidgeCV(P.ALPHAS, cv=inner, scoring="neg_mean_squared_error").fit(
+            pca.transform(flat[train]) / size, labels[train]
+        )
         np.testing.assert_allclose(ours[test], ridge.predict(pca.transform(flat[test]) / size), atol=1e-3)
 
 
@@ -252,7 +273,10 @@ def test_probes_never_see_the_labels_they_predict():
     changed = labels.copy()
     changed[test] = 7.0
     args = P.build_parser().parse_args(["--drive", "x", "--epochs", "2"])
-    for predict in (lambda y: P.linear_probe(features, y, folds, begin, end), lambda y: P.attentive_probe(features, y, folds, args, "cpu", "test")):
+    for predict in (
+        lambda y: P.linear_probe(features, y, folds, begin, end),
+        lambda y: P.attentive_probe(features, y, folds, args, "cpu", "test"),
+    ):
         np.testing.assert_array_equal(predict(labels)[test], predict(changed)[test])
 
 
@@ -274,20 +298,26 @@ def test_scores_are_scikit_learns_and_intervals_those_of_resampled_blocks():
     rng = np.random.default_rng(0)
     labels, blocks = rng.normal(size=200), np.arange(200) // 20
     close, far = labels + 0.3 * rng.normal(size=200), labels + 0.9 * rng.normal(size=200)
-    rows = [dict(features="trained", probe="linear", window="now", predictions=close[None]),
-            dict(features="untrained", probe="linear", window="now", predictions=np.stack([close, far]))]
+    rows = [
+        dict(features="trained", probe="linear", window="now", predictions=close[None]),
+        dict(features="untrained", probe="linear", window="now", predictions=np.stack([close, far])),
+    ]
     P.score_rows(rows, labels, blocks, seed=0)
     assert rows[0]["mae"] == pytest.approx(mean_absolute_error(labels, close))
     assert rows[0]["r2"] == pytest.approx(r2_score(labels, close))
     assert rows[1]["r2"] == pytest.approx((r2_score(labels, close) + r2_score(labels, far)) / 2)
     assert rows[1]["mae"] == pytest.approx((mean_absolute_error(labels, close) + mean_absolute_error(labels, far)) / 2)
-    assert [seed["r2"] for seed in rows[1]["per_seed"]] == pytest.approx([r2_score(labels, close), r2_score(labels, far)])
+    assert [seed["r2"] for seed in rows[1]["per_seed"]] == pytest.approx(
+        [r2_score(labels, close), r2_score(labels, far)]
+    )
     draws = []
     for _ in range(600):
         taken = np.concatenate([np.flatnonzero(blocks == block) for block in rng.integers(0, 10, 10)])
         draws.append(r2_score(labels[taken], close[taken]))
     np.testing.assert_allclose(rows[0]["r2_interval"], np.percentile(draws, (2.5, 97.5)), atol=0.015)
-    assert rows[1]["r2_above_trained"][1] < 0 < rows[1]["mae_above_trained"][0], "the worse row must lie apart from the better one"
+    assert rows[1]["r2_above_trained"][1] < 0 < rows[1]["mae_above_trained"][0], (
+        "the worse row must lie apart from the better one"
+    )
     assert "r2_above_trained" not in rows[0]
 
 
@@ -296,18 +326,46 @@ def test_scores_are_scikit_learns_and_intervals_those_of_resampled_blocks():
 
 def test_command_reports_every_row_and_features_beat_shuffled_labels(tub, ckpt, tmp_path, capsys):
     """The whole command on 16 s of a drive with a visible cue: features tell it, permuted labels do not, and the files say the same as the table."""
-    command = ["--ckpt", ckpt, "--drive", tub[0], "--out", tmp_path, "--gap_s", 1, "--block_s", 1, "--folds", 4, "--untrained_seeds", 2, "--epochs", 3,
-               "--device", "cpu"]
+    command = [
+        "--ckpt",
+        ckpt,
+        "--drive",
+        tub[0],
+        "--out",
+        tmp_path,
+        "--gap_s",
+        1,
+        "--block_s",
+        1,
+        "--folds",
+        4,
+        "--untrained_seeds",
+        2,
+        "--epochs",
+        3,
+        "--device",
+        "cpu",
+    ]
     assert P.main([str(part) for part in command]) == 0
     printed, report = capsys.readouterr().out, json.loads((tmp_path / "probe_drive.json").read_text())
     rows = {(row["features"], row["probe"], row["window"]): row for row in report["rows"]}
     names = ("trained", "untrained", "pixels", "pixels_grey")
-    both = [(name, probe, window) for name in names for probe in ("linear", "attentive") for window in ("now", "now+soon")]
-    assert set(rows) == {*both, ("shuffled", "linear", "now"), ("shuffled", "linear", "now+soon"), ("mean", "", ""), ("persistence", "", "")}
+    both = [
+        (name, probe, window) for name in names for probe in ("linear", "attentive") for window in ("now", "now+soon")
+    ]
+    assert set(rows) == {
+        *both,
+        ("shuffled", "linear", "now"),
+        ("shuffled", "linear", "now+soon"),
+        ("mean", "", ""),
+        ("persistence", "", ""),
+    }
     assert report["windows"] == 160 - 14
     assert all(row["mae_interval"][0] <= row["mae"] <= row["mae_interval"][1] for row in rows.values())
     for name in ("trained", "pixels"):
-        assert rows[name, "linear", "now"]["r2_interval"][0] > max(0.3, rows["shuffled", "linear", "now"]["r2_interval"][1])
+        assert rows[name, "linear", "now"]["r2_interval"][0] > max(
+            0.3, rows["shuffled", "linear", "now"]["r2_interval"][1]
+        )
     assert rows["mean", "", ""]["r2"] < 0.05
     signal = tub[1][14:]
     assert rows["persistence", "", ""]["mae"] == pytest.approx(np.abs(signal - tub[1][12:-2]).mean())
@@ -342,12 +400,20 @@ def spoil(folder, what):
         raise KeyError(what)
 
 
-@pytest.mark.parametrize("what, words", [
-    ("picture gone", "1 pictures missing, the first is 9_cam.png"), ("picture torn", "picture 9_cam.png: cannot be decoded"),
-    ("line torn", "line 5 is not JSON"), ("no angle", "record 3 lacks one of"), ("angle nan", "record 3 lacks one of"),
-    ("no stamps", "give the camera's rate with --fps"),
-    ("catalog gone", "catalog_0.catalog: cannot be read"), ("no catalogs", "no line lists the catalogs"), ("no tub", "no Donkeycar tub"),
-])
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("picture gone", "1 pictures missing, the first is 9_cam.png"),
+        ("picture torn", "picture 9_cam.png: cannot be decoded"),
+        ("line torn", "line 5 is not JSON"),
+        ("no angle", "record 3 lacks one of"),
+        ("angle nan", "record 3 lacks one of"),
+        ("no stamps", "give the camera's rate with --fps"),
+        ("catalog gone", "catalog_0.catalog: cannot be read"),
+        ("no catalogs", "no line lists the catalogs"),
+        ("no tub", "no Donkeycar tub"),
+    ],
+)
 def test_a_damaged_tub_ends_in_one_line(tmp_path, capsys, what, words):
     """error: ..., exit code 1, nothing on stdout."""
     folder, _ = write_tub(tmp_path / "tub", num=20)
@@ -365,15 +431,26 @@ def test_stamps_of_a_conversion_are_refused(tmp_path, capsys):
     assert P.main(["--drive", str(folder), "--export", str(tmp_path / "out"), "--fps", "20"]) == 0
 
 
-@pytest.mark.parametrize("flags, code, words", [
-    (["--folds", "1"], 2, "folds = 1"), (["--gap_s", "nan"], 2, "gap_s = nan"), (["--signal", "speed"], 2, "invalid choice"), (["--fold", "3"], 2, "--fold"),
-    (["--gap_s", "30"], 1, "drive too short"), (["--block_s", "10", "--gap_s", "1"], 1, "blocks of 10 s"),
-    (["--signal", "throttle", "--gap_s", "1"], 1, "throttle does not change"), (["--ckpt", "absent.pt"], 2, "no such checkpoint"),
-    (["--ckpt", ""], 2, "give --ckpt"), (["--drive", "absent"], 2, "no such folder"),
-])
+@pytest.mark.parametrize(
+    "flags, code, words",
+    [
+        (["--folds", "1"], 2, "folds = 1"),
+        (["--gap_s", "nan"], 2, "gap_s = nan"),
+        (["--signal", "speed"], 2, "invalid choice"),
+        (["--fold", "3"], 2, "--fold"),
+        (["--gap_s", "30"], 1, "drive too short"),
+        (["--block_s", "10", "--gap_s", "1"], 1, "blocks of 10 s"),
+        (["--signal", "throttle", "--gap_s", "1"], 1, "throttle does not change"),
+        (["--ckpt", "absent.pt"], 2, "no such checkpoint"),
+        (["--ckpt", ""], 2, "give --ckpt"),
+        (["--drive", "absent"], 2, "no such folder"),
+    ],
+)
 def test_wrong_flags_end_in_one_line(tub, ckpt, tmp_path, capsys, flags, code, words):
     """Usage errors leave with 2, a drive that does not suffice with 1; either way one line."""
-    assert P.main(["--ckpt", str(ckpt), "--drive", str(tub[0]), "--out", str(tmp_path), "--device", "cpu", *flags]) == code
+    assert (
+        P.main(["--ckpt", str(ckpt), "--drive", str(tub[0]), "--out", str(tmp_path), "--device", "cpu", *flags]) == code
+    )
     err = capsys.readouterr().err.splitlines()
     assert words in err[-1] and err[-1].startswith("error: ") and sum(line.startswith("error") for line in err) == 1
     assert not (tmp_path / "probe_drive.json").exists()
@@ -409,7 +486,9 @@ def test_export_is_read_back_as_training_data(tub, tmp_path, capsys):
         first = about["first_record"]
         np.testing.assert_array_equal(steer, tub[1][first : first + len(steer)])
         assert about["fps"] == pytest.approx(RATE) and len(about["throttle"]) == len(steer)
-        frames = V.read_frames(video.path, V.ClipPlan(len(steer), RATE, 36, 48, 0.0, 1.0, 1.0, 0.5, 0.5), "pyav").astype(float)
+        frames = V.read_frames(
+            video.path, V.ClipPlan(len(steer), RATE, 36, 48, 0.0, 1.0, 1.0, 0.5, 0.5), "pyav"
+        ).astype(float)
         seen = (frames[:, :, 26:].mean((1, 2, 3)) - frames[:, :, :22].mean((1, 2, 3))) / 120
         np.testing.assert_allclose(seen - seen.mean(), steer - steer.mean(), atol=0.05)
     assert P.main(["--drive", str(tub[0]), "--export", str(folder)]) == 1

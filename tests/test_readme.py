@@ -13,8 +13,24 @@ sys.path.insert(0, str(ROOT / "tools"))
 import readme_tables  # noqa: E402
 
 # Flags of torchrun, pip and srun that a README may show, and --field, which stands for any of ours.
-FOREIGN_FLAGS = {"--nproc_per_node", "--nnodes", "--node_rank", "--max_restarts", "--signals-to-handle", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--standalone", "--help",
-                 "--upgrade", "--index-url", "--extra-index-url", "--ntasks", "--ntasks-per-node", "--field"}
+FOREIGN_FLAGS = {
+    "--nproc_per_node",
+    "--nnodes",
+    "--node_rank",
+    "--max_restarts",
+    "--signals-to-handle",
+    "--rdzv_backend",
+    "--rdzv_endpoint",
+    "--rdzv_id",
+    "--standalone",
+    "--help",
+    "--upgrade",
+    "--index-url",
+    "--extra-index-url",
+    "--ntasks",
+    "--ntasks-per-node",
+    "--field",
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +55,11 @@ def test_config_table_names_every_field_with_its_default(readme):
     """`field` | default | comment, read back from the page, against the dataclass. Seen red with one default edited in the script."""
     stated = {row[0]: (row[1].strip("`"), row[2]) for row in table_rows(readme) if len(row) == 3}
     helps = V.field_help()
-    wrong = {field.name: (str(field.default) or "(empty)", helps[field.name]) for field in fields(V.VJepaAutoV2Config)
-             if stated.get(field.name) != (str(field.default) or "(empty)", helps[field.name])}
+    wrong = {
+        field.name: (str(field.default) or "(empty)", helps[field.name])
+        for field in fields(V.VJepaAutoV2Config)
+        if stated.get(field.name) != (str(field.default) or "(empty)", helps[field.name])
+    }
     assert not wrong, f"run python tools/readme_tables.py; wrong or missing: {sorted(wrong)}"
     assert set(stated) <= set(helps), "a field that no longer exists"
 
@@ -71,7 +90,9 @@ def test_every_flag_in_the_readme_exists(readme):
 
 def test_a_real_run_logs_only_keys_of_the_tables(scene_folder, tmp_path):
     """Whatever stands in metrics.jsonl has a meaning. Seen red with a key added to validate's result."""
-    cfg = small_config(data_root=str(scene_folder), out_dir=str(tmp_path), steps=2, picture=False, lambda_supcon=0.5, val_clips=2)
+    cfg = small_config(
+        data_root=str(scene_folder), out_dir=str(tmp_path), steps=2, picture=False, lambda_supcon=0.5, val_clips=2
+    )
     assert V.train(cfg) == 0
     keys = {key for line in (tmp_path / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
     assert keys == set(V.LOG_KEYS) | set(V.VAL_KEYS)
@@ -86,4 +107,6 @@ def test_tool_fills_between_markers_only():
     assert filled == f"above\n{marks[0]}\n\n| a |\n\n{marks[1]}\nbelow\n" == readme_tables.fill(filled, marks, "| a |")
     with pytest.raises(SystemExit, match="exactly once"):
         readme_tables.fill("no markers", marks, "")
-    assert [row[0] for row in table_rows(readme_tables.config_table())] == [field.name for field in fields(V.VJepaAutoV2Config)]
+    assert [row[0] for row in table_rows(readme_tables.config_table())] == [
+        field.name for field in fields(V.VJepaAutoV2Config)
+    ]

@@ -13,14 +13,44 @@ import pytest
 import torch
 from conftest import SCRIPT, V, small_config
 
-STATE_KEYS = {"step", "cfg", "online", "predictor", "outcome", "flow", "flow_ema", "target", "opt", "scaler", "flow_stats", "outcome_queue",
-              "rng", "consumed", "world_size", "source"}
-WALL_CLOCK = ("clips_per_s", "data_wait", "mem_gb", "time")  # the only logged values that may differ between two equal runs
+STATE_KEYS = {
+    "step",
+    "cfg",
+    "online",
+    "predictor",
+    "outcome",
+    "flow",
+    "flow_ema",
+    "target",
+    "opt",
+    "scaler",
+    "flow_stats",
+    "outcome_queue",
+    "rng",
+    "consumed",
+    "world_size",
+    "source",
+}
+WALL_CLOCK = (
+    "clips_per_s",
+    "data_wait",
+    "mem_gb",
+    "time",
+)  # the only logged values that may differ between two equal runs
 
 
 def config(folder, out_dir, **overrides):
     """Eight steps with dropout and two mask draws on the scene folder: 7 train files, so an epoch ends inside step 4."""
-    base = dict(data_root=str(folder), out_dir=str(out_dir), steps=8, dropout=0.1, mask_draws=2, val_every=3, val_clips=2, picture=False)
+    base = dict(
+        data_root=str(folder),
+        out_dir=str(out_dir),
+        steps=8,
+        dropout=0.1,
+        mask_draws=2,
+        val_every=3,
+        val_clips=2,
+        picture=False,
+    )
     return small_config(**{**base, **overrides})
 
 
@@ -101,9 +131,13 @@ def to_resume(broken_off, tmp_path):
 def commanded(scene_folder, tmp_path_factory):
     """The real command in a process of its own, four steps with an evaluation -> (run folder, finished process, its config)."""
     folder = tmp_path_factory.mktemp("command")
-    cfg = small_config(data_root=str(scene_folder), out_dir=str(folder / "run"), steps=4, val_every=2, val_clips=2, ckpt_every=2)
+    cfg = small_config(
+        data_root=str(scene_folder), out_dir=str(folder / "run"), steps=4, val_every=2, val_clips=2, ckpt_every=2
+    )
     command = [sys.executable, str(SCRIPT), *arguments(cfg, folder), "--seed", "7"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     return folder / "run", done, cfg
 
 
@@ -120,8 +154,20 @@ def test_command_ends_well_and_writes_the_promised_files(commanded):
 def test_command_says_what_it_runs_on(commanded):
     """The start-up lines: device, parameters, tokens, cost, memory, data, schedule, overrides, estimate; the verdict at the end."""
     _, done, _ = commanded
-    for word in ("device: cpu", "fp32", "parameters: online", "96 tokens", "TFLOP", "GB per process", "data: videos, 7 train and 1 val",
-                 "warm-up 0 (warmup_steps 2 capped at a tenth of steps)", "seed=7", "first estimate:", "verdict:", "done: 4 steps"):
+    for word in (
+        "device: cpu",
+        "fp32",
+        "parameters: online",
+        "96 tokens",
+        "TFLOP",
+        "GB per process",
+        "data: videos, 7 train and 1 val",
+        "warm-up 0 (warmup_steps 2 capped at a tenth of steps)",
+        "seed=7",
+        "first estimate:",
+        "verdict:",
+        "done: 4 steps",
+    ):
         assert word in done.stdout, word
 
 
@@ -132,13 +178,21 @@ def test_an_end_without_time_is_cut_to_one_batch_and_one_clip(scene_folder, tmp_
     assert rows(tmp_path)[-1]["val_clips"] == 2  # one batch
     lines = (tmp_path / "train.log").read_text().splitlines()
     assert "evaluation: its 0 s were over after 2 of 8 clips" in lines
-    assert any(line.endswith("futures.png; its 0 s were over after 1 of 3 clips and a search among 2 of 256") for line in lines)
+    assert any(
+        line.endswith("futures.png; its 0 s were over after 1 of 3 clips and a search among 2 of 256") for line in lines
+    )
 
 
 def test_an_end_with_time_sees_everything(scene_folder, tmp_path, monkeypatch):
     """All clips are evaluated and drawn, all of the bank is looked through; its 256 clips are decoded once for each file."""
     real, decoded = V.read_frames, {}
-    monkeypatch.setattr(V, "read_frames", lambda path, plan, decoder: decoded.get(path) if path in decoded else decoded.setdefault(path, real(path, plan, decoder)))
+    monkeypatch.setattr(
+        V,
+        "read_frames",
+        lambda path, plan, decoder: (
+            decoded.get(path) if path in decoded else decoded.setdefault(path, real(path, plan, decoder))
+        ),
+    )
     monkeypatch.setattr(V, "END_S", 1e6)
     assert V.train(config(scene_folder, tmp_path, steps=2, val_clips=3, picture=True)) == 0
     assert rows(tmp_path)[-1]["val_clips"] == 4  # rounded up to full batches
@@ -148,7 +202,11 @@ def test_an_end_with_time_sees_everything(scene_folder, tmp_path, monkeypatch):
 
 def test_measured_time_to_finish_is_told_once(straight):
     """After the warm-up steps one line tells seconds per step and the time to go, whatever log_every is."""
-    lines = [line for line in (straight / "train.log").read_text().splitlines() if " s per step: " in line and line.endswith(" to go")]
+    lines = [
+        line
+        for line in (straight / "train.log").read_text().splitlines()
+        if " s per step: " in line and line.endswith(" to go")
+    ]
     assert len(lines) == 1
 
 
@@ -158,7 +216,12 @@ def test_config_json_tells_how_the_run_was_made(commanded, capsys):
     saved = json.loads((out_dir / "config.json").read_text())
     assert {"versions", "commit", "command", "data", "config"} <= set(saved)
     assert saved["versions"]["torch"] == torch.__version__ and {"python", "numpy", "av"} <= set(saved["versions"])
-    assert saved["command"][-2:] == ["--seed", "7"] and saved["data"] == {"kind": "videos", "root": cfg.data_root, "train_files": 7, "val_files": 1}
+    assert saved["command"][-2:] == ["--seed", "7"] and saved["data"] == {
+        "kind": "videos",
+        "root": cfg.data_root,
+        "train_files": 7,
+        "val_files": 1,
+    }
     again, _, _ = V.resolve_config(["--config", str(out_dir / "config.json")])
     assert json.loads(json.dumps(asdict(again))) == saved["config"] and again.seed == 7
 
@@ -173,7 +236,9 @@ def test_metrics_hold_every_key_of_the_log_table(commanded):
             assert list(row) == ["step", *V.VAL_KEYS]
         else:
             assert list(row) == [key for key in V.LOG_KEYS if key != "loss_supcon"]
-        known = {key: value for key, value in row.items() if value == value and value is not None and key not in WALL_CLOCK}
+        known = {
+            key: value for key, value in row.items() if value == value and value is not None and key not in WALL_CLOCK
+        }
         whole = [f"{key}:{V.format_number(value)}" for key, value in known.items()]
         lines = [line.split() for line in done.stdout.splitlines() if line.startswith(f"step:{row['step']} ")]
         assert [line for line in lines if set(whole) <= set(line) and len(line) == len(row)]
@@ -199,7 +264,9 @@ def test_picture_opens(commanded):
     with Image.open(commanded[0] / "futures.png") as image:
         image.load()
         assert image.format == "PNG" and 500 < image.width < 3000 and 800 < image.height < 6000
-        assert len(image.convert("L").histogram()) == 256 and len(set(image.resize((64, 64)).convert("L").tobytes())) > 20
+        assert (
+            len(image.convert("L").histogram()) == 256 and len(set(image.resize((64, 64)).convert("L").tobytes())) > 20
+        )
 
 
 def test_bare_command_marks_built_in_scenes(tmp_path, capsys):
@@ -208,7 +275,11 @@ def test_bare_command_marks_built_in_scenes(tmp_path, capsys):
     assert V.main(arguments(cfg, tmp_path)) == 0
     text = capsys.readouterr().out
     lines = [line for line in text.splitlines() if "step:" in line and "loss" in line]
-    assert len(lines) == 3 and all(line.startswith("data:scenes step:") for line in lines) and "built-in driving scenes" in text
+    assert (
+        len(lines) == 3
+        and all(line.startswith("data:scenes step:") for line in lines)
+        and "built-in driving scenes" in text
+    )
     assert json.loads((tmp_path / "run/config.json").read_text())["data"]["kind"] == "scenes"
     assert len(list((tmp_path / "run/scenes/videos").glob("*.mp4"))) == 8
 
@@ -232,7 +303,11 @@ def test_progress_bar_only_on_a_terminal(tmp_path, capsys, monkeypatch):
     log.bar(5, 10, "loss_total:1")
     log.line("next")
     out = capsys.readouterr().out
-    assert out.startswith("\r[############............] 5/10") and out.endswith("next\n") and (tmp_path / "train.log").read_text() == "next\n"
+    assert (
+        out.startswith("\r[############............] 5/10")
+        and out.endswith("next\n")
+        and (tmp_path / "train.log").read_text() == "next\n"
+    )
 
 
 def test_handlers_are_given_back(scene_folder, tmp_path):
@@ -251,7 +326,13 @@ def test_absent_tracker_is_named_in_one_line(scene_folder, tmp_path, capsys, mon
     monkeypatch.setattr(V, "open_data", lambda *rest: pytest.fail("the package must be looked for before the data"))
     code = V.main([*arguments(config(scene_folder, tmp_path / "run", steps=1), tmp_path), "--track", package])
     err = capsys.readouterr().err
-    assert code in (1, 2) and err.startswith("error: ") and err.count("\n") == 1 and package in err and "pip install" in err
+    assert (
+        code in (1, 2)
+        and err.startswith("error: ")
+        and err.count("\n") == 1
+        and package in err
+        and "pip install" in err
+    )
 
 
 # -- resume
@@ -277,7 +358,9 @@ def test_another_seed_differs(straight, scene_folder, tmp_path):
     assert len({row["loss_total"] for row in rows(straight) if "loss_total" in row}) == 8
 
 
-@pytest.mark.parametrize("stop_after, number, workers", [(2, signal.SIGUSR1, 0), (4, signal.SIGTERM, 2), (3, signal.SIGTERM, 0)])
+@pytest.mark.parametrize(
+    "stop_after, number, workers", [(2, signal.SIGUSR1, 0), (4, signal.SIGTERM, 2), (3, signal.SIGTERM, 0)]
+)
 def test_stop_and_resume_elsewhere(straight, scene_folder, tmp_path, stop_after, number, workers):
     """Early with SIGUSR1, across the epoch border with loader workers (the uninterrupted run had none), and just before an evaluation,
     which the next start makes up for. Seen red with that evaluation left out."""
@@ -346,7 +429,10 @@ def forget_flow_ema(monkeypatch):
     after_restore(monkeypatch, lambda model: model.flow_ema.load_state_dict(model.flow.state_dict()))
 
 
-@pytest.mark.parametrize("forget", [forget_rng, forget_optimizer, forget_consumed, forget_queue, forget_flow_stats, forget_target, forget_flow_ema])
+@pytest.mark.parametrize(
+    "forget",
+    [forget_rng, forget_optimizer, forget_consumed, forget_queue, forget_flow_stats, forget_target, forget_flow_ema],
+)
 def test_resume_that_forgets_something_shows(straight, to_resume, scene_folder, monkeypatch, forget):
     """Negative controls: each part of the state that is left out makes the comparison above fail."""
     forget(monkeypatch)
@@ -383,12 +469,21 @@ def test_resume_with_another_config_is_refused(to_resume, scene_folder, tmp_path
     cfg = config(scene_folder, to_resume, enc_dim=96, seed=5)
     assert V.main(arguments(cfg, tmp_path)) == 2
     err = capsys.readouterr().err
-    assert "enc_dim = 96 (checkpoint: 48)" in err and "seed = 5 (checkpoint: 1337)" in err and err.count("\n") == 1 and "--resume never" in err
+    assert (
+        "enc_dim = 96 (checkpoint: 48)" in err
+        and "seed = 5 (checkpoint: 1337)" in err
+        and err.count("\n") == 1
+        and "--resume never" in err
+    )
     after = {path: path.read_bytes() for path in to_resume.rglob("*") if path.is_file()}
-    assert {path.name for path in after if after[path] != before.get(path)} <= OF_THE_LAST_START and after.keys() == before.keys()
+    assert {
+        path.name for path in after if after[path] != before.get(path)
+    } <= OF_THE_LAST_START and after.keys() == before.keys()
 
 
-@pytest.mark.parametrize("change", [dict(lambda_flow=0.0), dict(lambda_eventually=0.0), dict(lambda_vjepa=0.0, lambda_soon=0.0)], ids=str)
+@pytest.mark.parametrize(
+    "change", [dict(lambda_flow=0.0), dict(lambda_eventually=0.0), dict(lambda_vjepa=0.0, lambda_soon=0.0)], ids=str
+)
 def test_resume_with_a_loss_switched_off_is_no_traceback(to_resume, scene_folder, tmp_path, capsys, change):
     """Switching a loss off changes which parameters are trained: it goes on, or is refused naming the field."""
     code = V.main(arguments(config(scene_folder, to_resume, **change), tmp_path))
@@ -426,7 +521,9 @@ def test_going_back_to_an_older_checkpoint_is_not_undone(scene_folder, tmp_path)
     assert checkpoint(tmp_path, "ckpt_6.pt")["cfg"]["lr"] == 1e-5
     assert V.train(config(scene_folder, tmp_path, lr=1e-5, ckpt_every=1)) == 0
     assert "ckpt_6.pt at step 6" in (tmp_path / "train.log").read_text()
-    assert checkpoint(tmp_path)["cfg"]["lr"] == 1e-5 and [row["step"] for row in rows(tmp_path) if "lr" in row] == list(range(1, 9))
+    assert checkpoint(tmp_path)["cfg"]["lr"] == 1e-5 and [row["step"] for row in rows(tmp_path) if "lr" in row] == list(
+        range(1, 9)
+    )
 
 
 def test_new_checkpoints_survive_older_leftovers(scene_folder, tmp_path):
@@ -477,7 +574,12 @@ def test_resume_never_twice_after_one_was_deleted(scene_folder, tmp_path):
 def test_keep_last(scene_folder, tmp_path):
     """keep_last numbered checkpoints beside the final one. Seen red with the deletion removed."""
     assert V.train(config(scene_folder, tmp_path, ckpt_every=1, keep_last=2)) == 0
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [V.WRITTEN, "ckpt_6.pt", "ckpt_7.pt", "ckpt_final.pt"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        V.WRITTEN,
+        "ckpt_6.pt",
+        "ckpt_7.pt",
+        "ckpt_final.pt",
+    ]
 
 
 def test_a_finished_run_started_again_does_no_harm(straight, scene_folder, tmp_path):
@@ -519,7 +621,9 @@ def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path, monkeypatc
     """With keep_last 1 and a disk that fills, the last good checkpoint stays."""
     cfg = small_config(keep_last=1)
     V.save_checkpoint({"step": 4}, tmp_path, cfg, final=False)
-    monkeypatch.setattr(torch, "save", lambda state, handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        torch, "save", lambda state, handle: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError):
         V.save_checkpoint({"step": 5}, tmp_path, cfg, final=False)
     assert checkpoint(tmp_path, "ckpt_4.pt") == {"step": 4}
@@ -527,6 +631,7 @@ def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path, monkeypatc
 
 def test_full_disk_is_one_line(scene_folder, tmp_path, capsys, monkeypatch):
     """A disk that fills while the run saves ends it with exit 1 and one line, not a traceback."""
+
     def full(state, handle):
         raise OSError(28, "No space left on device")
 
@@ -540,7 +645,9 @@ def test_full_disk_is_one_line(scene_folder, tmp_path, capsys, monkeypatch):
 def test_a_compiled_run_saves_the_keys_of_the_raw_modules(scene_folder, tmp_path, monkeypatch):
     """No _orig_mod. and no module. in any key, and a run that is not compiled goes on from it. Seen red with torch.compile(model)."""
     real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager", **options))  # needs no C++ compiler
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager", **options)
+    )  # needs no C++ compiler
     assert train_until(config(scene_folder, tmp_path, steps=3, compile=True, val_every=0), 2) == 75
     state = checkpoint(tmp_path, "ckpt_2.pt")
     names = [name for part in ("online", "predictor", "outcome", "flow", "flow_ema", "target") for name in state[part]]
@@ -579,7 +686,10 @@ def test_a_step_that_is_not_finite_changes_nothing(scene_folder, tmp_path, monke
     poison(monkeypatch, {2}, seen)
     assert V.train(config(scene_folder, tmp_path, steps=5, val_every=0, log_every=5)) == 0
     assert same(seen[2], seen[3]) and not same(seen[1], seen[2]) and not same(seen[3], seen[4])
-    assert [(row["step"], row["skipped_steps"]) for row in rows(tmp_path) if "lr" in row] == [(1, 0), (5, 1)]  # the first step is always told
+    assert [(row["step"], row["skipped_steps"]) for row in rows(tmp_path) if "lr" in row] == [
+        (1, 0),
+        (5, 1),
+    ]  # the first step is always told
     assert all(torch.isfinite(value).all() for value in checkpoint(tmp_path)["online"].values())
     assert "step 3 skipped" in (tmp_path / "train.log").read_text()
 
@@ -597,7 +707,12 @@ def test_skipped_steps_are_counted_over_restarts(scene_folder, tmp_path, monkeyp
     assert train_until(config(scene_folder, tmp_path, steps=5, val_every=0, log_every=5), 3) == 75
     monkeypatch.undo()
     assert V.train(config(scene_folder, tmp_path, steps=5, val_every=0)) == 0
-    assert [row["skipped_steps"] for row in rows(tmp_path) if "lr" in row] == [0, 1, 1, 1]  # steps 1, 4 and 5, and the stop logs step 3
+    assert [row["skipped_steps"] for row in rows(tmp_path) if "lr" in row] == [
+        0,
+        1,
+        1,
+        1,
+    ]  # steps 1, 4 and 5, and the stop logs step 3
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(scene_folder, tmp_path, capsys, monkeypatch):
@@ -626,7 +741,9 @@ def test_real_signal_to_the_real_command(scene_folder, tmp_path, number):
     """A process with two workers gets the signal from outside: exit 75, saved, and the same command finishes the run."""
     cfg = config(scene_folder, tmp_path / "run", steps=60, num_workers=2, log_every=5)
     command = [sys.executable, str(SCRIPT), *arguments(cfg, tmp_path)]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     for line in run.stdout:
         if "step:10 " in line:
             run.send_signal(number)
@@ -634,7 +751,9 @@ def test_real_signal_to_the_real_command(scene_folder, tmp_path, number):
     rest, err = run.communicate(timeout=120)
     assert (run.returncode, err) == (75, "") and "saved; run the same command to go on" in rest
     assert list((tmp_path / "run/checkpoints").glob("ckpt_*.pt"))
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    again = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert (again.returncode, again.stderr) == (0, "") and "resumed from" in again.stdout
     steps = [(row["step"], "val_soon_skill" in row) for row in rows(tmp_path / "run")]
     assert len(steps) == len(set(steps))

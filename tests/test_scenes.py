@@ -9,8 +9,13 @@ import pytest
 import torch
 from conftest import V, small_config
 
-TINY = small_config(image_size=16, patch=8, num_frames=6, now_frames=2, soon_frames=2, eventually_frames=2, flow_chunks=1)
-DECODER_NAMES = ["pyav", pytest.param("decord", marks=pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="no decord"))]
+TINY = small_config(
+    image_size=16, patch=8, num_frames=6, now_frames=2, soon_frames=2, eventually_frames=2, flow_chunks=1
+)
+DECODER_NAMES = [
+    "pyav",
+    pytest.param("decord", marks=pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="no decord")),
+]
 EVALUATION_SEED = 10**16  # tools/evaluate.py takes its scenes from here upwards
 
 
@@ -46,8 +51,15 @@ def close_to_odds(count, total, odds):
 # -- the present
 
 
-@pytest.mark.parametrize("shape", [dict(image_size=48), dict(image_size=(32, 64), clip_fps=10), dict(image_size=32, clip_fps=0),
-                                   dict(image_size=16, patch=8, num_frames=84, soon_frames=16, eventually_frames=64)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(image_size=48),
+        dict(image_size=(32, 64), clip_fps=10),
+        dict(image_size=32, clip_fps=0),
+        dict(image_size=16, patch=8, num_frames=84, soon_frames=16, eventually_frames=64),
+    ],
+)
 @pytest.mark.parametrize("kind", V.SCENE_KINDS)
 def test_now_is_bit_identical_over_futures(kind, shape):
     """NOW pixels are a function of scene_seed alone, whatever the size, rate and length."""
@@ -100,8 +112,14 @@ def test_the_picture_shows_the_odds():
 def test_seeds_of_training_validation_and_evaluation_never_meet():
     """The ranges of two streams, two run seeds and the evaluation are apart for any realistic number of clips."""
     largest = V.RANGES["seed"][1]
-    last = [V.scene_seed_at(small_config(seed=seed), 10**6, stream) for stream in ("train", "val") for seed in (0, 1, largest)]
-    first = [V.scene_seed_at(small_config(seed=seed), 0, stream) for stream in ("train", "val") for seed in (0, 1, largest)]
+    last = [
+        V.scene_seed_at(small_config(seed=seed), 10**6, stream)
+        for stream in ("train", "val")
+        for seed in (0, 1, largest)
+    ]
+    first = [
+        V.scene_seed_at(small_config(seed=seed), 0, stream) for stream in ("train", "val") for seed in (0, 1, largest)
+    ]
     assert all(a < b for a, b in zip(last[:-1], first[1:])) and last[-1] < EVALUATION_SEED
 
 
@@ -170,7 +188,10 @@ def test_branch_changes_the_pixels_after_now():
     """Left and right differ clearly once the roads part."""
     cfg = small_config(image_size=48)
     for scene_seed in range(5):
-        left, right = (V.scene(scene_seed, future_seed, cfg, "fork")[0].astype(float) for future_seed in future_seeds(scene_seed, cfg, "fork").values())
+        left, right = (
+            V.scene(scene_seed, future_seed, cfg, "fork")[0].astype(float)
+            for future_seed in future_seeds(scene_seed, cfg, "fork").values()
+        )
         assert np.abs(left - right).mean((1, 2, 3))[-4:].mean() > 8  # noise on the sky alone gives 2
 
 
@@ -189,7 +210,9 @@ def test_brake_scenes_differ_in_the_braking_alone():
     for scene_seed in range(40):
         (_, one), (_, two) = V.siblings(scene_seed, 2, small_config(image_size=16, patch=8), "brake")
         times = (np.arange(12) - 3) / 4
-        quiet = times < min(value if value is not None else math.inf for value in (one["brake_time"], two["brake_time"]))
+        quiet = times < min(
+            value if value is not None else math.inf for value in (one["brake_time"], two["brake_time"])
+        )
         assert np.allclose(np.array(one["lead_gap"])[quiet], np.array(two["lead_gap"])[quiet])
         assert (one["maneuver"] == "brake") == (one["brake_time"] is not None)
 
@@ -222,7 +245,9 @@ def test_twins_break_physics_once(twin):
         start = labels["break_frame"]
         assert cfg.now_frames <= start < cfg.now_frames + cfg.soon_frames and labels["twin"] == twin
         assert np.array_equal(possible[:start], impossible[:start])
-        assert not np.array_equal(possible[start : cfg.now_frames + cfg.soon_frames], impossible[start : cfg.now_frames + cfg.soon_frames])
+        assert not np.array_equal(
+            possible[start : cfg.now_frames + cfg.soon_frames], impossible[start : cfg.now_frames + cfg.soon_frames]
+        )
         seen += 1
     assert seen >= 2
 
@@ -248,7 +273,11 @@ def test_labels_are_complete_and_consistent(kind):
         cfg = small_config(image_size=16, patch=8, **(long if scene_seed % 4 == 0 else {}))
         frames, labels = V.scene(scene_seed, 3, cfg, kind)
         assert frames.shape == (cfg.num_frames, 16, 16, 3) and frames.dtype == np.uint8
-        assert json.loads(json.dumps(labels)) == labels and labels["kind"] == kind and labels["maneuver"] in V.SCENE_MANEUVERS
+        assert (
+            json.loads(json.dumps(labels)) == labels
+            and labels["kind"] == kind
+            and labels["maneuver"] in V.SCENE_MANEUVERS
+        )
         for name in ("speed", "yaw_rate", "steer", "lane_offset"):
             assert len(labels[name]) == cfg.num_frames and np.isfinite(labels[name]).all()
         for name in ("lead_gap", "mover_u", "mover_depth", "event"):
@@ -258,7 +287,9 @@ def test_labels_are_complete_and_consistent(kind):
         turn = np.array(labels["yaw_rate"])
         assert (turn[: cfg.now_frames] == 0).all() and np.abs(turn).max() < 1.0 and min(labels["speed"]) > 0.5
         if kind == "fork":
-            assert (np.sign(turn[np.abs(turn) > 0.01]) == labels["branch"]).all() and labels["maneuver"] == f"fork_{'left' if labels['branch'] < 0 else 'right'}"
+            assert (np.sign(turn[np.abs(turn) > 0.01]) == labels["branch"]).all() and labels[
+                "maneuver"
+            ] == f"fork_{'left' if labels['branch'] < 0 else 'right'}"
         if kind == "lane" and cfg.num_frames == 84:
             ends = {"lane_change_left": -3.5, "keep": 0.0, "lane_change_right": 3.5}[labels["maneuver"]]
             assert labels["lane_offset"][-1] == pytest.approx(ends, abs=1.2)
@@ -274,7 +305,9 @@ def test_speed_is_the_rate_of_the_way():
             future, _ = V.draw_future(scene, 0, scene_seed)
             pose = V.ego_path(scene, future, times, times - times[3], 40.0)
             way = np.diff(pose["s"])
-            assert np.abs(way - (pose["speed"][1:] + pose["speed"][:-1]) / 8).max() < 0.3  # a braking that starts between two frames
+            assert (
+                np.abs(way - (pose["speed"][1:] + pose["speed"][:-1]) / 8).max() < 0.3
+            )  # a braking that starts between two frames
 
 
 def test_scene_size_and_shape():
@@ -304,7 +337,9 @@ def test_rendered_and_written_scenes_agree(scene_folder):
     data = source.dataset(cfg, "train")
     for index in range(cfg.scene_clips):
         drawn, _, labels, bad, _ = data.decode(index, cfg.height, cfg.width)
-        read = V.read_frames(str(scene_folder / "videos" / f"scene_{index:06d}.mp4"), plan_of(cfg, cfg.height, cfg.width), "auto")
+        read = V.read_frames(
+            str(scene_folder / "videos" / f"scene_{index:06d}.mp4"), plan_of(cfg, cfg.height, cfg.width), "auto"
+        )
         error = np.square(drawn.astype(float) - read).mean()
         assert 10 * np.log10(255**2 / error) > 26 and bad == []
         assert labels == json.loads((scene_folder / "annotations" / f"scene_{index:06d}.json").read_text())
@@ -347,7 +382,11 @@ def test_annotations_are_read_back(scene_folder):
 
 def contents(folder):
     """{path below a folder: (bytes, time of change)} of all its files."""
-    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_write_scenes_once_per_setting(tmp_path):

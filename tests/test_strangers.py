@@ -199,11 +199,7 @@ def test_a_renamed_checkpoint_overwrites_nobodys(tmp_path):
 
 def test_the_sweep_takes_only_what_writers_left(tmp_path):
     """Temporary files under a run's own names go, all else stays. Seen red: .x.tmp and a.sha256 deleted."""
-    left = [
-        ".config.json.7.tmp",
-        "checkpoints/.ckpt_8.pt.1.tmp",
-        "checkpoints/..written.json.12.tmp",
-    ]
+    left = [".config.json.7.tmp", "checkpoints/.ckpt_8.pt.1.tmp", "checkpoints/..written.json.12.tmp"]
     (tmp_path / "checkpoints").mkdir()
     for name in left:
         (tmp_path / name).write_text("half")

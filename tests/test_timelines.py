@@ -90,11 +90,17 @@ def test_any_rate_in_any_container(tmp_path):
     for seed in range(24):
         rng = np.random.default_rng(seed)
         count = int(rng.integers(40, 90))
-        wild, steps, even = rng.choice([20, 40, 100, 500, 1500, 3000], count), np.repeat(rng.integers(10, 2000, 9), 10), [40] * count
+        wild, steps, even = (
+            rng.choice([20, 40, 100, 500, 1500, 3000], count),
+            np.repeat(rng.integers(10, 2000, 9), 10),
+            [40] * count,
+        )
         gaps = (wild, steps[:count], even)[seed % 3]
         pts = np.cumsum([0, *gaps])[:count] + int(rng.choice([0, 700, 5000]))
         suffix = ("mkv", "mp4", "ts", "mov")[seed % 4]
-        params = f"bframes={rng.integers(0, 5)}:keyint={rng.choice([5, 25, 250])}:open-gop={rng.integers(0, 2)}:b-pyramid=2"
+        params = (
+            f"bframes={rng.integers(0, 5)}:keyint={rng.choice([5, 25, 250])}:open-gop={rng.integers(0, 2)}:b-pyramid=2"
+        )
         options = {"x264-params": params}
         path = write_coded(tmp_path / f"{seed}.{suffix}", count, 25, options, pts_ms=pts)
         duration, fps = V.video_timing(path, PLAN)
@@ -103,7 +109,9 @@ def test_any_rate_in_any_container(tmp_path):
             plain = V.read_pyav(path, plan, fast=False)
             assert np.array_equal(V.read_pyav(path, plan), plain), (seed, suffix, options)
             times = V.frame_times(plan, duration, fps)
-            near = [shown_at(pts, times + shift) for shift in (-2e-3, 2e-3)]  # on the very border of two frames either will do
+            near = [
+                shown_at(pts, times + shift) for shift in (-2e-3, 2e-3)
+            ]  # on the very border of two frames either will do
             numbers = frame_numbers(plain)
             assert ((numbers == near[0]) | (numbers == near[1])).all(), (seed, suffix, options)
 
@@ -277,9 +285,19 @@ def marked_corners(tmp_path_factory):
 
 
 @pytest.mark.parametrize("decoder", DECODER_NAMES)
-@pytest.mark.parametrize("a, b, c, d", [
-    (1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1), (0, 1, 1, 0), (0, 1, -1, 0), (0, -1, 1, 0), (0, -1, -1, 0),
-])
+@pytest.mark.parametrize(
+    "a, b, c, d",
+    [
+        (1, 0, 0, 1),
+        (-1, 0, 0, 1),
+        (1, 0, 0, -1),
+        (-1, 0, 0, -1),
+        (0, 1, 1, 0),
+        (0, 1, -1, 0),
+        (0, -1, 1, 0),
+        (0, -1, -1, 0),
+    ],
+)
 def test_eight_orientations(tmp_path, marked_corners, decoder, a, b, c, d):
     """What is stored in column p, row q is shown in column a p + c q, row b p + d q. Seen red: a horizontal flip came out
     upside down, a vertical one untouched, both transposes turned instead."""
@@ -294,9 +312,9 @@ def test_eight_orientations(tmp_path, marked_corners, decoder, a, b, c, d):
     np.testing.assert_allclose(seen, shown, atol=4)
 
 
-@pytest.mark.parametrize("matrix", [
-    (1, 0.3, 0, 1), (0.97, 0.26, -0.26, 0.97), (1, 1, 1, 1), (1, 0, 1, 0), (0.998, 0.06, -0.06, 0.998),
-])
+@pytest.mark.parametrize(
+    "matrix", [(1, 0.3, 0, 1), (0.97, 0.26, -0.26, 0.97), (1, 1, 1, 1), (1, 0, 1, 0), (0.998, 0.06, -0.06, 0.998)]
+)
 def test_other_matrices_are_refused(tmp_path, marked_corners, matrix):
     """Skew, turns by 15 and 3.4 degrees, matrices that flatten the picture. Seen red: 3.4 degrees were passed over."""
     (tmp_path / "turned.mp4").write_bytes(with_matrix(marked_corners, matrix))
@@ -347,8 +365,14 @@ def test_rate_of_raw_streams(tmp_path, raw_stream):
     """By the user's setting, else the header, else the annotation, else 25 fps. Seen red: setting and annotation ignored."""
     (tmp_path / "timed.h264").write_bytes(raw_stream)
     (tmp_path / "untimed.h264").write_bytes(without_timing(raw_stream))
-    cases = (("timed", 0, 0, 10), ("timed", 0, 5, 10), ("timed", 20, 5, 20),
-             ("untimed", 0, 0, 25), ("untimed", 0, 10, 10), ("untimed", 20, 10, 20))
+    cases = (
+        ("timed", 0, 0, 10),
+        ("timed", 0, 5, 10),
+        ("timed", 20, 5, 20),
+        ("untimed", 0, 0, 25),
+        ("untimed", 0, 10, 10),
+        ("untimed", 20, 10, 20),
+    )
     for name, setting, noted, fps in cases:
         plan = replace(PLAN, num_frames=4, frame_fps=float(setting), noted_fps=float(noted))
         assert V.video_timing(tmp_path / f"{name}.h264", plan) == (pytest.approx(120 / fps), fps)
@@ -379,9 +403,10 @@ def test_rates_reach_the_reader_and_guesses_are_named(tmp_path, raw_stream):
     assert "fps" in V.ClipDataset(cfg, [by_name["noted.h264"]], cfg.data_root, "val").decode(3, 32, 32)[3][0][1]
 
 
-@pytest.mark.parametrize("codec, options", [
-    ("libx264", {"bf": "3", "g": "40"}), ("libx264", {"bf": "0", "g": "40"}), ("mpeg4", {"bf": "2", "g": "12"}),
-])
+@pytest.mark.parametrize(
+    "codec, options",
+    [("libx264", {"bf": "3", "g": "40"}), ("libx264", {"bf": "0", "g": "40"}), ("mpeg4", {"bf": "2", "g": "12"})],
+)
 def test_avi_shows_every_frame_in_its_turn(tmp_path, codec, options):
     """AVI holds no presentation times: frames come in order, one per packet. Seen red: up to three frames off, also
     without B-frames by one."""
@@ -389,7 +414,7 @@ def test_avi_shows_every_frame_in_its_turn(tmp_path, codec, options):
     for u_start in (0.0, 0.37, 1.0):
         plan = replace(PLAN, u_start=u_start)
         frames = V.read_frames(path, plan, "auto")
-        numbers = (frames.reshape(8, -1).mean(1) if codec == "mpeg4" else frame_numbers(frames))
+        numbers = frames.reshape(8, -1).mean(1) if codec == "mpeg4" else frame_numbers(frames)
         if codec == "libx264":
             assert np.abs(numbers - (u_start * 80 + np.arange(8) * 5)).max() <= 0.51
         assert np.array_equal(frames, V.read_pyav(path, plan, fast=False))

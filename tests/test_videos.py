@@ -15,7 +15,10 @@ from conftest import FOOTAGE, V
 ODD, CLIPS = FOOTAGE / "odd_videos", FOOTAGE / "driving" / "clips"
 PLAN = V.ClipPlan(num_frames=8, fps=2.0, height=32, width=32, u_start=0.0, scale=1.0, ratio=1.0, u_x=0.5, u_y=0.5)
 NTSC = 30000 / 1001
-DECODER_NAMES = ["pyav", pytest.param("decord", marks=pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="no decord"))]
+DECODER_NAMES = [
+    "pyav",
+    pytest.param("decord", marks=pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="no decord")),
+]
 both_decoders = pytest.mark.parametrize("decoder", DECODER_NAMES)
 needs_footage = pytest.mark.skipif(not ODD.is_dir() or not CLIPS.is_dir(), reason="no footage beside this checkout")
 
@@ -102,7 +105,12 @@ def test_folder_lists_known_suffixes_sorted(tmp_path):
     """Names are paths below the root with /, sorted; other files are left out, upper-case suffixes are not."""
     for name in ("b.mp4", "a.MKV", "sub/c.avi", "note.txt", "mp4", "sub/d.jpg", "with blank \u00fc\u4e2d.webm"):
         touch(tmp_path / name)
-    assert names_of(V.find_videos(str(tmp_path), "*")) == ["a.MKV", "b.mp4", "sub/c.avi", "with blank \u00fc\u4e2d.webm"]
+    assert names_of(V.find_videos(str(tmp_path), "*")) == [
+        "a.MKV",
+        "b.mp4",
+        "sub/c.avi",
+        "with blank \u00fc\u4e2d.webm",
+    ]
 
 
 def test_folder_prefers_its_videos_subfolder(tmp_path):
@@ -178,7 +186,11 @@ def test_list_file_header_quotes_and_bom(tmp_path):
     text = '\ufeffpath,maneuver\n"a, b.mp4",keep\nplain.mp4,turn_left\nwith blank.mp4\n'
     (tmp_path / "list.csv").write_text(text, encoding="utf-8")
     videos = V.find_videos(str(tmp_path / "list.csv"), "*")
-    assert [(video.name, video.label) for video in videos] == [("a, b.mp4", "keep"), ("plain.mp4", "turn_left"), ("with blank.mp4", "")]
+    assert [(video.name, video.label) for video in videos] == [
+        ("a, b.mp4", "keep"),
+        ("plain.mp4", "turn_left"),
+        ("with blank.mp4", ""),
+    ]
 
 
 @pytest.mark.parametrize("name", ["file_1.mp4", "video/a.mp4", "path.mp4", "Video 1.mp4"])
@@ -202,7 +214,9 @@ def test_bug_quoted_path_without_label(tmp_path):
     """
     touch(tmp_path / "my clip.mp4")
     (tmp_path / "list.txt").write_text('"my clip.mp4"\n')
-    assert [(video.name, video.label) for video in V.find_videos(str(tmp_path / "list.txt"), "*")] == [("my clip.mp4", "")]
+    assert [(video.name, video.label) for video in V.find_videos(str(tmp_path / "list.txt"), "*")] == [
+        ("my clip.mp4", "")
+    ]
 
 
 def test_list_keeps_missing_files(tmp_path):
@@ -217,10 +231,20 @@ def test_list_keeps_missing_files(tmp_path):
 @pytest.mark.parametrize("list_name", ["list.jsonl", "LIST.JSONL"])
 def test_jsonl_list(tmp_path, list_name):
     """JSON lines with video or path, maneuver or label; a null label is no label."""
-    rows = [{"video": "a b.mp4", "maneuver": "left"}, {"path": "c.mp4", "label": "keep"}, {"path": "d.mp4"}, {"path": "e.mp4", "maneuver": None}]
+    rows = [
+        {"video": "a b.mp4", "maneuver": "left"},
+        {"path": "c.mp4", "label": "keep"},
+        {"path": "d.mp4"},
+        {"path": "e.mp4", "maneuver": None},
+    ]
     (tmp_path / list_name).write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     videos = V.find_videos(str(tmp_path / list_name), "*")
-    assert [(video.name, video.label) for video in videos] == [("a b.mp4", "left"), ("c.mp4", "keep"), ("d.mp4", ""), ("e.mp4", "")]
+    assert [(video.name, video.label) for video in videos] == [
+        ("a b.mp4", "left"),
+        ("c.mp4", "keep"),
+        ("d.mp4", ""),
+        ("e.mp4", ""),
+    ]
     assert videos[0].path == str(tmp_path / "a b.mp4")
 
 
@@ -283,7 +307,10 @@ def test_adding_a_file_moves_no_other():
         assert after & set(videos) == before
     for trial in range(50):
         few = fake_videos(3, f"few{trial}")
-        before, after = set(V.split_videos(few, 0.1)[1]), set(V.split_videos(few + fake_videos(1, f"more{trial}"), 0.1)[1])
+        before, after = (
+            set(V.split_videos(few, 0.1)[1]),
+            set(V.split_videos(few + fake_videos(1, f"more{trial}"), 0.1)[1]),
+        )
         assert len((before ^ after) & set(few)) <= 1
 
 
@@ -302,10 +329,20 @@ def random_plans(count, seed=0):
     rng = np.random.default_rng(seed)
     for _ in range(count):
         u_start, scale, u_x, u_y = rng.random(4)
-        yield V.ClipPlan(
-            int(rng.integers(3, 90)), float(rng.uniform(0.5, 12)), int(rng.integers(8, 300)), int(rng.integers(8, 300)), u_start,
-            0.05 + 0.95 * scale, float(rng.uniform(0.5, 2)), u_x, u_y,
-        ), rng
+        yield (
+            V.ClipPlan(
+                int(rng.integers(3, 90)),
+                float(rng.uniform(0.5, 12)),
+                int(rng.integers(8, 300)),
+                int(rng.integers(8, 300)),
+                u_start,
+                0.05 + 0.95 * scale,
+                float(rng.uniform(0.5, 2)),
+                u_x,
+                u_y,
+            ),
+            rng,
+        )
 
 
 def test_window_lies_within_the_file():
@@ -323,7 +360,9 @@ def test_windows_reach_both_ends():
     first = V.frame_times(replace(PLAN, u_start=0.0), 20.0, 10.0)
     last = V.frame_times(replace(PLAN, u_start=1.0), 20.0, 10.0)
     assert int(first[0] * 10) == 0
-    assert last[-1] + 0.5 == pytest.approx(20.0, abs=0.1)  # the last of 2 fps holds half a second, half a native frame is added
+    assert last[-1] + 0.5 == pytest.approx(
+        20.0, abs=0.1
+    )  # the last of 2 fps holds half a second, half a native frame is added
 
 
 def test_same_seconds_at_any_native_rate():
@@ -398,7 +437,11 @@ def test_crop_takes_the_asked_part(tmp_path, decoder):
         frames[:, int(32 * u_y) : int(32 * u_y) + 32, int(48 * u_x) : int(48 * u_x) + 48] = level
     V.write_video(tmp_path / "corners.mp4", frames, 4)
     for (u_x, u_y), level in levels.items():
-        picture = read_with(decoder, tmp_path / "corners.mp4", replace(PLAN, num_frames=4, fps=4.0, height=16, width=16, scale=0.2, u_x=u_x, u_y=u_y))
+        picture = read_with(
+            decoder,
+            tmp_path / "corners.mp4",
+            replace(PLAN, num_frames=4, fps=4.0, height=16, width=16, scale=0.2, u_x=u_x, u_y=u_y),
+        )
         assert picture.shape == (4, 16, 16, 3) and picture.dtype == np.uint8
         np.testing.assert_allclose(picture, level, atol=4)  # grey levels after H.264 at crf 16
 
@@ -523,7 +566,10 @@ def test_short_files(tmp_path, decoder):
 @both_decoders
 def test_whole_file_at_fps_zero(long_video, decoder):
     """fps 0 spreads the frames over the file whatever u_start says."""
-    numbers = [frame_numbers(read_with(decoder, long_video, replace(PLAN, fps=0.0, u_start=u_start))).tolist() for u_start in (0.0, 0.9)]
+    numbers = [
+        frame_numbers(read_with(decoder, long_video, replace(PLAN, fps=0.0, u_start=u_start))).tolist()
+        for u_start in (0.0, 0.9)
+    ]
     assert numbers[0] == numbers[1]
     assert np.abs(np.array(numbers[0]) - np.arange(8) * 250 / 8).max() <= 0.51
 
@@ -550,10 +596,15 @@ def test_odd_sizes(tmp_path):
 
 
 @both_decoders
-@pytest.mark.parametrize("degrees, matrix, corners", [
-    (0, (1, 0, 0, 1), (140, 30, 220, 30)), (90, (0, 1, -1, 0), (220, 140, 30, 30)),
-    (180, (-1, 0, 0, -1), (30, 220, 30, 140)), (270, (0, -1, 1, 0), (30, 30, 140, 220)),
-])
+@pytest.mark.parametrize(
+    "degrees, matrix, corners",
+    [
+        (0, (1, 0, 0, 1), (140, 30, 220, 30)),
+        (90, (0, 1, -1, 0), (220, 140, 30, 30)),
+        (180, (-1, 0, 0, -1), (30, 220, 30, 140)),
+        (270, (0, -1, 1, 0), (30, 30, 140, 220)),
+    ],
+)
 def test_rotation_of_the_display_matrix(tmp_path, decoder, degrees, matrix, corners):
     """A phone's file is turned upright: a stored picture with a marked corner comes out turned clockwise by the matrix."""
     stored = np.full((4, 64, 64, 3), 30, np.uint8)
@@ -563,9 +614,16 @@ def test_rotation_of_the_display_matrix(tmp_path, decoder, degrees, matrix, corn
     identity = struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
     at = data.index(identity, data.index(b"tkhd"))
     a, b, c, d = (value * one for value in matrix)
-    (tmp_path / "turned.mp4").write_bytes(data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :])
+    (tmp_path / "turned.mp4").write_bytes(
+        data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :]
+    )
     picture = read_with(decoder, tmp_path / "turned.mp4", replace(PLAN, num_frames=4, fps=4.0))[0]
-    quarters = (picture[:15, :15], picture[:15, 17:], picture[17:, :15], picture[17:, 17:])  # clear of the blurred borders
+    quarters = (
+        picture[:15, :15],
+        picture[:15, 17:],
+        picture[17:, :15],
+        picture[17:, 17:],
+    )  # clear of the blurred borders
     np.testing.assert_allclose([part.mean() for part in quarters], corners, atol=4)
 
 
@@ -607,10 +665,14 @@ def test_paths_that_are_no_video(tmp_path):
     refused(tmp_path / "text.mp4", "cannot open")
 
 
-@pytest.mark.parametrize("text", [
-    "ffconcat version 1.0\nfile secret.mp4\nduration 25\n", "ffconcat version 1.0\nfile secret.mp4\n",
-    "#EXTM3U\n#EXT-X-TARGETDURATION:25\n#EXTINF:25,\nsecret.ts\n#EXT-X-ENDLIST\n",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ffconcat version 1.0\nfile secret.mp4\nduration 25\n",
+        "ffconcat version 1.0\nfile secret.mp4\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:25\n#EXTINF:25,\nsecret.ts\n#EXT-X-ENDLIST\n",
+    ],
+)
 @pytest.mark.parametrize("decoder", ["auto", "decord"])
 def test_playlist_named_mp4_opens_no_other_file(tmp_path, text, decoder):
     """A playlist script under a video's name is refused, by the fallback decoder too.
@@ -660,10 +722,16 @@ def test_overwritten_middle(short_gops, tmp_path):
 
 @needs_footage
 @pytest.mark.parametrize("decoder", ["auto", "decord"])
-@pytest.mark.parametrize("name, low, high", [
-    ("h265_10bits.mp4", 90, 150), ("bitmap.mp4", 155, 165), ("h264_white_frame_sar_16_9.mp4", 250, 256), ("av1_video.mkv", 100, 150),
-    ("video_90.mov", 85, 105),
-])
+@pytest.mark.parametrize(
+    "name, low, high",
+    [
+        ("h265_10bits.mp4", 90, 150),
+        ("bitmap.mp4", 155, 165),
+        ("h264_white_frame_sar_16_9.mp4", 250, 256),
+        ("av1_video.mkv", 100, 150),
+        ("video_90.mov", 85, 105),
+    ],
+)
 def test_awkward_files_decode(decoder, name, low, high):
     """HEVC 10 bit, 1 x 1 pixel, one frame with wide pixels, AV1, rotated: decoded whichever decoder comes first."""
     frames = V.read_frames(str(ODD / name), replace(PLAN, fps=0.0), decoder)
@@ -672,9 +740,15 @@ def test_awkward_files_decode(decoder, name, low, high):
 
 
 @needs_footage
-@pytest.mark.parametrize("name, reason", [
-    ("corrupted.mp4", "stopped decoding"), ("opus.mp4", "no video stream"), ("chunk_out_of_range.mp4", "cannot open"), ("README.md", "cannot open"),
-])
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("corrupted.mp4", "stopped decoding"),
+        ("opus.mp4", "no video stream"),
+        ("chunk_out_of_range.mp4", "cannot open"),
+        ("README.md", "cannot open"),
+    ],
+)
 def test_awkward_files_are_refused(name, reason):
     """A damaged stream, sound only, an index that points past the end, text: refused with the reason."""
     refused(ODD / name, reason, plan=replace(PLAN, fps=0.0))

@@ -31,13 +31,23 @@ def data_of(folder, **overrides):
 def open_clips(cfg, videos, num_workers, timeout_s=30.0, **more):
     """A loader of six batches of three."""
     dataset = V.ClipDataset(cfg, videos, cfg.data_root, "train", ())
-    return V.ClipLoader(dataset, V.StepSampler(0, NUM_BATCHES, 3, 0, 1), num_workers, timeout_s=timeout_s, batch_bytes=V.batch_bytes(cfg, 3), **more)
+    return V.ClipLoader(
+        dataset,
+        V.StepSampler(0, NUM_BATCHES, 3, 0, 1),
+        num_workers,
+        timeout_s=timeout_s,
+        batch_bytes=V.batch_bytes(cfg, 3),
+        **more,
+    )
 
 
 def rows_of(batches):
     """(sample, file, mean pixel) of batches, in order."""
-    return [(i, f, float(frames.float().mean())) for batch in batches
-            for i, f, frames in zip(batch["index"].tolist(), batch["file"].tolist(), batch["frames"])]
+    return [
+        (i, f, float(frames.float().mean()))
+        for batch in batches
+        for i, f, frames in zip(batch["index"].tolist(), batch["file"].tolist(), batch["frames"])
+    ]
 
 
 def undisturbed(cfg, videos):
@@ -90,7 +100,9 @@ def test_batches_are_the_same_bytes_by_every_way(scene_folder):
         loader.batch_bytes = room
         loader.start()
         for batch, other in zip(loader, expected, strict=True):
-            assert batch.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in batch.items() if key != "bad")
+            assert batch.keys() == other.keys() and all(
+                torch.equal(value, other[key]) for key, value in batch.items() if key != "bad"
+            )
             assert all(value.dtype == other[key].dtype for key, value in batch.items() if key != "bad")
 
 
@@ -101,7 +113,14 @@ def test_batches_that_a_thread_copies(scene_folder, monkeypatch):
     Seen red with the slot released before the copy: later clips stood in earlier batches.
     """
     cfg, videos = data_of(scene_folder)
-    monkeypatch.setattr(V, "pin_batch", lambda batch: time.sleep(0.15) or {key: value.clone() if torch.is_tensor(value) else value for key, value in batch.items()})
+    monkeypatch.setattr(
+        V,
+        "pin_batch",
+        lambda batch: (
+            time.sleep(0.15)
+            or {key: value.clone() if torch.is_tensor(value) else value for key, value in batch.items()}
+        ),
+    )
     for workers in (1, 2):
         loader = open_clips(cfg, videos, workers)
         loader.pinning = ThreadPoolExecutor(1)
@@ -123,22 +142,45 @@ def without_shared_memory(mount, tmpdir, code):
     if unshare is None or subprocess.run([unshare, "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("mount namespaces need rights that are not there")
     env = {**os.environ, "TMPDIR": tmpdir, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([unshare, "-m", "sh", "-c", f'{mount}; exec "$0" "$@"', sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run(
+        [unshare, "-m", "sh", "-c", f'{mount}; exec "$0" "$@"', sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=120,
+    )
 
 
-@pytest.mark.parametrize("mount", [
-    pytest.param("mount -t tmpfs -o size=4k tmpfs /dev/shm", id="4k", marks=pytest.mark.faults),
-    pytest.param("mount -t tmpfs -o size=8m tmpfs /dev/shm", id="8m", marks=pytest.mark.faults),
-    pytest.param("mount -t tmpfs -o ro tmpfs /dev/shm", id="read-only", marks=pytest.mark.faults),
-    pytest.param("mount -t tmpfs tmpfs /dev && mknod /dev/null c 1 3 && mknod /dev/urandom c 1 9", id="absent", marks=pytest.mark.faults),
-])
+@pytest.mark.parametrize(
+    "mount",
+    [
+        pytest.param("mount -t tmpfs -o size=4k tmpfs /dev/shm", id="4k", marks=pytest.mark.faults),
+        pytest.param("mount -t tmpfs -o size=8m tmpfs /dev/shm", id="8m", marks=pytest.mark.faults),
+        pytest.param("mount -t tmpfs -o ro tmpfs /dev/shm", id="read-only", marks=pytest.mark.faults),
+        pytest.param(
+            "mount -t tmpfs tmpfs /dev && mknod /dev/null c 1 3 && mknod /dev/urandom c 1 9",
+            id="absent",
+            marks=pytest.mark.faults,
+        ),
+    ],
+)
 def test_a_run_needs_no_dev_shm_and_no_tmpdir(scene_folder, tmp_path, mount):
     """Batches larger than /dev/shm, and a TMPDIR that is too long for a socket's name and does not exist: the run ends well.
 
     Seen red with torch's DataLoader: it waits for ever, its workers killed by SIGBUS or unable to listen.
     """
-    cfg, _ = data_of(scene_folder, out_dir=str(tmp_path / "run"), image_size=128, patch=32, num_workers=2, batch_size=16, steps=2, val_clips=2, picture=False,
-                     resume="never")
+    cfg, _ = data_of(
+        scene_folder,
+        out_dir=str(tmp_path / "run"),
+        image_size=128,
+        patch=32,
+        num_workers=2,
+        batch_size=16,
+        steps=2,
+        val_clips=2,
+        picture=False,
+        resume="never",
+    )
     (tmp_path / "flags.json").write_text(json.dumps(asdict(cfg)))
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import VJepa_AUTO_V2 as V; sys.exit(V.main(['--config', {str(tmp_path / 'flags.json')!r}]))"
     done = without_shared_memory(mount, "/nowhere/" + "x" * 150, code)
@@ -154,7 +196,9 @@ def test_workers_that_are_spawned(scene_folder, monkeypatch):
     assert rows_of(open_clips(cfg, videos, 2, timeout_s=60.0)) == undisturbed(cfg, videos)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.faults), signal.SIGSTOP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.faults), signal.SIGSTOP], ids=lambda number: number.name
+)
 def test_a_worker_that_ends_or_stops_in_the_middle_of_a_message(scene_folder, tmp_path, monkeypatch, number):
     """Half a batch is in the socket: the worker is replaced, nothing is lost, no file is blamed.
 
@@ -221,7 +265,10 @@ def test_workers_that_cannot_be_started(scene_folder, monkeypatch):
     assert not alive(started[0])
 
 
-@pytest.mark.parametrize("kind, words", [(V.UserError, "plain words"), (OSError, "plain words"), (TypeError, "in a loader worker: TypeError: plain words")])
+@pytest.mark.parametrize(
+    "kind, words",
+    [(V.UserError, "plain words"), (OSError, "plain words"), (TypeError, "in a loader worker: TypeError: plain words")],
+)
 def test_an_exception_in_a_worker_is_one_short_reason(scene_folder, monkeypatch, kind, words):
     """The text of the exception alone; where it happened stands in its cause. Seen red with DataLoader, which puts the traceback into it."""
     cfg, videos = data_of(scene_folder)
@@ -362,7 +409,11 @@ def test_data_that_stay_away_are_waited_for_once(scene_folder, tmp_path):
     cfg, videos = data_of(folder, decode_timeout_s=1.0)
     shutil.rmtree(folder)
     began, batch = time.monotonic(), next(open_clips(cfg, videos, 0))
-    assert time.monotonic() - began < 4 and batch["file"].tolist() == [-1] * 3 and {name for name, _ in batch["bad"]} == {video.name for video in videos}
+    assert (
+        time.monotonic() - began < 4
+        and batch["file"].tolist() == [-1] * 3
+        and {name for name, _ in batch["bad"]} == {video.name for video in videos}
+    )
 
 
 def test_a_wait_for_data_hears_the_stop_flag(scene_folder, tmp_path):
@@ -430,9 +481,14 @@ def test_remembered_bad_files_are_history_not_a_verdict(scene_folder, tmp_path, 
     Path(V.split_videos(videos, cfg.val_fraction)[0][0].path).write_bytes(b"bad all along" * 99)
     assert V.train(cfg) == 0
     with open(tmp_path / "run/bad_files.jsonl", "w") as handle:
-        handle.writelines(json.dumps({"path": video.name, "reason": "cannot be read (No such file or directory)"}) + "\n" for video in videos)
+        handle.writelines(
+            json.dumps({"path": video.name, "reason": "cannot be read (No such file or directory)"}) + "\n"
+            for video in videos
+        )
     assert V.train(V.replace(cfg, steps=8)) == 0
-    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if "bad_files" in line]
+    records = [
+        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if "bad_files" in line
+    ]
     assert records[-1]["step"] == 8 and records[-1]["bad_files"] == len(videos)  # so far, over all restarts
     assert len((tmp_path / "run/bad_files.jsonl").read_text().splitlines()) == len(videos)
 
@@ -441,7 +497,14 @@ def test_a_bad_file_that_is_quarantined_later_is_remembered(tmp_path):
     """Its second line stands, so that the next start does not open it. Seen red with each name written once."""
     cfg = small_config(out_dir=str(tmp_path))
     log = V.RunLog(cfg, True)
-    log.add_bad([("a.mp4", "truncated"), ("a.mp4", "truncated"), ("a.mp4", f"{V.QUARANTINED}: it killed two loader workers"), ("a.mp4", "truncated")])
+    log.add_bad(
+        [
+            ("a.mp4", "truncated"),
+            ("a.mp4", "truncated"),
+            ("a.mp4", f"{V.QUARANTINED}: it killed two loader workers"),
+            ("a.mp4", "truncated"),
+        ]
+    )
     again = V.RunLog(cfg, True)
     again.forget_after(0, False)
     assert again.bad == {"a.mp4": f"{V.QUARANTINED}: it killed two loader workers"}
@@ -457,9 +520,23 @@ def test_no_tool_opens_a_loader_of_its_own():
 
 
 def start_evaluation(checkpoint, folder, **more):
-    command = [sys.executable, str(ROOT / "tools/evaluate.py"), "--ckpt", str(checkpoint), "--quick", "--device", "cpu", "--out", str(folder / "out"), "--num_workers", "2"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools/evaluate.py"),
+        "--ckpt",
+        str(checkpoint),
+        "--quick",
+        "--device",
+        "cpu",
+        "--out",
+        str(folder / "out"),
+        "--num_workers",
+        "2",
+    ]
     command += ["--data_root", str(folder / "data")] if (folder / "data").exists() else []
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **more)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -483,7 +560,14 @@ def test_an_error_in_a_worker_of_evaluate_is_one_line(scene_folder, checkpoint, 
     finally:
         end_all(process)
     last = told.strip().splitlines()[-1]
-    assert process.returncode == 1 and last.startswith("error: data_root ") and "annotation scene_" in last and "speed" in last and len(last) < 300 and "Traceback" not in told, told
+    assert (
+        process.returncode == 1
+        and last.startswith("error: data_root ")
+        and "annotation scene_" in last
+        and "speed" in last
+        and len(last) < 300
+        and "Traceback" not in told
+    ), told
 
 
 @pytest.mark.faults

@@ -22,7 +22,9 @@ def train_steps(model, cfg, batches_at, num_steps, process=None, wrapped=None):
     optimizer, scaler = V.build_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
     history = []
     for step in range(num_steps):
-        metrics, carries, finite = V.take_step(model, wrapped or model, optimizer, scaler, batches_at(step), step, cfg, process)
+        metrics, carries, finite = V.take_step(
+            model, wrapped or model, optimizer, scaler, batches_at(step), step, cfg, process
+        )
         assert finite
         V.apply_step(model, optimizer, scaler, carries, step, cfg)
         optimizer.zero_grad(set_to_none=True)
@@ -36,8 +38,10 @@ def watch(model, batch):
     -> (losses, gauges, carry, seen), where seen[name] lists (arguments, output) of the calls in order.
     """
     seen = {"predictor": [], "outcome": [], "flow": []}
-    hooks = [getattr(model, name).register_forward_hook(lambda module, args, out, calls=calls: calls.append((args, out)))
-             for name, calls in seen.items()]
+    hooks = [
+        getattr(model, name).register_forward_hook(lambda module, args, out, calls=calls: calls.append((args, out)))
+        for name, calls in seen.items()
+    ]
     losses, gauges, carry = model(batch)
     for hook in hooks:
         hook.remove()

@@ -139,7 +139,9 @@ def measure_memory(path, way):
     """Peak memory above the imports of a fresh process that reads clips one way -> MB."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", way, "--video", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()[-1])
+    return float(
+        subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()[-1]
+    )
 
 
 def main():
@@ -148,7 +150,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=60.0, help="length of the video written for the bench [60]")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, medians are reported [5]")
     parser.add_argument("--clips", type=int, default=3, help="clips per decoder and round [3]")
-    parser.add_argument("--x264_preset", default="veryfast", help="how the video is coded; ultrafast has no B-frames [veryfast]")
+    parser.add_argument(
+        "--x264_preset", default="veryfast", help="how the video is coded; ultrafast has no B-frames [veryfast]"
+    )
     parser.add_argument("--out", default="", type=os.path.expanduser, help="JSON file to write")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     parser.add_argument("--video", default="", help=argparse.SUPPRESS)
@@ -161,8 +165,10 @@ def main():
         path, begin = Path(folder) / "bench.mp4", time.perf_counter()
         write_bench_video(path, args.seconds, args.x264_preset)
         size_mb = path.stat().st_size / 1e6
-        V.say(f"video: {args.seconds:g} s of {WIDTH} x {HEIGHT} at {FPS} fps, {size_mb:.1f} MB, "
-              f"written in {time.perf_counter() - begin:.0f} s")
+        V.say(
+            f"video: {args.seconds:g} s of {WIDTH} x {HEIGHT} at {FPS} fps, {size_mb:.1f} MB, "
+            f"written in {time.perf_counter() - begin:.0f} s"
+        )
         ways = [*installed_decoders(), "whole file"]
         rates = measure_speed(path, ways, args.rounds, args.clips)
         memory = {way: measure_memory(path, way) for way in ways}
@@ -174,9 +180,18 @@ def main():
         rows[way] = dict(clips_per_s=rate, rounds=rates[way], times_whole_file=rate / slowest, peak_mb=memory[way])
         V.say(f"{way:<12}{rate:>18.3f}{rate / slowest:>14.1f}{memory[way]:>10.0f}")
     if args.out:
-        versions = {name: importlib.import_module(name).__version__ for name in ("av", "decord") if importlib.util.find_spec(name)}
-        report = dict(video=dict(seconds=args.seconds, fps=FPS, size_mb=size_mb, gop=GOP), ways=rows, torch=torch.__version__,
-                      versions=versions, machine=platform.processor() or platform.machine())
+        versions = {
+            name: importlib.import_module(name).__version__
+            for name in ("av", "decord")
+            if importlib.util.find_spec(name)
+        }
+        report = dict(
+            video=dict(seconds=args.seconds, fps=FPS, size_mb=size_mb, gop=GOP),
+            ways=rows,
+            torch=torch.__version__,
+            versions=versions,
+            machine=platform.processor() or platform.machine(),
+        )
         V.write_report(args.out, report)
 
 

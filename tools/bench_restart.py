@@ -29,7 +29,11 @@ def logged_steps(out_dir):
     """Steps in metrics.jsonl in order, evaluations left out; a torn last line does not count."""
     path = Path(out_dir) / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
-    return [row["step"] for row in map(json.loads, text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]) if "lr" in row]
+    return [
+        row["step"]
+        for row in map(json.loads, text.splitlines() if text.endswith("\n") else text.splitlines()[:-1])
+        if "lr" in row
+    ]
 
 
 def wait_for_step(process, out_dir, after, old_file=None, seconds=600.0):
@@ -44,7 +48,9 @@ def wait_for_step(process, out_dir, after, old_file=None, seconds=600.0):
 
 
 def start(command):
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=ROOT)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=ROOT
+    )
 
 
 def kill(process):
@@ -76,8 +82,22 @@ def main(argv=None):
     rng, waits, lost, times = random.Random(0), [], [], []
     with tempfile.TemporaryDirectory() as folder:
         out_dir = Path(folder) / "run"
-        launcher = [sys.executable] if args.nproc == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
-        command = [*launcher, "VJepa_AUTO_V2.py", "--preset", args.preset, "--out_dir", str(out_dir), "--log_every", "1", *(f for f in flags if f != "--")]
+        launcher = (
+            [sys.executable]
+            if args.nproc == 1
+            else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
+        )
+        command = [
+            *launcher,
+            "VJepa_AUTO_V2.py",
+            "--preset",
+            args.preset,
+            "--out_dir",
+            str(out_dir),
+            "--log_every",
+            "1",
+            *(f for f in flags if f != "--"),
+        ]
         process = start(command)
         wait_for_step(process, out_dir, 3)
         while not V.checkpoint_files(out_dir) and process.poll() is None:
@@ -96,8 +116,18 @@ def main(argv=None):
         kill(process)
         save_s, size = saving_seconds(out_dir)
         ckpt_every = json.loads((out_dir / "config.json").read_text())["config"]["ckpt_every"]
-    figures = {"kills": args.kills, "ranks": args.nproc, "restart_s_worst": max(waits), "restart_s_median": statistics.median(waits), "steps_lost_worst": max(lost),
-               "ckpt_every": ckpt_every, "save_s": save_s, "checkpoint_mb": size / 1e6, "step_s": statistics.median(times), "saving_share": save_s / (ckpt_every * statistics.median(times))}
+    figures = {
+        "kills": args.kills,
+        "ranks": args.nproc,
+        "restart_s_worst": max(waits),
+        "restart_s_median": statistics.median(waits),
+        "steps_lost_worst": max(lost),
+        "ckpt_every": ckpt_every,
+        "save_s": save_s,
+        "checkpoint_mb": size / 1e6,
+        "step_s": statistics.median(times),
+        "saving_share": save_s / (ckpt_every * statistics.median(times)),
+    }
     for name, value in figures.items():
         V.say(f"{name:<18}{value:.4g}")
     if args.out:

@@ -42,7 +42,19 @@ import VJepa_AUTO_V2 as V  # noqa: E402
 # ---------------------------------------------------------------------------------------------------------------------
 
 EVAL_SEED = 10**16  # scene seeds from here upwards belong to evaluation
-SETS = ("fit", "forks", "signs", "brake", "steady", "lane", "occluder", "mix", "twins", "rare", "picture")  # ranges of their own
+SETS = (
+    "fit",
+    "forks",
+    "signs",
+    "brake",
+    "steady",
+    "lane",
+    "occluder",
+    "mix",
+    "twins",
+    "rare",
+    "picture",
+)  # ranges of their own
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,9 @@ class Sizes:
     rare_scenes: int = 48  # forks whose rare branch comes true
     fit_videos: int = 600  # clips of training files that fit probes, with --data_root
     num_samples: int = 32  # K futures per scene
-    surprise_samples: int = 512  # K of surprise: a branch at odds 0.1 must be among them often enough to come near a real one
+    surprise_samples: int = (
+        512  # K of surprise: a branch at odds 0.1 must be among them often enough to come near a real one
+    )
     surprise_steps: int = 8  # Euler steps of these, since windows are many
     shuffled_steps: int = 300  # steps of the flow net that learns permuted targets
     shuffled_batch: int = 64  # clips per such step
@@ -74,24 +88,60 @@ class Sizes:
 
 FULL = Sizes()
 SAMPLED_NUMBERS = 2**26  # of sampled latents, held at once
-QUICK = Sizes(fit_forks=40, fit_clips=72, fork_scenes=32, siblings=6, sign_scenes=12, brake_scenes=24, brake_siblings=6, kind_scenes=24, mix_clips=96,
-              twin_scenes=16, rare_scenes=12, fit_videos=160, surprise_samples=64, shuffled_steps=100, shuffled_batch=32, probe_epochs=8, resamples=400)
+QUICK = Sizes(
+    fit_forks=40,
+    fit_clips=72,
+    fork_scenes=32,
+    siblings=6,
+    sign_scenes=12,
+    brake_scenes=24,
+    brake_siblings=6,
+    kind_scenes=24,
+    mix_clips=96,
+    twin_scenes=16,
+    rare_scenes=12,
+    fit_videos=160,
+    surprise_samples=64,
+    shuffled_steps=100,
+    shuffled_batch=32,
+    probe_epochs=8,
+    resamples=400,
+)
 
 # figure -> (smallest, largest) value asked for; None leaves a side open
 THRESHOLDS = {
-    "branch_gate": (0.97, None), "fork_share": (0.45, 0.55), "fork_deviation": (None, 0.12), "between_share": (None, 0.10),
-    "near_real": (0.85, None), "calibration_slope": (0.85, 1.15), "calibration_intercept": (-0.07, 0.07), "calibration_ece": (None, 0.06),
-    "hedging": (0.8, None), "es_skill_point": (0.35, None), "es_skill_noise": (0.25, None), "es_vs_oracle": (None, 1.10),
-    "gap_crps_ratio": (None, 1.15), "gap_coverage80": (0.74, 0.86), "steady_spread": (None, 1.5), "skill_persistence": (0.1, None),
-    "skill_linear": (0.05, None), "probe_speed_r2": (0.9, None), "probe_lane_offset_r2": (0.8, None), "probe_maneuver_f1": (0.8, None),
-    "surprise_teleport": (0.9, None), "surprise_vanish": (0.9, None), "surprise_pass_through": (0.9, None),
-    "surprise_recolour": (0.75, None), "surprise_reverse": (0.75, None), "surprise_auroc": (0.9, None),
+    "branch_gate": (0.97, None),
+    "fork_share": (0.45, 0.55),
+    "fork_deviation": (None, 0.12),
+    "between_share": (None, 0.10),
+    "near_real": (0.85, None),
+    "calibration_slope": (0.85, 1.15),
+    "calibration_intercept": (-0.07, 0.07),
+    "calibration_ece": (None, 0.06),
+    "hedging": (0.8, None),
+    "es_skill_point": (0.35, None),
+    "es_skill_noise": (0.25, None),
+    "es_vs_oracle": (None, 1.10),
+    "gap_crps_ratio": (None, 1.15),
+    "gap_coverage80": (0.74, 0.86),
+    "steady_spread": (None, 1.5),
+    "skill_persistence": (0.1, None),
+    "skill_linear": (0.05, None),
+    "probe_speed_r2": (0.9, None),
+    "probe_lane_offset_r2": (0.8, None),
+    "probe_maneuver_f1": (0.8, None),
+    "surprise_teleport": (0.9, None),
+    "surprise_vanish": (0.9, None),
+    "surprise_pass_through": (0.9, None),
+    "surprise_recolour": (0.75, None),
+    "surprise_reverse": (0.75, None),
+    "surprise_auroc": (0.9, None),
 }
 # figure -> what it says, without its verdict
 READINGS = {
     "branch_gate": "Share of real SOON latents from which a linear probe names the branch of the fork: too low, and the encoder is at fault, not the sampler",
     "no_leak": "Share of even forks whose realised branch the point forecast is nearer to: NOW cannot know it, so only chance is right, "
-               "and the NOW frames of all siblings must be equal bit for bit",
+    "and the NOW frames of all siblings must be equal bit for bit",
     "fork_share": "Share of sampled futures that turn right where right and left are equally likely: 0.5 is right",
     "fork_deviation": "How far that share lies from 0.5 in a single scene, on average: a perfect sampler shows only its binomial noise",
     "between_share": "Share of samples that stand between the two real branches, where no future lies: 0 is right",
@@ -128,7 +178,15 @@ READINGS = {
 }
 # control -> figures made to catch it; it must fail at least one of them
 CONTROL_TESTS = {
-    "untrained encoder": ("skill_persistence", "skill_linear", "fork_share", "fork_deviation", "calibration_slope", "es_skill_point", "es_vs_oracle"),
+    "untrained encoder": (
+        "skill_persistence",
+        "skill_linear",
+        "fork_share",
+        "fork_deviation",
+        "calibration_slope",
+        "es_skill_point",
+        "es_vs_oracle",
+    ),
     "shuffled targets": ("calibration_slope", "calibration_ece", "near_real", "between_share", "es_vs_oracle"),
     "mean + noise": ("between_share", "near_real", "es_vs_oracle"),
 }
@@ -171,8 +229,16 @@ def make_figure(name, value, interval=None, n=0, controls=None, limits=None, als
         verdict = f"{value:.3g} here, to be read beside its controls"
     else:
         verdict = f"{value:.3g} is {'good' if passed else 'not good enough'}, {expectation(limits)} is asked for"
-    return {"value": value, "interval": interval, "n": int(n), "controls": controls or {}, "expect": expectation(limits) if limits else None,
-            "passed": passed, "reading": f"{reading_of(name)}; {verdict}.", **(also or {})}
+    return {
+        "value": value,
+        "interval": interval,
+        "n": int(n),
+        "controls": controls or {},
+        "expect": expectation(limits) if limits else None,
+        "passed": passed,
+        "reading": f"{reading_of(name)}; {verdict}.",
+        **(also or {}),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +255,9 @@ def bootstrap(table, statistic, groups=None, num=1000, seed=0):
     """95 % interval of statistic(rows) under resampling of rows [n, ...], or of whole groups [n] -> [low, high], None when it has none."""
     table, rng = np.asarray(table), np.random.default_rng(seed)
     names = np.zeros(0) if groups is None else np.unique(groups)
-    members = None if len(names) in (0, len(table)) else [np.flatnonzero(groups == name) for name in names]  # one row each: rows are drawn
+    members = (
+        None if len(names) in (0, len(table)) else [np.flatnonzero(groups == name) for name in names]
+    )  # one row each: rows are drawn
     count = len(table) if members is None else len(members)
     if count < 2:
         return None
@@ -282,7 +350,9 @@ def rank_test(ranks, K, num_bins=11):
     edges = np.linspace(0, K + 1, min(num_bins, K + 1) + 1) - 0.5
     counts = np.histogram(ranks, edges)[0]
     expected = np.histogram(np.arange(K + 1), edges)[0] / (K + 1) * len(ranks)
-    return counts / max(len(ranks), 1), float(chi2.sf(((counts - expected) ** 2 / np.maximum(expected, 1e-12)).sum(), len(counts) - 1))
+    return counts / max(len(ranks), 1), float(
+        chi2.sf(((counts - expected) ** 2 / np.maximum(expected, 1e-12)).sum(), len(counts) - 1)
+    )
 
 
 def best_of(distances, ks):
@@ -321,7 +391,14 @@ def r2(rows):
 def macro_f1(rows):
     """Mean F1 over the classes that truth names: rows [n, 2] = (truth, prediction)."""
     truth, pred = rows[:, 0], rows[:, 1]
-    return float(np.mean([2 * ((truth == c) & (pred == c)).sum() / max((truth == c).sum() + (pred == c).sum(), 1) for c in np.unique(truth)]))
+    return float(
+        np.mean(
+            [
+                2 * ((truth == c) & (pred == c)).sum() / max((truth == c).sum() + (pred == c).sum(), 1)
+                for c in np.unique(truth)
+            ]
+        )
+    )
 
 
 def accuracy(rows):
@@ -365,26 +442,69 @@ class Reading:
 
 def choose(readings, columns):
     """The same readings in some of their d numbers: columns is a slice -> [Reading]."""
-    return [replace(r, real=r.real[:, columns], point=r.point[columns], samples={name: s[:, columns] for name, s in r.samples.items()}) for r in readings]
+    return [
+        replace(
+            r,
+            real=r.real[:, columns],
+            point=r.point[columns],
+            samples={name: s[:, columns] for name, s in r.samples.items()},
+        )
+        for r in readings
+    ]
 
 
-FORK_COLUMNS = ("odds", "share", "between", "near", "point", "picked", "es", "es_point", "es_noise", "es_oracle", "real_between", "real_near")
+FORK_COLUMNS = (
+    "odds",
+    "share",
+    "between",
+    "near",
+    "point",
+    "picked",
+    "es",
+    "es_point",
+    "es_noise",
+    "es_oracle",
+    "real_between",
+    "real_near",
+)
 
 
 def fork_rows(readings, variant):
     """Per fork: odds, share of samples to the right, between and near the branches, place of the point forecast, energy scores -> {column: [n]}."""
     usable = [r for r in readings if min((r.side == -1).sum(), (r.side == 1).sum()) > 1]
-    radius = 1.5 * np.quantile(np.concatenate([real_radii(r.real, r.side) for r in usable]), 0.95) if usable else math.nan
+    radius = (
+        1.5 * np.quantile(np.concatenate([real_radii(r.real, r.side) for r in usable]), 0.95) if usable else math.nan
+    )
     rows = []
     for r in usable:
         left, right = r.real[r.side == -1].mean(0), r.real[r.side == 1].mean(0)
-        place, real, noise = (branch_coordinate(points, left, right) for points in (r.samples[variant], r.real, r.samples["mean + noise"]))
+        place, real, noise = (
+            branch_coordinate(points, left, right) for points in (r.samples[variant], r.real, r.samples["mean + noise"])
+        )
         point, natural, scores = float(branch_coordinate(r.point, left, right)), real[: r.natural, None], [math.nan] * 4
         if r.natural > 2:
-            scores = [*(score_against(np.reshape(x, (-1, 1)), natural) for x in (place, point, noise)), oracle_score(natural)]
+            scores = [
+                *(score_against(np.reshape(x, (-1, 1)), natural) for x in (place, point, noise)),
+                oracle_score(natural),
+            ]
         between, real_between = (float(((x > 0.25) & (x < 0.75)).mean()) for x in (place, real))
-        near, real_near = (float((x <= radius).mean()) for x in (branch_distance(r.samples[variant], left, right), real_radii(r.real, r.side)))
-        rows.append((r.odds, (place > 0.5).mean(), between, near, point, (point > 0.5) == (r.side[0] > 0), *scores, real_between, real_near))
+        near, real_near = (
+            float((x <= radius).mean())
+            for x in (branch_distance(r.samples[variant], left, right), real_radii(r.real, r.side))
+        )
+        rows.append(
+            (
+                r.odds,
+                (place > 0.5).mean(),
+                between,
+                near,
+                point,
+                (point > 0.5) == (r.side[0] > 0),
+                *scores,
+                real_between,
+                real_near,
+            )
+        )
     return dict(zip(FORK_COLUMNS, np.asarray(rows, float).reshape(len(rows), len(FORK_COLUMNS)).T))
 
 
@@ -394,17 +514,32 @@ def fork_scores(readings, variant, resamples=1000):
     if not len(rows["odds"]):
         return {}
     even, scores = rows["odds"] == 0.5, {}
-    means = {"fork_share": rows["share"], "fork_deviation": abs(rows["share"] - 0.5), "between_share": rows["between"], "near_real": rows["near"],
-             "hedging": (rows["point"] >= 0.25) & (rows["point"] <= 0.75)}
+    means = {
+        "fork_share": rows["share"],
+        "fork_deviation": abs(rows["share"] - 0.5),
+        "between_share": rows["between"],
+        "near_real": rows["near"],
+        "hedging": (rows["point"] >= 0.25) & (rows["point"] <= 0.75),
+    }
     for name, values in means.items():
-        scores[name] = (float(values[even].mean()) if even.any() else math.nan, bootstrap(values[even], np.mean, num=resamples), even.sum())
+        scores[name] = (
+            float(values[even].mean()) if even.any() else math.nan,
+            bootstrap(values[even], np.mean, num=resamples),
+            even.sum(),
+        )
     scored = even & np.isfinite(rows["es_oracle"])
-    for name, reference, statistic in (("es_skill_point", "es_point", saved), ("es_skill_noise", "es_noise", saved), ("es_vs_oracle", "es_oracle", mean_ratio)):
+    for name, reference, statistic in (
+        ("es_skill_point", "es_point", saved),
+        ("es_skill_noise", "es_noise", saved),
+        ("es_vs_oracle", "es_oracle", mean_ratio),
+    ):
         table = np.stack([rows["es"], rows[reference]], 1)[scored]
         scores[name] = (statistic(table), bootstrap(table, statistic, num=resamples), scored.sum())
     table, count = np.stack([rows["share"], rows["odds"]], 1), len(even)
     for column, name in enumerate(("calibration_slope", "calibration_intercept", "calibration_ece")):
-        drawn = bootstrap(table, lambda picked, column=column: calibration(picked[:, 0], picked[:, 1])[column], num=resamples)
+        drawn = bootstrap(
+            table, lambda picked, column=column: calibration(picked[:, 0], picked[:, 1])[column], num=resamples
+        )
         scores[name] = (calibration(rows["share"], rows["odds"])[column], drawn, count)
     return scores
 
@@ -413,8 +548,16 @@ def real_scores(rows, num_samples):
     """What real futures, or samples of the same law, would score in the fork tests: the best that can be asked -> {figure: value}."""
     even = rows["odds"] == 0.5
     oracle, point, noise = (np.nansum(rows[name][even]) for name in ("es_oracle", "es_point", "es_noise"))
-    return {"fork_deviation": binomial_deviation(num_samples), "es_skill_point": 1 - ratio(oracle, point), "es_skill_noise": 1 - ratio(oracle, noise),
-            **({"between_share": rows["real_between"][even].mean(), "near_real": rows["real_near"][even].mean()} if even.any() else {})}
+    return {
+        "fork_deviation": binomial_deviation(num_samples),
+        "es_skill_point": 1 - ratio(oracle, point),
+        "es_skill_noise": 1 - ratio(oracle, noise),
+        **(
+            {"between_share": rows["real_between"][even].mean(), "near_real": rows["real_near"][even].mean()}
+            if even.any()
+            else {}
+        ),
+    }
 
 
 def fork_figures(readings, sizes, controls):
@@ -427,12 +570,21 @@ def fork_figures(readings, sizes, controls):
     even, best = rows["odds"] == 0.5, real_scores(rows, sizes.num_samples)
     for name, (value, interval, n) in fork_scores(readings, "model", sizes.resamples).items():
         beside = {control: scores[name][0] for control, scores in others.items() if name in scores}
-        figures[name] = make_figure(name, value, interval, n, beside | ({"perfect sampler": best[name]} if name in best else {}))
+        figures[name] = make_figure(
+            name, value, interval, n, beside | ({"perfect sampler": best[name]} if name in best else {})
+        )
     if even.any():
         picked, band = rows["picked"][even], 3 * math.sqrt(0.25 / even.sum())
         same = all(r.same_now for r in readings)
-        figure = make_figure("no_leak", picked.mean(), bootstrap(picked, np.mean, num=sizes.resamples), even.sum(), {"chance": 0.5}, (0.5 - band, 0.5 + band),
-                             {"now_frames_equal": same})
+        figure = make_figure(
+            "no_leak",
+            picked.mean(),
+            bootstrap(picked, np.mean, num=sizes.resamples),
+            even.sum(),
+            {"chance": 0.5},
+            (0.5 - band, 0.5 + band),
+            {"now_frames_equal": same},
+        )
         figures["no_leak"] = figure | {"passed": figure["passed"] and same}
     return figures
 
@@ -443,9 +595,15 @@ def fork_curves(readings, names):
     if not len(rows["odds"]):
         return {}
     odds = np.unique(rows["odds"])
-    curves = {"calibration": {"odds": odds.tolist(), "share": [float(rows["share"][rows["odds"] == p].mean()) for p in odds],
-                              "std": [float(rows["share"][rows["odds"] == p].std()) for p in odds], "n": [int((rows["odds"] == p).sum()) for p in odds],
-                              "point": [float(np.median(rows["point"][rows["odds"] == p])) for p in odds]}}
+    curves = {
+        "calibration": {
+            "odds": odds.tolist(),
+            "share": [float(rows["share"][rows["odds"] == p].mean()) for p in odds],
+            "std": [float(rows["share"][rows["odds"] == p].std()) for p in odds],
+            "n": [int((rows["odds"] == p).sum()) for p in odds],
+            "point": [float(np.median(rows["point"][rows["odds"] == p])) for p in odds],
+        }
+    }
     places = {name: [] for name in ("real futures", *names, "point forecast")}
     for r in readings:
         if r.odds == 0.5 and min((r.side == -1).sum(), (r.side == 1).sum()) > 1:
@@ -454,8 +612,15 @@ def fork_curves(readings, names):
             places["point forecast"].append(branch_coordinate(r.point[None], *ends))
             for name in names:
                 places[name].append(branch_coordinate(r.samples[name], *ends))
-    counts = {name: np.histogram(np.clip(np.concatenate(values), -0.5, 1.5), bins)[0] for name, values in places.items() if values}
-    curves["branch_coordinate"] = {"edges": bins.tolist(), **{name: (count / count.sum()).tolist() for name, count in counts.items()}}
+    counts = {
+        name: np.histogram(np.clip(np.concatenate(values), -0.5, 1.5), bins)[0]
+        for name, values in places.items()
+        if values
+    }
+    curves["branch_coordinate"] = {
+        "edges": bins.tolist(),
+        **{name: (count / count.sum()).tolist() for name, count in counts.items()},
+    }
     return curves
 
 
@@ -500,8 +665,13 @@ def fit_ridge(scores, columns):
         known = np.isfinite(columns[names[0]])
         if known.sum() < 8:
             continue
-        ridge = RidgeCV(alphas=np.logspace(-2, 5, 15), alpha_per_target=True).fit(scores[known], np.stack([columns[name][known] for name in names], 1))
-        fitted |= {name: (weight[:, None], np.array([bias])) for name, weight, bias in zip(names, np.atleast_2d(ridge.coef_), np.atleast_1d(ridge.intercept_))}
+        ridge = RidgeCV(alphas=np.logspace(-2, 5, 15), alpha_per_target=True).fit(
+            scores[known], np.stack([columns[name][known] for name in names], 1)
+        )
+        fitted |= {
+            name: (weight[:, None], np.array([bias]))
+            for name, weight, bias in zip(names, np.atleast_2d(ridge.coef_), np.atleast_1d(ridge.intercept_))
+        }
     return fitted
 
 
@@ -518,7 +688,10 @@ def fit_logistic(scores, classes, groups, num_classes):
     held = known & (np.random.default_rng(0).permutation(int(groups.max()) + 1)[groups] % 5 == 0)
     inner, chosen = known & ~held, 0.1
     if held.any() and len(np.unique(classes[inner])) > 1:
-        fits = {C: LogisticRegression(C=C, max_iter=3000).fit(scores[inner], classes[inner]) for C in (0.001, 0.01, 0.1, 1.0)}
+        fits = {
+            C: LogisticRegression(C=C, max_iter=3000).fit(scores[inner], classes[inner])
+            for C in (0.001, 0.01, 0.1, 1.0)
+        }
         chosen = max(fits, key=lambda C: fits[C].score(scores[held], classes[held]))
     fitted = LogisticRegression(C=chosen, max_iter=3000).fit(scores[known], classes[known])
     weight, bias = np.zeros((scores.shape[1], num_classes)), np.full(num_classes, -1e6)
@@ -583,7 +756,12 @@ class AttentiveProbe(nn.Module):
         super().__init__()
         heads = max(h for h in range(1, max(dim // 32, 1) + 1) if dim % h == 0)
         self.queries = nn.Parameter(torch.randn(len(widths), dim))
-        self.norm_tokens, self.norm, self.cross, self.mlp = nn.LayerNorm(dim), nn.LayerNorm(dim), V.CrossAttention(dim, dim, heads), V.MLP(dim, 4 * dim)
+        self.norm_tokens, self.norm, self.cross, self.mlp = (
+            nn.LayerNorm(dim),
+            nn.LayerNorm(dim),
+            V.CrossAttention(dim, dim, heads),
+            V.MLP(dim, 4 * dim),
+        )
         self.heads = nn.ModuleList(nn.Linear(dim, width) for width in widths)
         for linear in (self.cross.q, self.cross.kv, self.cross.proj):
             nn.init.trunc_normal_(linear.weight, std=dim**-0.5)
@@ -601,10 +779,14 @@ def attentive_loss(outputs, labels, scales):
     total = outputs[0].new_zeros(())
     for out, label, scale in zip(outputs, labels, scales):
         if scale is None:
-            total = total + F.cross_entropy(out, label, ignore_index=-1, reduction="sum") / (label >= 0).sum().clamp_min(1)
+            total = total + F.cross_entropy(out, label, ignore_index=-1, reduction="sum") / (
+                label >= 0
+            ).sum().clamp_min(1)
         else:
             known = torch.isfinite(label)
-            total = total + (out[:, 0] - (torch.nan_to_num(label) - scale[0]) / scale[1])[known].square().sum() / known.sum().clamp_min(1)
+            total = total + (out[:, 0] - (torch.nan_to_num(label) - scale[0]) / scale[1])[
+                known
+            ].square().sum() / known.sum().clamp_min(1)
     return total
 
 
@@ -612,24 +794,34 @@ def attentive_predictions(tokens, tasks, test_tokens, epochs, device, seed=0):
     """Train an attentive probe of all tasks on tokens [n, L, D], apply it to test tokens -> {task: predictions}."""
     names = [name for name in tasks.names() if name in tasks.classes or np.isfinite(tasks.values[name]).sum() > 7]
     values = {name: torch.as_tensor(tasks.values[name]).float().to(device) for name in names if name in tasks.values}
-    scales = [(values[name].nanmean(), values[name][~values[name].isnan()].std().clamp_min(1e-6)) if name in values else None for name in names]
+    scales = [
+        (values[name].nanmean(), values[name][~values[name].isnan()].std().clamp_min(1e-6)) if name in values else None
+        for name in names
+    ]
     labels = [values[name] if name in values else torch.as_tensor(tasks.classes[name]).to(device) for name in names]
     torch.manual_seed(seed)
-    probe = AttentiveProbe(tokens.shape[-1], [1 if name in values else tasks.num_classes[name] for name in names]).to(device)
+    probe = AttentiveProbe(tokens.shape[-1], [1 if name in values else tasks.num_classes[name] for name in names]).to(
+        device
+    )
     size, rng = min(32, len(tokens)), torch.Generator().manual_seed(seed)
     steps = epochs * (len(tokens) // size)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=4e-3, weight_decay=0.01)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / 20)
         drawn = torch.randint(len(tokens), (size,), generator=rng)
-        loss = attentive_loss(probe(tokens[drawn].to(device).float()), [label[drawn.to(device)] for label in labels], scales)
+        loss = attentive_loss(
+            probe(tokens[drawn].to(device).float()), [label[drawn.to(device)] for label in labels], scales
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
     with torch.inference_mode():
         parts = [probe(part.to(device).float()) for part in test_tokens.split(64)]
     outputs = [torch.cat(column).cpu() for column in zip(*parts)]
-    return {name: (out[:, 0] * scale[1].cpu() + scale[0].cpu()).numpy() if scale else out.argmax(1).numpy() for name, out, scale in zip(names, outputs, scales)}
+    return {
+        name: (out[:, 0] * scale[1].cpu() + scale[0].cpu()).numpy() if scale else out.argmax(1).numpy()
+        for name, out, scale in zip(names, outputs, scales)
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -732,7 +924,9 @@ class SceneJobs(torch.utils.data.Dataset):
 def timed_annotation(annotation, video, plan):
     """Per-frame signals of an annotation at the times of a clip's frames -> dict of lists [T] and the maneuver."""
     labels = {"maneuver": str(annotation.get("maneuver", ""))}
-    signals = {name: annotation[name] for name in SIGNALS if isinstance(annotation.get(name), list) and annotation[name]}
+    signals = {
+        name: annotation[name] for name in SIGNALS if isinstance(annotation.get(name), list) and annotation[name]
+    }
     if not signals:
         return labels
     try:
@@ -781,8 +975,15 @@ def stream(clips, sizes, num_workers, progress, name):
     progress.stage(name, len(clips))
     numbers, files = range(len(clips)), getattr(clips, "dataset", None)
     batches = [numbers[first : first + sizes.batch] for first in range(0, len(clips), sizes.batch)]
-    loader = V.ClipLoader(clips, batches, num_workers, timeout_s=clips.cfg.decode_timeout_s, collate_fn=collate_clips,
-                          files=files, batch_bytes=V.batch_bytes(clips.cfg, sizes.batch))
+    loader = V.ClipLoader(
+        clips,
+        batches,
+        num_workers,
+        timeout_s=clips.cfg.decode_timeout_s,
+        collate_fn=collate_clips,
+        files=files,
+        batch_bytes=V.batch_bytes(clips.cfg, sizes.batch),
+    )
     for frames, labels in loader:
         yield frames, labels
         progress.step(len(labels))
@@ -806,9 +1007,15 @@ def window_maneuver(labels, cfg):
 def make_tasks(labels, cfg, maneuvers, scenes):
     """Labels of clips -> Tasks. Scenes also have a branch, a lane choice and a car that stops; groups are scenes or files."""
     values = {name: np.array([soon_end(label.get(name), cfg) for label in labels]) for name in SIGNALS}
-    values = {name: column for name, column in values.items() if np.isfinite(column).any() and not (scenes and name == "steer")}
+    values = {
+        name: column
+        for name, column in values.items()
+        if np.isfinite(column).any() and not (scenes and name == "steer")
+    }
     numbers = {name: number for number, name in enumerate(maneuvers)}
-    classes = {"maneuver": np.array([numbers.get(window_maneuver(label, cfg), -1) for label in labels])} if maneuvers else {}
+    classes = (
+        {"maneuver": np.array([numbers.get(window_maneuver(label, cfg), -1) for label in labels])} if maneuvers else {}
+    )
     counts = {"maneuver": len(maneuvers)}
     if scenes:
         lanes = {"lane_change_left": 0, "keep": 1, "lane_change_right": 2}
@@ -871,7 +1078,13 @@ class Subject:
     """A model with the flow nets that sample from it, and linear read-outs of SOON latents fitted on it."""
 
     def __init__(self, model, device, steps=None):
-        self.model, self.cfg, self.device, self.steps, self.reduce = model, model.cfg, device, steps or model.cfg.flow_steps, Reducer(model.cfg)
+        self.model, self.cfg, self.device, self.steps, self.reduce = (
+            model,
+            model.cfg,
+            device,
+            steps or model.cfg.flow_steps,
+            Reducer(model.cfg),
+        )
         self.sampled = steps is None  # whether its samples can differ
         self.process = V.Process(0, 1, device, None)
         self.process.amp_dtype, _ = V.choose_precision(model.cfg, self.process)
@@ -906,7 +1119,9 @@ class Subject:
             self.model.flow_ema = flow
             try:
                 with self.autocast():
-                    futures = self.model.sample_futures(context[first : first + size], num_samples, num_steps, generator)
+                    futures = self.model.sample_futures(
+                        context[first : first + size], num_samples, num_steps, generator
+                    )
             finally:
                 self.model.flow_ema = own
             yield first, futures[:, :, : cfg.soon_tokens].float()
@@ -966,10 +1181,17 @@ def collect(subjects, batches, bad, flow_clips=0, meter=None):
             context, targets, point = subject.encode(frames)
             subject.reduce.fit(targets)
             now, soon = targets[:, : subject.cfg.now_tokens], subject.soon(targets)
-            kept = [subject.reduce(tokens).half().cpu() for tokens in (now, soon, context, point[:, : subject.cfg.soon_tokens])]
+            kept = [
+                subject.reduce(tokens).half().cpu()
+                for tokens in (now, soon, context, point[:, : subject.cfg.soon_tokens])
+            ]
             with torch.no_grad():
                 space = subject.model.space
-                y = space.encode(space.pool(subject.model.future_target(targets) - point)) if len(labels) < flow_clips else None
+                y = (
+                    space.encode(space.pool(subject.model.future_target(targets) - point))
+                    if len(labels) < flow_clips
+                    else None
+                )
             if meter is not None:
                 meter.see(subject, context, targets, point)
             part.append((*kept, (context.half().cpu(), y.cpu()) if y is not None else None))
@@ -981,7 +1203,9 @@ def collect(subjects, batches, bad, flow_clips=0, meter=None):
     for part in parts:
         *kept, flows = zip(*part)
         flows = [pair for pair in flows if pair is not None]
-        latents.append(Latents(labels, *(torch.cat(column) for column in kept), tuple(torch.cat(column) for column in zip(*flows))))
+        latents.append(
+            Latents(labels, *(torch.cat(column) for column in kept), tuple(torch.cat(column) for column in zip(*flows)))
+        )
     return latents, torch.cat(pixels)
 
 
@@ -991,10 +1215,15 @@ def train_shuffled(subject, latents, sizes, seed):
     cfg, device = subject.cfg, subject.device
     torch.manual_seed(seed)
     net, rng = V.FlowNet(cfg).to(device), torch.Generator().manual_seed(seed)
-    y, optimizer = y[torch.randperm(len(y), generator=rng)], torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    y, optimizer = (
+        y[torch.randperm(len(y), generator=rng)],
+        torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    )
     size, draws = min(sizes.shuffled_batch, len(y)), 4
     for step in range(sizes.shuffled_steps):
-        optimizer.param_groups[0]["lr"] = 5e-4 * (1 + math.cos(math.pi * step / sizes.shuffled_steps)) * min(1.0, (step + 1) / 20)
+        optimizer.param_groups[0]["lr"] = (
+            5e-4 * (1 + math.cos(math.pi * step / sizes.shuffled_steps)) * min(1.0, (step + 1) / 20)
+        )
         chosen = torch.randint(len(y), (size,), generator=rng)
         noise = torch.randn((size, draws, *y.shape[1:]), generator=rng).to(device)
         tau = V.shifted_tau(torch.randn((size, draws), generator=rng), cfg.tau_shift).to(device)
@@ -1051,7 +1280,12 @@ def measure(subjects, groups, sizes, workers, progress, name, seed, variants=Non
     first = {owner.index(number) for number in range(len(groups))}
     clips = SceneJobs([job for _, jobs, _ in groups for job in jobs], subjects[0].cfg)
     real, labels = [[[] for _ in groups] for _ in subjects], [[] for _ in groups]
-    points, samples, looks, position = [{} for _ in subjects], [[{} for _ in groups] for _ in subjects], [[] for _ in groups], 0
+    points, samples, looks, position = (
+        [{} for _ in subjects],
+        [[{} for _ in groups] for _ in subjects],
+        [[] for _ in groups],
+        0,
+    )
     for frames, batch_labels in stream(clips, sizes, workers, progress, name):
         numbers = [owner[position + i] for i in range(len(frames))]
         leads = [i for i in range(len(frames)) if position + i in first]
@@ -1064,7 +1298,9 @@ def measure(subjects, groups, sizes, workers, progress, name, seed, variants=Non
             for variant, flow in subject.flows.items() if leads else ():
                 if variants is not None and variant not in variants:
                     continue
-                for begin, soon in subject.sample(context[leads], flow, sizes.num_samples, subject.steps, seed + position):
+                for begin, soon in subject.sample(
+                    context[leads], flow, sizes.num_samples, subject.steps, seed + position
+                ):
                     for i, row in enumerate(subject.read(soon)):
                         samples[which][numbers[leads[begin + i]]][variant] = row
         for number, picture, label in zip(numbers, frames, batch_labels):
@@ -1073,8 +1309,21 @@ def measure(subjects, groups, sizes, workers, progress, name, seed, variants=Non
         position += len(frames)
     readings = []
     for which in range(len(subjects)):
-        readings.append([Reading(odds, np.stack(real[which][n]), np.array([label["branch"] for label in labels[n]]), natural, points[which][n],
-                                 samples[which][n], labels[n], len(set(looks[n])) == 1) for n, (odds, _, natural) in enumerate(groups)])
+        readings.append(
+            [
+                Reading(
+                    odds,
+                    np.stack(real[which][n]),
+                    np.array([label["branch"] for label in labels[n]]),
+                    natural,
+                    points[which][n],
+                    samples[which][n],
+                    labels[n],
+                    len(set(looks[n])) == 1,
+                )
+                for n, (odds, _, natural) in enumerate(groups)
+            ]
+        )
     return readings
 
 
@@ -1092,10 +1341,16 @@ def forecast_errors(point, targets, cfg, share=0.2):
     Tokens: all, and the `share` of each tubelet's that lie farthest from the last NOW tubelet.
     """
     sites, n = cfg.sites, cfg.now_tokens
-    soon, pred = (tokens.unflatten(1, (-1, sites)) for tokens in (targets[:, n : n + cfg.soon_tokens], point))  # [B, H, s, D]
+    soon, pred = (
+        tokens.unflatten(1, (-1, sites)) for tokens in (targets[:, n : n + cfg.soon_tokens], point)
+    )  # [B, H, s, D]
     last, before = targets[:, n - sites : n], targets[:, n - 2 * sites : n - sites] if n >= 2 * sites else None
     steps = torch.arange(1, soon.shape[1] + 1, device=soon.device)[:, None, None]
-    line = V.layer_norm(last[:, None] + steps * (last - before)[:, None]) if before is not None else torch.full_like(soon, math.nan)
+    line = (
+        V.layer_norm(last[:, None] + steps * (last - before)[:, None])
+        if before is not None
+        else torch.full_like(soon, math.nan)
+    )
     moving = (soon - last[:, None]).abs().mean(-1).topk(math.ceil(share * sites), dim=-1).indices
     errors = []
     for forecast in (pred, last[:, None], line):
@@ -1111,7 +1366,9 @@ class Meter:
         self.main, self.sizes, self.seed, self.seen = subjects[0], sizes, seed, 0
         self.ks = [k for k in KS if k <= sizes.num_samples]
         self.errors, self.gauge, self.residual = {id(subject): [] for subject in subjects}, [], []
-        self.distance, self.mean_distance, self.spread, self.reads = ({name: [] for name in ("model", "mean + noise")} for _ in range(4))
+        self.distance, self.mean_distance, self.spread, self.reads = (
+            {name: [] for name in ("model", "mean + noise")} for _ in range(4)
+        )
 
     def see(self, subject, context, targets, point):
         """One batch of one subject; sampled futures are measured for the first subject alone."""
@@ -1123,7 +1380,9 @@ class Meter:
         self.gauge.append(V.gauge_tokens(targets).half().cpu())
         self.residual.append((soon - point).square().mean((1, 2)).cpu().numpy())
         for name in self.distance:
-            for first, futures in subject.sample(context, subject.flows[name], self.sizes.num_samples, subject.steps, self.seed + self.seen):
+            for first, futures in subject.sample(
+                context, subject.flows[name], self.sizes.num_samples, subject.steps, self.seed + self.seen
+            ):
                 truth = soon[first : first + len(futures), None]
                 self.distance[name].append((futures - truth).square().mean((2, 3)).sqrt().cpu().numpy())
                 means = [(futures[:, :k].mean(1) - truth[:, 0]).square().mean((1, 2)).sqrt() for k in self.ks]
@@ -1140,11 +1399,21 @@ def skill_figures(meter, subjects, groups, resamples):
     curve = {"tubelet": list(range(1, errors[0].shape[-1] + 1))}
     for row, reference in ((1, "persistence"), (2, "linear")):
         for column, ending in ((1, ""), (0, "_all")):
-            table, control = (np.stack([e[:, 0, column, begin:].mean(1), e[:, row, column, begin:].mean(1)], 1) for e in errors)
+            table, control = (
+                np.stack([e[:, 0, column, begin:].mean(1), e[:, row, column, begin:].mean(1)], 1) for e in errors
+            )
             name = f"skill_{reference}{ending}"
             if np.isfinite(table).all():
-                figures[name] = make_figure(name, saved(table), bootstrap(table, saved, groups, resamples), len(table), {"untrained encoder": saved(control)})
-                curve[f"{reference}, {'moving' if column else 'all'} tokens"] = [saved(errors[0][:, [0, row], column, h]) for h in range(errors[0].shape[-1])]
+                figures[name] = make_figure(
+                    name,
+                    saved(table),
+                    bootstrap(table, saved, groups, resamples),
+                    len(table),
+                    {"untrained encoder": saved(control)},
+                )
+                curve[f"{reference}, {'moving' if column else 'all'} tokens"] = [
+                    saved(errors[0][:, [0, row], column, h]) for h in range(errors[0].shape[-1])
+                ]
     return figures, curve
 
 
@@ -1152,13 +1421,19 @@ def retrieval_figures(latents, sites, groups, resamples):
     """Rank of the true future among those of all clips for the point forecast, beside persistence and chance -> dict. sites: kept tokens of a tubelet."""
     candidates, count = latents.soon.flatten(1).float().numpy(), len(latents.soon)
     repeated = latents.now[:, -sites:].repeat(1, latents.soon.shape[1] // sites, 1).flatten(1).float().numpy()
-    ranks, still = (retrieval_ranks(queries, candidates) for queries in (latents.point.flatten(1).float().numpy(), repeated))
+    ranks, still = (
+        retrieval_ranks(queries, candidates) for queries in (latents.point.flatten(1).float().numpy(), repeated)
+    )
     figures = {}
     for name, most in (("retrieval_r1", 1), ("retrieval_r5", 5)):
         beside = {"persistence": float((still <= most).mean()), "chance": min(1.0, most / count)}
-        figures[name] = make_figure(name, (ranks <= most).mean(), bootstrap(ranks <= most, np.mean, groups, resamples), count, beside)
+        figures[name] = make_figure(
+            name, (ranks <= most).mean(), bootstrap(ranks <= most, np.mean, groups, resamples), count, beside
+        )
     beside = {"persistence": float(np.median(still)), "chance": (count + 1) / 2}
-    figures["retrieval_median_rank"] = make_figure("retrieval_median_rank", np.median(ranks), bootstrap(ranks, np.median, groups, resamples), count, beside)
+    figures["retrieval_median_rank"] = make_figure(
+        "retrieval_median_rank", np.median(ranks), bootstrap(ranks, np.median, groups, resamples), count, beside
+    )
     return figures
 
 
@@ -1168,19 +1443,42 @@ def sampling_figures(meter, columns, latents, groups, resamples):
     point = np.concatenate(meter.residual) ** 0.5
     spread, K = {name: np.concatenate(parts) for name, parts in meter.spread.items()}, meter.sizes.num_samples
     tables = {name: np.stack([distance.min(1), point], 1) for name, distance in joined.items()}
-    figures = {"best_of_k": make_figure("best_of_k", mean_ratio(tables["model"]), bootstrap(tables["model"], mean_ratio, groups, resamples), len(point),
-                                        {"mean + noise": mean_ratio(tables["mean + noise"]), "point forecast": 1.0})}
+    figures = {
+        "best_of_k": make_figure(
+            "best_of_k",
+            mean_ratio(tables["model"]),
+            bootstrap(tables["model"], mean_ratio, groups, resamples),
+            len(point),
+            {"mean + noise": mean_ratio(tables["mean + noise"]), "point forecast": 1.0},
+        )
+    }
     tables = {name: np.stack([values, point**2], 1) for name, values in spread.items()}
-    figures["spread_ratio"] = make_figure("spread_ratio", rms_ratio(tables["model"]), bootstrap(tables["model"], rms_ratio, groups, resamples), len(point),
-                                          {"mean + noise": rms_ratio(tables["mean + noise"]), "point forecast": 0.0})
-    truth = latents.soon.flatten(1).float().to(meter.main.device) @ meter.main.weight[:, columns] + meter.main.bias[columns]
+    figures["spread_ratio"] = make_figure(
+        "spread_ratio",
+        rms_ratio(tables["model"]),
+        bootstrap(tables["model"], rms_ratio, groups, resamples),
+        len(point),
+        {"mean + noise": rms_ratio(tables["mean + noise"]), "point forecast": 0.0},
+    )
+    truth = (
+        latents.soon.flatten(1).float().to(meter.main.device) @ meter.main.weight[:, columns] + meter.main.bias[columns]
+    )
     truth, shares, chances = truth.double().cpu().numpy(), {}, {}
     for name, parts in meter.reads.items():
-        ranks = np.concatenate([truth_ranks(np.concatenate(parts)[:, :, columns][..., d], truth[:, d]) for d in range(truth.shape[1])])
+        ranks = np.concatenate(
+            [truth_ranks(np.concatenate(parts)[:, :, columns][..., d], truth[:, d]) for d in range(truth.shape[1])]
+        )
         shares[name], chances[name] = rank_test(ranks, K)
-    figures["pooled_rank_chi2"] = make_figure("pooled_rank_chi2", chances["model"], None, len(point), {"mean + noise": chances["mean + noise"]})
-    curves = {"best_of_k": {"k": meter.ks, "point forecast": [float(point.mean())] * len(meter.ks)},
-              "pooled_ranks": {"bin": list(range(1, len(shares["model"]) + 1)), **{name: share.tolist() for name, share in shares.items()}}}
+    figures["pooled_rank_chi2"] = make_figure(
+        "pooled_rank_chi2", chances["model"], None, len(point), {"mean + noise": chances["mean + noise"]}
+    )
+    curves = {
+        "best_of_k": {"k": meter.ks, "point forecast": [float(point.mean())] * len(meter.ks)},
+        "pooled_ranks": {
+            "bin": list(range(1, len(shares["model"]) + 1)),
+            **{name: share.tolist() for name, share in shares.items()},
+        },
+    }
     for name in joined:
         curves["best_of_k"][f"best of k, {name}"] = best_of(joined[name], meter.ks).mean(0).tolist()
         curves["best_of_k"][f"mean of k, {name}"] = np.concatenate(meter.mean_distance[name]).mean(0).tolist()
@@ -1191,8 +1489,12 @@ def gauge_figures(meter, subjects):
     """Collapse gauges on targets -> dict."""
     tokens = torch.cat(meter.gauge).float()
     most = float(subjects[0].cfg.enc_dim)
-    return {"effective_rank": make_figure("effective_rank", float(V.effective_rank(tokens)), None, len(tokens), {"most possible": most}),
-            "target_std": make_figure("target_std", float(V.target_std(tokens)), None, len(tokens), {"most possible": 1.0})}
+    return {
+        "effective_rank": make_figure(
+            "effective_rank", float(V.effective_rank(tokens)), None, len(tokens), {"most possible": most}
+        ),
+        "target_std": make_figure("target_std", float(V.target_std(tokens)), None, len(tokens), {"most possible": 1.0}),
+    }
 
 
 def probe_scores(tasks, task, pred):
@@ -1209,7 +1511,11 @@ def sample_votes(subject, reads, tasks):
         if task in subject.columns:
             outputs = reads[:, :, subject.columns[task]]  # [n, K, c]
             named = outputs.argmax(-1)
-            votes[task] = outputs[..., 0].mean(1) if task in tasks.values else np.stack([(named == c).sum(1) for c in range(outputs.shape[-1])], 1).argmax(1)
+            votes[task] = (
+                outputs[..., 0].mean(1)
+                if task in tasks.values
+                else np.stack([(named == c).sum(1) for c in range(outputs.shape[-1])], 1).argmax(1)
+            )
     return votes
 
 
@@ -1220,18 +1526,27 @@ def probe_predictions(subjects, fit, test, fit_pixels, test_pixels, fit_tasks, t
     latents = [(part.real(), other.real()) for part, other in zip(fit, test)]
     space = Principal(latents[0][0], min(rank, len(latents[0][0]) // 2))
     for name, (rows, test_rows), own, known in (
-            ("NOW + SOON", latents[0], fit_tasks, space), ("shuffled labels", latents[0], fit_tasks.shuffled(seed), space),
-            ("untrained encoder", latents[1], fit_tasks, None), ("raw pixels", (fit_pixels, test_pixels), fit_tasks, None),
-            ("encoded NOW alone", (fit[0].context.flatten(1), test[0].context.flatten(1)), fit_tasks, None)):
+        ("NOW + SOON", latents[0], fit_tasks, space),
+        ("shuffled labels", latents[0], fit_tasks.shuffled(seed), space),
+        ("untrained encoder", latents[1], fit_tasks, None),
+        ("raw pixels", (fit_pixels, test_pixels), fit_tasks, None),
+        ("encoded NOW alone", (fit[0].context.flatten(1), test[0].context.flatten(1)), fit_tasks, None),
+    ):
         places[name] = predict(fit_probes(rows, own, rank, known), test_rows, tasks)
         progress.step()
     places["SOON alone"] = predict(main.probes, test[0].soon.flatten(1), tasks)
     places["SOON probe on the point forecast"] = predict(main.probes, test[0].point.flatten(1), tasks)
     places["SOON probe on sampled futures"] = sample_votes(main, np.concatenate(meter.reads["model"]), tasks)
     progress.stage("attentive probes", 3)
-    for name, own, other in (("attentive, NOW + SOON", torch.cat([fit[0].now, fit[0].soon], 1), torch.cat([test[0].now, test[0].soon], 1)),
-                             ("attentive, untrained encoder", torch.cat([fit[1].now, fit[1].soon], 1), torch.cat([test[1].now, test[1].soon], 1)),
-                             ("attentive, encoded NOW alone", fit[0].context, test[0].context)):
+    for name, own, other in (
+        ("attentive, NOW + SOON", torch.cat([fit[0].now, fit[0].soon], 1), torch.cat([test[0].now, test[0].soon], 1)),
+        (
+            "attentive, untrained encoder",
+            torch.cat([fit[1].now, fit[1].soon], 1),
+            torch.cat([test[1].now, test[1].soon], 1),
+        ),
+        ("attentive, encoded NOW alone", fit[0].context, test[0].context),
+    ):
         places[name] = attentive_predictions(own, fit_tasks, other, sizes.probe_epochs, main.device, seed)
         progress.step()
     return places
@@ -1248,7 +1563,9 @@ def probe_figures(places, tasks, resamples):
             continue
         name = f"probe_{task}_" + {r2: "r2", macro_f1: "f1", accuracy: "accuracy"}[statistic]
         beside = {place: probe_scores(tasks, task, places[place][task])[0] for place in others if task in places[place]}
-        figures[name] = make_figure(name, value, bootstrap(rows, statistic, groups, resamples), len(np.unique(groups)), beside)
+        figures[name] = make_figure(
+            name, value, bootstrap(rows, statistic, groups, resamples), len(np.unique(groups)), beside
+        )
     return figures
 
 
@@ -1261,21 +1578,49 @@ def gap_figures(readings, column, cfg, sizes):
     """Braking lead car: the sampled gap at the end of SOON against the gap probed on real futures -> (figures, curves)."""
     names, K, n = ("model", "mean + noise"), sizes.num_samples, len(readings)
     real = [r.real[:, column] for r in readings]
-    scores = {name: np.array([score_against(r.samples[name][:, column], gaps) for r, gaps in zip(readings, real)]) for name in names}
-    oracle, point = np.array([oracle_score(gaps) for gaps in real]), np.array([score_against(r.point[None, column], gaps) for r, gaps in zip(readings, real)])
+    scores = {
+        name: np.array([score_against(r.samples[name][:, column], gaps) for r, gaps in zip(readings, real)])
+        for name in names
+    }
+    oracle, point = (
+        np.array([oracle_score(gaps) for gaps in real]),
+        np.array([score_against(r.point[None, column], gaps) for r, gaps in zip(readings, real)]),
+    )
     drawn = {name: np.stack([r.samples[name][:, column][:, 0] for r in readings]) for name in names}
-    inside = {name: np.array([coverage(own[None].repeat(len(gaps), 0), gaps[:, 0]).mean() for own, gaps in zip(drawn[name], real)]) for name in names}
+    inside = {
+        name: np.array(
+            [coverage(own[None].repeat(len(gaps), 0), gaps[:, 0]).mean() for own, gaps in zip(drawn[name], real)]
+        )
+        for name in names
+    }
     ranks = {name: rank_test(truth_ranks(drawn[name], np.array([gaps[0, 0] for gaps in real])), K) for name in names}
     told = np.array([soon_end(label["lead_gap"], cfg) for r in readings for label in r.truth])
     error = float(np.sqrt(np.nanmean((np.concatenate(real)[:, 0] - told) ** 2)))
     table, whole = np.stack([scores["model"], oracle], 1), oracle.mean()
-    beside = {"mean + noise": ratio(scores["mean + noise"].mean(), whole), "point forecast": ratio(point.mean(), whole), "perfect sampler": 1.0}
+    beside = {
+        "mean + noise": ratio(scores["mean + noise"].mean(), whole),
+        "point forecast": ratio(point.mean(), whole),
+        "perfect sampler": 1.0,
+    }
     figures = {
-        "gap_crps_ratio": make_figure("gap_crps_ratio", mean_ratio(table), bootstrap(table, mean_ratio, num=sizes.resamples), n, beside,
-                                      also={"probe_rmse_m": error}),
-        "gap_coverage80": make_figure("gap_coverage80", inside["model"].mean(), bootstrap(inside["model"], np.mean, num=sizes.resamples), n,
-                                      {"mean + noise": float(inside["mean + noise"].mean()), "perfect sampler": 0.8}),
-        "gap_rank_chi2": make_figure("gap_rank_chi2", ranks["model"][1], None, n, {"mean + noise": ranks["mean + noise"][1]}),
+        "gap_crps_ratio": make_figure(
+            "gap_crps_ratio",
+            mean_ratio(table),
+            bootstrap(table, mean_ratio, num=sizes.resamples),
+            n,
+            beside,
+            also={"probe_rmse_m": error},
+        ),
+        "gap_coverage80": make_figure(
+            "gap_coverage80",
+            inside["model"].mean(),
+            bootstrap(inside["model"], np.mean, num=sizes.resamples),
+            n,
+            {"mean + noise": float(inside["mean + noise"].mean()), "perfect sampler": 0.8},
+        ),
+        "gap_rank_chi2": make_figure(
+            "gap_rank_chi2", ranks["model"][1], None, n, {"mean + noise": ranks["mean + noise"][1]}
+        ),
     }
     shares = {name: share.tolist() for name, (share, _) in ranks.items()}
     return figures, {"gap_ranks": {"bin": list(range(1, len(shares["model"]) + 1)), **shares}}
@@ -1287,13 +1632,27 @@ def steady_figures(readings, column, cfg, sizes):
     for r in readings:
         truth = soon_end(r.truth[0].get("mover_u"), cfg)
         if math.isfinite(truth):
-            rows.append((r.samples["model"][:, column].var(ddof=1), (r.real[0, column].item() - truth) ** 2, r.samples["mean + noise"][:, column].var(ddof=1)))
+            rows.append(
+                (
+                    r.samples["model"][:, column].var(ddof=1),
+                    (r.real[0, column].item() - truth) ** 2,
+                    r.samples["mean + noise"][:, column].var(ddof=1),
+                )
+            )
     if len(rows) < 2:
         return {}
     rows = np.asarray(rows)
     beside = {"mean + noise": rms_ratio(rows[:, [2, 1]]), "point forecast": 0.0}
-    return {"steady_spread": make_figure("steady_spread", rms_ratio(rows), bootstrap(rows, rms_ratio, num=sizes.resamples), len(rows), beside,
-                                         also={"probe_rmse_picture_widths": float(rows[:, 1].mean() ** 0.5)})}
+    return {
+        "steady_spread": make_figure(
+            "steady_spread",
+            rms_ratio(rows),
+            bootstrap(rows, rms_ratio, num=sizes.resamples),
+            len(rows),
+            beside,
+            also={"probe_rmse_picture_widths": float(rows[:, 1].mean() ** 0.5)},
+        )
+    }
 
 
 def odds_error(rows):
@@ -1309,28 +1668,60 @@ def lane_figures(readings, column, cfg, sizes):
     for r in readings:
         told = V.scene_odds(r.truth[0]["scene_seed"], cfg, "lane")
         odds.append([told["left"], told["keep"], told["right"]])
-    odds, outputs = np.asarray(odds), {name: [r.samples[name][:, column] for r in readings] for name in ("model", "mean + noise", "shuffled targets")}
-    outputs |= {"real futures": [r.real[:1, column] for r in readings], "point forecast": [r.point[None, column] for r in readings]}
-    shares = {name: np.stack([(out.argmax(1)[:, None] == np.arange(3)).mean(0) for out in own]) for name, own in outputs.items()}
+    odds, outputs = (
+        np.asarray(odds),
+        {
+            name: [r.samples[name][:, column] for r in readings]
+            for name in ("model", "mean + noise", "shuffled targets")
+        },
+    )
+    outputs |= {
+        "real futures": [r.real[:1, column] for r in readings],
+        "point forecast": [r.point[None, column] for r in readings],
+    }
+    shares = {
+        name: np.stack([(out.argmax(1)[:, None] == np.arange(3)).mean(0) for out in own])
+        for name, own in outputs.items()
+    }
     tables = {name: np.concatenate([share, odds], 1) for name, share in shares.items()}
     value = odds_error(tables["model"])
     beside = {name: odds_error(table) for name, table in tables.items() if name != "model"}
     curves = {}
     for kind in np.unique(odds, axis=0):
         here = (odds == kind).all(1)
-        curves["odds " + " / ".join(f"{p:g}" for p in kind)] = {"n": int(here.sum()), **{name: share[here].mean(0).tolist() for name, share in shares.items()}}
-    figures = {"lane_odds_error": make_figure("lane_odds_error", value, bootstrap(tables["model"], odds_error, num=sizes.resamples), len(readings), beside)}
+        curves["odds " + " / ".join(f"{p:g}" for p in kind)] = {
+            "n": int(here.sum()),
+            **{name: share[here].mean(0).tolist() for name, share in shares.items()},
+        }
+    figures = {
+        "lane_odds_error": make_figure(
+            "lane_odds_error", value, bootstrap(tables["model"], odds_error, num=sizes.resamples), len(readings), beside
+        )
+    }
     return figures, {"lane_odds": curves}
 
 
 def occluder_figures(readings, column, sizes):
     """Cars behind a truck: sampled share that stops there against the true odds -> dict."""
-    shares = {name: np.array([(r.samples[name][:, column].argmax(1) == 1).mean() for r in readings]) for name in ("model", "mean + noise")}
-    rows = np.array([(label["stops"], real[column].argmax()) for r in readings for label, real in zip(r.truth, r.real)], float)
-    beside = {"true odds": V.STOP_ODDS, "mean + noise": float(shares["mean + noise"].mean()), "real futures, probed": float(rows[:, 1].mean()),
-              "probe accuracy on real futures": accuracy(rows)}
+    shares = {
+        name: np.array([(r.samples[name][:, column].argmax(1) == 1).mean() for r in readings])
+        for name in ("model", "mean + noise")
+    }
+    rows = np.array(
+        [(label["stops"], real[column].argmax()) for r in readings for label, real in zip(r.truth, r.real)], float
+    )
+    beside = {
+        "true odds": V.STOP_ODDS,
+        "mean + noise": float(shares["mean + noise"].mean()),
+        "real futures, probed": float(rows[:, 1].mean()),
+        "probe accuracy on real futures": accuracy(rows),
+    }
     own = shares["model"]
-    return {"occluder_stops": make_figure("occluder_stops", own.mean(), bootstrap(own, np.mean, num=sizes.resamples), len(readings), beside)}
+    return {
+        "occluder_stops": make_figure(
+            "occluder_stops", own.mean(), bootstrap(own, np.mean, num=sizes.resamples), len(readings), beside
+        )
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1342,7 +1733,13 @@ def occluder_figures(readings, column, sizes):
 # make. Twins are compared where their NOW is the same: once NOW shows the break, a clip from which a car has vanished is simply
 # a clip with less in it.
 
-SCORES = ("lasting error of the nearest sample", "worst tokens of the nearest sample", "nearest sample, RMS", "nearest sample, L1", "point forecast, L1")
+SCORES = (
+    "lasting error of the nearest sample",
+    "worst tokens of the nearest sample",
+    "nearest sample, RMS",
+    "nearest sample, L1",
+    "point forecast, L1",
+)
 
 
 def worst(values, share):
@@ -1367,7 +1764,9 @@ def window_surprise(subject, clips, sizes, seed):
     cfg = subject.cfg
     length = cfg.now_frames + cfg.soon_frames
     starts = range(0, clips.shape[1] - length + 1, cfg.tubelet_t)
-    windows = torch.stack([clips[:, start : start + length] for start in starts], 1).flatten(0, 1)  # [V * W, n, 3, H, W]
+    windows = torch.stack([clips[:, start : start + length] for start in starts], 1).flatten(
+        0, 1
+    )  # [V * W, n, 3, H, W]
     looks = [look_of(window[: cfg.now_frames]) for window in windows]
     encoded = [subject.encode(part) for part in windows.split(sizes.batch)]
     context, targets, point = (torch.cat(parts) for parts in zip(*encoded))
@@ -1379,7 +1778,9 @@ def window_surprise(subject, clips, sizes, seed):
     most = max(1, SAMPLED_NUMBERS // soon[0].numel())  # samples of one scene that fit the memory
     for drawn in range(0, total, most):
         num = min(most, total - drawn)
-        for begin, futures in subject.sample(context[: len(starts)], subject.flows["model"], num, steps, seed + 10**8 * drawn):
+        for begin, futures in subject.sample(
+            context[: len(starts)], subject.flows["model"], num, steps, seed + 10**8 * drawn
+        ):
             for row in shared.nonzero()[:, 0].tolist():
                 if begin <= row % len(starts) < begin + len(futures):
                     nearest = nearest_scores(futures[row % len(starts) - begin] - soon[row], cfg.sites).cpu()
@@ -1426,7 +1827,12 @@ def rare_groups(seed, cfg, count):
     groups = []
     for odds, rare in ((0.1, 1), (0.9, -1)):
         for scene_seed in fork_seeds(seed, "rare", cfg, odds, count // 2):
-            groups.append([Job(scene_seed, futures_where(scene_seed, cfg, "fork", "choice", side, 1)[0], "fork") for side in (-rare, rare)])
+            groups.append(
+                [
+                    Job(scene_seed, futures_where(scene_seed, cfg, "fork", "choice", side, 1)[0], "fork")
+                    for side in (-rare, rare)
+                ]
+            )
     return groups
 
 
@@ -1442,7 +1848,9 @@ def surprise_auroc(twins, rare, sizes):
         values = []
         for twin_scores, rare_scores in zip(twins, rare):
             rows, groups = [], []
-            for number, (impossible, scores) in enumerate([(1, s) for s in twin_scores] + [(0, s) for s in rare_scores]):
+            for number, (impossible, scores) in enumerate(
+                [(1, s) for s in twin_scores] + [(0, s) for s in rare_scores]
+            ):
                 for place in range(1, scores.shape[1]):
                     own, first = over_shared(scores, place)
                     rows.append((*(own - first if matched else np.nanmax(scores[:, place], -1)), impossible))
@@ -1469,12 +1877,30 @@ def surprise_figures(subjects, cfg, shares, sizes, seed, workers, progress):
     for twin, by_subject in pairs.items():
         main, untrained = (np.asarray(rows).reshape(-1, len(SCORES)) for rows in by_subject)
         values = main.mean(0)
-        beside = {**dict(zip(SCORES[1:], values[1:].tolist())), "untrained encoder": float(untrained[:, 0].mean()), "chance": 0.5}
-        figures[f"surprise_{twin}"] = make_figure(f"surprise_{twin}", values[0], bootstrap(main[:, 0], np.mean, num=sizes.resamples), len(main), beside)
-        curves["surprise"][twin] = {SCORES[0]: float(values[0]), SCORES[-1]: float(values[-1]), "untrained encoder": beside["untrained encoder"]}
+        beside = {
+            **dict(zip(SCORES[1:], values[1:].tolist())),
+            "untrained encoder": float(untrained[:, 0].mean()),
+            "chance": 0.5,
+        }
+        figures[f"surprise_{twin}"] = make_figure(
+            f"surprise_{twin}", values[0], bootstrap(main[:, 0], np.mean, num=sizes.resamples), len(main), beside
+        )
+        curves["surprise"][twin] = {
+            SCORES[0]: float(values[0]),
+            SCORES[-1]: float(values[-1]),
+            "untrained encoder": beside["untrained encoder"],
+        }
     if not shares["fork"]:
         return figures, curves
-    rare = surprise_of(subjects, rare_groups(seed, cfg, sizes.rare_scenes), sizes, workers, progress, "surprise: rare branches", seed + 10**6)
+    rare = surprise_of(
+        subjects,
+        rare_groups(seed, cfg, sizes.rare_scenes),
+        sizes,
+        workers,
+        progress,
+        "surprise: rare branches",
+        seed + 10**6,
+    )
     figures |= surprise_auroc(results, rare, sizes)
     return figures, curves
 
@@ -1493,7 +1919,9 @@ def fit_jobs(seed, cfg, sizes, kinds):
             if kind == "fork":
                 futures = [s for side in (-1, 1) for s in futures_where(scene_seed, cfg, kind, "choice", side, 2)]
             else:
-                futures = futures_where(scene_seed, cfg, kind, "stops", bool(number % 2), 1) if kind == "occluder" else [0]
+                futures = (
+                    futures_where(scene_seed, cfg, kind, "stops", bool(number % 2), 1) if kind == "occluder" else [0]
+                )
             jobs += [Job(scene_seed, future, kind) for future in futures]
     return jobs
 
@@ -1503,7 +1931,12 @@ def fork_groups(seed, cfg, sizes):
     groups = []
     for scene_seed in fork_seeds(seed, "forks", cfg, 0.5, sizes.fork_scenes):
         futures = list(range(sizes.siblings))
-        more = [s for side in (-1, 1) for s in futures_where(scene_seed, cfg, "fork", "choice", side, 2) if s >= sizes.siblings]
+        more = [
+            s
+            for side in (-1, 1)
+            for s in futures_where(scene_seed, cfg, "fork", "choice", side, 2)
+            if s >= sizes.siblings
+        ]
         groups.append((0.5, [Job(scene_seed, s, "fork") for s in futures + more], sizes.siblings))
     for odds in sorted(set(V.FORK_ODDS) - {0.5}):
         for scene_seed in fork_seeds(seed, "signs", cfg, odds, sizes.sign_scenes):
@@ -1514,7 +1947,10 @@ def fork_groups(seed, cfg, sizes):
 
 def pick(tasks, names, rows=slice(None)):
     """Some tasks of Tasks, on some rows."""
-    values, classes = ({name: column[rows] for name, column in columns.items() if name in names} for columns in (tasks.values, tasks.classes))
+    values, classes = (
+        {name: column[rows] for name, column in columns.items() if name in names}
+        for columns in (tasks.values, tasks.classes)
+    )
     return Tasks(values, classes, tasks.num_classes, tasks.groups[rows])
 
 
@@ -1537,8 +1973,13 @@ def gate_figure(readings, subjects, sizes):
     for subject, own in zip(subjects, readings):
         column = subject.columns["gate"]
         values.append(np.array([(r.real[:, column].argmax(1) == (r.side > 0)).mean() for r in own]))
-    return make_figure("branch_gate", values[0].mean(), bootstrap(values[0], np.mean, num=sizes.resamples), len(values[0]),
-                       {"untrained encoder": float(values[1].mean()), "chance": 0.5})
+    return make_figure(
+        "branch_gate",
+        values[0].mean(),
+        bootstrap(values[0], np.mean, num=sizes.resamples),
+        len(values[0]),
+        {"untrained encoder": float(values[1].mean()), "chance": 0.5},
+    )
 
 
 def odds_figures(subjects, shares, sizes, seed, workers, progress):
@@ -1551,11 +1992,16 @@ def odds_figures(subjects, shares, sizes, seed, workers, progress):
         own, untrained = (choose(r, subject.columns["axes"]) for r, subject in zip(readings, subjects))
         for reading in untrained:
             reading.samples["mean + noise"] = reading.samples["model"]
-        figures |= fork_figures(own, sizes, {"untrained encoder": untrained, "shuffled targets": None, "mean + noise": None})
+        figures |= fork_figures(
+            own, sizes, {"untrained encoder": untrained, "shuffled targets": None, "mean + noise": None}
+        )
         curves |= fork_curves(own, ("model", "mean + noise", "shuffled targets"))
     if shares["brake"]:
         seeds = [set_seed(seed, "brake", number) for number in range(sizes.brake_scenes)]
-        groups = [(0, [Job(s, future, "brake") for future in range(sizes.brake_siblings)], sizes.brake_siblings) for s in seeds]
+        groups = [
+            (0, [Job(s, future, "brake") for future in range(sizes.brake_siblings)], sizes.brake_siblings)
+            for s in seeds
+        ]
         readings = measure(subjects[:1], groups, sizes, workers, progress, "braking cars", seed + 1, two)[0]
         more, curve = gap_figures(readings, main.columns["lead_gap"], cfg, sizes)
         figures, curves = figures | more, curves | curve
@@ -1563,7 +2009,9 @@ def odds_figures(subjects, shares, sizes, seed, workers, progress):
         if not shares[kind]:
             continue
         groups = [(0, [Job(set_seed(seed, kind, number), 0, kind)], 1) for number in range(sizes.kind_scenes)]
-        readings = measure(subjects[:1], groups, sizes, workers, progress, f"{kind} scenes", seed + 2, None if kind == "lane" else two)[0]
+        readings = measure(
+            subjects[:1], groups, sizes, workers, progress, f"{kind} scenes", seed + 2, None if kind == "lane" else two
+        )[0]
         if kind == "steady" and "mover_u" in main.columns:
             figures |= steady_figures(readings, main.columns["mover_u"], cfg, sizes)
         elif kind == "lane" and "lane" in main.columns:
@@ -1583,7 +2031,9 @@ def clip_figures(subjects, meter, fit, test, fit_pixels, test_pixels, fit_tasks,
     more, curves = sampling_figures(meter, subjects[0].columns["pooled"], test[0], tasks.groups, sizes.resamples)
     figures |= more | gauge_figures(meter, subjects)
     if tasks.names():
-        places = probe_predictions(subjects, fit, test, fit_pixels, test_pixels, fit_tasks, tasks, meter, sizes, seed, progress)
+        places = probe_predictions(
+            subjects, fit, test, fit_pixels, test_pixels, fit_tasks, tasks, meter, sizes, seed, progress
+        )
         figures |= probe_figures(places, tasks, sizes.resamples)
     return figures, {"skill": skill, **curves}
 
@@ -1594,7 +2044,9 @@ def scene_evaluation(subjects, sizes, seed, workers, progress):
     shares = dict(zip(V.SCENE_KINDS, V.mix_shares(cfg.scene_mix)))
     kinds = [kind for kind, share in shares.items() if share]
     jobs = fit_jobs(seed, cfg, sizes, kinds)
-    clips = SceneJobs([jobs[i] for i in np.random.default_rng(0).permutation(len(jobs))], cfg)  # mixed: the first ones choose channels and fit a flow net
+    clips = SceneJobs(
+        [jobs[i] for i in np.random.default_rng(0).permutation(len(jobs))], cfg
+    )  # mixed: the first ones choose channels and fit a flow net
     fit, fit_pixels = collect(subjects, stream(clips, sizes, workers, progress, "fitting scenes"), bad, flow_clips=1024)
     fit_tasks = make_tasks(fit[0].labels, cfg, V.SCENE_MANEUVERS, True)
     progress.stage("spaces and probes", 2)
@@ -1602,14 +2054,35 @@ def scene_evaluation(subjects, sizes, seed, workers, progress):
         fit_readings(subject, latents, fit_tasks, sizes)
         progress.step()
     progress.stage("flow net on shuffled targets")
-    main.flows |= {"mean + noise": ResidualNoise(main.model.space), "shuffled targets": train_shuffled(main, fit[0], sizes, seed)}
+    main.flows |= {
+        "mean + noise": ResidualNoise(main.model.space),
+        "shuffled targets": train_shuffled(main, fit[0], sizes, seed),
+    }
     figures, curves = odds_figures(subjects, shares, sizes, seed, workers, progress)
     meter = Meter(subjects, sizes, seed)
     jobs = [Job(set_seed(seed, "mix", number), 0) for number in range(sizes.mix_clips)]
-    test, test_pixels = collect(subjects, stream(SceneJobs(jobs, cfg), sizes, workers, progress, "mixed scenes"), bad, meter=meter)
+    test, test_pixels = collect(
+        subjects, stream(SceneJobs(jobs, cfg), sizes, workers, progress, "mixed scenes"), bad, meter=meter
+    )
     tasks = make_tasks(test[0].labels, cfg, V.SCENE_MANEUVERS, True)
-    both = [name for name in (*SIGNALS, "maneuver", "branch") if name != "mover_u" and name in fit_tasks.names() and name in tasks.names()]
-    more, curve = clip_figures(subjects, meter, fit, test, fit_pixels, test_pixels, pick(fit_tasks, both), pick(tasks, both), sizes, seed, progress)
+    both = [
+        name
+        for name in (*SIGNALS, "maneuver", "branch")
+        if name != "mover_u" and name in fit_tasks.names() and name in tasks.names()
+    ]
+    more, curve = clip_figures(
+        subjects,
+        meter,
+        fit,
+        test,
+        fit_pixels,
+        test_pixels,
+        pick(fit_tasks, both),
+        pick(tasks, both),
+        sizes,
+        seed,
+        progress,
+    )
     figures, curves = figures | more, curves | curve
     if shares["steady"]:
         more, curve = surprise_figures(subjects, cfg, shares, sizes, seed, workers, progress)
@@ -1627,7 +2100,9 @@ def video_evaluation(subjects, sizes, source, split, seed, workers, progress):
     clips = VideoClips(fit_files, min(sizes.fit_videos, 32 * len(fit_files.videos)))
     fit, fit_pixels = collect(subjects, stream(clips, sizes, workers, progress, "training videos"), bad)
     if fit is None:
-        raise V.UserError(f"data_root {source.root}: no training file can be decoded; the first: {'; '.join(next(iter(bad.items())))}")
+        raise V.UserError(
+            f"data_root {source.root}: no training file can be decoded; the first: {'; '.join(next(iter(bad.items())))}"
+        )
     maneuvers = V.maneuver_names(source.train + source.val, source.root)
     fit_tasks = make_tasks(fit[0].labels, cfg, maneuvers, False)
     for subject, latents in zip(subjects, fit):
@@ -1636,23 +2111,52 @@ def video_evaluation(subjects, sizes, source, split, seed, workers, progress):
     meter, clips = Meter(subjects, sizes, seed), VideoClips(dataset, min(sizes.mix_clips, 32 * len(dataset.videos)))
     test, test_pixels = collect(subjects, stream(clips, sizes, workers, progress, "test videos"), bad, meter=meter)
     if test is None:
-        raise V.UserError(f"data_root {source.root}: no {split} file can be decoded; the first: {'; '.join(next(iter(bad.items())))}")
+        raise V.UserError(
+            f"data_root {source.root}: no {split} file can be decoded; the first: {'; '.join(next(iter(bad.items())))}"
+        )
     tasks = make_tasks(test[0].labels, cfg, maneuvers, False)
     if split == "all":  # probes are tested on files that they were not fitted on
         seen = np.array([label["file"] < len(source.train) for label in test[0].labels])
         for column in (*tasks.values.values(), *tasks.classes.values()):
             column[seen] = math.nan if column.dtype.kind == "f" else -1
     both = [name for name in fit_tasks.names() if name in tasks.names() and name in main.probes]
-    figures, curves = clip_figures(subjects, meter, fit, test, fit_pixels, test_pixels, pick(fit_tasks, both), pick(tasks, both), sizes, seed, progress)
-    return figures, curves, {"kind": "videos", "root": source.root, "split": split, "files": len(dataset.videos), "clips": len(test[0].labels),
-                             "held_out": source.held_out and split == "val", "bad_files": bad}
+    figures, curves = clip_figures(
+        subjects,
+        meter,
+        fit,
+        test,
+        fit_pixels,
+        test_pixels,
+        pick(fit_tasks, both),
+        pick(tasks, both),
+        sizes,
+        seed,
+        progress,
+    )
+    return (
+        figures,
+        curves,
+        {
+            "kind": "videos",
+            "root": source.root,
+            "split": split,
+            "files": len(dataset.videos),
+            "clips": len(test[0].labels),
+            "held_out": source.held_out and split == "val",
+            "bad_files": bad,
+        },
+    )
 
 
 def controls_must_fail(figures):
     """Which of the figures made to catch a control it fails -> {control: {tests, failed, passed}}; passed says that it fails at least one."""
     verdicts = {}
     for control, names in CONTROL_TESTS.items():
-        tested = {name: figures[name]["controls"][control] for name in names if control in figures.get(name, {}).get("controls", {})}
+        tested = {
+            name: figures[name]["controls"][control]
+            for name in names
+            if control in figures.get(name, {}).get("controls", {})
+        }
         met = {name: meets(value, THRESHOLDS[name]) for name, value in tested.items()}
         met = {name: ok for name, ok in met.items() if ok is not None}
         if met:
@@ -1684,15 +2188,25 @@ def evaluate(model, sizes=FULL, source=None, split="val", seed=0, num_workers=2,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         fresh = V.WorldModel(model.cfg).to(device).eval()
-        subjects = [Subject(model, device), Subject(fresh, device, steps=1)]  # a fresh flow net returns the point forecast in any number of steps
+        subjects = [
+            Subject(model, device),
+            Subject(fresh, device, steps=1),
+        ]  # a fresh flow net returns the point forecast in any number of steps
         if source is None:
             figures, curves, data = scene_evaluation(subjects, sizes, seed, num_workers, progress)
         else:
             figures, curves, data = video_evaluation(subjects, sizes, source, split, seed, num_workers, progress)
     progress.close()
     judged = [figure["passed"] for figure in figures.values() if figure["passed"] is not None]
-    report = {"data": data, "seed": seed, "sizes": asdict(sizes), "figures": figures, "controls_must_fail": controls_must_fail(figures), "curves": curves,
-              "summary": f"{sum(judged)} of {len(judged)} thresholds met"}
+    report = {
+        "data": data,
+        "seed": seed,
+        "sizes": asdict(sizes),
+        "figures": figures,
+        "controls_must_fail": controls_must_fail(figures),
+        "curves": curves,
+        "summary": f"{sum(judged)} of {len(judged)} thresholds met",
+    }
     return without_nan(report)
 
 
@@ -1700,7 +2214,16 @@ def evaluate(model, sizes=FULL, source=None, split="val", seed=0, num_workers=2,
 # 11  Page: evaluation.json's content -> one HTML file
 # ---------------------------------------------------------------------------------------------------------------------
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#222222")  # told apart by most colour-blind readers
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#777777",
+    "#222222",
+)  # told apart by most colour-blind readers
 STYLE = """
 body { font: 16px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
@@ -1715,9 +2238,19 @@ figure { margin: 0 0 1rem; } figcaption { font-size: .88rem; color: #444; } svg 
 .key { display: inline-block; margin-right: .8rem; font-size: .85rem; white-space: nowrap; }
 .key i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
 """
-NAMED = {"model": "#0072B2", "sampled share": "#0072B2", "best of k, model": "#0072B2", "real futures": "#222222", "true odds": "#222222",
-         "mean + noise": "#E69F00", "best of k, mean + noise": "#E69F00", "point forecast": "#009E73", "point forecast's place": "#009E73",
-         "shuffled targets": "#CC79A7", "untrained encoder": "#777777"}  # the same thing has the same colour in every chart
+NAMED = {
+    "model": "#0072B2",
+    "sampled share": "#0072B2",
+    "best of k, model": "#0072B2",
+    "real futures": "#222222",
+    "true odds": "#222222",
+    "mean + noise": "#E69F00",
+    "best of k, mean + noise": "#E69F00",
+    "point forecast": "#009E73",
+    "point forecast's place": "#009E73",
+    "shuffled targets": "#CC79A7",
+    "untrained encoder": "#777777",
+}  # the same thing has the same colour in every chart
 CHART = (52, 392, 10, 218)  # left, right, top, bottom of the axes inside 400 x 256 units
 
 
@@ -1738,7 +2271,9 @@ def nice_ticks(low, high, count=5):
     raw = (high - low) / count
     unit = 10 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)
-    return [round(step * number, 10) for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        round(step * number, 10) for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def svg_line(x1, y1, x2, y2, colour, dashed=False):
@@ -1756,13 +2291,23 @@ def svg_text(x, y, text, anchor="middle", size=11, turned=False):
 def chart_frame(x_range, y_range, x_ticks, x_label, y_label):
     """Axes of a chart -> (SVG parts, (x0, x_scale, y0, y_scale)): a value v stands at x0 + v * x_scale."""
     left, right, top, bottom = CHART
-    x_scale, y_scale = (right - left) / max(x_range[1] - x_range[0], 1e-12), (bottom - top) / max(y_range[1] - y_range[0], 1e-12)
-    x0, y0, parts = left - x_range[0] * x_scale, bottom + y_range[0] * y_scale, [svg_line(left, bottom, right, bottom, "#999")]
+    x_scale, y_scale = (
+        (right - left) / max(x_range[1] - x_range[0], 1e-12),
+        (bottom - top) / max(y_range[1] - y_range[0], 1e-12),
+    )
+    x0, y0, parts = (
+        left - x_range[0] * x_scale,
+        bottom + y_range[0] * y_scale,
+        [svg_line(left, bottom, right, bottom, "#999")],
+    )
     for tick in nice_ticks(*y_range):
         y = y0 - tick * y_scale
         parts += [svg_line(left, y, right, y, "#eee"), svg_text(left - 5, y + 4, f"{tick:g}", "end")]
     parts += [svg_text(x0 + place * x_scale, bottom + 15, text) for place, text in x_ticks]
-    parts += [svg_text((left + right) / 2, 250, x_label, size=12), svg_text(13, (top + bottom) / 2, y_label, size=12, turned=True)]
+    parts += [
+        svg_text((left + right) / 2, 250, x_label, size=12),
+        svg_text(13, (top + bottom) / 2, y_label, size=12, turned=True),
+    ]
     return parts, (x0, x_scale, y0, -y_scale)
 
 
@@ -1774,7 +2319,10 @@ def colours_of(names):
 
 def figure_tag(parts, names, caption):
     """SVG parts, the names of its series and a caption as one <figure>."""
-    keys = "".join(f'<span class="key"><i style="background:{colour}"></i>{safe(name)}</span>' for name, colour in zip(names, colours_of(names)))
+    keys = "".join(
+        f'<span class="key"><i style="background:{colour}"></i>{safe(name)}</span>'
+        for name, colour in zip(names, colours_of(names))
+    )
     picture = f'<svg viewBox="0 0 400 256" role="img" aria-label="{safe(caption)}">{"".join(parts)}</svg>'
     return f"<figure>{picture}<div>{keys}</div><figcaption>{safe(caption)}</figcaption></figure>"
 
@@ -1788,7 +2336,11 @@ def line_chart(x, series, labels, caption, diagonal=False, level=None, steps=Fal
     known += [0, 1] if diagonal else [] if level is None else [level]
     low, high = min(0.0, *known), max(known)
     places = [math.log2(value) for value in x] if log_x else list(x)
-    ticks = [(place, f"{value:g}") for place, value in zip(places, x)] if len(x) <= 10 else [(tick, f"{tick:g}") for tick in nice_ticks(min(x), max(x))]
+    ticks = (
+        [(place, f"{value:g}") for place, value in zip(places, x)]
+        if len(x) <= 10
+        else [(tick, f"{tick:g}") for tick in nice_ticks(min(x), max(x))]
+    )
     x_range = (0, 1) if diagonal else (min(places), max(places))
     parts, (x0, x_scale, y0, y_scale) = chart_frame(x_range, (low, high + 0.05 * (high - low)), ticks, *labels)
     if diagonal:
@@ -1796,24 +2348,36 @@ def line_chart(x, series, labels, caption, diagonal=False, level=None, steps=Fal
     if level is not None:
         parts.append(svg_line(CHART[0], y0 + level * y_scale, CHART[1], y0 + level * y_scale, "#999", True))
     for colour, values in zip(colours_of(series), series.values()):
-        points = [(x0 + place * x_scale, y0 + value * y_scale) for place, value in zip(places, values) if value is not None]
-        corners = [(a, y) for (left, y), (right, _) in zip(points, points[1:]) for a in (left, right)] if steps else points
-        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in corners)}"/>')
+        points = [
+            (x0 + place * x_scale, y0 + value * y_scale) for place, value in zip(places, values) if value is not None
+        ]
+        corners = (
+            [(a, y) for (left, y), (right, _) in zip(points, points[1:]) for a in (left, right)] if steps else points
+        )
+        parts.append(
+            f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in corners)}"/>'
+        )
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in (() if steps else points)]
     return figure_tag(parts, series, caption)
 
 
 def bar_chart(categories, series, y_label, caption, level=None):
     """Groups of bars, one per category, one bar per series {name: [y]} -> <figure>. level: dashed height."""
-    known = [value for values in series.values() for value in values if value is not None] + ([level] if level is not None else [])
+    known = [value for values in series.values() for value in values if value is not None] + (
+        [level] if level is not None else []
+    )
     ticks = [(number + 0.5, name) for number, name in enumerate(categories)]
-    parts, (x0, x_scale, y0, y_scale) = chart_frame((0, len(categories)), (min(0.0, *known), 1.05 * max(known)), ticks, "", y_label)
+    parts, (x0, x_scale, y0, y_scale) = chart_frame(
+        (0, len(categories)), (min(0.0, *known), 1.05 * max(known)), ticks, "", y_label
+    )
     width = 0.8 / len(series)
     for place, (colour, values) in enumerate(zip(colours_of(series), series.values())):
         for number, value in enumerate(values):
             if value is not None:
                 x, (top, bottom) = x0 + (number + 0.1 + place * width) * x_scale, sorted((y0 + value * y_scale, y0))
-                parts.append(f'<rect x="{x:.1f}" y="{top:.1f}" width="{width * x_scale * 0.92:.1f}" height="{bottom - top:.1f}" fill="{colour}"/>')
+                parts.append(
+                    f'<rect x="{x:.1f}" y="{top:.1f}" width="{width * x_scale * 0.92:.1f}" height="{bottom - top:.1f}" fill="{colour}"/>'
+                )
     if level is not None:
         parts.append(svg_line(CHART[0], y0 + level * y_scale, CHART[1], y0 + level * y_scale, "#333", True))
     return figure_tag(parts, series, caption)
@@ -1825,10 +2389,22 @@ def fork_charts(curves):
         return []
     told, places = curves["calibration"], dict(curves["branch_coordinate"])
     edges, series = places.pop("edges"), {"sampled share": told["share"], "point forecast's place": told["point"]}
-    return [line_chart(told["odds"], series, ("true odds of the right branch", "share to the right"),
-                       "Calibration over the five signs: samples belong on the dashed line.", diagonal=True),
-            line_chart(edges, {name: [*values, values[-1]] for name, values in places.items()}, ("place between the branches (0 left, 1 right)", "share"),
-                       "Even forks: real futures stand at 0 and 1, and so must samples; mean + noise fills the middle.", steps=True)]
+    return [
+        line_chart(
+            told["odds"],
+            series,
+            ("true odds of the right branch", "share to the right"),
+            "Calibration over the five signs: samples belong on the dashed line.",
+            diagonal=True,
+        ),
+        line_chart(
+            edges,
+            {name: [*values, values[-1]] for name, values in places.items()},
+            ("place between the branches (0 left, 1 right)", "share"),
+            "Even forks: real futures stand at 0 and 1, and so must samples; mean + noise fills the middle.",
+            steps=True,
+        ),
+    ]
 
 
 def charts(curves):
@@ -1849,11 +2425,26 @@ def charts(curves):
     if "surprise" in curves:
         twins, rows = [twin.replace("_", " ") for twin in curves["surprise"]], list(curves["surprise"].values())
         series = {name: [row[name] for row in rows] for name in rows[0]}
-        found.append(bar_chart(twins, series, "accuracy", "Telling impossible from possible twins: the dashed line is chance.", level=0.5))
+        found.append(
+            bar_chart(
+                twins,
+                series,
+                "accuracy",
+                "Telling impossible from possible twins: the dashed line is chance.",
+                level=0.5,
+            )
+        )
     for kind, shares in curves.get("lane_odds", {}).items():
         told = [float(p) for p in kind.removeprefix("odds ").split(" / ")]
         series = {"true odds": told, "sampled share": shares["model"], "mean + noise": shares["mean + noise"]}
-        found.append(bar_chart(("left", "keep", "right"), series, "share", f"Lane scenes with {kind} of left / keep / right ({shares['n']} scenes)."))
+        found.append(
+            bar_chart(
+                ("left", "keep", "right"),
+                series,
+                "share",
+                f"Lane scenes with {kind} of left / keep / right ({shares['n']} scenes).",
+            )
+        )
     return found
 
 
@@ -1867,11 +2458,21 @@ def fork_strip(cfg, seed):
     shown = np.linspace(0, end - 1, min(end, 8)).round().astype(int)
     for side in (-1, 1):
         frames, _ = V.scene(scene_seed, futures_where(scene_seed, cfg, "fork", "choice", side, 1)[0], drawn, "fork")
-        rows.append(np.concatenate([np.pad(frames[t], ((3, 3), (3, 3), (0, 0)), constant_values=255 if t >= cfg.now_frames else 120) for t in shown], 1))
+        rows.append(
+            np.concatenate(
+                [
+                    np.pad(frames[t], ((3, 3), (3, 3), (0, 0)), constant_values=255 if t >= cfg.now_frames else 120)
+                    for t in shown
+                ],
+                1,
+            )
+        )
     Image.fromarray(np.concatenate(rows)).save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
-    caption = (f"One present, two futures at odds 0.5: the first {int((shown < cfg.now_frames).sum())} pictures of each row (grey border) are NOW "
-               "and equal bit for bit; then SOON, left branch above, right branch below.")
+    caption = (
+        f"One present, two futures at odds 0.5: the first {int((shown < cfg.now_frames).sum())} pictures of each row (grey border) are NOW "
+        "and equal bit for bit; then SOON, left branch above, right branch below."
+    )
     picture = f'<img alt="two futures of one fork" src="data:image/png;base64,{data}">'
     return f'<figure><div class="wide">{picture}</div><figcaption>{safe(caption)}</figcaption></figure>'
 
@@ -1880,17 +2481,24 @@ def figure_card(name, figure):
     """One figure with its sentence and what stands beside it -> HTML."""
     interval = f" [{short(figure['interval'][0])}, {short(figure['interval'][1])}]" if figure["interval"] else ""
     beside = "; ".join(f"{control} {short(value)}" for control, value in figure["controls"].items())
-    return (f'<div class="figure" id="{safe(name)}"><h3>{safe(name)}: {short(figure["value"])}{interval}</h3><p>{safe(figure["reading"])}</p>'
-            + (f'<p class="beside">Beside it: {safe(beside)}.</p>' if beside else "") + f'<p class="beside">n = {figure["n"]}</p></div>')
+    return (
+        f'<div class="figure" id="{safe(name)}"><h3>{safe(name)}: {short(figure["value"])}{interval}</h3><p>{safe(figure["reading"])}</p>'
+        + (f'<p class="beside">Beside it: {safe(beside)}.</p>' if beside else "")
+        + f'<p class="beside">n = {figure["n"]}</p></div>'
+    )
 
 
 def summary_table(figures):
     """Figures with a threshold, then the rest -> <table>."""
     rows = []
     for name, figure in sorted(figures.items(), key=lambda item: item[1]["expect"] is None):
-        word, mark = {True: ("met", "&#10003; met"), False: ("missed", "&#10007; missed"), None: ("plain", "")}[figure["passed"]]
-        rows.append(f'<tr><td><a href="#{safe(name)}">{safe(name)}</a></td><td class="num">{short(figure["value"])}</td>'
-                    f'<td class="num">{safe(figure["expect"] or "")}</td><td class="num {word}">{mark}</td></tr>')
+        word, mark = {True: ("met", "&#10003; met"), False: ("missed", "&#10007; missed"), None: ("plain", "")}[
+            figure["passed"]
+        ]
+        rows.append(
+            f'<tr><td><a href="#{safe(name)}">{safe(name)}</a></td><td class="num">{short(figure["value"])}</td>'
+            f'<td class="num">{safe(figure["expect"] or "")}</td><td class="num {word}">{mark}</td></tr>'
+        )
     return f"<table><tr><th>figure</th><th>value</th><th>asked for</th><th></th></tr>{''.join(rows)}</table>"
 
 
@@ -1898,7 +2506,9 @@ def control_table(verdicts):
     """Which tests every control fails -> <table>."""
     rows = []
     for control, verdict in verdicts.items():
-        word, mark = ("met", "&#10003; fails, as it must") if verdict["passed"] else ("missed", "&#10007; passes everything")
+        word, mark = (
+            ("met", "&#10003; fails, as it must") if verdict["passed"] else ("missed", "&#10007; passes everything")
+        )
         failed = f"{len(verdict['failed'])} of {len(verdict['tests'])}: {', '.join(verdict['failed'])}"
         rows.append(f'<tr><td>{safe(control)}</td><td class="{word}">{mark}</td><td>{safe(failed)}</td></tr>')
     return f"<table>{''.join(rows)}</table>"
@@ -1908,15 +2518,21 @@ def write_page(report, cfg, path):
     """The report as one self-contained HTML file."""
     where = {"scenes": "built-in scenes that no training saw", "videos": "real videos"}[report["data"]["kind"]]
     strip = fork_strip(cfg, report["seed"]) if "branch_coordinate" in report["curves"] else ""
-    body = [f"<h1>Evaluation: {safe(report['summary'])}</h1>",
-            f"<p>Checkpoint {safe(report.get('checkpoint', ''))}, step {safe(report.get('step', ''))}, on {where}. "
-            "Intervals are 95 % bootstrap intervals over scenes or files. A figure says little alone: read it with what stands beside it.</p>",
-            f"<h2>Summary</h2>{summary_table(report['figures'])}",
-            f"<h2>Controls that must fail</h2>{control_table(report['controls_must_fail'])}" if report["controls_must_fail"] else "",
-            f'<h2>Charts</h2>{strip}<div class="charts">{"".join(charts(report["curves"]))}</div>',
-            f"<h2>Every figure</h2>{''.join(figure_card(name, figure) for name, figure in report['figures'].items())}"]
-    page = ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>Evaluation</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>")
+    body = [
+        f"<h1>Evaluation: {safe(report['summary'])}</h1>",
+        f"<p>Checkpoint {safe(report.get('checkpoint', ''))}, step {safe(report.get('step', ''))}, on {where}. "
+        "Intervals are 95 % bootstrap intervals over scenes or files. A figure says little alone: read it with what stands beside it.</p>",
+        f"<h2>Summary</h2>{summary_table(report['figures'])}",
+        f"<h2>Controls that must fail</h2>{control_table(report['controls_must_fail'])}"
+        if report["controls_must_fail"]
+        else "",
+        f'<h2>Charts</h2>{strip}<div class="charts">{"".join(charts(report["curves"]))}</div>',
+        f"<h2>Every figure</h2>{''.join(figure_card(name, figure) for name, figure in report['figures'].items())}",
+    ]
+    page = (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Evaluation</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>"
+    )
     V.write_own(path, lambda handle: handle.write(f"{page}<!-- {V.MARK} -->\n".encode()))
 
 
@@ -1927,11 +2543,19 @@ def write_page(report, cfg, path):
 
 def parse(argv):
     """Command line -> namespace."""
-    parser = argparse.ArgumentParser(description="Measure a checkpoint and write evaluation.json and evaluation.html.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Measure a checkpoint and write evaluation.json and evaluation.html.", allow_abbrev=False
+    )
     parser.add_argument("--ckpt", required=True, type=os.path.expanduser, help="checkpoint file of VJepa_AUTO_V2.py")
-    parser.add_argument("--data_root", default="", type=os.path.expanduser,
-                        help="real videos (folder, video or list) instead of built-in scenes")
-    parser.add_argument("--split", choices=("val", "all"), default="val", help="with --data_root: held-out files, or all of them [val]")
+    parser.add_argument(
+        "--data_root",
+        default="",
+        type=os.path.expanduser,
+        help="real videos (folder, video or list) instead of built-in scenes",
+    )
+    parser.add_argument(
+        "--split", choices=("val", "all"), default="val", help="with --data_root: held-out files, or all of them [val]"
+    )
     parser.add_argument("--out", default="", type=os.path.expanduser, help="folder to write into [the run's folder]")
     parser.add_argument("--quick", action="store_true", help="a fifth of the scenes: wide intervals, about a minute")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
@@ -1969,7 +2593,9 @@ def run(args, sizes):
     try:
         model, cfg = V.load_model(args.ckpt, V.choose_device(args.device, 0))
     except (RuntimeError, KeyError) as error:
-        raise V.UserError(f"checkpoint {args.ckpt}: does not fit this version of the model ({str(error).splitlines()[0]})") from error
+        raise V.UserError(
+            f"checkpoint {args.ckpt}: does not fit this version of the model ({str(error).splitlines()[0]})"
+        ) from error
     source = None
     if args.data_root:
         cfg = model.cfg = replace(cfg, data_root=args.data_root, missing_data="error")
@@ -1978,12 +2604,19 @@ def run(args, sizes):
         for note in V.data_notes(cfg, videos, source):
             V.say(note, sys.stderr)
     elif cfg.data_root:
-        V.say("note: this run learned from videos; without --data_root it is measured on built-in scenes, "
-              "which it never saw", sys.stderr)
+        V.say(
+            "note: this run learned from videos; without --data_root it is measured on built-in scenes, "
+            "which it never saw",
+            sys.stderr,
+        )
     out = Path(args.out) if args.out else run_folder(args.ckpt)
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    report = {"checkpoint": str(args.ckpt), "step": step, **evaluate(model, sizes, source, args.split, args.seed, args.num_workers, Progress())}
+    report = {
+        "checkpoint": str(args.ckpt),
+        "step": step,
+        **evaluate(model, sizes, source, args.split, args.seed, args.num_workers, Progress()),
+    }
     report["seconds"] = round(time.perf_counter() - began, 1)
     V.write_report(out / "evaluation.json", report)
     write_page(report, cfg, out / "evaluation.html")

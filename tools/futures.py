@@ -44,7 +44,9 @@ TRAIN_SEED, JUDGE_SEED, SHOW_SEED = 10**16 + 10**12, 10**16 + 2 * 10**12, 10**16
 RECIPE = 1  # counted up when the decoder or its training changes: older caches are then not used
 POOL_CLIPS, POOL_BYTES, JUDGE_CLIPS = 4096, 2**30, 64
 LEARNING_RATE = 6e-3  # of the decoder
-LATENT_NOISE = 0.1  # deviation of the noise on latents in training, per clip |N(0, 1)| times this (RAE, arXiv 2510.11690)
+LATENT_NOISE = (
+    0.1  # deviation of the noise on latents in training, per clip |N(0, 1)| times this (RAE, arXiv 2510.11690)
+)
 FAN_SAMPLES, FAN_SCENES = 64, 12  # samples per scene, scenes per sign
 SIGNS = (0.1, 0.3, 0.5, 0.7, 0.9)
 BETWEEN = (0.25, 0.75)  # places on the line from the left branch (0) to the right one (1) that belong to neither
@@ -52,8 +54,15 @@ VGG_LAYERS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3
 
 # Okabe and Ito's colours, which the colour-blind tell apart
 INK, QUIET, PAPER = (34, 34, 34), (120, 120, 120), (255, 255, 255)
-COLOURS = {"truth": INK, "ceiling": QUIET, "point": (0, 158, 115), "sample": (0, 114, 178),
-           "left": (0, 114, 178), "right": (213, 94, 0), "between": (150, 150, 150)}
+COLOURS = {
+    "truth": INK,
+    "ceiling": QUIET,
+    "point": (0, 158, 115),
+    "sample": (0, 114, 178),
+    "left": (0, 114, 178),
+    "right": (213, 94, 0),
+    "between": (150, 150, 150),
+}
 
 
 class Bar:
@@ -129,8 +138,12 @@ class PoolClips(torch.utils.data.Dataset):
         else:
             frames, number, _, _, _ = self.videos.decode(index, cfg.height, cfg.width)
             readable = number >= 0
-        return {"frames": torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))), "lateral": torch.from_numpy(lateral).float(),
-                "branch": torch.tensor(branch), "readable": torch.tensor(readable)}
+        return {
+            "frames": torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))),
+            "lateral": torch.from_numpy(lateral).float(),
+            "branch": torch.tensor(branch),
+            "readable": torch.tensor(readable),
+        }
 
 
 @dataclass
@@ -145,7 +158,9 @@ class Pool:
 
     def soon(self, cfg):
         """-> (true frames uint8 [n, soon_frames, 3, H, W], true latents fp32 [n, M, D])."""
-        return self.frames[:, cfg.now_frames :], self.latents[:, cfg.now_frames // cfg.tubelet_t :].flatten(1, 3).float()
+        return self.frames[:, cfg.now_frames :], self.latents[:, cfg.now_frames // cfg.tubelet_t :].flatten(
+            1, 3
+        ).float()
 
 
 @torch.no_grad()
@@ -163,11 +178,20 @@ def fill_pool(model, source, stream, seconds, most, num_workers=0, least=8):
     """
     cfg, device = model.cfg, model.image_mean.device
     seen, tubelets = cfg.now_frames + cfg.soon_frames, (cfg.now_frames + cfg.soon_frames) // cfg.tubelet_t
-    most = max(least, min(most, POOL_BYTES // (seen * 3 * cfg.height * cfg.width + 2 * tubelets * cfg.sites * cfg.enc_dim)))
+    most = max(
+        least, min(most, POOL_BYTES // (seen * 3 * cfg.height * cfg.width + 2 * tubelets * cfg.sites * cfg.enc_dim))
+    )
     clips, numbers = PoolClips(cfg, source, stream), range(most)
     batches = [numbers[first : first + 4] for first in range(0, most, 4)]
-    loader = V.ClipLoader(clips, batches, num_workers, timeout_s=cfg.decode_timeout_s, files=clips.videos,
-                          collate_fn=torch.utils.data.default_collate, batch_bytes=V.batch_bytes(cfg, 4))
+    loader = V.ClipLoader(
+        clips,
+        batches,
+        num_workers,
+        timeout_s=cfg.decode_timeout_s,
+        files=clips.videos,
+        collate_fn=torch.utils.data.default_collate,
+        batch_bytes=V.batch_bytes(cfg, 4),
+    )
     bar, rows, count = Bar("encode held-out clips" if stream == "val" else "encode clips"), [], 0
     for batch in loader:
         if not batch["readable"].all():
@@ -176,7 +200,9 @@ def fill_pool(model, source, stream, seconds, most, num_workers=0, least=8):
         targets = model.make_targets(clip)[:, : tubelets * cfg.sites]
         points = point_forecast(model, clip)[1] if stream == "val" else targets.new_zeros(len(targets), 0)
         latents = targets.reshape(-1, tubelets, *cfg.grid[1:], cfg.enc_dim)
-        rows.append((batch["frames"][:, :seen].clone(), latents.half().cpu(), points.cpu(), batch["lateral"], batch["branch"]))
+        rows.append(
+            (batch["frames"][:, :seen].clone(), latents.half().cpu(), points.cpu(), batch["lateral"], batch["branch"])
+        )
         count += len(clip)
         bar.show(max(bar.seconds / seconds, count / most), f"{count} clips")
         if bar.seconds > seconds and count >= least:
@@ -207,7 +233,9 @@ class ConvBlock(nn.Module):
         super().__init__()
         kernels = [(1, 3, 3), (3, 1, 1) if over_time else (1, 3, 3)]
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in kernels)
-        self.convs = nn.ModuleList(nn.Conv3d(width, width, kernel, padding=tuple(side // 2 for side in kernel)) for kernel in kernels)
+        self.convs = nn.ModuleList(
+            nn.Conv3d(width, width, kernel, padding=tuple(side // 2 for side in kernel)) for kernel in kernels
+        )
         nn.init.zeros_(self.convs[1].weight)
 
     def forward(self, x):
@@ -252,7 +280,9 @@ class PixelDecoder(nn.Module):
         self.rise = nn.Sequential(*steps)
         self.last = Grow(now, 3, factors[-1])
         for layer in (self.stem, self.unfold, *(step.conv for step in steps if isinstance(step, Grow))):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")  # at the library's own scale nothing was learned for 100 steps
+            nn.init.kaiming_normal_(
+                layer.weight, nonlinearity="linear"
+            )  # at the library's own scale nothing was learned for 100 steps
             nn.init.zeros_(layer.bias)
 
     def forward(self, latents):
@@ -278,7 +308,9 @@ class Perceptual(nn.Module):
 
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_Weights.IMAGENET1K_V1.url).name
         if not path.is_file():
-            raise V.UserError(f"perceptual: the VGG16 weights are not at {path}; put them there, or leave --perceptual out")
+            raise V.UserError(
+                f"perceptual: the VGG16 weights are not at {path}; put them there, or leave --perceptual out"
+            )
         self.layers = make_layers(cfgs["D"], batch_norm=False)[: max(VGG_LAYERS) + 1]
         weights = torch.load(path, map_location="cpu", weights_only=True)
         self.layers.load_state_dict({name: weights[f"features.{name}"] for name in self.layers.state_dict()})
@@ -330,7 +362,9 @@ def train_decoder(decoder, pool, cfg, seconds, max_steps=math.inf, perceptual=No
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     generator, bar, step, share = torch.Generator().manual_seed(seed), Bar("train decoder"), 0, 0.0
     while step == 0 or share < 1:
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * share))
+        optimizer.param_groups[0]["lr"] = (
+            LEARNING_RATE * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * share))
+        )
         rows = torch.randint(len(pool.latents), (batch_size,), generator=generator)
         first = int(torch.randint(tubelets - window + 1, (), generator=generator))
         latents = pool.latents[rows, first : first + window].to(device).float()
@@ -346,7 +380,9 @@ def train_decoder(decoder, pool, cfg, seconds, max_steps=math.inf, perceptual=No
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(list(slow.parameters()), list(decoder.parameters()), 1 - min(0.99, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(
+            list(slow.parameters()), list(decoder.parameters()), 1 - min(0.99, (1 + step) / (10 + step))
+        )
         step += 1
         share = max(bar.seconds / seconds, step / max_steps)
         if step % 10 == 0:
@@ -359,7 +395,10 @@ def train_decoder(decoder, pool, cfg, seconds, max_steps=math.inf, perceptual=No
 def decode_soon(decoder, latents, cfg):
     """SOON latents [n, M, D] in (t, h, w) order -> uint8 [n, soon_frames, H, W, 3] on the CPU."""
     grid = (cfg.soon_frames // cfg.tubelet_t, *cfg.grid[1:])
-    pictures = [decoder(part.to(decoder.place.device).float().reshape(-1, *grid, cfg.enc_dim)).cpu() for part in latents.split(4)]
+    pictures = [
+        decoder(part.to(decoder.place.device).float().reshape(-1, *grid, cfg.enc_dim)).cpu()
+        for part in latents.split(4)
+    ]
     return (torch.cat(pictures).clamp(0, 1) * 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
 
 
@@ -375,8 +414,12 @@ def judge_decoder(decoder, pool, held_out, cfg):
     truth = truth.permute(0, 1, 3, 4, 2).numpy()
     last_now = held_out.frames[:, cfg.now_frames - 1 : cfg.now_frames].permute(0, 1, 3, 4, 2).numpy()
     mean = pool.soon(cfg)[0].float().mean((0, 1)).permute(1, 2, 0).numpy()
-    shown = {"decoder on true latents": decode_soon(decoder, latents, cfg), "decoder on the point forecast": decode_soon(decoder, held_out.points, cfg),
-             "last NOW frame repeated": np.broadcast_to(last_now, truth.shape), "mean frame": np.broadcast_to(mean, truth.shape)}
+    shown = {
+        "decoder on true latents": decode_soon(decoder, latents, cfg),
+        "decoder on the point forecast": decode_soon(decoder, held_out.points, cfg),
+        "last NOW frame repeated": np.broadcast_to(last_now, truth.shape),
+        "mean frame": np.broadcast_to(mean, truth.shape),
+    }
     return {name: psnr(pictures, truth) for name, pictures in shown.items()}
 
 
@@ -396,7 +439,10 @@ def ridge(features, values):
     x, y, fit = features.double() - mean, values.double() - centre, torch.arange(n) % 4 > 0
     strengths = 10.0 ** torch.arange(-4, 3) * x.square().sum() / n
     u, s, v = torch.linalg.svd(x[fit], full_matrices=False)
-    errors = [((x[~fit] @ (v.T @ (s / (s**2 + strength) * (u.T @ y[fit]))) - y[~fit]).square().mean()) for strength in strengths]
+    errors = [
+        ((x[~fit] @ (v.T @ (s / (s**2 + strength) * (u.T @ y[fit]))) - y[~fit]).square().mean())
+        for strength in strengths
+    ]
     strength = strengths[int(torch.stack(errors).argmin())]
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     weights = v.T @ (s / (s**2 + strength) * (u.T @ y))
@@ -494,9 +540,18 @@ def get_decoder(model, source, path, key, minutes, num_workers, perceptual, seed
     pool = fill_pool(model, source, "train", 0.27 * seconds, POOL_CLIPS, num_workers, least=16)
     torch.manual_seed(seed)
     width = 96 if device.type == "cpu" else 192
-    decoder, _ = train_decoder(PixelDecoder(cfg, width).to(device), pool, cfg, 0.65 * seconds, perceptual=perceptual, seed=seed)
-    saved = {"key": key, "width": width, "minutes": minutes, "decoder": decoder.state_dict(), "readings": fit_readings(pool, held_out, cfg),
-             "made_by": V.MARK, "report": judge_decoder(decoder, pool, held_out, cfg)}
+    decoder, _ = train_decoder(
+        PixelDecoder(cfg, width).to(device), pool, cfg, 0.65 * seconds, perceptual=perceptual, seed=seed
+    )
+    saved = {
+        "key": key,
+        "width": width,
+        "minutes": minutes,
+        "decoder": decoder.state_dict(),
+        "readings": fit_readings(pool, held_out, cfg),
+        "made_by": V.MARK,
+        "report": judge_decoder(decoder, pool, held_out, cfg),
+    }
     try:
         V.write_own(path, lambda handle: torch.save(saved, handle))
     except OSError as error:
@@ -536,7 +591,11 @@ def scene_title(odds):
         return f"Lead car: it brakes within SOON with {odds['brake_in_soon']:.0%}"
     if odds["kind"] == "lane":
         return f"Lane change: left {odds['left']:.0%}, keep {odds['keep']:.0%}, right {odds['right']:.0%}"
-    return f"A car passes behind a truck: it stops there with {odds['stops']:.0%}" if odds["kind"] == "occluder" else "Steady: nothing uncertain happens"
+    return (
+        f"A car passes behind a truck: it stops there with {odds['stops']:.0%}"
+        if odds["kind"] == "occluder"
+        else "Steady: nothing uncertain happens"
+    )
 
 
 def pick_scenes(cfg, seed):
@@ -545,11 +604,27 @@ def pick_scenes(cfg, seed):
     kinds = [kind for kind in ("fork", "lane", "brake", "occluder", "steady") if shares[kind] > 0]
     first, chosen = SHOW_SEED + 1000 * seed, []
     for kind in (kinds * 3)[:3]:
-        wanted = {"fork": ("right", (0.5, 0.9, 0.1)), "lane": ("left", (0.8, 0.1, 0.0)), "brake": ("hazard", (1.0, 0.2, 1.0))}.get(kind)
+        wanted = {
+            "fork": ("right", (0.5, 0.9, 0.1)),
+            "lane": ("left", (0.8, 0.1, 0.0)),
+            "brake": ("hazard", (1.0, 0.2, 1.0)),
+        }.get(kind)
         number = sum(kind == other for _, other in chosen)
         taken = {scene_seed for scene_seed, _ in chosen}
-        chosen.append((next(s for s in range(first, first + 1000) if s not in taken and (
-            wanted is None or math.isclose(V.scene_odds(s, cfg, kind)[wanted[0]], wanted[1][number], abs_tol=1e-9))), kind))
+        chosen.append(
+            (
+                next(
+                    s
+                    for s in range(first, first + 1000)
+                    if s not in taken
+                    and (
+                        wanted is None
+                        or math.isclose(V.scene_odds(s, cfg, kind)[wanted[0]], wanted[1][number], abs_tol=1e-9)
+                    )
+                ),
+                kind,
+            )
+        )
     return chosen
 
 
@@ -568,7 +643,9 @@ def clip_window(path, start, cfg):
         lengths = (cfg.num_frames, cfg.now_frames + cfg.soon_frames, cfg.now_frames)
         fitting = [length for length in lengths if start + length / cfg.clip_fps <= duration + 0.5 / native_fps]
         if not fitting:
-            raise V.UserError(f"clip {path}: {duration:.2f} s long, NOW needs {cfg.now_frames / cfg.clip_fps:.2f} s from {start:g} s on (--start)")
+            raise V.UserError(
+                f"clip {path}: {duration:.2f} s long, NOW needs {cfg.now_frames / cfg.clip_fps:.2f} s from {start:g} s on (--start)"
+            )
         num_frames = fitting[0]
     room = duration - num_frames / cfg.clip_fps if cfg.clip_fps else 0.0
     plan = V.replace(plan, num_frames=num_frames, u_start=min(start / room, 1.0) if room > 0 else 0.0)
@@ -589,8 +666,17 @@ def make_exhibit(model, decoder, frames, title, num_samples, seed):
     targets = model.make_targets(clip)[0]  # [L, D], of what there is
     true = targets[cfg.now_tokens : cfg.now_tokens + M] if len(frames) >= seen else None
     return Exhibit(
-        title, frames[:seen], cfg.clip_fps, targets[: cfg.now_tokens].mean(0).cpu(), None if true is None else true.cpu(), point[0].cpu(), samples.cpu(),
-        None if true is None else decode_soon(decoder, true[None], cfg)[0], decode_soon(decoder, point, cfg)[0], decode_soon(decoder, samples, cfg))
+        title,
+        frames[:seen],
+        cfg.clip_fps,
+        targets[: cfg.now_tokens].mean(0).cpu(),
+        None if true is None else true.cpu(),
+        point[0].cpu(),
+        samples.cpu(),
+        None if true is None else decode_soon(decoder, true[None], cfg)[0],
+        decode_soon(decoder, point, cfg)[0],
+        decode_soon(decoder, samples, cfg),
+    )
 
 
 def gather_exhibits(model, decoder, source, readings, args):
@@ -609,10 +695,14 @@ def gather_exhibits(model, decoder, source, readings, args):
         return shown
     for scene_seed, kind in pick_scenes(cfg, args.seed):
         frames, _ = render(cfg, scene_seed, 0, kind)
-        exhibit = make_exhibit(model, decoder, frames, scene_title(V.scene_odds(scene_seed, cfg, kind)), args.num_samples, args.seed)
+        exhibit = make_exhibit(
+            model, decoder, frames, scene_title(V.scene_odds(scene_seed, cfg, kind)), args.num_samples, args.seed
+        )
         if kind == "fork" and "probe" in readings:
             truth = true_branches(cfg, scene_seed)
-            exhibit.names = branch_shares(read_lateral(readings["probe"], exhibit.samples, cfg)[:, -1], truth[-1][-1], truth[1][-1])[2]
+            exhibit.names = branch_shares(
+                read_lateral(readings["probe"], exhibit.samples, cfg)[:, -1], truth[-1][-1], truth[1][-1]
+            )[2]
         shown.append(exhibit)
     return shown
 
@@ -650,7 +740,10 @@ def panels(exhibit, now_frames):
     """What is shown of a clip, in order -> [(title, colour, pictures [soon_frames, H, W, 3])]. Without truth its two panels are left out."""
     rows = []
     if exhibit.true is not None:
-        rows += [("Truth", COLOURS["truth"], exhibit.frames[now_frames:]), ("Truth, decoded", COLOURS["ceiling"], exhibit.true_pictures)]
+        rows += [
+            ("Truth", COLOURS["truth"], exhibit.frames[now_frames:]),
+            ("Truth, decoded", COLOURS["ceiling"], exhibit.true_pictures),
+        ]
     rows.append(("Point forecast", COLOURS["point"], exhibit.point_pictures))
     for number, pictures in enumerate(exhibit.sample_pictures):
         name = exhibit.names[number] if exhibit.names else ""
@@ -678,7 +771,9 @@ def draw_panel(draw, page, place, size, title, colour, picture, badge):
 
 def draw_notes(draw, x, y, width, exhibit, now_frames):
     """The text in the free field of a rollout page, wrapped to its width: what was seen, what is shown, what the samples say."""
-    seen = f"The model has seen NOW: {now_frames} frames" + (f", {now_frames / exhibit.fps:g} s." if exhibit.fps else ".")
+    seen = f"The model has seen NOW: {now_frames} frames" + (
+        f", {now_frames / exhibit.fps:g} s." if exhibit.fps else "."
+    )
     shown = "All but the truth are decoded from latents."
     if exhibit.true is None:
         shown = "What came next is not known: all pictures after NOW are decoded from latents."
@@ -746,7 +841,9 @@ def draw_frames(exhibit, cfg):
     shown, size, gap, label, top = panels(exhibit, cfg.now_frames), panel_size(cfg, 104), 5, 138, 68
     columns = [frame for frame in (-2, -1) if frame >= -cfg.now_frames] + even_picks(cfg.soon_frames, 8)
     extra = 12  # between NOW and SOON
-    page = Image.new("RGB", (label + len(columns) * (size[0] + gap) + extra + 8, top + len(shown) * (size[1] + gap) + 8), PAPER)
+    page = Image.new(
+        "RGB", (label + len(columns) * (size[0] + gap) + extra + 8, top + len(shown) * (size[1] + gap) + 8), PAPER
+    )
     draw = ImageDraw.Draw(page)
     draw.text((12, 10), exhibit.title, fill=INK, font=font(19))
     for number, frame in enumerate(columns):
@@ -760,7 +857,9 @@ def draw_frames(exhibit, cfg):
                 name, _, side = title.partition(", ")
                 draw.rectangle((12, y, 17, y + size[1] - 1), fill=colour)
                 draw.text((25, y + size[1] / 2 - (18 if side else 9)), name, fill=INK, font=font(14))
-                draw.text((25, y + size[1] / 2), side, fill=colour if exhibit.names and row > 2 else QUIET, font=font(14))
+                draw.text(
+                    (25, y + size[1] / 2), side, fill=colour if exhibit.names and row > 2 else QUIET, font=font(14)
+                )
     return page
 
 
@@ -795,7 +894,9 @@ def draw_latents(exhibit, cfg, most_samples=4):
     for column, tubelet in enumerate(picks):
         for offset in (0, half + 20):
             x = label + offset + column * (size[0] + gap)
-            draw.text((x + size[0] / 2 - 24, top - 24), exhibit.time_of(tubelet * cfg.tubelet_t), fill=INK, font=font(13))
+            draw.text(
+                (x + size[0] / 2 - 24, top - 24), exhibit.time_of(tubelet * cfg.tubelet_t), fill=INK, font=font(13)
+            )
         for row, (title, colour, pictures) in enumerate(shown):
             x, y = label + column * (size[0] + gap), top + row * (size[1] + gap)
             block = Image.fromarray(colours[row, tubelet]).resize(size, Image.Resampling.NEAREST)
@@ -832,8 +933,17 @@ def sample_fans(model, readings, seed, num_samples, num_scenes):
         samples = model.sample_futures(context, num_samples, generator=generator)[0, :, : cfg.soon_tokens].cpu()
         read, truth = read_lateral(readings["probe"], samples, cfg).numpy(), true_branches(cfg, scene_seed)
         right, between, names = branch_shares(read[:, -1], truth[-1][-1], truth[1][-1])
-        fans[sign].append({"samples": read, "point": read_lateral(readings["probe"], point.cpu(), cfg)[0].numpy(), "truth": truth, "right": right,
-                           "between": between, "names": names, "now": frames[cfg.now_frames - 1]})
+        fans[sign].append(
+            {
+                "samples": read,
+                "point": read_lateral(readings["probe"], point.cpu(), cfg)[0].numpy(),
+                "truth": truth,
+                "right": right,
+                "between": between,
+                "names": names,
+                "now": frames[cfg.now_frames - 1],
+            }
+        )
         bar.show(sum(map(len, fans.values())) / (num_scenes * len(SIGNS)))
         if all(len(rows) == num_scenes for rows in fans.values()):
             break
@@ -856,12 +966,27 @@ def plot_fan(axes, fan, sign, cfg, big):
     seconds = (np.arange(len(fan["point"])) + 0.5) * step + 0.5 / (cfg.clip_fps or 4.0)
     up, zero = np.concatenate([[0], seconds]), np.zeros(1)
     for side, name in ((-1, "left"), (1, "right")):
-        axes.plot(np.concatenate([zero, fan["truth"][side]]), up, color=colour[name], alpha=0.3, linewidth=11 if big else 7, solid_capstyle="round")
+        axes.plot(
+            np.concatenate([zero, fan["truth"][side]]),
+            up,
+            color=colour[name],
+            alpha=0.3,
+            linewidth=11 if big else 7,
+            solid_capstyle="round",
+        )
     for path, name in zip(fan["samples"], fan["names"]):
         axes.plot(np.concatenate([zero, path]), up, color=colour[name], alpha=0.55, linewidth=0.9)
-    axes.plot(np.concatenate([zero, fan["point"]]), up, color=tuple(value / 255 for value in COLOURS["point"]), linestyle="--", linewidth=2.2)
+    axes.plot(
+        np.concatenate([zero, fan["point"]]),
+        up,
+        color=tuple(value / 255 for value in COLOURS["point"]),
+        linestyle="--",
+        linewidth=2.2,
+    )
     truth = max(abs(fan["truth"][side][-1]) for side in (-1, 1))
-    reach = 1.15 * max(truth, min(float(np.quantile(np.abs(fan["samples"]), 0.99)), 2 * truth))  # a model that knows nothing may draw far outside
+    reach = 1.15 * max(
+        truth, min(float(np.quantile(np.abs(fan["samples"]), 0.99)), 2 * truth)
+    )  # a model that knows nothing may draw far outside
     axes.set_xlim(-reach, reach)
     axes.set_ylim(0, seconds[-1] * 1.04)
     axes.spines[["top", "right"]].set_visible(False)
@@ -877,8 +1002,17 @@ def plot_shares(axes, fans):
     """Bars of the share of samples on the right branch per sign, with standard errors over scenes, against the true odds."""
     signs, rows = list(fans), [share_summary(fan) for fan in fans.values()]
     places = np.arange(len(signs))
-    axes.bar(places, [row[0] for row in rows], 0.62, color=tuple(value / 255 for value in COLOURS["right"]), alpha=0.85, label="share of samples",
-             yerr=[row[1] for row in rows], capsize=4, error_kw={"linewidth": 1.4})
+    axes.bar(
+        places,
+        [row[0] for row in rows],
+        0.62,
+        color=tuple(value / 255 for value in COLOURS["right"]),
+        alpha=0.85,
+        label="share of samples",
+        yerr=[row[1] for row in rows],
+        capsize=4,
+        error_kw={"linewidth": 1.4},
+    )
     axes.hlines(signs, places - 0.42, places + 0.42, color="black", linewidth=2.5, label="true odds")
     axes.set_xticks(places, [f"{sign:.0%}" for sign in signs])
     axes.set_ylim(0, 1.05)
@@ -904,18 +1038,34 @@ def draw_fan(path, fans, readings, cfg):
     big.set_ylabel("seconds after NOW")
     plot_shares(bars, fans)
     colours = {name: tuple(value / 255 for value in colour) for name, colour in COLOURS.items()}
-    entries = [("true branch", colours["between"], 7, "-"), ("sample, left", colours["left"], 1.5, "-"), ("sample, right", colours["right"], 1.5, "-"),
-               ("sample, between", colours["between"], 1.5, "-"), ("point forecast", colours["point"], 2.2, "--")]
-    big.legend([Line2D([], [], color=colour, linewidth=width, linestyle=style, alpha=0.4 if width > 5 else 1) for _, colour, width, style in entries],
-               [entry[0] for entry in entries], frameon=False, loc="lower right", fontsize=9)
+    entries = [
+        ("true branch", colours["between"], 7, "-"),
+        ("sample, left", colours["left"], 1.5, "-"),
+        ("sample, right", colours["right"], 1.5, "-"),
+        ("sample, between", colours["between"], 1.5, "-"),
+        ("point forecast", colours["point"], 2.2, "--"),
+    ]
+    big.legend(
+        [
+            Line2D([], [], color=colour, linewidth=width, linestyle=style, alpha=0.4 if width > 5 else 1)
+            for _, colour, width, style in entries
+        ],
+        [entry[0] for entry in entries],
+        frameon=False,
+        loc="lower right",
+        fontsize=9,
+    )
     small = lower.subplots(1, len(SIGNS) - 1, sharey=True)
     for axes, sign in zip(small, [sign for sign in SIGNS if sign != 0.5]):
         plot_fan(axes, fans[sign][0], sign, cfg, False)
     small[0].set_ylabel("seconds after NOW")
     between = np.mean([share_summary(rows)[2] for rows in fans.values()])
-    lower.supxlabel(f"{len(fans[0.5][0]['samples'])} samples per scene, {len(fans[0.5])} scenes per sign; {between:.0%} of samples lie between the branches.\n"
-                    f"Places are read from latents by a linear probe: R2 {float(readings['probe_r2']):.2f}, branch of real futures told in "
-                    f"{float(readings['branch_told']):.0%} of held-out forks.", fontsize=10)
+    lower.supxlabel(
+        f"{len(fans[0.5][0]['samples'])} samples per scene, {len(fans[0.5])} scenes per sign; {between:.0%} of samples lie between the branches.\n"
+        f"Places are read from latents by a linear probe: R2 {float(readings['probe_r2']):.2f}, branch of real futures told in "
+        f"{float(readings['branch_told']):.0%} of held-out forks.",
+        fontsize=10,
+    )
     V.write_own(path, lambda handle: figure.savefig(handle, format="png", dpi=120, metadata={"Software": V.MARK}))
 
 
@@ -929,7 +1079,9 @@ def draw_plane(path, exhibits, readings):
     mean, basis, bank = (readings[name].float() for name in ("mean", "basis", "bank"))
     colours = {name: tuple(value / 255 for value in colour) for name, colour in COLOURS.items()}
     for axes, exhibit in zip(figure.subplots(1, len(exhibits), squeeze=False)[0], exhibits):
-        now, point, samples = ((pooled - mean) @ basis for pooled in (exhibit.now, exhibit.point.mean(0), exhibit.samples.mean(1)))
+        now, point, samples = (
+            (pooled - mean) @ basis for pooled in (exhibit.now, exhibit.point.mean(0), exhibit.samples.mean(1))
+        )
         axes.scatter(*bank.T.numpy(), s=9, color="0.85", label="futures of other clips")
         for sample in samples:
             axes.plot(*zip(now.tolist(), sample.tolist()), color=colours["sample"], linewidth=0.7, alpha=0.5)
@@ -937,7 +1089,14 @@ def draw_plane(path, exhibits, readings):
         axes.scatter(*now.tolist(), s=70, marker="s", color="black", label="NOW", zorder=4)
         axes.scatter(*point.tolist(), s=80, marker="D", color=colours["point"], label="point forecast", zorder=4)
         if exhibit.true is not None:
-            axes.scatter(*((exhibit.true.mean(0) - mean) @ basis).tolist(), s=190, marker="*", color=colours["right"], label="truth", zorder=5)
+            axes.scatter(
+                *((exhibit.true.mean(0) - mean) @ basis).tolist(),
+                s=190,
+                marker="*",
+                color=colours["right"],
+                label="truth",
+                zorder=5,
+            )
         axes.set_title(exhibit.title, fontsize=11)
         axes.set_xlabel("first principal component of SOON")
         axes.spines[["top", "right"]].set_visible(False)
@@ -951,25 +1110,48 @@ def draw_plane(path, exhibits, readings):
 
 def parse_arguments(argv):
     """Flags -> namespace. UsageError in one line."""
-    parser = V.ArgumentParser(description="Pictures of what a world model expects: decoded forecasts and sampled futures.", allow_abbrev=False)
+    parser = V.ArgumentParser(
+        description="Pictures of what a world model expects: decoded forecasts and sampled futures.", allow_abbrev=False
+    )
     parser.add_argument("--ckpt", required=True, type=os.path.expanduser, help="checkpoint of a run")
-    parser.add_argument("--clip", default="", type=os.path.expanduser,
-                        help="show this video instead of clips of the run's own data")
+    parser.add_argument(
+        "--clip", default="", type=os.path.expanduser, help="show this video instead of clips of the run's own data"
+    )
     parser.add_argument("--start", type=float, default=0.0, help="where the clip's window begins, in seconds [0]")
-    parser.add_argument("--data_root", default="", type=os.path.expanduser,
-                        help="folder, video or list that the decoder is trained on; default the run's own data")
+    parser.add_argument(
+        "--data_root",
+        default="",
+        type=os.path.expanduser,
+        help="folder, video or list that the decoder is trained on; default the run's own data",
+    )
     parser.add_argument("--num_samples", type=int, default=8, help="sampled futures shown per clip [8]")
     parser.add_argument("--out", default="", type=os.path.expanduser, help="output folder [the run's folder / futures]")
-    parser.add_argument("--minutes", type=float, default=3.0, help="time for the decoder: a third for clips, the rest for training [3]")
+    parser.add_argument(
+        "--minutes", type=float, default=3.0, help="time for the decoder: a third for clips, the rest for training [3]"
+    )
     parser.add_argument("--num_workers", type=int, default=2, help="processes that read or draw clips [2]")
-    parser.add_argument("--perceptual", action="store_true", help="add a VGG16 loss; its weights must lie in torchvision's cache")
+    parser.add_argument(
+        "--perceptual", action="store_true", help="add a VGG16 loss; its weights must lie in torchvision's cache"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    parser.add_argument("--seed", type=int, default=0, help="which scenes or clips are shown, and the noise of the samples [0]")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="which scenes or clips are shown, and the noise of the samples [0]"
+    )
     args = parser.parse_args(argv)
-    for name, low, high in (("num_samples", 1, 64), ("minutes", 0.001, 10**4), ("start", 0, 10**7), ("seed", 0, 10**4), ("num_workers", 0, 64)):
+    for name, low, high in (
+        ("num_samples", 1, 64),
+        ("minutes", 0.001, 10**4),
+        ("start", 0, 10**7),
+        ("seed", 0, 10**4),
+        ("num_workers", 0, 64),
+    ):
         if not low <= getattr(args, name) <= high:
             raise V.UsageError(f"{name} = {getattr(args, name)}: must lie in {low} to {high} (--{name})")
-    missing = [name for name, module in (("pillow", "PIL"), ("matplotlib", "matplotlib")) if importlib.util.find_spec(module) is None]
+    missing = [
+        name
+        for name, module in (("pillow", "PIL"), ("matplotlib", "matplotlib"))
+        if importlib.util.find_spec(module) is None
+    ]
     if missing:
         raise V.UsageError(f"pictures need {' and '.join(missing)}: pip install 'vjepa-auto-v2[eval]'")
     return args
@@ -983,7 +1165,10 @@ def open_source(cfg, data, data_root):
         raise V.UserError("data_root: this run was trained on random pixels; give videos to look at (--data_root)")
     root = data_root or data["root"]
     if not os.path.exists(root):
-        raise V.UsageError(f"data_root {root}: no such file or folder" + ("" if data_root else ", the run's videos are gone; say where they are (--data_root)"))
+        raise V.UsageError(
+            f"data_root {root}: no such file or folder"
+            + ("" if data_root else ", the run's videos are gone; say where they are (--data_root)")
+        )
     videos = V.find_videos(root, cfg.video_glob)
     if not videos:
         raise V.UsageError(f"data_root {root}: {V.nothing_found(cfg, videos)}")
@@ -999,7 +1184,9 @@ def open_run(args):
     try:
         model, cfg = V.load_model(args.ckpt, device)
     except RuntimeError as error:  # names or shapes of the weights differ
-        raise V.UserError(f"ckpt {args.ckpt}: made by another version of VJepa_AUTO_V2.py ({str(error).strip().splitlines()[0]})") from error
+        raise V.UserError(
+            f"ckpt {args.ckpt}: made by another version of VJepa_AUTO_V2.py ({str(error).strip().splitlines()[0]})"
+        ) from error
     if not cfg.lambda_flow:
         raise V.UserError(f"ckpt {args.ckpt}: trained with lambda_flow 0, it has no sampled futures to show")
     state = torch.load(args.ckpt, map_location="cpu", weights_only=True, mmap=True)
@@ -1008,8 +1195,10 @@ def open_run(args):
     if data["kind"] == "render":  # such runs draw scenes at the model's own size
         model.cfg = cfg = replace(cfg, scene_size=0)
     if args.clip and source is None:
-        V.say("note: the decoder is trained on built-in scenes; for your own videos give them as --data_root too",
-              sys.stderr)
+        V.say(
+            "note: the decoder is trained on built-in scenes; for your own videos give them as --data_root too",
+            sys.stderr,
+        )
     origin = "scenes" if source is None else os.path.abspath(source.root)
     key = decoder_key(model, state["step"], origin + " perceptual" * args.perceptual)
     return model, source, Path(args.ckpt).resolve().parent / f"decoder_{key}.pt", key

@@ -64,7 +64,9 @@ def moving_picture(rng):
     for number in range(NUM_FRAMES):
         for colour in range(3):
             a, b, c = phase[colour] + speed[colour] * number
-            frames[number, :, :, colour] = 128 + 50 * np.sin(9 * x + a) * np.cos(7 * y + b) + 40 * np.sin(21 * x * y + c)
+            frames[number, :, :, colour] = (
+                128 + 50 * np.sin(9 * x + a) * np.cos(7 * y + b) + 40 * np.sin(21 * x * y + c)
+            )
     return frames
 
 
@@ -150,7 +152,9 @@ def zero_run(data, rng):
 def swap_boxes(data, rng):
     """Two boxes that stand side by side change places."""
     boxes = find_boxes(data)
-    pairs = [(a, b) for a in boxes for b in boxes if a[2] == b[1] and a[0].rpartition("/")[0] == b[0].rpartition("/")[0]]
+    pairs = [
+        (a, b) for a in boxes for b in boxes if a[2] == b[1] and a[0].rpartition("/")[0] == b[0].rpartition("/")[0]
+    ]
     (_, begin, middle), (_, _, end) = pairs[rng.integers(len(pairs))]
     return data[:begin] + data[middle:end] + data[begin:middle] + data[end:]
 
@@ -195,9 +199,12 @@ def delete_run(data, rng):
 def playlist(data, rng):
     """A script that names another file, in one of the forms that FFmpeg follows."""
     forms = (
-        f"ffconcat version 1.0\nfile {BAIT}.mp4\nduration 5\n", f"ffconcat version 1.0\nfile {BAIT}.mp4\n",
-        f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{BAIT}.ts\n#EXT-X-ENDLIST\n", f"#EXTM3U\n#EXTINF:5,\n{BAIT}.mp4\n",
-        f"file '{BAIT}.mp4'\n", f"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 4000 RTP/AVP 96\na={BAIT}.mp4\n",
+        f"ffconcat version 1.0\nfile {BAIT}.mp4\nduration 5\n",
+        f"ffconcat version 1.0\nfile {BAIT}.mp4\n",
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{BAIT}.ts\n#EXT-X-ENDLIST\n",
+        f"#EXTM3U\n#EXTINF:5,\n{BAIT}.mp4\n",
+        f"file '{BAIT}.mp4'\n",
+        f"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 4000 RTP/AVP 96\na={BAIT}.mp4\n",
         f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet><Representation>'
         f"<BaseURL>{BAIT}.mp4</BaseURL></Representation></AdaptationSet></Period></MPD>\n",
     )
@@ -210,13 +217,21 @@ def unchanged(data, rng):
 
 
 MUTATORS = {  # name -> (function, suffixes of which one is drawn)
-    "cut": (cut, (".mp4",)), "flipped bits": (flip_bits, (".mp4",)), "flipped media bits": (flip_media_bits, (".mp4",)),
-    "flipped header bits": (flip_header_bits, (".mp4",)), "random bytes": (random_bytes, (".mp4",)), "zero run": (zero_run, (".mp4",)),
+    "cut": (cut, (".mp4",)),
+    "flipped bits": (flip_bits, (".mp4",)),
+    "flipped media bits": (flip_media_bits, (".mp4",)),
+    "flipped header bits": (flip_header_bits, (".mp4",)),
+    "random bytes": (random_bytes, (".mp4",)),
+    "zero run": (zero_run, (".mp4",)),
     "swapped boxes": (swap_boxes, (".mp4",)),
-    "zeroed header": (zero_header, (".mp4",)), "renamed box": (rename_box, (".mp4",)), "huge number": (huge_number, (".mp4",)),
-    "duplicated run": (duplicate_run, (".mp4",)), "deleted run": (delete_run, (".mp4",)),
+    "zeroed header": (zero_header, (".mp4",)),
+    "renamed box": (rename_box, (".mp4",)),
+    "huge number": (huge_number, (".mp4",)),
+    "duplicated run": (duplicate_run, (".mp4",)),
+    "deleted run": (delete_run, (".mp4",)),
     "wrong extension": (unchanged, (".avi", ".mkv", ".ts", ".h264", ".hevc", ".webm", ".mov")),
-    "playlist": (playlist, (".mp4", ".ts", ".mkv")), "fifo": (unchanged, (".mp4",)),
+    "playlist": (playlist, (".mp4", ".ts", ".mkv")),
+    "fifo": (unchanged, (".mp4",)),
 }
 
 
@@ -393,7 +408,12 @@ def fuzz(num, seed, reader, timeout_s=10.0, limit_mb=1000.0, ways=tuple(WAYS)):
         sources = write_sources(home)
         write_bait(folder)
         plans = [replace(PLAN, u_start=u_start) for u_start in STARTS]
-        intact = {(way, name, plan): WAYS[way](reader, path, plan) for way in ways for name, path in sources.items() for plan in plans}
+        intact = {
+            (way, name, plan): WAYS[way](reader, path, plan)
+            for way in ways
+            for name, path in sources.items()
+            for plan in plans
+        }
         watch, child = OpenWatch(folder), Child(timeout_s, limit_mb)
         for number in range(num):
             name, source, path, plan = write_mutant(folder, sources, seed, number)
@@ -418,9 +438,13 @@ def summarise(rows):
         for name in [*dict.fromkeys(row["mutator"] for row in mine), "all"]:
             some = [row for row in mine if name in (row["mutator"], "all")]
             counts = {outcome: sum(row["outcome"] == outcome for row in some) for outcome in OUTCOMES}
-            counts.update(num=len(some), seen=sum(row["outcome"] == "silent" and row["off"] > VISIBLE for row in some),
-                          opened=sum(bool(row["opened"]) for row in some), peak_mb=round(max(row["peak_mb"] for row in some), 1),
-                          slowest_s=round(max(row["seconds"] for row in some), 2))
+            counts.update(
+                num=len(some),
+                seen=sum(row["outcome"] == "silent" and row["off"] > VISIBLE for row in some),
+                opened=sum(bool(row["opened"]) for row in some),
+                peak_mb=round(max(row["peak_mb"] for row in some), 1),
+                slowest_s=round(max(row["seconds"] for row in some), 2),
+            )
             table.setdefault(way, {})[name] = counts
     return table
 
@@ -445,9 +469,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Read damaged videos; count what is refused, wrong, crashed or hung.")
     parser.add_argument("--num", type=int, default=1000, help="mutations [1000]")
     parser.add_argument("--seed", type=int, default=0, help="seed of all of them [0]")
-    parser.add_argument("--reader", choices=("pyav", "decord"), default="pyav", help="decoder that is asked first [pyav]")
+    parser.add_argument(
+        "--reader", choices=("pyav", "decord"), default="pyav", help="decoder that is asked first [pyav]"
+    )
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds that one reading may take [10]")
-    parser.add_argument("--memory", type=float, default=1000.0, help="MB of address space that one reading may add [1000]")
+    parser.add_argument(
+        "--memory", type=float, default=1000.0, help="MB of address space that one reading may add [1000]"
+    )
     parser.add_argument("--out", default="", type=os.path.expanduser, help="JSON file to write")
     args = parser.parse_args(argv)
     begin = time.monotonic()
@@ -456,8 +484,10 @@ def main(argv=None):
     print_table(table)
     for row in rows:
         if not passed([row]):
-            V.say(f"mutation {row['number']} ({row['mutator']} of {row['source']}): "
-                  f"{row['outcome']} {row['detail'][:160]} {row['opened'] or ''}")
+            V.say(
+                f"mutation {row['number']} ({row['mutator']} of {row['source']}): "
+                f"{row['outcome']} {row['detail'][:160]} {row['opened'] or ''}"
+            )
     V.say(f"{args.num} mutations, {time.monotonic() - begin:.0f} s")
     if args.out:
         versions = {name: importlib.metadata.version(name) for name in ("av", args.reader.replace("pyav", "av"))}

@@ -28,9 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import VJepa_AUTO_V2 as V  # noqa: E402
 
 SHEET_ROWS = (  # kind, scene number, future seeds that show the wanted choice, title
-    ("fork", "choice", 1, "fork, white sign: right 0.5"), ("fork", "choice", -1, "the same present, other future"),
-    ("brake", "braked", True, "lead car with beacon: brakes at 1.0 per second"), ("lane", "choice", 1, "indicator right: changes lane with 0.8"),
-    ("occluder", "stops", False, "car behind a truck: comes out with 0.85"), ("steady", "barrier", True, "car before a barrier: it must stop"),
+    ("fork", "choice", 1, "fork, white sign: right 0.5"),
+    ("fork", "choice", -1, "the same present, other future"),
+    ("brake", "braked", True, "lead car with beacon: brakes at 1.0 per second"),
+    ("lane", "choice", 1, "indicator right: changes lane with 0.8"),
+    ("occluder", "stops", False, "car behind a truck: comes out with 0.85"),
+    ("steady", "barrier", True, "car before a barrier: it must stop"),
 )
 
 
@@ -38,9 +41,22 @@ def make_config(args):
     """Command line -> a valid config of the script; UsageError names what is wrong."""
     eventually = args.num_frames - args.now_frames - args.soon_frames
     patch = next((p for p in (16, 8, 4, 2) if args.size % p == 0), 0)
-    cfg = V.preset_config("tiny", seed=args.seed, scene_clips=max(args.num, 4), image_size=args.size, scene_size=0, num_frames=args.num_frames,
-                          now_frames=args.now_frames, soon_frames=args.soon_frames, eventually_frames=eventually, clip_fps=args.fps,
-                          scene_mix=args.mix, patch=patch or 1, tubelet_t=1, val_fraction=args.val_fraction)
+    cfg = V.preset_config(
+        "tiny",
+        seed=args.seed,
+        scene_clips=max(args.num, 4),
+        image_size=args.size,
+        scene_size=0,
+        num_frames=args.num_frames,
+        now_frames=args.now_frames,
+        soon_frames=args.soon_frames,
+        eventually_frames=eventually,
+        clip_fps=args.fps,
+        scene_mix=args.mix,
+        patch=patch or 1,
+        tubelet_t=1,
+        val_fraction=args.val_fraction,
+    )
     if not patch or args.num < 1 or args.siblings < 1 or args.workers < 1:
         raise V.UsageError("--size must be even, --num, --siblings and --workers at least 1")
     V.validate_config(cfg)
@@ -85,7 +101,11 @@ def write_one(job):
 
 def write_all(folder, cfg, args):
     """Write every scene with `workers` processes and a progress line. UserError when one of them is killed."""
-    jobs = [(folder, cfg, index, k, scene_name(index, k, args.siblings)) for index in range(args.num) for k in range(args.siblings)]
+    jobs = [
+        (folder, cfg, index, k, scene_name(index, k, args.siblings))
+        for index in range(args.num)
+        for k in range(args.siblings)
+    ]
     began, shown = time.perf_counter(), V.is_terminal(sys.stderr)
     try:  # an executor, not a Pool: that puts a new process in the place of a dead one and waits for ever for its scenes
         with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
@@ -94,7 +114,9 @@ def write_all(folder, cfg, args):
                     bar = f"{'#' * round(24 * count / len(jobs)):.<24}"
                     V.emit(f"\r[{bar}] {count}/{len(jobs)} scenes" + ("" if count < len(jobs) else "\n"), sys.stderr)
     except BrokenProcessPool as error:
-        raise V.UserError("a writing process was killed (out of memory?); the same command goes on, fewer --workers need less") from error
+        raise V.UserError(
+            "a writing process was killed (out of memory?); the same command goes on, fewer --workers need less"
+        ) from error
     return len(jobs), time.perf_counter() - began
 
 
@@ -116,8 +138,13 @@ def sheet_scene(kind, key, wanted, cfg, sign=0.5):
     """The first scene and future of a kind that show what a row of the sheet is about -> frames [T, H, W, 3]."""
     for scene_seed in range(12, 4000):
         params = V.draw_scene(scene_seed, cfg, kind)
-        fits = {"fork": params["prob"] == sign, "brake": params["beacon"], "lane": params["indicator"] == "right",
-                "occluder": True, "steady": params["plot"] == "barrier"}[kind]
+        fits = {
+            "fork": params["prob"] == sign,
+            "brake": params["beacon"],
+            "lane": params["indicator"] == "right",
+            "occluder": True,
+            "steady": params["plot"] == "barrier",
+        }[kind]
         for future_seed in range(40 if fits else 0):
             future, _ = V.draw_future(params, future_seed, scene_seed)
             shown = {**future, "braked": 0.1 < future["brake_at"] < 0.6, "barrier": True}[key]
@@ -137,7 +164,12 @@ def draw_sheet(path, cfg, columns=(0, 3, 5, 7, 9, 11)):
     for column, frame in enumerate(columns):
         left = 4 + column * (side + 4) + (gap if frame >= cfg.now_frames else 0)
         seconds = (frame - cfg.now_frames + 1) / cfg.clip_fps
-        draw.text((left, 4), f"NOW {seconds:+.2f} s" if frame < cfg.now_frames else f"SOON {seconds:+.2f} s", fill=(90, 90, 90), font=font)
+        draw.text(
+            (left, 4),
+            f"NOW {seconds:+.2f} s" if frame < cfg.now_frames else f"SOON {seconds:+.2f} s",
+            fill=(90, 90, 90),
+            font=font,
+        )
         for row, (_, frames) in enumerate(rows):
             sheet.paste(Image.fromarray(np.ascontiguousarray(frames[frame])), (left, 28 + row * (side + text) + 24))
     for row, (title, _) in enumerate(rows):
@@ -147,7 +179,9 @@ def draw_sheet(path, cfg, columns=(0, 3, 5, 7, 9, 11)):
 
 def parse(argv):
     """Command line -> namespace."""
-    parser = argparse.ArgumentParser(description="Write built-in driving scenes as videos with annotations.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Write built-in driving scenes as videos with annotations.", allow_abbrev=False
+    )
     parser.add_argument("--out", default="", type=os.path.expanduser, help="folder to write")
     parser.add_argument("--num", type=int, default=100, help="scenes")
     parser.add_argument("--size", type=int, default=96, help="side in pixels, even")
@@ -171,7 +205,10 @@ def make(args):
     """Draw the sheet, write the folder, as the flags say."""
     cfg = make_config(args)
     if args.sheet:
-        draw_sheet(args.sheet, replace(cfg, image_size=184, num_frames=12, eventually_frames=0, clip_fps=4.0, now_frames=4, soon_frames=8))
+        draw_sheet(
+            args.sheet,
+            replace(cfg, image_size=184, num_frames=12, eventually_frames=0, clip_fps=4.0, now_frames=4, soon_frames=8),
+        )
         V.say(f"written: {args.sheet}")
     if args.out:
         folder = Path(args.out)

@@ -45,7 +45,9 @@ import VJepa_AUTO_V2 as V  # noqa: E402
 
 SIGNALS = {"steer": "user/angle", "throttle": "user/throttle"}
 IMAGE_KEY = "cam/image_array"
-SESSION_PAUSE_S = 60.0  # put between two recordings of one tub when --fps replaces the time stamps: no window spans them
+SESSION_PAUSE_S = (
+    60.0  # put between two recordings of one tub when --fps replaces the time stamps: no window spans them
+)
 FASTEST_CAMERA = 125.0  # pictures per second; time stamps closer than that are those of a conversion
 MAX_SIDE = 8  # token grids wider than this are pooled before they are probed, so that a long drive fits in memory
 COMPONENTS = 128  # principal components that ridge sees; between 64 and 256 a trial drive's scores hardly moved
@@ -116,26 +118,39 @@ def tub_records(folder):
         found = [(row.get("_index", number), folder / "images", row) for number, row in enumerate(rows)]
         found = [entry for entry in found if entry[0] not in deleted]
     else:
-        numbered = sorted((int(path.stem[7:]), path) for path in folder.glob("record_*.json") if path.stem[7:].isdigit())
+        numbered = sorted(
+            (int(path.stem[7:]), path) for path in folder.glob("record_*.json") if path.stem[7:].isdigit()
+        )
         found = [(number, folder, row) for number, path in numbered for row in parse_lines(path)]
     if len(found) < 2:
-        raise V.UserError(f"drive {folder}: no Donkeycar tub with two records or more (manifest.json or record_<n>.json); unpack an archive first")
+        raise V.UserError(
+            f"drive {folder}: no Donkeycar tub with two records or more (manifest.json or record_<n>.json); unpack an archive first"
+        )
     return sorted(found, key=lambda entry: entry[0])
 
 
 def record_times(folder, records, fps):
     """Seconds of every record since the first: by its number when fps is given, else by the tub's time stamps -> float64 [n]."""
     if fps:
-        sessions = {name: order for order, name in enumerate(dict.fromkeys(row.get("_session_id") for _, _, row in records))}
-        return np.array([(number - records[0][0]) / fps + SESSION_PAUSE_S * sessions[row.get("_session_id")] for number, _, row in records])
+        sessions = {
+            name: order for order, name in enumerate(dict.fromkeys(row.get("_session_id") for _, _, row in records))
+        }
+        return np.array(
+            [
+                (number - records[0][0]) / fps + SESSION_PAUSE_S * sessions[row.get("_session_id")]
+                for number, _, row in records
+            ]
+        )
     stamps = [row.get("_timestamp_ms", row.get("milliseconds")) for _, _, row in records]
     if any(not isinstance(stamp, (int, float)) for stamp in stamps):
         raise V.UserError(f"drive {folder}: records without time stamps; give the camera's rate with --fps")
     times = (np.array(stamps, np.float64) - stamps[0]) / 1000
     steps = np.diff(times)
     if steps.min() <= 0 or 1 / np.median(steps) > FASTEST_CAMERA:
-        raise V.UserError(f"drive {folder}: time stamps {1000 * np.median(steps):.3g} ms apart, smallest step {1000 * steps.min():.3g} ms: "
-                          "not those of a camera; give its rate with --fps")
+        raise V.UserError(
+            f"drive {folder}: time stamps {1000 * np.median(steps):.3g} ms apart, smallest step {1000 * steps.min():.3g} ms: "
+            "not those of a camera; give its rate with --fps"
+        )
     return times
 
 
@@ -148,15 +163,21 @@ def read_tub(folder, fps=0.0):
     paths, signals = [], {name: [] for name in SIGNALS}
     for number, place, row in records:
         values = [row.get(key) if isinstance(row, dict) else None for key in (IMAGE_KEY, *SIGNALS.values())]
-        if not isinstance(values[0], str) or any(not isinstance(value, (int, float)) or not np.isfinite(value) for value in values[1:]):
-            raise V.UserError(f"drive {folder}: record {number} lacks one of {IMAGE_KEY}, {', '.join(SIGNALS.values())}")
+        if not isinstance(values[0], str) or any(
+            not isinstance(value, (int, float)) or not np.isfinite(value) for value in values[1:]
+        ):
+            raise V.UserError(
+                f"drive {folder}: record {number} lacks one of {IMAGE_KEY}, {', '.join(SIGNALS.values())}"
+            )
         paths.append(place / values[0])
         for name, value in zip(SIGNALS, values[1:]):
             signals[name].append(float(value))
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise V.UserError(f"drive {folder}: {len(missing)} pictures missing, the first is {missing[0].name}")
-    return Drive(paths, record_times(folder, records, fps), {name: np.array(values) for name, values in signals.items()})
+    return Drive(
+        paths, record_times(folder, records, fps), {name: np.array(values) for name, values in signals.items()}
+    )
 
 
 def read_picture(path):
@@ -228,9 +249,15 @@ def inner_folds(train, begin, end):
 def check_folds(folds, begin, end, args):
     """UserError when a fold is left with too little to fit on, or the drive with too little to choose on."""
     least = min((len(train) for train, _ in folds), default=0)
-    if len(folds) < args.folds or least < LEAST_TRAIN or min(len(inner_folds(train, begin, end)) for train, _ in folds) < 2:
-        raise V.UserError(f"drive too short: {least} training windows in the smallest of {args.folds} folds, {LEAST_TRAIN} needed, in two stretches or more; "
-                          f"lower --gap_s ({args.gap_s:g}), raise --folds, or lower --stride")
+    if (
+        len(folds) < args.folds
+        or least < LEAST_TRAIN
+        or min(len(inner_folds(train, begin, end)) for train, _ in folds) < 2
+    ):
+        raise V.UserError(
+            f"drive too short: {least} training windows in the smallest of {args.folds} folds, {LEAST_TRAIN} needed, in two stretches or more; "
+            f"lower --gap_s ({args.gap_s:g}), raise --folds, or lower --stride"
+        )
 
 
 # -- features
@@ -266,7 +293,9 @@ def pixel_features(pictures, windows, tubelet_t):
     """Frames pooled to 16 x 16, cut into tubelets of 2 x 2 pooled pixels -> float32 [n, L', tubelet_t * 12]."""
     numbers = sorted(pictures)
     stack = torch.from_numpy(np.stack([pictures[number] for number in numbers])).permute(0, 3, 1, 2)
-    small = torch.cat([F.adaptive_avg_pool2d(part.float() / 255, POOLED) for part in stack.split(256)])  # [m, 3, 16, 16]
+    small = torch.cat(
+        [F.adaptive_avg_pool2d(part.float() / 255, POOLED) for part in stack.split(256)]
+    )  # [m, 3, 16, 16]
     clips = small[torch.from_numpy(np.searchsorted(numbers, windows))]  # [n, T, 3, 16, 16]
     n, T, half = len(clips), windows.shape[1], POOLED // 2
     clips = clips.view(n, T // tubelet_t, tubelet_t, 3, half, 2, half, 2).permute(0, 1, 4, 6, 2, 3, 5, 7)
@@ -283,7 +312,12 @@ class AttentiveProbe(nn.Module):
         super().__init__()
         self.inner, self.position = nn.Linear(dim, width), nn.Parameter(torch.zeros(num_tokens, width))
         self.query, self.cross = nn.Parameter(torch.zeros(1, 1, width)), V.CrossAttention(width, width, num_heads)
-        self.norm, self.norm2, self.mlp, self.out = nn.LayerNorm(width), nn.LayerNorm(width), V.MLP(width, 4 * width), nn.Linear(width, 1)
+        self.norm, self.norm2, self.mlp, self.out = (
+            nn.LayerNorm(width),
+            nn.LayerNorm(width),
+            V.MLP(width, 4 * width),
+            nn.Linear(width, 1),
+        )
         V.init_weights(self)
         nn.init.trunc_normal_(self.position, std=0.02)
         nn.init.trunc_normal_(self.query, std=0.02)
@@ -353,7 +387,9 @@ def linear_probe(features, labels, folds, begin, end, shuffle_seed=None):
         x_train, x_test, y = x_train / size, pca.transform(gram[np.ix_(test, train)]) / size, labels[train]
         if shuffle_seed is not None:
             y = np.random.default_rng([shuffle_seed, fold]).permutation(y)
-        predictions[test] = Ridge(choose_alpha(x_train, y, inner_folds(train, begin, end))).fit(x_train, y).predict(x_test)
+        predictions[test] = (
+            Ridge(choose_alpha(x_train, y, inner_folds(train, begin, end))).fit(x_train, y).predict(x_test)
+        )
     return predictions
 
 
@@ -390,14 +426,19 @@ def score_rows(rows, labels, blocks, seed):
         draws_mae, draws_r2 = scores_of(sums @ counts)
         row.update(mae=float(mae), mae_interval=interval(draws_mae), r2=float(r2), r2_interval=interval(draws_r2))
         if len(row["predictions"]) > 1:
-            row["per_seed"] = [dict(zip(("mae", "r2"), map(float, scores_of(block_sums(one[None], labels, blocks).sum(1))))) for one in row["predictions"]]
+            row["per_seed"] = [
+                dict(zip(("mae", "r2"), map(float, scores_of(block_sums(one[None], labels, blocks).sum(1)))))
+                for one in row["predictions"]
+            ]
         if row["features"] == "trained":
             trained[row["probe"], row["window"]] = draws_mae, draws_r2
         row["draws"] = draws_mae, draws_r2
     for row in rows:
         base = trained.get((row["probe"], row["window"]))
         if base and row["features"] != "trained":
-            row["mae_above_trained"], row["r2_above_trained"] = (interval(own - ours) for own, ours in zip(row["draws"], base))
+            row["mae_above_trained"], row["r2_above_trained"] = (
+                interval(own - ours) for own, ours in zip(row["draws"], base)
+            )
         row.pop("draws")
 
 
@@ -418,7 +459,10 @@ def feature_rows(name, makers, windows, labels, folds, spans, args, device):
             if name == "trained" and "linear" in args.probes:
                 shuffled = linear_probe(features, labels, folds, *spans, shuffle_seed=args.seed)
                 rows.append(dict(features="shuffled", probe="linear", window=window, predictions=shuffled[None]))
-        rows += [dict(features=name, probe=probe, window=window, predictions=np.stack(value)) for probe, value in predictions.items()]
+        rows += [
+            dict(features=name, probe=probe, window=window, predictions=np.stack(value))
+            for probe, value in predictions.items()
+        ]
     return rows
 
 
@@ -434,33 +478,52 @@ def all_rows(model, drive, windows, labels, folds, spans, args):
     every = windows["now+soon"]
     pictures = read_pictures(drive, np.unique(every), cfg)
     common = (windows, labels, folds, spans, args, device)
-    rows = feature_rows("trained", [lambda records: encoder_features(model, pictures, records, args.batch_size, "trained")], *common)
-    fresh = [lambda records, seed=seed: encoder_features(untrained_model(cfg, seed, device), pictures, records, args.batch_size, f"untrained, seed {seed}")
-             for seed in range(args.untrained_seeds)]
+    rows = feature_rows(
+        "trained", [lambda records: encoder_features(model, pictures, records, args.batch_size, "trained")], *common
+    )
+    fresh = [
+        lambda records, seed=seed: encoder_features(
+            untrained_model(cfg, seed, device), pictures, records, args.batch_size, f"untrained, seed {seed}"
+        )
+        for seed in range(args.untrained_seeds)
+    ]
     if fresh:
         rows += feature_rows("untrained", fresh, *common)
     rows += feature_rows("pixels", [lambda records: pixel_features(pictures, records, cfg.tubelet_t)], *common)
-    grey = {number: np.repeat(picture.mean(2, keepdims=True).astype(np.uint8), 3, 2) for number, picture in pictures.items()}
+    grey = {
+        number: np.repeat(picture.mean(2, keepdims=True).astype(np.uint8), 3, 2) for number, picture in pictures.items()
+    }
     rows += feature_rows("pixels_grey", [lambda records: pixel_features(grey, records, cfg.tubelet_t)], *common)
     mean = np.full(len(labels), np.nan)
     for train, test in folds:
         mean[test] = labels[train].mean()
     rows.append(dict(features="mean", probe="", window="", predictions=mean[None]))
-    rows.append(dict(features="persistence", probe="", window="", predictions=drive.signals[args.signal][every[:, -2]][None]))
+    rows.append(
+        dict(features="persistence", probe="", window="", predictions=drive.signals[args.signal][every[:, -2]][None])
+    )
     return rows
 
 
 def print_table(report):
     """The report's rows as a table on stdout."""
-    V.say(f"{report['signal']} of {report['drive']}: {report['windows']} windows, "
-          f"deviation {report['deviation']:.3f}, {report['folds']} folds, "
-          f"gap {report['gap_s']:g} s, {report['blocks']} blocks of {report['block_s']:g} s")
-    V.say(f"{'features':<13}{'probe':<11}{'window':<10}{'MAE':>7}  {'95 %':<16}{'R2':>7}  {'95 %':<18}"
-          f"{'R2 less that of trained':<18}")
+    V.say(
+        f"{report['signal']} of {report['drive']}: {report['windows']} windows, "
+        f"deviation {report['deviation']:.3f}, {report['folds']} folds, "
+        f"gap {report['gap_s']:g} s, {report['blocks']} blocks of {report['block_s']:g} s"
+    )
+    V.say(
+        f"{'features':<13}{'probe':<11}{'window':<10}{'MAE':>7}  {'95 %':<16}{'R2':>7}  {'95 %':<18}"
+        f"{'R2 less that of trained':<18}"
+    )
     for row in report["rows"]:
-        mae, r2, above = ("[{:.3f}, {:.3f}]".format(*row[key]) if key in row else "" for key in ("mae_interval", "r2_interval", "r2_above_trained"))
-        V.say(f"{row['features']:<13}{row['probe']:<11}{row['window']:<10}{row['mae']:>7.3f}  {mae:<16}"
-              f"{row['r2']:>7.3f}  {r2:<18}{above:<18}")
+        mae, r2, above = (
+            "[{:.3f}, {:.3f}]".format(*row[key]) if key in row else ""
+            for key in ("mae_interval", "r2_interval", "r2_above_trained")
+        )
+        V.say(
+            f"{row['features']:<13}{row['probe']:<11}{row['window']:<10}{row['mae']:>7.3f}  {mae:<16}"
+            f"{row['r2']:>7.3f}  {r2:<18}{above:<18}"
+        )
 
 
 def probe(args):
@@ -478,20 +541,38 @@ def probe(args):
     folds = time_folds(begin, end, args.folds, args.gap_s)
     check_folds(folds, begin, end, args)
     if min(labels[train].std() for train, _ in folds) < 1e-6:
-        raise V.UserError(f"drive {args.drive}: {args.signal} does not change in one of the training folds, nothing can be learned")
+        raise V.UserError(
+            f"drive {args.drive}: {args.signal} does not change in one of the training folds, nothing can be learned"
+        )
     blocks = np.unique(np.floor((end - end[0]) / args.block_s), return_inverse=True)[1]
     if blocks.max() < 4:
-        raise V.UserError(f"drive too short: {blocks.max() + 1} blocks of {args.block_s:g} s for the bootstrap, 5 needed; lower --block_s")
+        raise V.UserError(
+            f"drive too short: {blocks.max() + 1} blocks of {args.block_s:g} s for the bootstrap, 5 needed; lower --block_s"
+        )
     rows = all_rows(model, drive, windows, labels, folds, (begin, end), args)
     rows.sort(key=lambda row: ROWS.index(row["features"]))
     score_rows(rows, labels, blocks, args.seed)
     for row in rows:
         row.pop("predictions")
     report = dict(
-        ckpt=str(args.ckpt), drive=str(args.drive), signal=args.signal, windows=len(labels), drive_fps=drive.fps, clip_fps=clip_fps,
-        now_frames=cfg.now_frames, soon_frames=cfg.soon_frames, folds=args.folds, gap_s=args.gap_s, block_s=args.block_s, stride=args.stride,
-        blocks=int(blocks.max()) + 1, deviation=float(labels.std()), epochs=args.epochs, seed=args.seed,
-        train_windows=[len(train) for train, _ in folds], rows=rows,
+        ckpt=str(args.ckpt),
+        drive=str(args.drive),
+        signal=args.signal,
+        windows=len(labels),
+        drive_fps=drive.fps,
+        clip_fps=clip_fps,
+        now_frames=cfg.now_frames,
+        soon_frames=cfg.soon_frames,
+        folds=args.folds,
+        gap_s=args.gap_s,
+        block_s=args.block_s,
+        stride=args.stride,
+        blocks=int(blocks.max()) + 1,
+        deviation=float(labels.std()),
+        epochs=args.epochs,
+        seed=args.seed,
+        train_windows=[len(train) for train, _ in folds],
+        rows=rows,
     )
     Path(args.out).mkdir(parents=True, exist_ok=True)
     V.write_report(Path(args.out) / "probe_drive.json", report)
@@ -534,7 +615,12 @@ def export(args):
             raise V.UserError(f"drive {args.drive}: pictures of different sizes in one stretch cannot become one video")
         V.write_video(folder / "videos" / f"drive_{number:04d}.mp4", np.stack(pictures), drive.fps)
         signals = {name: values[records].round(6).tolist() for name, values in drive.signals.items()}
-        about = {"fps": drive.fps, "first_record": int(records[0]), "units": dict.fromkeys(SIGNALS, "share of full deflection; steer + = right"), **signals}
+        about = {
+            "fps": drive.fps,
+            "first_record": int(records[0]),
+            "units": dict.fromkeys(SIGNALS, "share of full deflection; steer + = right"),
+            **signals,
+        }
         (folder / "annotations" / f"drive_{number:04d}.json").write_text(json.dumps(about))
         bar("videos", number, len(segments))
     V.say(f"{len(segments)} videos with annotations in {folder}; train on them with --data_root {folder}")
@@ -543,21 +629,49 @@ def export(args):
 
 def build_parser():
     """Flags of the tool."""
-    parser = V.ArgumentParser(prog="probe_drive.py", description="Probe frozen features for the steering of a recorded drive.", allow_abbrev=False)
+    parser = V.ArgumentParser(
+        prog="probe_drive.py",
+        description="Probe frozen features for the steering of a recorded drive.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--drive", required=True, type=os.path.expanduser, help="folder of a Donkeycar tub")
     parser.add_argument("--ckpt", default="", type=os.path.expanduser, help="checkpoint to probe")
-    parser.add_argument("--export", default="", type=os.path.expanduser, metavar="DIR",
-                        help="write the drive as videos/ and annotations/ instead of probing")
-    parser.add_argument("--out", default="runs/probe_drive", type=os.path.expanduser,
-                        help="folder of probe_drive.json [runs/probe_drive]")
+    parser.add_argument(
+        "--export",
+        default="",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="write the drive as videos/ and annotations/ instead of probing",
+    )
+    parser.add_argument(
+        "--out",
+        default="runs/probe_drive",
+        type=os.path.expanduser,
+        help="folder of probe_drive.json [runs/probe_drive]",
+    )
     parser.add_argument("--signal", default="steer", choices=tuple(SIGNALS), help="what is predicted [steer]")
-    parser.add_argument("--fps", type=float, default=0.0, help="pictures per second of the drive; 0 = by its time stamps [0]")
-    parser.add_argument("--clip_fps", type=float, default=0.0, help="frames per second of a window; 0 = the checkpoint's [0]")
+    parser.add_argument(
+        "--fps", type=float, default=0.0, help="pictures per second of the drive; 0 = by its time stamps [0]"
+    )
+    parser.add_argument(
+        "--clip_fps", type=float, default=0.0, help="frames per second of a window; 0 = the checkpoint's [0]"
+    )
     parser.add_argument("--stride", type=int, default=1, help="records between the ends of two windows [1]")
     parser.add_argument("--folds", type=int, default=5, help="blocks of time, each predicted from the others [5]")
-    parser.add_argument("--gap_s", type=float, default=5.0, help="seconds kept free on both sides of a held-out block, or between exported files [5]")
+    parser.add_argument(
+        "--gap_s",
+        type=float,
+        default=5.0,
+        help="seconds kept free on both sides of a held-out block, or between exported files [5]",
+    )
     parser.add_argument("--block_s", type=float, default=5.0, help="seconds of a block of the bootstrap [5]")
-    parser.add_argument("--probes", nargs="+", default=["linear", "attentive"], choices=("linear", "attentive"), help="probes to fit [both]")
+    parser.add_argument(
+        "--probes",
+        nargs="+",
+        default=["linear", "attentive"],
+        choices=("linear", "attentive"),
+        help="probes to fit [both]",
+    )
     parser.add_argument("--epochs", type=int, default=40, help="epochs of the attentive probe [40]")
     parser.add_argument("--untrained_seeds", type=int, default=3, help="fresh encoders to compare with [3]")
     parser.add_argument("--batch_size", type=int, default=32, help="windows encoded at once [32]")
@@ -569,8 +683,19 @@ def build_parser():
 
 def check_flags(args):
     """UsageError for a value out of range, or for a missing --ckpt."""
-    least = {"fps": 0, "clip_fps": 0, "stride": 1, "folds": 2, "gap_s": 0, "block_s": 0.1, "epochs": 1, "untrained_seeds": 0, "batch_size": 1,
-             "seed": 0, "segment_s": 0.5}
+    least = {
+        "fps": 0,
+        "clip_fps": 0,
+        "stride": 1,
+        "folds": 2,
+        "gap_s": 0,
+        "block_s": 0.1,
+        "epochs": 1,
+        "untrained_seeds": 0,
+        "batch_size": 1,
+        "seed": 0,
+        "segment_s": 0.5,
+    }
     for name, low in least.items():
         value = getattr(args, name)
         if not np.isfinite(value) or value < low:

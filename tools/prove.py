@@ -56,7 +56,12 @@ def prove_seed(seed, run_dir, record, preset, flags, quick):
         if there.exists() and (there.is_dir() or there.read_bytes() != (run_dir / name).read_bytes()):
             V.move_aside(record / name)
         shutil.copyfile(run_dir / name, record / name)
-    spent = {"train_s": round(train_s, 1), "evaluate_s": round(evaluate_s, 1), "cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
+    spent = {
+        "train_s": round(train_s, 1),
+        "evaluate_s": round(evaluate_s, 1),
+        "cores": len(os.sched_getaffinity(0)),
+        "machine": platform.machine(),
+    }
     times.write_text(json.dumps(spent))
     return spent
 
@@ -69,9 +74,12 @@ def summarise(evaluations):
         rows = [evaluation["figures"][name] for evaluation in evaluations.values() if name in evaluation["figures"]]
         values = [row["value"] for row in rows if row["value"] is not None]
         summary[name] = {
-            "expect": rows[0].get("expect"), "n": len(values), "mean": statistics.fmean(values) if values else None,
+            "expect": rows[0].get("expect"),
+            "n": len(values),
+            "mean": statistics.fmean(values) if values else None,
             "std": statistics.stdev(values) if len(values) > 1 else None,
-            "met": sum(bool(row.get("passed")) for row in rows) if rows[0].get("expect") else None, "values": values,
+            "met": sum(bool(row.get("passed")) for row in rows) if rows[0].get("expect") else None,
+            "values": values,
         }
     return summary
 
@@ -84,8 +92,10 @@ def table(summary, times):
         mean, std = (number(row[key]) if row[key] is not None else "" for key in ("mean", "std"))
         met = f"{row['met']} of {row['n']}" if row["expect"] else ""
         lines.append(f"| {name} | {row['expect'] or ''} | {mean} | {std} | {row['n']} | {met} |")
-    spent = ", ".join(f"seed {seed}: {value['train_s'] / 60:.1f} min training + {value['evaluate_s'] / 60:.1f} min evaluation on {value['cores']} cores"
-                      for seed, value in times.items())
+    spent = ", ".join(
+        f"seed {seed}: {value['train_s'] / 60:.1f} min training + {value['evaluate_s'] / 60:.1f} min evaluation on {value['cores']} cores"
+        for seed, value in times.items()
+    )
     return "\n".join([*lines, "", f"Time: {spent}.", ""])
 
 
@@ -93,16 +103,25 @@ def main(argv=None):
     """Command line -> exit code."""
     parser = argparse.ArgumentParser(description="Train and evaluate the proof run over seeds.", allow_abbrev=False)
     parser.add_argument("--out", required=True, type=os.path.expanduser, help="folder of the record")
-    parser.add_argument("--run_dir", default="", type=os.path.expanduser,
-                        help="folder of the runs themselves; default runs/<name of --out>")
+    parser.add_argument(
+        "--run_dir",
+        default="",
+        type=os.path.expanduser,
+        help="folder of the runs themselves; default runs/<name of --out>",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338, 1339])
     parser.add_argument("--preset", default="proof")
     parser.add_argument("--quick", action="store_true", help="the short evaluation")
     args, flags = parser.parse_known_args(argv)
     out = Path(args.out).resolve()
     runs = Path(args.run_dir).resolve() if args.run_dir else ROOT / "runs" / out.name
-    times = {seed: prove_seed(seed, runs / f"seed_{seed}", out / f"seed_{seed}", args.preset, flags, args.quick) for seed in args.seeds}
-    summary = summarise({seed: json.loads((out / f"seed_{seed}" / "evaluation.json").read_text()) for seed in args.seeds})
+    times = {
+        seed: prove_seed(seed, runs / f"seed_{seed}", out / f"seed_{seed}", args.preset, flags, args.quick)
+        for seed in args.seeds
+    }
+    summary = summarise(
+        {seed: json.loads((out / f"seed_{seed}" / "evaluation.json").read_text()) for seed in args.seeds}
+    )
     V.write_report(out / "summary.json", {"seeds": args.seeds, "flags": flags, "times": times, "figures": summary})
     V.write_own(out / "summary.md", lambda handle: handle.write(f"{table(summary, times)}<!-- {V.MARK} -->\n".encode()))
     V.emit(table(summary, times) + "\n", sys.stdout)

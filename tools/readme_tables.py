@@ -1,7 +1,7 @@
 """Write the config table and the log glossary of README.md from the script, so that they cannot drift from it.
 
-    python tools/readme_tables.py            rewrites what stands between the marker comments
-    python tools/readme_tables.py --print    prints both tables instead
+python tools/readme_tables.py            rewrites what stands between the marker comments
+python tools/readme_tables.py --print    prints both tables instead
 """
 
 import sys
@@ -25,8 +25,10 @@ def cell(text):
 def config_rows():
     """One row per config field: `field`, default, comment -> list of lines."""
     helps = V.field_help()
-    return [f"| `{field.name}` | {cell(field.default if field.default != '' else '(empty)')} | {cell(helps[field.name])} |"
-            for field in fields(V.VJepaAutoV2Config)]
+    return [
+        f"| `{field.name}` | {cell(field.default if field.default != '' else '(empty)')} | {cell(helps[field.name])} |"
+        for field in fields(V.VJepaAutoV2Config)
+    ]
 
 
 def glossary_rows():
