@@ -1,4 +1,4 @@
-"""Random configs, command lines and config files: each runs, or ends in one line of UsageError; there is no third outcome."""
+"""Random configs, command lines and config files: each runs, or ends in one line of UsageError; no third outcome."""
 
 import functools
 import importlib.util
@@ -17,7 +17,7 @@ from training import cpu_process, new_model
 
 yaml = importlib.import_module("yaml") if importlib.util.find_spec("yaml") else None
 FIELDS = {field.name: field for field in fields(V.VJepaAutoV2Config)}
-# Fields whose large values cost time or memory in a step; all others are drawn from their whole range. Most values fit together.
+# Fields whose large values cost time or memory; all others are drawn from their whole range. Most values fit together.
 SMALL = {
     "num_workers": [0, 1, 512],
     "enc_depth": [1, 1, 2],
@@ -144,7 +144,7 @@ TOO_LARGE = {
 
 
 def draw_in_range(rng, name):
-    """Either end of a field's range, or something between; open and very wide ones are drawn up to ten times the default."""
+    """Either end of a field's range, or something between; open and very wide ones: up to ten times the default."""
     low, high = V.RANGES[name]
     default = FIELDS[name].default
     wide = (
@@ -372,7 +372,7 @@ def fitting_text(rng, name):
 
 
 def outcome(argv, origin):
-    """What a command line ends in -> its config, or the line of its UsageError. Anything else fails and names its origin."""
+    """What a command line ends in -> its config, or the line of its UsageError. All else fails and names its origin."""
     try:
         cfg, overrides, _ = V.resolve_config(argv)
         assert V.validate_config(cfg) is None and set(overrides) <= set(FIELDS)
@@ -414,7 +414,7 @@ def one_parser(monkeypatch):
 
 
 def test_random_command_lines_give_a_config_or_one_line(one_parser, tmp_path, monkeypatch):
-    """1,000 command lines: a config that is valid, or a UsageError of one line. Seen red with control characters let through."""
+    """1,000 command lines: a valid config or a UsageError of one line. Seen red with control characters let through."""
     monkeypatch.chdir(tmp_path)
     rng = random.Random(0)
     argvs = [random_argv(rng) for _ in range(1000)]
@@ -458,7 +458,7 @@ def random_file(rng):
 
 
 def test_random_config_files_give_a_config_or_one_line(one_parser, tmp_path):
-    """1,000 files, half of them YAML where pyyaml is there. Seen red with deep nesting not caught, and with coerce taking any type."""
+    """1,000 files, half of them YAML where pyyaml is there. Seen red without nesting check, and coerce taking all."""
     rng, refused = random.Random(0), 0
     for _ in range(1000):
         text, suffix = random_file(rng)

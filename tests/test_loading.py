@@ -1,4 +1,4 @@
-"""Masks and loading: sample i is a pure function of (seed, i), whoever asks for it, when, and through how many workers."""
+"""Masks and loading: sample i is a pure function of (seed, i), whoever asks, when, and through how many workers."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def draw_masks(cfg, family, count, first=0):
 
 @pytest.mark.parametrize("family", V.MASK_FAMILIES)
 def test_masks_partition_the_grid(family):
-    """1000 draws: kept and masked tokens are ascending, disjoint, together all, as many each time, and neither is empty.
+    """1000 draws: kept and masked tokens are ascending, disjoint, together all, as many each time, none is empty.
 
     Seen red with the levelling of the visible count left out.
     """
@@ -78,7 +78,7 @@ def test_masks_repeat_over_time_without_bias(family):
 
 @pytest.mark.parametrize("family", V.MASK_FAMILIES)
 def test_masks_are_pure_and_differ_between_samples(family):
-    """The same sample draws the same mask, other samples, seeds and streams others. Seen red with an unseeded generator."""
+    """The same sample draws the same mask, other samples, seeds, streams others. Seen red: an unseeded generator."""
     cfg = small_config(image_size=112)
     keep, _ = draw_masks(cfg, family, 100)
     assert np.array_equal(keep[40:60], draw_masks(cfg, family, 20, first=40)[0])
@@ -89,10 +89,10 @@ def test_masks_are_pure_and_differ_between_samples(family):
 
 @pytest.mark.parametrize("family, share", [("short", 0.37), ("long", 0.16)])
 def test_visible_share_of_the_block_sampler(family, share):
-    """On 14 x 14 sites the union of blocks leaves 37 % visible (short) and 16 % (long), and the constant count says so."""
+    """On 14 x 14 sites the union of blocks leaves 37 % visible (short) and 16 % (long), as the constant count says."""
     rng = np.random.default_rng(11)
     drawn = np.array([1 - V.block_mask(rng, BASE_GRID, family).mean() for _ in range(2000)])
-    # one draw deviates by about 0.07, the mean of 2000 by 0.0017: 0.01 is six of them, and covers the rounding in "37" and "16"
+    # one draw deviates by about 0.07, the mean of 2000 by 0.0017: 0.01 is six of them and covers rounding in 37, 16
     assert drawn.mean() == pytest.approx(share, abs=0.01)
     # the constant is itself a mean of 2000 draws, rounded to one of 196 sites
     assert V.family_visible(BASE_GRID, family) / 196 == pytest.approx(drawn.mean(), abs=4 * 0.0017 * 2**0.5 + 0.5 / 196)
@@ -136,7 +136,7 @@ def test_mask_draws_and_noise_shapes():
 
 
 def test_sample_is_a_function_of_its_number(scene_folder):
-    """Datasets built twice give the same bits in any order, past the first epoch too; other seeds and streams give others.
+    """Datasets built twice give the same bits in any order, past an epoch too; other seeds and streams others.
 
     Seen red with the window drawn from an unseeded generator.
     """
@@ -260,7 +260,7 @@ def test_collate_stacks_and_gathers():
 
 
 def test_bad_files_are_replaced_and_named(bad_folder):
-    """One good video among six: every sample shows it, names the bad ones met on the way, and does so the same way each time.
+    """One good video among six: every sample shows it, names the bad ones met, the same way each time.
 
     Seen red with the replacement drawn from an unseeded generator.
     """
@@ -329,7 +329,7 @@ def labelled_folder(tmp_path, scene_folder):
 
 
 def test_hflip_mirrors_frames_and_labels(labelled_folder):
-    """A flipped sample is the unflipped one mirrored, left and right exchanged in its label; about half are flipped, none in validation."""
+    """A flipped sample is mirrored, left and right exchanged in its label; about half are, none in validation."""
     maneuvers = ["keep", "turn_left", "turn_right"]
     plain, flipping = (
         dataset_of(labelled_folder, small_config(hflip=hflip), maneuvers=maneuvers) for hflip in (False, True)
@@ -351,7 +351,7 @@ def test_hflip_mirrors_frames_and_labels(labelled_folder):
 
 
 def test_maneuver_names(labelled_folder):
-    """All names, their mirror images, sorted, without the empty one; a list's label counts where no annotation speaks."""
+    """All names, their mirror images, sorted, without the empty one; a list's label counts without annotation."""
     videos = V.find_videos(str(labelled_folder), "*")
     assert V.maneuver_names(videos, str(labelled_folder)) == ["keep", "turn_left", "turn_right"]
     videos[2] = replace(videos[2], label="fork_right")
@@ -388,7 +388,7 @@ def test_mirror_label(label, mirrored):
 
 @pytest.mark.parametrize("text", ["{broken", "[1]", "7", '"left"', "\x00"])
 def test_annotation_that_is_no_object(labelled_folder, text):
-    """An annotation that is not a JSON object makes its video bad, by name: a clip without its labels would go unnoticed."""
+    """An annotation that is not a JSON object makes its video bad, by name: lost labels would go unnoticed."""
     (labelled_folder / "annotations" / "0.json").write_text(text)
     videos = V.find_videos(str(labelled_folder), "*")
     with pytest.raises(V.BadFile, match="annotation 0.json"):

@@ -52,7 +52,7 @@ def table_rows(text):
 
 
 def test_config_table_names_every_field_with_its_default(readme):
-    """`field` | default | comment, read back from the page, against the dataclass. Seen red with one default edited in the script."""
+    """`field` | default | comment, read from the page, against the dataclass. Seen red with an edited default."""
     stated = {row[0]: (row[1].strip("`"), row[2]) for row in table_rows(readme) if len(row) == 3}
     helps = V.field_help()
     wrong = {
@@ -79,7 +79,7 @@ def test_tables_are_what_the_tool_writes(readme):
 
 
 def test_every_flag_in_the_readme_exists(readme):
-    """A command copied from the page works: each --flag is one of the script's, of torchrun or of a tool here. Seen red with --stepz."""
+    """A copied command works: each --flag is of the script, of torchrun or of a tool here. Seen red with --stepz."""
     known = {flag for action in V.build_parser()._actions for flag in action.option_strings}
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tools").glob("*.py"))
     known |= FOREIGN_FLAGS | set(re.findall(r"""["'](--[a-z][\w-]*)["']""", sources))

@@ -218,9 +218,8 @@ def test_what_stands_under_our_names_is_moved_aside(tmp_path, capsys):
     for name in ("report.json", "folder.json"):
         planted = plant(tmp_path, names=("report.json", "folder.json/deep"))
         for number in range(2):
-            V.write_own(
-                tmp_path / name, lambda handle: handle.write(json.dumps({"made_by": V.MARK, "number": number}).encode())
-            )
+            report = json.dumps({"made_by": V.MARK, "number": number}).encode()
+            V.write_own(tmp_path / name, lambda handle, report=report: handle.write(report))
         assert json.loads((tmp_path / name).read_text())["number"] == 1
     assert (tmp_path / "previous_1/report.json").read_bytes() == planted.get(
         tmp_path / "report.json", (tmp_path / "previous_1/report.json").read_bytes()

@@ -1,7 +1,9 @@
 """Write the config table and the log glossary of README.md from the script, so that they cannot drift from it.
 
-python tools/readme_tables.py            rewrites what stands between the marker comments
-python tools/readme_tables.py --print    prints both tables instead
+Two ways to call it:
+
+    python tools/readme_tables.py            rewrites what stands between the marker comments
+    python tools/readme_tables.py --print    prints both tables instead
 """
 
 import sys
