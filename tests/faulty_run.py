@@ -1,6 +1,6 @@
 """The real command with faults planted from outside: `python faulty_run.py FLAGS`, under torchrun as well.
 
-Environment: FAULTS, a JSON list of [kind, rank, step, attempt]; TRACE, a folder that receives one JSON line per rank and step:
+Environment: FAULTS, a JSON list of [kind, rank, step, attempt]; TRACE, a folder for one JSON line per rank and step:
 loss, gradient norm and a checksum of all weights as exact text, and the sample numbers.
 """
 

@@ -54,11 +54,11 @@ def test_collapse_is_seen_on_the_gauges(position_only):
 
 
 def test_one_short_held_out_file_is_not_called_a_collapse(tmp_path, scene_folder):
-    """A single held-out clip, seen again and again, has no deviation across clips: nan, and a verdict from the tokens instead."""
+    """A single held-out clip, seen again and again, has no deviation across clips: nan, and a verdict from tokens."""
     one = tmp_path / "one.mp4"
     one.write_bytes(sorted((scene_folder / "videos").glob("*.mp4"))[0].read_bytes())
     cfg = small_config()
-    source = V.open_data(cfg, [V.VideoFile("one.mp4", str(one))], True, None)
+    source = V.open_data(V.VJepaAutoV2, cfg, [V.VideoFile("one.mp4", str(one))], True, None)
     values, bad = V.validate(new_model(cfg), source, cpu_process())
     assert (
         bad == []

@@ -1,4 +1,5 @@
-"""The flow phase: after the last step SOON's copy of the predictor, then the flow net are fitted on frozen latents, once, and again after a stop."""
+"""The flow phase: after the last step SOON's copy of the predictor, then the flow net are fitted on frozen latents,
+once, and again after a stop."""
 
 import os
 import signal
@@ -44,7 +45,7 @@ def test_only_the_flow_and_the_copy_move(tmp_path):
     assert V.train(cfg) == V.EXIT_OK
     before, after = checkpoint(tmp_path / "run", "ckpt_3.pt"), checkpoint(tmp_path / "run")
     torch.manual_seed(cfg.seed)
-    fresh = V.WorldModel(cfg)
+    fresh = V.VJepaAutoV2(cfg)
     assert equal(before["flow"], fresh.flow.state_dict()) and not equal(before["online"], fresh.online.state_dict())
     assert all(equal(before[name], after[name]) for name in STILL)
     assert not equal(before["flow"], after["flow"]) and not equal(before["flow_ema"], after["flow_ema"])
@@ -67,7 +68,7 @@ def test_a_finished_phase_is_not_repeated_and_an_extended_run_repeats_it(tmp_pat
 
 @pytest.mark.parametrize("part", ["cache_latents", "fit_soon", "flow_coordinates"])
 def test_a_stop_in_the_phase_costs_the_phase_alone(tmp_path, monkeypatch, part):
-    """Exit code 75 with the step checkpoint on disk; the same command then gives the bits of a run that was never stopped."""
+    """Exit code 75 with the step checkpoint on disk; the same command gives the bits of an unstopped run."""
     whole = phase_config(tmp_path / "whole")
     assert V.train(whole) == V.EXIT_OK
     cfg, plain = phase_config(tmp_path / "cut"), getattr(V, part)
@@ -81,10 +82,10 @@ def test_a_stop_in_the_phase_costs_the_phase_alone(tmp_path, monkeypatch, part):
 
 
 def test_cached_pairs_are_what_the_loss_would_see(tmp_path):
-    """Context and coordinates of cached clip i are those of training sample i, made the plain way, one clip at a time."""
+    """Context and coordinates of cached clip i are those of training sample i, made plainly, one clip at a time."""
     cfg = phase_config(tmp_path / "run")
     model, process = new_model(cfg).eval(), cpu_process()
-    source = V.open_data(cfg, [], True, lambda: None)
+    source = V.open_data(V.VJepaAutoV2, cfg, [], True, lambda: None)
     contexts, futures = V.cache_latents(model, source, process, 5, 10, V.RunLog(cfg, False))
     y = V.flow_coordinates(model, contexts, futures, process)
     assert contexts.shape == (16, cfg.now_tokens, cfg.enc_dim) and y.shape == (
@@ -108,7 +109,8 @@ def test_cached_pairs_are_what_the_loss_would_see(tmp_path):
 
 
 def test_loader_workers_get_cores_of_their_own(tmp_path, monkeypatch):
-    """Latents are made with one CPU thread fewer per worker, never with none; what comes after has all threads again, also after an error."""
+    """Latents are made with one CPU thread fewer per worker, never with none; what comes after has all threads again,
+    also after an error."""
     seen, plain = [], V.cache_latents
     monkeypatch.setattr(V, "cache_latents", lambda *args: (seen.append(torch.get_num_threads()), plain(*args))[1])
     before = torch.get_num_threads()
@@ -128,10 +130,10 @@ def test_loader_workers_get_cores_of_their_own(tmp_path, monkeypatch):
 
 
 def test_soon_learns_on_the_cached_latents(tmp_path):
-    """The copy's SOON loss falls well below the shared predictor's on clips that it has not seen, and forecasts come from the copy."""
+    """The copy's SOON loss falls well below the shared predictor's on unseen clips, and forecasts come from it."""
     cfg = phase_config(tmp_path / "run", soon_fit_steps=150, soon_fit_batch=8)
     model, process = new_model(cfg).eval().requires_grad_(False), cpu_process()
-    source = V.open_data(cfg, [], True, lambda: None)
+    source = V.open_data(V.VJepaAutoV2, cfg, [], True, lambda: None)
     log = V.RunLog(cfg, False)
     contexts, futures = V.cache_latents(model, source, process, 0, 48, log)
     shared, targets = model.predict_soon(contexts[40:]), futures[40:, : cfg.soon_tokens]
@@ -144,7 +146,7 @@ def test_soon_learns_on_the_cached_latents(tmp_path):
 
 
 def test_the_copy_comes_back_from_a_checkpoint(tmp_path):
-    """A loaded model forecasts with the copy; a checkpoint from before there was one loads and forecasts with the shared predictor."""
+    """A loaded model forecasts with the copy; a checkpoint without one forecasts with the shared predictor."""
     assert V.train(phase_config(tmp_path / "run")) == V.EXIT_OK
     path = tmp_path / "run" / "checkpoints" / "ckpt_final.pt"
     model, cfg = V.load_model(path)
@@ -239,7 +241,7 @@ def test_ranks_share_one_flow(tmp_path):
 
 
 def test_latents_kept_in_bf16_serve_a_net_in_fp32(tmp_path, monkeypatch):
-    """--amp on a CPU that is slow at bf16: contexts are kept short, and computed with in full. Seen red without `.float()`."""
+    """--amp on a CPU that is slow at bf16: contexts are kept short, used in full. Seen red without `.float()`."""
     monkeypatch.setattr(V, "amp_cost", lambda *_: 31.0)
     cfg = small_config(
         out_dir=str(tmp_path),

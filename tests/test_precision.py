@@ -1,4 +1,4 @@
-"""Autocast, torch.compile and non-finite steps: precision changes no state's type, compilation changes nothing at all."""
+"""Autocast, torch.compile and non-finite steps: precision changes no state's type, compilation changes nothing."""
 
 import re
 from types import SimpleNamespace
@@ -96,7 +96,7 @@ def test_flow_space_is_fp32_under_autocast():
 
 
 def test_fp16_only_where_the_device_lacks_bf16(monkeypatch):
-    """Old CUDA cards get fp16 (and with it the loss scaler), new ones and the CPU bf16, nobody anything without --amp."""
+    """Old CUDA cards get fp16 (and with it the loss scaler), new ones and the CPU bf16, none without --amp."""
     amp, cuda, cpu = small_config(amp=True), SimpleNamespace(type="cuda"), torch.device("cpu")
     for supported, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(
@@ -122,7 +122,7 @@ def test_fp16_only_where_the_device_lacks_bf16(monkeypatch):
     ],
 )
 def test_amp_only_where_it_is_not_slower(monkeypatch, cost, saved, expected, words):
-    """--amp is taken at its word only where the trial found it no slower; a checkpoint's precision stays unless that is clearly wrong."""
+    """--amp counts only where the trial found it no slower; a checkpoint's precision stays unless clearly wrong."""
     monkeypatch.setattr(V, "amp_cost", lambda cfg, device, dtype: cost)
     dtype, reason = V.choose_precision(small_config(amp=True), cpu_process(), saved)
     assert dtype == expected and words in reason
@@ -138,7 +138,7 @@ def test_the_slowest_rank_decides_for_all(monkeypatch):
 
 
 def test_the_trial_sees_what_autocast_costs(monkeypatch):
-    """The ratio is that of the block's own passes: one that sleeps under autocast is told as slow. Seen red with both timed in fp32."""
+    """The ratio is of the block's passes: one that sleeps in autocast is called slow. Seen red: both timed in fp32."""
 
     def pretend(block, tokens, dtype):
         V.time.sleep(0.02 if dtype else 0.005)
@@ -153,7 +153,7 @@ def test_the_trial_sees_what_autocast_costs(monkeypatch):
 
 
 def test_the_first_estimate_times_a_real_pass(monkeypatch):
-    """Seconds per step are those of the second pass with a whole batch, times the micro-steps. Seen red with the first pass timed."""
+    """Seconds per step: the second pass of a whole batch, times micro-steps. Seen red with the first pass timed."""
     cfg, passes, clock = small_config(grad_accum=3), [], [0.0]
     model = new_model(cfg)
     monkeypatch.setattr(V, "measure_speed", lambda process: 1.0)
@@ -194,7 +194,7 @@ def test_a_non_finite_step_is_reported_and_changes_nothing(poison):
     cfg = small_config()
     model, batch = new_model(cfg), random_batch(cfg, 2)
     fill_space(model)
-    optimizer, scaler = V.build_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
+    optimizer, scaler = model.optimizer(), torch.amp.GradScaler("cpu", enabled=False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     if poison == "frames":
         batch["frames"] = model.normalise(batch["frames"])
@@ -212,7 +212,7 @@ def test_a_non_finite_step_is_reported_and_changes_nothing(poison):
 def test_a_finite_step_is_reported_finite():
     cfg = small_config()
     model = new_model(cfg)
-    optimizer = V.build_optimizer(model, cfg)
+    optimizer = model.optimizer()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     assert V.take_step(model, model, optimizer, scaler, [random_batch(cfg, 2)], 0, cfg, cpu_process())[2] is True
 
@@ -249,7 +249,7 @@ def fresh_dynamo():
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [dict(), dict(pos_embed="rope", flow_joint_max=0, flow_pool=2, amp=True)])
 def test_one_graph_for_ten_steps(fresh_dynamo, mode):
-    """The whole forward is one graph with all attention in it, and new masks, queue fill and statistics compile nothing new.
+    """The whole forward is one graph with all attention in it, new masks, queue fill and statistics compile nothing.
 
     Seen red with attention behind torch.compiler.disable.
     """
@@ -259,7 +259,7 @@ def test_one_graph_for_ten_steps(fresh_dynamo, mode):
     process = cpu_process(V.amp_dtype(cfg, torch.device("cpu")))
     train_steps(model, cfg, lambda step: [random_batch(cfg, 2, seed=step, first=2 * step)], 10, process)
     assert len(backend.graphs) == 1
-    # online on two masks and NOW, target once, predictor three times, outcome once, flow: self and cross where tokens mix
+    # online on two masks and NOW, target once, predictor three times, outcome once, flow: self, cross where tokens mix
     expected = 4 * cfg.enc_depth + 3 * cfg.pred_depth + 1 + cfg.flow_depth * (2 if cfg.flow_tokens > 1 else 0)
     plain = expected - cfg.enc_depth if cfg.amp else 0  # bf16 gradients on a CPU; the target encoder has none
     assert (backend.calls("scaled_dot_product_attention"), backend.calls("softmax")) == ([expected - plain], [plain])

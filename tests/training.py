@@ -9,7 +9,7 @@ torch.set_num_threads(1)  # two threads of these tiny products wait for each oth
 def new_model(cfg, seed=0, rank=0, world_size=1):
     """A freshly initialised model in train mode; the same weights for the same config and seed."""
     torch.manual_seed(seed)
-    return V.WorldModel(cfg, rank, world_size).train()
+    return V.VJepaAutoV2(cfg, rank, world_size).train()
 
 
 def cpu_process(amp_dtype=None, rank=0, world_size=1):
@@ -19,7 +19,7 @@ def cpu_process(amp_dtype=None, rank=0, world_size=1):
 def train_steps(model, cfg, batches_at, num_steps, process=None, wrapped=None):
     """`num_steps` updates with the micro-batches batches_at(step) -> (list of metrics, optimizer)."""
     process = process or cpu_process()
-    optimizer, scaler = V.build_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
+    optimizer, scaler = model.optimizer(), torch.amp.GradScaler("cpu", enabled=False)
     history = []
     for step in range(num_steps):
         metrics, carries, finite = V.take_step(

@@ -1,9 +1,9 @@
 """Write what README.md and docs/ take from the code, so that they cannot drift from it.
 
-python tools/readme_tables.py            rewrites what stands between the marker comments of PARTS
-python tools/readme_tables.py --print    prints those parts instead
-
 docs/config.md holds the config table, docs/log.md the log glossary, README.md the text of tests/toy_world.py.
+
+    python tools/readme_tables.py            rewrites what stands between the marker comments of PARTS
+    python tools/readme_tables.py --print    prints those parts instead
 """
 
 import sys
@@ -27,7 +27,7 @@ def cell(text):
 
 def config_table():
     """One row per config field: `field`, default, comment -> the whole table as text."""
-    helps = V.field_help()
+    helps = V.field_help(V.VJepaAutoV2Config)
     rows = [
         f"| `{field.name}` | {cell(field.default if field.default != '' else '(empty)')} | {cell(helps[field.name])} |"
         for field in fields(V.VJepaAutoV2Config)
@@ -37,7 +37,7 @@ def config_table():
 
 def glossary_table():
     """One row per logged key: `key`, meaning -> the whole glossary as text."""
-    rows = [f"| `{key}` | {cell(meaning)} |" for key, meaning in {**V.LOG_KEYS, **V.VAL_KEYS}.items()]
+    rows = [f"| `{key}` | {cell(meaning)} |" for key, meaning in {**V.log_keys(V.VJepaAutoV2), **V.val_keys(V.VJepaAutoV2)}.items()]
     return "\n".join(["| key | meaning |", "|---|---|", *rows])
 
 
