@@ -208,6 +208,8 @@ class ClipConfig(RunConfig):
     # -- clips
     image_size: ImageSize = 224  # pixels, one number or H,W
     num_frames: int = 84  # frames per clip = now + soon + eventually
+    now_frames: int = 4  # what is seen; the built-in scenes branch after it
+    soon_frames: int = 16  # near future
     channels: int = 3  # RGB
     clip_fps: float = 4.0  # frames per second taken from a video; 0 spreads the frames over the whole file
     frame_fps: float = 0.0  # frames per second of raw H.264 / HEVC without times; 0 = as header or annotation say
@@ -227,13 +229,13 @@ class ClipConfig(RunConfig):
     RANGES = {
         "clip_fps": (0, 1000), "frame_fps": (0, 1000), "crop_scale_min": (0.01, 1), "crop_scale_max": (0.01, 1),
         "crop_ratio_min": (0.1, 10), "crop_ratio_max": (0.1, 10), "scene_clips": (4, 10**7), "scene_size": (0, 4096),
-        "num_frames": (1, 100000), "channels": (3, 3),
+        "num_frames": (2, 100000), "now_frames": (1, 100000), "soon_frames": (1, 100000), "channels": (3, 3),
     }
     CHOICES = {
         "decoder": ("auto", "pyav", "decord", "torchcodec"), "missing_data": ("scenes", "error", "random"),
         "scenes": ("files", "render"),
     }
-    MUST_MATCH = ("image_size", "num_frames", "channels")
+    MUST_MATCH = ("image_size", "num_frames", "now_frames", "soon_frames", "channels")
 
     @property
     def height(self) -> int:
@@ -247,6 +249,9 @@ class ClipConfig(RunConfig):
         problems = super().rules()
         if not 1 <= min(self.height, self.width) <= max(self.height, self.width) <= 8192:
             problems.append(refusal(self, "image_size", "must lie in 1 to 8192"))
+        if self.num_frames < self.now_frames + self.soon_frames:
+            least = self.now_frames + self.soon_frames
+            problems.append(refusal(self, "num_frames", f"must be at least now + soon frames = {least}"))
         try:
             mix_shares(self.scene_mix)
         except ValueError as error:
@@ -260,8 +265,6 @@ class VJepaAutoV2Config(ClipConfig):
 
     preset: str = "base"  # tiny | proof | small | base | large: a named set of overrides (base = these defaults)
     # -- grid
-    now_frames: int = 4  # what is seen
-    soon_frames: int = 16  # near future
     eventually_frames: int = 64  # far future
     tubelet_t: int = 2  # frames per token
     patch: int = 16  # pixels per token side
@@ -347,7 +350,7 @@ class VJepaAutoV2Config(ClipConfig):
         ),
     }
     RANGES = {
-        "num_frames": (3, 100000), "now_frames": (1, 100000), "soon_frames": (1, 100000), "eventually_frames": (1, 100000),
+        "num_frames": (3, 100000), "eventually_frames": (1, 100000),
         "tubelet_t": (1, 100000), "patch": (1, 8192), "enc_dim": (6, 65536), "enc_depth": (1, 1000), "pred_dim": (6, 65536),
         "pred_depth": (1, 1000), "num_heads": (1, 65536), "mlp_ratio": (0.1, 64), "dropout": (0, 0.9),
         "ema_momentum": (0, 1), "ema_momentum_end": (0, 1), "short_num_blocks": (1, 1000), "short_scale": (0.001, 1),
@@ -363,7 +366,7 @@ class VJepaAutoV2Config(ClipConfig):
     }
     CHOICES = {"pos_embed": ("sincos", "rope"), "outcome_target": ("mean", "delta"), "flow_rest": ("mean", "gaussian")}
     MUST_MATCH = (
-        "now_frames", "soon_frames", "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim",
+        "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim",
         "pred_depth", "num_heads", "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target", "flow_dim",
         "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool",
     )
@@ -3418,12 +3421,16 @@ class ClipLoader:
         end_workers(self.workers, os.getpid())
 
 
+def batch_bytes(data, num_samples):
+    """Room that the arrays of a batch of a FileDataset take."""
+    sample = {**data.blank(), **(data.draw(data.cfg, data.stream, 0) if data.draw else {})}
+    return num_samples * sum(value.nbytes for value in sample.values()) + 2**16
+
+
 def open_loader(source, cfg, stream, sampler, num_workers, pin_memory=False, stopping=None):
     """The ClipLoader of a stream of a DataSource. A wait for a batch raises Stopped once `stopping()` is true."""
     data = source.dataset(cfg, stream)
-    largest = {**data.blank(), **(data.draw(cfg, stream, 0) if data.draw else {})}
-    room = sampler.batch_size * sum(value.nbytes for value in largest.values()) + 2**16
-    options = dict(batch_bytes=room, stopping=stopping, failing=source.failing)
+    options = dict(batch_bytes=batch_bytes(data, sampler.batch_size), stopping=stopping, failing=source.failing)
     return ClipLoader(data, sampler, num_workers, pin_memory, cfg.decode_timeout_s, **options)
 
 
@@ -5404,12 +5411,17 @@ def checkpoint_files(out_dir):
     return sorted(found)
 
 
+def steps_of(state):
+    """All optimizer steps that a checkpoint's run had done."""
+    return state["step"] + state.get("after", 0)
+
+
 def save_checkpoint(state, out_dir, cfg, final):
     """Write ckpt_<step>.pt or ckpt_final.pt atomically, then drop what exceeds keep_last -> path. OSError when the disk
     refuses: what was there before still stands."""
     folder = Path(out_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ("ckpt_final.pt" if final else f"ckpt_{state['step']}.pt")
+    path = folder / ("ckpt_final.pt" if final else f"ckpt_{steps_of(state)}.pt")
     free_name(path)
     write_atomic(path, lambda handle: torch.save(state, handle), partial(note_written, path))
     numbered = [old for step, old in checkpoint_files(out_dir) if step != math.inf and is_written(old)]
@@ -6498,11 +6510,6 @@ def newest_of_launch(world, cfg, tell):
     if named and steps_of(load_checkpoint(cfg.resume, world)) >= steps_of(state):
         return None, None
     return state, path
-
-
-def steps_of(state):
-    """All optimizer steps that a checkpoint's run had done."""
-    return state["step"] + state["after"]
 
 
 def open_run(world, cfg, process, log):

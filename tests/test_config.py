@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import sys
+import textwrap
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def read_help_once():
 
 def resolve(*argv):
     """Config of a command line."""
-    return V.resolve_config(list(argv))[0]
+    return V.resolve_config(list(argv), V.VJepaAutoV2)[0]
 
 
 def fails(capsys, *argv):
@@ -109,7 +110,7 @@ def test_contract_defaults():
 
 def test_flag_without_any_change_is_the_dataclass():
     """The command line adds nothing of its own: no flag, no override."""
-    cfg, overrides, print_config = V.resolve_config([])
+    cfg, overrides, print_config = V.resolve_config([], V.VJepaAutoV2)
     assert (cfg, overrides, print_config) == (V.VJepaAutoV2Config(), {}, False)
 
 
@@ -195,12 +196,20 @@ def test_presets_validate_and_are_applied(preset):
     cfg = resolve("--preset", preset)
     V.validate_config(cfg)
     assert cfg == V.preset_config(preset) and cfg.preset == preset
-    assert {name: getattr(cfg, name) for name in V.merged(V.VJepaAutoV2Config, "PRESETS")[preset]} == V.merged(V.VJepaAutoV2Config, "PRESETS")[preset]
+    assert {name: getattr(cfg, name) for name in V.merged(V.VJepaAutoV2Config, "PRESETS")[preset]} == V.merged(
+        V.VJepaAutoV2Config, "PRESETS"
+    )[preset]
 
 
 def test_base_preset_is_the_dataclass():
     """base = these defaults, so that editing the dataclass reaches everyone."""
-    assert V.merged(V.VJepaAutoV2Config, "PRESETS")["base"] == {} and set(V.merged(V.VJepaAutoV2Config, "PRESETS")) == {"tiny", "proof", "small", "base", "large"}
+    assert V.merged(V.VJepaAutoV2Config, "PRESETS")["base"] == {} and set(V.merged(V.VJepaAutoV2Config, "PRESETS")) == {
+        "tiny",
+        "proof",
+        "small",
+        "base",
+        "large",
+    }
 
 
 def test_precedence(tmp_path):
@@ -209,7 +218,10 @@ def test_precedence(tmp_path):
     second = write(tmp_path / "second.json", {"min_lr": 0.0625, "seed": 4})
     cfg = resolve("--config", first, "--config", second, "--seed", "5")
     assert (cfg.seed, cfg.min_lr, cfg.lr) == (5, 0.0625, 0.25)
-    assert cfg.enc_dim == V.merged(V.VJepaAutoV2Config, "PRESETS")["tiny"]["enc_dim"] and cfg.patch == V.merged(V.VJepaAutoV2Config, "PRESETS")["tiny"]["patch"]
+    assert (
+        cfg.enc_dim == V.merged(V.VJepaAutoV2Config, "PRESETS")["tiny"]["enc_dim"]
+        and cfg.patch == V.merged(V.VJepaAutoV2Config, "PRESETS")["tiny"]["patch"]
+    )
     assert cfg.weight_decay == V.VJepaAutoV2Config.weight_decay
     assert resolve("--config", second, "--config", first).min_lr == 0.125
     assert resolve("--config", first, "--preset", "base").enc_dim == 768  # the flag's preset replaces the file's
@@ -231,8 +243,8 @@ def test_inherits_is_relative_to_the_file(tmp_path, monkeypatch):
     write(tmp_path / "c.json", {"min_lr": 0.125, "lr": 0.0625})
     top = write(tmp_path / "top.json", {"inherits": ["deep/b.json", str(tmp_path / "c.json")], "seed": 9})
     monkeypatch.chdir("/")
-    assert V.read_config_file(top) == {"seed": 9, "lr": 0.0625, "min_lr": 0.125}
-    assert V.read_config_file(write(tmp_path / "left.json", {"inherits": "deep/b.json"})) == {
+    assert V.read_config_file(top, V.VJepaAutoV2Config) == {"seed": 9, "lr": 0.0625, "min_lr": 0.125}
+    assert V.read_config_file(write(tmp_path / "left.json", {"inherits": "deep/b.json"}), V.VJepaAutoV2Config) == {
         "seed": 1,
         "lr": 0.25,
         "min_lr": 0.5,
@@ -271,7 +283,7 @@ def test_inherits_reads_a_file_once(tmp_path, monkeypatch):
     for number in range(4):
         write(tmp_path / f"{number}.json", {"inherits": [f"{number + 1}.json"] * 8})
     write(tmp_path / "4.json", {"seed": 5})
-    assert V.read_config_file(tmp_path / "0.json") == {"seed": 5} and sorted(reads) == [
+    assert V.read_config_file(tmp_path / "0.json", V.VJepaAutoV2Config) == {"seed": 5} and sorted(reads) == [
         f"{number}.json" for number in range(5)
     ]
 
@@ -281,10 +293,9 @@ def test_inherits_may_form_a_diamond(tmp_path):
     write(tmp_path / "root.json", {"seed": 1})
     write(tmp_path / "left.json", {"inherits": "root.json"})
     write(tmp_path / "right.json", {"inherits": "root.json", "lr": 0.5})
-    assert V.read_config_file(write(tmp_path / "top.json", {"inherits": ["left.json", "right.json"]})) == {
-        "seed": 1,
-        "lr": 0.5,
-    }
+    assert V.read_config_file(
+        write(tmp_path / "top.json", {"inherits": ["left.json", "right.json"]}), V.VJepaAutoV2Config
+    ) == {"seed": 1, "lr": 0.5}
 
 
 def test_inherits_loop_is_refused(tmp_path, capsys):
@@ -310,7 +321,7 @@ def test_yaml(tmp_path):
         tmp_path / "a.yaml",
         "inherits: base.json\nlr: 1e-4\nmin_lr: 1.5e-7\nimage_size: [64, 96]\namp: true\nsteps: 12\nout_dir: x\n",
     )
-    assert V.read_config_file(path) == {
+    assert V.read_config_file(path, V.VJepaAutoV2Config) == {
         "seed": 7,
         "lr": 1e-4,
         "min_lr": 1.5e-7,
@@ -353,7 +364,7 @@ def test_bad_yaml_is_one_line(tmp_path, capsys, text):
 def test_yaml_means_what_it_says(tmp_path, text, values):
     """Words that YAML 1.1 reads as text, octal, base sixty, a date. Seen red with yaml.safe_load for our loader."""
     pytest.importorskip("yaml")
-    got = V.read_config_file(write(tmp_path / "a.yaml", text))
+    got = V.read_config_file(write(tmp_path / "a.yaml", text), V.VJepaAutoV2Config)
     assert got == values and {name: type(value) for name, value in got.items()} == {
         name: type(value) for name, value in values.items()
     }
@@ -649,7 +660,7 @@ def test_rules_between_fields(overrides, message):
 
 def test_the_table_above_covers_every_rule():
     """As many entries as there are rules in the code: a rule without a case turns this red."""
-    tree = ast.parse(inspect.getsource(V.relation_problems))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(V.VJepaAutoV2Config.rules)))
     rules = [
         node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "problems.append"
     ]
@@ -674,7 +685,14 @@ def test_every_range_is_enforced(name):
 def test_every_word_has_a_list_or_is_free_text():
     """A text field is a path, a pattern, one of a list of words, or has a rule. Seen red: `decoder` not in CHOICES."""
     words = {name for name, kind in V.field_types(V.VJepaAutoV2Config).items() if kind is str}
-    assert words - set(V.merged(V.VJepaAutoV2Config, "CHOICES")) == {"data_root", "video_glob", "out_dir", "resume", "track", "scene_mix"}
+    assert words - set(V.merged(V.VJepaAutoV2Config, "CHOICES")) == {
+        "data_root",
+        "video_glob",
+        "out_dir",
+        "resume",
+        "track",
+        "scene_mix",
+    }
 
 
 @pytest.mark.parametrize("name", list(V.merged(V.VJepaAutoV2Config, "CHOICES")))
@@ -682,7 +700,10 @@ def test_every_choice_is_enforced(name):
     """A word that is not on the list is refused with the list."""
     with pytest.raises(V.UsageError) as caught:
         V.validate_config(small_config(**{name: "nonsense"}))
-    assert f"{name} = 'nonsense': must be one of {', '.join(V.merged(V.VJepaAutoV2Config, "CHOICES")[name])} (--{name})" in str(caught.value)
+    assert (
+        f"{name} = 'nonsense': must be one of {', '.join(V.merged(V.VJepaAutoV2Config, 'CHOICES')[name])} (--{name})"
+        in str(caught.value)
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, V, small_config
-from training import fill_space, new_model
+from training import fill_space, new_model, new_state
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -781,16 +781,7 @@ def test_the_page_stands_alone(scene_report, tmp_path):
 
 def save_checkpoint(model, folder):
     """A checkpoint of a model as the script writes it -> path."""
-    source = V.DataSource("render", "", [], [], [], True)
-    state = V.checkpoint_state(
-        model,
-        model.optimizer(),
-        torch.amp.GradScaler("cpu", enabled=False),
-        source,
-        V.Process(0, 1, torch.device("cpu"), None),
-        V.Progress(step=3),
-    )
-    return V.save_checkpoint(state, folder, model.cfg, final=True)
+    return V.save_checkpoint(new_state(model, step=3), folder, model.cfg, final=True)
 
 
 def test_the_command_on_videos_with_and_without_annotations(scene_folder, tmp_path, capsys):
@@ -809,8 +800,12 @@ def test_the_command_on_videos_with_and_without_annotations(scene_folder, tmp_pa
         assert report["step"] == 3 and report["data"]["kind"] == "videos" and read_page(out / "evaluation.html")
         names[root] = set(report["figures"])
         held_out = len(
-            V.open_data(V.VJepaAutoV2, 
-                replace(V.load_model(checkpoint)[1], data_root=str(root)), V.find_videos(str(root), "*"), True, None
+            V.open_data(
+                V.VJepaAutoV2,
+                replace(V.load_model(checkpoint)[1], data_root=str(root)),
+                V.find_videos(str(root), "*"),
+                True,
+                None,
             ).val
         )
         assert report["data"]["files"] == (held_out if root is bare else 8)

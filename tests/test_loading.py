@@ -36,7 +36,7 @@ def same(one, other):
 
 def dataset_of(folder, cfg, stream="train", maneuvers=()):
     """A dataset over all videos of a folder."""
-    return V.ClipDataset(cfg, V.find_videos(str(folder), "*"), str(folder), stream, maneuvers)
+    return V.ClipDataset(cfg, V.find_videos(str(folder), "*"), str(folder), stream, maneuvers, draw=V.mask_and_noise)
 
 
 def loaded(dataset, sampler, num_workers):
@@ -465,7 +465,9 @@ def test_open_data_writes_scenes_on_rank_zero(tmp_path):
     """Without videos rank 0 writes scenes before the barrier, another rank only waits; both then see the same files."""
     cfg = small_config(out_dir=str(tmp_path), scene_clips=4)
     waited = []
-    source = V.open_data(V.VJepaAutoV2, cfg, [], True, lambda: waited.append(len(list(tmp_path.glob("scenes/videos/*.mp4")))))
+    source = V.open_data(
+        V.VJepaAutoV2, cfg, [], True, lambda: waited.append(len(list(tmp_path.glob("scenes/videos/*.mp4"))))
+    )
     assert waited == [4] and source.kind == "scenes" and source.held_out and len(source.train + source.val) == 4
     before = (tmp_path / "scenes" / "scenes.json").stat().st_mtime_ns
     other = V.open_data(V.VJepaAutoV2, cfg, [], False, lambda: waited.append("rank 1"))

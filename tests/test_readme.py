@@ -70,17 +70,11 @@ def table_rows(text):
     return rows
 
 
-<<<<<<< HEAD
 def test_config_table_names_every_field_with_its_default():
     """`field` | default | comment, read back from the page. Seen red with one default edited in the script."""
     stated = {
         row[0]: (row[1].strip("`"), row[2]) for row in table_rows(marked("docs/config.md", readme_tables.CONFIG_MARKS))
     }
-=======
-def test_config_table_names_every_field_with_its_default(readme):
-    """`field` | default | comment, read from the page, against the dataclass. Seen red with an edited default."""
-    stated = {row[0]: (row[1].strip("`"), row[2]) for row in table_rows(readme) if len(row) == 3}
->>>>>>> 424ccea41ff1380b681dc606493ed85d0b3213e7
     helps = V.field_help(V.VJepaAutoV2Config)
     wrong = {
         field.name: (str(field.default) or "(empty)", helps[field.name])
@@ -112,14 +106,9 @@ def test_pages_are_what_the_tool_writes(name, marks, make):
     assert readme_tables.fill(page(name), marks, make(), name) == page(name)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("name", PAGES)
 def test_every_flag_of_a_page_exists(name):
     """Each --flag of a page is one of the script's, of torchrun or of a tool here. Seen red with --stepz."""
-=======
-def test_every_flag_in_the_readme_exists(readme):
-    """A copied command works: each --flag is of the script, of torchrun or of a tool here. Seen red with --stepz."""
->>>>>>> 424ccea41ff1380b681dc606493ed85d0b3213e7
     known = {flag for action in V.build_parser(V.VJepaAutoV2)._actions for flag in action.option_strings}
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tools").glob("*.py"))
     known |= FOREIGN_FLAGS | set(re.findall(r"""["'](--[a-z][\w-]*)["']""", sources))
@@ -242,7 +231,10 @@ def test_a_real_run_logs_only_keys_of_the_tables(scene_folder, tmp_path):
     assert V.train(cfg) == 0
     keys = {key for line in (tmp_path / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
     assert keys == set(V.log_keys(V.VJepaAutoV2)) | set(V.val_keys(V.VJepaAutoV2))
-    assert all(meaning and "\n" not in meaning for meaning in (*V.log_keys(V.VJepaAutoV2).values(), *V.val_keys(V.VJepaAutoV2).values()))
+    assert all(
+        meaning and "\n" not in meaning
+        for meaning in (*V.log_keys(V.VJepaAutoV2).values(), *V.val_keys(V.VJepaAutoV2).values())
+    )
 
 
 def test_tool_fills_between_markers_only():
