@@ -153,7 +153,7 @@ class RunConfig:
     min_lr: float = 1e-6  # learning rate at the last step
     weight_decay: float = 0.05  # AdamW, on matrices only
     warmup_steps: int = 2000  # linear warm-up, capped at a tenth of steps
-    grad_clip: float = 1.0  # largest gradient norm, world model and flow net apart; 0 = off
+    grad_clip: float = 1.0  # largest gradient norm of what is clipped as one; 0 = off
     max_skipped_steps: int = 20  # consecutive non-finite steps before the run stops
     # -- log, checkpoints, evaluation
     log_every: int = 50  # steps between log lines
@@ -213,7 +213,7 @@ class ClipConfig(RunConfig):
     channels: int = 3  # RGB
     clip_fps: float = 4.0  # frames per second taken from a video; 0 spreads the frames over the whole file
     frame_fps: float = 0.0  # frames per second of raw H.264 / HEVC without times; 0 = as header or annotation say
-    decoder: str = "auto"  # auto (pyav, then decord) | pyav | decord | torchcodec
+    decoder: str = "auto"  # auto (pyav, then decord) | pyav | decord
     missing_data: str = "scenes"  # when data_root holds no video: scenes | error | random
     crop_scale_min: float = 0.6  # smallest crop, share of the largest box that fits the frame
     crop_scale_max: float = 1.0  # largest crop, same unit
@@ -232,7 +232,7 @@ class ClipConfig(RunConfig):
         "num_frames": (2, 100000), "now_frames": (1, 100000), "soon_frames": (1, 100000), "channels": (3, 3),
     }
     CHOICES = {
-        "decoder": ("auto", "pyav", "decord", "torchcodec"), "missing_data": ("scenes", "error", "random"),
+        "decoder": ("auto", "pyav", "decord"), "missing_data": ("scenes", "error", "random"),
         "scenes": ("files", "render"),
     }
     MUST_MATCH = ("image_size", "num_frames", "now_frames", "soon_frames", "channels")
@@ -887,32 +887,18 @@ def resolve_config(argv, world):
 # 3  Video files: folder / list -> names, labels, annotations
 # ---------------------------------------------------------------------------------------------------------------------
 
+RAW_SUFFIXES = (".h264", ".hevc", ".264", ".265", ".h265")  # bare streams
 VIDEO_SUFFIXES = (
-    ".mp4",
-    ".m4v",
-    ".mkv",
-    ".mov",
-    ".avi",
-    ".webm",
-    ".ts",
-    ".hevc",
-    ".h264",
-    ".mts",
-    ".m2ts",
-    ".3gp",
-    ".3g2",
-    ".f4v",
-    ".265",
-    ".h265",
-    ".264",
-    ".wmv",
-    ".asf",
-    ".flv",
-    ".mpg",
-    ".mpeg",
-    ".vob",
-    ".ogv",
+    *re.findall(r"\.\w+", ".mp4.m4v.mkv.mov.avi.webm.ts.mts.m2ts.3gp.3g2.f4v.wmv.asf.flv.mpg.mpeg.vob.ogv"),
+    *RAW_SUFFIXES,
 )
+# Folders of copies that systems and network disks keep beside the files themselves.
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
+SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in the order in which they are tried
+HEADER_WORDS = (r"(?i)(path|video|file|clip)\w*", r"(?i)(maneuver|label|class)\w*")  # names of a list's two columns
+MAX_LIST_BYTES, MAX_ANNOTATION_BYTES = 2**28, 2**26
+# Lists of numbers in an annotation, one per frame: tools/evaluate.py fits probes on them.
+SIGNALS = ("speed", "yaw_rate", "lane_offset", "lead_gap", "steer", "mover_u")
 
 
 class BadFile(Exception):
@@ -921,25 +907,16 @@ class BadFile(Exception):
 
 @dataclass(frozen=True)
 class VideoFile:
-    """One video. `name` (path below the data root, with /) is its identity in splits and logs; `label` a maneuver or ''."""
+    """One video. `name` (path below the data root, with /) is its identity in splits and logs; `label` a maneuver or
+    ''."""
 
     name: str
     path: str
     label: str = ""
 
 
-# Folders of copies that systems and network disks keep beside the files themselves.
-SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
-SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in the order in which they are tried
-HEADER_WORDS = {"path": r"(?i)(path|video|file|clip)\w*", "label": r"(?i)(maneuver|label|class)\w*"}
-MAX_LIST_BYTES, MAX_ANNOTATION_BYTES = 2**28, 2**26
-# Lists of numbers in an annotation, one per frame: tools/evaluate.py fits probes on them.
-SIGNALS = ("speed", "yaw_rate", "lane_offset", "lead_gap", "steer", "mover_u")
-
-
 class Listing(list):
-    """The videos of a data_root. `notes`: lines that the user should read; `seen`: what else was found, for the case
-    that nothing was."""
+    """The videos of a data_root. `notes`: lines for the user; `seen`: what else was found where no video was."""
 
     def __init__(self, videos=(), notes=(), seen=""):
         super().__init__(videos)
@@ -954,23 +931,10 @@ def name_some(names, most=3):
 
 
 def glob_pattern(video_glob):
-    """A glob -> compiled pattern. * crosses folders, as in fnmatch; **/ at the start of a name is any number of
-    folders, none included."""
+    """A glob -> compiled pattern. * crosses folders, as in fnmatch; **/ where a name begins is any number of them, or
+    none."""
     marked = re.sub(r"(^|(?<=/))(\*\*/)+", "\0", video_glob.removeprefix("./"))
     return re.compile(fnmatch.translate(marked).replace("\0", "(?:.*/)?"))
-
-
-def file_identity(look):
-    """What all names of one file share -> tuple, None where it cannot be told. `look` is its stat without arguments.
-
-    Size and time of change stand beside the number, since some network disks give one number to many files.
-    """
-    try:
-        info = look()
-    except (OSError, ValueError):
-        return None
-    is_known = info.st_ino and stat.S_ISREG(info.st_mode)
-    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) if is_known else None
 
 
 def is_folder(entry):
@@ -981,37 +945,50 @@ def is_folder(entry):
         return False
 
 
-def walk_folder(root):
-    """All folders below a root, links followed, each once under its first name in sorted order, hidden and system
-    folders left out -> generator of (path below the root with / at its end, entries that are no folder, OSError or
-    None)."""
-    visited, todo = set(), [(root, "")]
+def walk_folder(root, closed):
+    """Generator of (path of its folder below the root with / at its end, entry) of all that is no folder. Links are
+    followed, each folder is entered once, under its first name in sorted order, hidden and system folders are not.
+    `closed` gets what cannot be read; UsageError where that is the root."""
+    visited, todo = set(), [""]
     while todo:
-        folder, parent = todo.pop()
+        parent = todo.pop()
         try:
-            info = os.stat(folder)
+            info = os.stat(folder := os.path.join(root, parent)[:-1] or "/")
             if (info.st_dev, info.st_ino) in visited:
                 continue
             visited.add((info.st_dev, info.st_ino))
-            with os.scandir(folder) as found:
-                entries = list(found)
+            entries = list(os.scandir(folder))
         except OSError as error:  # no permission, gone meanwhile, or deeper than a path may be long
-            yield parent, [], error
+            if not parent:
+                raise UsageError(f"data_root {one_line(root)}: cannot be read ({error.strerror})") from error
+            closed.append(f"{error.strerror}: {parent[:-1]}")
             continue
-        folders, files = [], []
+        folders = []
         for entry in entries:
-            (folders if is_folder(entry) else files).append(entry)
-        names = sorted((entry.name for entry in folders), reverse=True)  # the last one is taken first
-        names = [name for name in names if name[0] != "." and name not in SYSTEM_FOLDERS]
-        todo += [(os.path.join(folder, name), f"{parent}{name}/") for name in names]
-        yield parent, files, None
+            if not is_folder(entry):
+                yield parent, entry
+            elif entry.name[0] != "." and entry.name not in SYSTEM_FOLDERS:
+                folders.append(f"{parent}{entry.name}/")
+        todo += sorted(folders, reverse=True)  # the last one is taken first
 
 
-def one_name_each(videos, identities):
+def file_identity(path):
+    """What all names of one file share -> tuple, None where it cannot be told. Size and time of change stand beside
+    the number, since some network disks give one number to many files."""
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    is_known = info.st_ino and stat.S_ISREG(info.st_mode)
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) if is_known else None
+
+
+def one_name_each(videos):
     """Leave out further names of one file (links) -> (videos, names left out). Where such a name brings another label
     it stays, under the first one's name: the split goes by names, so no file ever stands on both sides."""
     first, more, kept, left_out = {}, set(), [], []
-    for video, identity in zip(videos, identities):
+    for video in videos:
+        identity = file_identity(video.path)
         known = first.setdefault(identity, video) if identity else video
         if video.name == known.name:
             kept.append(video)
@@ -1026,38 +1003,23 @@ def one_name_each(videos, identities):
 def count_suffixes(names):
     """File names -> '12 .jpg, 3 .wmv, 2 hidden', the most frequent first."""
     kinds = ("hidden" if name[0] == "." else os.path.splitext(name)[1].lower() or "without suffix" for name in names)
-    counts = Counter(kinds)
-    return ", ".join(f"{count} {one_line(suffix, 20)}" for suffix, count in counts.most_common(8)) or "no file at all"
+    counts = Counter(kinds).most_common(8)
+    return ", ".join(f"{count} {one_line(suffix, 20)}" for suffix, count in counts) or "no file at all"
 
 
 def scan_folder(root, video_glob):
-    """Walk a folder -> Listing, sorted by name, of the files with a known suffix that match the glob, one name for
-    each file.
-
-    Names that begin with a dot do not count: they are hidden, or macOS's twins of other files. UsageError for a
-    closed root.
-    """
-    matches, found, identities, others, closed = glob_pattern(video_glob).match, [], {}, [], []
+    """Walk a folder -> Listing, sorted by name, of the files with a known suffix that match the glob, one name each.
+    Names that begin with a dot do not count: they are hidden, or macOS's twins of other files."""
+    matches, found, others, closed = glob_pattern(video_glob).match, [], [], []
     below = "videos/" if os.path.basename(root) == "videos" else ""  # a glob may name that folder or not
-    for parent, entries, error in walk_folder(root):
-        if error is not None and not parent:
-            raise UsageError(f"data_root {one_line(root)}: cannot be read ({error.strerror})") from error
-        if error is not None:
-            closed.append(f"{error.strerror}: {parent[:-1]}")
-        folder = os.path.join(root, parent)
-        for entry in entries:
-            name = entry.name
-            if (
-                name.lower().endswith(VIDEO_SUFFIXES)
-                and name[0] != "."
-                and (matches(name) or matches(parent + name) or below and matches(below + parent + name))
-            ):
-                found.append(VideoFile(parent + name, folder + name))
-                identities[parent + name] = file_identity(entry.stat)
-            else:
-                others.append(name)
-    found.sort(key=lambda video: video.name)
-    videos, links = one_name_each(found, [identities[video.name] for video in found])
+    for parent, entry in walk_folder(root, closed):
+        name, path = entry.name, parent + entry.name
+        known = name.lower().endswith(VIDEO_SUFFIXES) and name[0] != "."
+        if known and any(map(matches, (name, path, below + path))):
+            found.append(VideoFile(path, os.path.join(root, path)))
+        else:
+            others.append(name)
+    videos, links = one_name_each(sorted(found, key=operator.attrgetter("name")))
     notes = []
     if closed:
         what = f"{len(closed)} folder(s) below {one_line(root)}"
@@ -1065,14 +1027,7 @@ def scan_folder(root, video_glob):
     if links:
         what = f"{len(links)} further name(s) of files listed already (links)"
         notes.append(f"note: {what} are left out: {name_some(links)}")
-    return Listing(videos, notes, f"found {count_suffixes(others)}" if not videos else "")
-
-
-def check_path(path):
-    """ValueError for a text that no path can be: NUL, or characters that the file system's encoding lacks."""
-    if "\0" in path:
-        raise ValueError("a path holds no NUL")
-    os.fsencode(path)
+    return Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}")
 
 
 def label_text(value):
@@ -1086,77 +1041,69 @@ def label_text(value):
 
 
 def csv_cells(line, separator):
-    """The cells of one line by the rules of csv: quotes hold separators, doubled quotes stand for one. csv.Error when
-    too long."""
+    """Cells of a line by the rules of csv: quotes hold separators, doubled quotes stand for one. csv.Error if too
+    long."""
     mark = separator if len(separator) == 1 else "\x1f"
     rows = csv.reader([line.replace(separator, mark)], delimiter=mark, skipinitialspace=True)
     return [cell.replace(mark, separator).strip() for row in rows for cell in row]
 
 
 def list_header(line):
-    """A list's first line -> (separator, column of the path, column of the label or None), None when it names a video
-    or no column."""
+    """A list's first line -> (separator, column of the path, column of the label, inf for none), None when it names a
+    video or no column."""
     if any(suffix in line.lower() for suffix in VIDEO_SUFFIXES):
         return None
     separator = next((separator for separator in SEPARATORS if separator in line), "\t")
     cells = csv_cells(line, separator)
-    columns = {}
-    for kind, words in HEADER_WORDS.items():
-        columns[kind] = [number for number, cell in enumerate(cells) if re.fullmatch(words, cell)]
-    if columns["path"] or re.match(r"(path|video|file\w*)\b", line, re.IGNORECASE):
-        path = (columns["path"] or [0])[0]
-        label = [number for number in columns["label"] if number != path] or ([1 - path] if len(cells) == 2 else [])
-        return separator, path, label[0] if label else None
-    return None
+    paths, labels = ([at for at, cell in enumerate(cells) if re.fullmatch(words, cell)] for words in HEADER_WORDS)
+    if not paths and not re.match(r"(path|video|file\w*)\b", line, re.IGNORECASE):
+        return None
+    path = (paths or [0])[0]
+    labels = [at for at in labels if at != path] or ([1 - path] if len(cells) == 2 else [math.inf])
+    return separator, path, labels[0]
 
 
-def list_candidates(line, header):
+def text_readings(line, header):
     """What a line of a list may say -> [(path, label)], best first: the header's columns, the whole line, all before
     a last separator (blanks and commas in paths need no quotes), then the first two cells of a csv line."""
     named, split, quoted = [], [(line.strip('"'), "")], []
     if header:
         cells = csv_cells(line, header[0])
-        path, label = (cells[column] if column is not None and column < len(cells) else "" for column in header[1:])
-        named = [(path, label)] if path else []
+        named = [tuple(cells[column] if column < len(cells) else "" for column in header[1:])]
     for separator in SEPARATORS:
         head, found, tail = line.rpartition(separator)
         if found:
             split.append((head.strip().strip('"'), tail.strip().strip('"')))
             quoted += [tuple(cells[:2]) for cells in [csv_cells(line, separator)] if len(cells) > 1]
-    return named + (quoted + split if '"' in line else split + quoted)
+    return [pair for pair in named + (quoted + split if '"' in line else split + quoted) if pair[0]]
 
 
-def parse_list_line(line, folder, header=None):
-    """One line of a list, `path` or `path<separator>label` -> VideoFile, None for a comment. ValueError or csv.Error
-    for no text.
-
-    Which reading holds is seen on the disk; where none of the files exists, the first that ends like a video is
-    named.
-    """
-    check_path(line)
-    candidates = [
-        (path, label, os.path.abspath(os.path.join(folder, os.path.expanduser(path))))
-        for path, label in list_candidates(line, header)
-        if path
-    ]
-    present = [candidate for candidate in candidates if os.path.isfile(candidate[2])]
-    present = present or [candidate for candidate in candidates if os.path.exists(candidate[2])]
-    if not present and (line.startswith("#") or not candidates):
-        return None
-    named = [candidate for candidate in candidates if candidate[0].lower().endswith(VIDEO_SUFFIXES)]
-    path, label, absolute = (present or named or candidates[1:2] or candidates)[0]
-    return VideoFile(path.replace(os.sep, "/"), absolute, label_text(label))
-
-
-def parse_json_line(line, folder):
-    """One line of a jsonl list -> VideoFile. ValueError or RecursionError says what it lacks."""
+def json_reading(line):
+    """A line of a jsonl list -> (path, label). ValueError or RecursionError says what it lacks."""
     row = parse_json(line)
-    name = row.get("video") or row.get("path") if isinstance(row, dict) else None
-    if not isinstance(name, str) and not (name and fits(int, name)):
+    path = row.get("video") or row.get("path") if isinstance(row, dict) else None
+    if not path or not isinstance(path, str) and not fits(int, path):
         raise ValueError("it has no such text")
-    check_path(str(name))
-    path = os.path.abspath(os.path.join(folder, os.path.expanduser(str(name))))
-    return VideoFile(str(name), path, label_text(row.get("maneuver")) or label_text(row.get("label")))
+    return str(path), label_text(row.get("maneuver")) or row.get("label")
+
+
+def listed_video(readings, folder, is_comment):
+    """What a line may say, [(path, label)] -> VideoFile, None for a comment. ValueError for no path or label.
+
+    Which reading holds is seen on the disk; where none of the files exists, the first that ends like a video is named.
+    """
+    found = []
+    for path, label in readings:
+        if "\0" in path:
+            raise ValueError("a path holds no NUL")
+        os.fsencode(path)  # UnicodeEncodeError for what the file system's encoding lacks
+        found.append((path, os.path.abspath(os.path.join(folder, os.path.expanduser(path))), label))
+    present = [one for one in found if os.path.isfile(one[1])] or [one for one in found if os.path.exists(one[1])]
+    if not present and (is_comment or not found):
+        return None
+    named = [one for one in found if one[0].lower().endswith(VIDEO_SUFFIXES)]
+    path, absolute, label = (present or named or found[1:2] or found)[0]
+    return VideoFile(path, absolute, label_text(label))
 
 
 def read_list(path):
@@ -1167,61 +1114,57 @@ def read_list(path):
         text = read_text(path, MAX_LIST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"data_root {one_line(path)}: list cannot be read ({one_line(error)})") from error
-    as_json = str(path).lower().endswith(".jsonl")
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):
-        line = line.strip()
+    as_json = path.lower().endswith(".jsonl")
+    for number, line in enumerate(map(str.strip, io.StringIO(text, newline=None)), 1):
+        is_comment = line.startswith("#")
+        if not line or as_json and is_comment:
+            continue
         try:
-            if not line or as_json and line.startswith("#"):
-                continue
-            if first and not as_json and not line.startswith("#"):
-                first, header = False, list_header(line)
-                if header and not os.path.isfile(os.path.join(folder, line)):
+            if first and not as_json and not is_comment:
+                first = False
+                header = None if os.path.isfile(os.path.join(folder, line)) else list_header(line)
+                if header:
                     continue
-                header = None
-            video = parse_json_line(line, folder) if as_json else parse_list_line(line, folder, header)
+            readings = [json_reading(line)] if as_json else text_readings(line, header)
+            found.append(listed_video(readings, folder, is_comment))
         except (ValueError, RecursionError, csv.Error) as error:
             needs = "needs a JSON object with a key 'video' or 'path'" if as_json else "cannot be understood"
             raise UsageError(f"data_root {one_line(path)} line {number}: {needs} ({one_line(error)})") from error
-        found += [video] if video else []
-    videos, links = one_name_each(found, [file_identity(partial(os.stat, video.path)) for video in found])
+    videos, links = one_name_each(filter(None, found))
     again = f"note: {len(links)} line(s) of {one_line(path)} name files again under other names (links) and "
-    again += f"are left out: {name_some(links)}"
-    return Listing(videos, [again] if links else [], "the list names no video")
+    return Listing(videos, [f"{again}are left out: {name_some(links)}"] if links else [], "the list names no video")
 
 
 def find_videos(data_root, video_glob):
     """Folder (its videos/ if it has one), list file or single video -> Listing. UsageError if the path is absent."""
     if not os.path.exists(data_root):
-        raise UsageError(
-            f"data_root {data_root}: no such file or folder; give a folder of videos, or leave --data_root out for built-in scenes"
-        )
+        hint = "give a folder of videos, or leave --data_root out for built-in scenes"
+        raise UsageError(f"data_root {data_root}: no such file or folder; {hint}")
     if not os.access(data_root, os.R_OK):
         raise UsageError(f"data_root {data_root}: not readable; check its permissions")
-    if os.path.isfile(data_root):
-        if data_root.lower().endswith((".csv", ".txt", ".jsonl")):
-            return read_list(data_root)
-        if data_root.lower().endswith(VIDEO_SUFFIXES):
-            return Listing([VideoFile(os.path.basename(data_root), os.path.abspath(data_root))])
-        raise UsageError(f"data_root {data_root}: neither a folder, a video, nor a csv, txt or jsonl list")
-    videos = os.path.join(data_root, "videos")
-    return scan_folder(videos if os.path.isdir(videos) else data_root, video_glob)
+    if not os.path.isfile(data_root):
+        videos = os.path.join(data_root, "videos")
+        return scan_folder(videos if os.path.isdir(videos) else data_root, video_glob)
+    if data_root.lower().endswith((".csv", ".txt", ".jsonl")):
+        return read_list(data_root)
+    if data_root.lower().endswith(VIDEO_SUFFIXES):
+        return Listing([VideoFile(os.path.basename(data_root), os.path.abspath(data_root))])
+    raise UsageError(f"data_root {data_root}: neither a folder, a video, nor a csv, txt or jsonl list")
 
 
 def split_videos(videos, val_fraction, at_least=1):
-    """Hold out files by the hash of their name, never by window -> (train, val). Both are non-empty from two files up."""
+    """Hold out files by the hash of their name, never by window -> (train, val). Both are non-empty from two files
+    up."""
     names = {video.name for video in videos}  # a list may name a file more than once
     hashes = {name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest() for name in names}
-    ranked = sorted(hashes, key=hashes.get)
     threshold = f"{int(val_fraction * 16**8):08x}"
-    num_val = sum(hashed[:8] < threshold for hashed in hashes.values())
-    num_val = min(max(num_val, at_least if val_fraction > 0 else 0), len(ranked) - 1)
-    val = set(ranked[: max(num_val, 0)])
-    return [v for v in videos if v.name not in val], [v for v in videos if v.name in val]
+    num_val = max(sum(hashed[:8] < threshold for hashed in hashes.values()), at_least if val_fraction > 0 else 0)
+    val = set(sorted(hashes, key=hashes.get)[: max(min(num_val, len(names) - 1), 0)])
+    return [video for video in videos if video.name not in val], [video for video in videos if video.name in val]
 
 
 def check_annotation(annotation):
-    """Bring the parts of an annotation that are read to their types, in place. ValueError names the key, in one
-    line."""
+    """Bring what is read of an annotation to its types, in place. ValueError names the key, in one line."""
     if not isinstance(annotation, dict):
         raise ValueError("must hold a JSON object")
     fps = annotation.get("fps")
@@ -1232,31 +1175,28 @@ def check_annotation(annotation):
         annotation["maneuver"] = label
     for name in SIGNALS:
         signal = annotation.get(name)
-        if isinstance(signal, list) and not set(map(type, signal)) <= {int, float, bool, type(None)}:
-            raise ValueError(f"{name} must be a list of numbers, null where it is unknown")
-        if isinstance(signal, list) and not all(abs(value) < 1e30 for value in signal if value is not None):
-            raise ValueError(f"{name} holds a number that is too large")
+        if isinstance(signal, list):
+            if not set(map(type, signal)) <= {int, float, bool, type(None)}:
+                raise ValueError(f"{name} must be a list of numbers, null where it is unknown")
+            if not all(abs(value) < 1e30 for value in signal if value is not None):
+                raise ValueError(f"{name} holds a number that is too large")
 
 
 def read_annotation(data_root, video):
     """DIR/annotations/<clip>.json of a video, in its own subfolder or flat -> dict, empty when there is none;
     `maneuver` is a text or absent. BadFile with the reason when it is not what it should be."""
-    if not data_root:
-        return {}
-    folder, relative = Path(data_root) / "annotations", Path(video.name).with_suffix(".json")
-    for path in dict.fromkeys((folder / relative, folder / relative.name)):
+    name = os.path.splitext(video.name)[0] + ".json"
+    for place in dict.fromkeys((name, os.path.basename(name))) if data_root else ():
+        path = os.path.join(data_root, "annotations", place)
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                continue
-            annotation = parse_json(read_text(path, MAX_ANNOTATION_BYTES))
-            check_annotation(annotation)
-            return annotation
-        except (FileNotFoundError, NotADirectoryError):
-            continue
+            if stat.S_ISREG(os.stat(path).st_mode):
+                annotation = parse_json(read_text(path, MAX_ANNOTATION_BYTES))
+                check_annotation(annotation)
+                return annotation
         except (OSError, ValueError, RecursionError) as error:
-            if getattr(error, "errno", None) == errno.ENAMETOOLONG:
-                continue  # no file can have this name
-            raise BadFile(f"annotation {one_line(path.name)}: {one_line(reason_of(error))}") from error
+            absent = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # no file can have a name that is too long
+            if getattr(error, "errno", None) not in absent:
+                raise BadFile(f"annotation {one_line(os.path.basename(name))}: {one_line(reason_of(error))}") from error
     return {}
 
 
@@ -1266,26 +1206,16 @@ def read_annotation(data_root, video):
 
 # Demuxers that may open a file: a playlist script named .mp4 would otherwise make FFmpeg read other files.
 CONTAINER_WHITELIST = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,hevc,h264,asf,flv,mpeg,ogg"
-DECODERS = {
-    "auto": ("pyav", "decord"),
-    "pyav": ("pyav", "decord"),
-    "decord": ("decord", "pyav"),
-    "torchcodec": ("torchcodec", "pyav"),
-}
-# What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing): not programming errors here.
+DECODERS = {"auto": ("pyav", "decord"), "pyav": ("pyav", "decord"), "decord": ("decord", "pyav")}
+# What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing): no programming errors here.
 DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError, ArithmeticError)
-MAX_PIXELS = (
-    2**26
-)  # frames larger than this (8K has half of it), or stretched beyond it, are refused instead of filling the memory
-RAW_SUFFIXES = (".h264", ".hevc", ".264", ".265", ".h265")  # names of bare streams
+MAX_PIXELS = 2**26  # of a frame, stored or scaled: more is refused instead of filling the memory; 8K has half of it
 RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times at all and cannot be rewound
 RAW_FPS = 25.0  # frames per second of a raw stream of which neither header nor annotation nor the user says anything
 LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC no frame is overtaken by more than 16
 MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further than this has lost what lay between
-SKIPPING_CODECS = (
-    "h264",
-    "hevc",
-)  # decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file
+# Decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file.
+SKIPPING_CODECS = ("h264", "hevc")
 
 
 class CannotOpen(BadFile):
@@ -1311,13 +1241,13 @@ class ClipPlan:
 
 @dataclass(frozen=True)
 class TimeLine:
-    """When the frames of the video stream that plays are on screen, the one definition that every reading follows.
+    """When the frames of the stream that plays are on screen: the definition that every reading follows, of which
+    pyav_walk without `fast` is the reference.
 
     Second 0 is the presentation time `start` (in units of `unit` seconds) of the first picture that can be shown: the
-    first key frame, or where an edit list hides that one, the list's beginning. The picture at second t is the frame
-    with the latest presentation time at or before t. The line ends after `duration` seconds, where the last frame of
-    this stream ends: sound, covers and what the container says of them have no part in it. pyav_walk without `fast` is
-    the reference for it.
+    first key frame, or where an edit list hides it, the list's beginning. The picture at second t is the frame with
+    the latest presentation time at or before t. After `duration` seconds the last frame of this stream ends: sound,
+    covers and what the container says of them have no part in it.
     """
 
     start: int
@@ -1335,8 +1265,8 @@ class TimeLine:
 def frame_times(plan, duration, native_fps):
     """Seconds from the first frame at which the clip's frames are taken -> float64 [T].
 
-    Half a native frame is added, so that a request falls inside a frame and not on the border of two. Files shorter than
-    the window give frames over their whole length; with fewer frames than asked for, each one and then the last again.
+    Half a native frame is added, so that a request falls inside a frame and not on the border of two. A file shorter
+    than the window gives frames over its whole length; one with too few frames each of them, then the last again.
     """
     steps, half = np.arange(plan.num_frames), 0.5 / native_fps
     window = plan.num_frames / plan.fps if plan.fps else math.inf
@@ -1348,14 +1278,12 @@ def frame_times(plan, duration, native_fps):
 
 
 def crop_box(plan, width, height):
-    """Frame size -> (scaled width, scaled height, x, y): scale the frame to this, cut [height, width] of the plan at x, y."""
+    """Frame size -> (scaled width, scaled height, x, y): scale to this, cut [height, width] of the plan at x, y."""
     aspect = plan.width / plan.height * plan.ratio
     box_w = min(width, height * aspect)
-    box_h = min(height, box_w / aspect)
-    shrink = math.sqrt(plan.scale)
-    box_w, box_h = max(box_w * shrink, 1e-6), max(box_h * shrink, 1e-6)
-    scaled_w = max(round(width * plan.width / box_w), plan.width)
-    scaled_h = max(round(height * plan.height / box_h), plan.height)
+    box_h, shrink = min(height, box_w / aspect), math.sqrt(plan.scale)
+    scaled_w = max(round(width * plan.width / max(box_w * shrink, 1e-6)), plan.width)
+    scaled_h = max(round(height * plan.height / max(box_h * shrink, 1e-6)), plan.height)
     if scaled_w * scaled_h > MAX_PIXELS:
         raise BadFile(f"frame of {width} x {height} is too stretched for a {plan.width} x {plan.height} crop")
     return scaled_w, scaled_h, round((scaled_w - plan.width) * plan.u_x), round((scaled_h - plan.height) * plan.u_y)
@@ -1373,55 +1301,48 @@ def check_regular(path):
         raise BadFile("empty file (0 bytes)")
 
 
-def open_pyav(url):
-    """Open a file for PyAV with the allowed demuxers only -> container. CannotOpen with the reason when it is none of them."""
+def open_pyav(path):
+    """Open a file for PyAV with the allowed demuxers only -> container. CannotOpen with the reason when it is none."""
     import av
 
+    options = {"format_whitelist": CONTAINER_WHITELIST, "max_pixels": str(MAX_PIXELS)}
     try:
-        return av.open(
-            url,
-            options={"format_whitelist": CONTAINER_WHITELIST, "max_pixels": str(MAX_PIXELS)},
-            metadata_errors="ignore",
-        )
-    except (
-        av.FFmpegError,
-        *DECODE_ERRORS,
-    ) as error:  # PatchWelcomeError, UnknownError and some others are FFmpegError and nothing else
+        return av.open(f"file:{path}", options=options, metadata_errors="ignore")
+    except (av.FFmpegError, *DECODE_ERRORS) as error:  # PatchWelcomeError and some others are only FFmpegError
         raise CannotOpen(f"pyav cannot open it ({reason_of(error)})") from error
 
 
-def file_stamp(url):
-    """What changes when a file is replaced or rewritten: its inode, size and time."""
-    info = os.stat(url.removeprefix("file:"))
-    return info.st_ino, info.st_size, info.st_mtime_ns
+def file_stamp(container):
+    """Path of an open file and what changes when it is replaced or rewritten, a key for what is known of it."""
+    info = os.stat(path := container.name.removeprefix("file:"))
+    return path, info.st_ino, info.st_size, info.st_mtime_ns
 
 
 @lru_cache(maxsize=256)
-def streams_alive(url, stamp):
+def streams_alive(stamp):
     """Numbers of the video streams that show a second frame before some other one shows its hundredth -> set."""
-    counts = {}
-    with open_pyav(url) as container:
+    counts = Counter()
+    with open_pyav(stamp[0]) as container:
         for packet in container.demux(video=tuple(range(len(container.streams.video)))):
-            counts[packet.stream_index] = counts.get(packet.stream_index, 0) + (packet.size > 0)
+            counts[packet.stream_index] += packet.size > 0
             if counts[packet.stream_index] == 100:
                 break
     return {number for number, count in counts.items() if count > 1}
 
 
 def playing_stream(container):
-    """The video stream of an open file that plays. Attached pictures and streams of one frame (covers, thumbnails)
-    never count beside another one; of several the first that is marked default, else the first. BadFile without any."""
+    """The video stream of an open file that plays: of several the first that is marked default, else the first.
+    Attached pictures and streams of one frame (covers, thumbnails) never count beside another. BadFile without any."""
     from av.stream import Disposition
 
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     moving = [stream for stream in streams if stream.frames != 1]  # 0: not known
     if len(moving) > 1 and not all(stream.frames for stream in moving):
-        alive = streams_alive(container.name, file_stamp(container.name))
+        alive = streams_alive(file_stamp(container))
         moving = [stream for stream in moving if stream.index in alive]
-    chosen = sorted(moving or streams, key=lambda stream: not stream.disposition & Disposition.default)
-    if not chosen:
+    if not streams:
         raise BadFile("no video stream")
-    return chosen[0]
+    return min(moving or streams, key=lambda stream: not stream.disposition & Disposition.default)
 
 
 def from_key(packets, pts=None):
@@ -1436,26 +1357,26 @@ def from_key(packets, pts=None):
 
 
 def clock_step(dts, before):
-    """From one decoding time of a transport stream to the next, whose clock of 33 bits starts anew every 26.5 hours."""
+    """From one time of a transport stream to a later one: its clock of 33 bits starts anew every 26.5 hours."""
     return (dts - before + 2**32) % 2**33 - 2**32
 
 
-def until_jump(packets, unit):
-    """Packets up to the first whose decoding time lies before that of its forerunner, or over MAX_JUMP_S behind it."""
-    before = None
+def by_stretch(packets, unit):
+    """(number of its stretch, packet) of a transport stream: one ends where a decoding time lies before that of its
+    forerunner, or over MAX_JUMP_S behind it."""
+    number, before = 0, None
     for packet in packets:
         if packet.dts is not None:
-            if before is not None and not 0 <= clock_step(packet.dts, before) * unit <= MAX_JUMP_S:
-                return
+            number += before is not None and not 0 <= clock_step(packet.dts, before) * unit <= MAX_JUMP_S
             before = packet.dts
-        yield packet
+        yield number, packet
 
 
-def frame_length(packet, stream):
-    """How long the last frame of a stream stays, which only the container can say, in the stream's units. What it says
-    may be 0: a video's frame stays for the mean of all at least."""
-    rate = stream.average_rate if stream.type == "video" else 0
-    return max(packet.duration or 0, round(1 / (rate * packet.time_base)) if rate else 0)
+def packet_end(packet):
+    """When the frame of a packet ends, in its stream's units. What the container says of its length may be 0: a
+    video's frame stays for the mean of all at least."""
+    rate = packet.stream.average_rate if packet.stream.type == "video" else 0
+    return packet.pts + max(packet.duration or 0, round(1 / (rate * packet.time_base)) if rate else 0)
 
 
 @dataclass(frozen=True)
@@ -1469,102 +1390,87 @@ class Part:
 
 
 @lru_cache(maxsize=16)
-def stream_parts(url, number, stamp):
+def stream_parts(stamp, number):
     """Demux a transport stream once, without decoding -> [Part] in the file's order. BadFile without any key frame.
 
     After a jump forward the next part lies as much later; a part whose clock starts anew follows at once.
     """
-    stretches, before, parts = [], None, []
-    with open_pyav(url) as container:
-        unit = float(container.streams[number].time_base)
-        for packet in container.demux(container.streams[number]):
-            if packet.pts is None or packet.dts is None:
-                continue
-            if before is None or not 0 <= clock_step(packet.dts, before) * unit <= MAX_JUMP_S:
-                stretches.append(([], []))  # key packets, ends
-            before = packet.dts
-            keys, ends = stretches[-1]
-            if packet.is_keyframe and packet.pos is not None:
-                keys.append((packet.pts, packet.pos))
+    parts = []
+    with open_pyav(stamp[0]) as container:
+        stream = container.streams[number]
+        unit = float(stream.time_base)
+        for _, stretch in itertools.groupby(by_stretch(container.demux(stream), unit), operator.itemgetter(0)):
+            keys, end = [], -math.inf
+            for _, packet in stretch:
+                if packet.pts is not None and packet.is_keyframe and packet.pos is not None:
+                    keys.append((packet.pts, packet.pos))
+                if packet.pts is not None and keys:
+                    end = max(end, packet_end(packet))
             if keys:
-                ends.append(packet.pts + frame_length(packet, container.streams[number]))
-    for keys, ends in stretches:
-        if keys:
-            start, last = keys[0][0], parts[-1] if parts else None
-            at = last.at + max(clock_step(start, last.start) * unit, last.seconds) if last else 0.0
-            parts.append(Part(at, start, (max(ends) - start) * unit, np.array(keys)))
+                start, last = keys[0][0], parts[-1] if parts else None
+                at = last.at + max(clock_step(start, last.start) * unit, last.seconds) if last else 0.0
+                parts.append(Part(at, start, (end - start) * unit, np.array(keys)))
     if not parts:
         raise BadFile("no key frame in it")
     return parts
 
 
 @lru_cache(maxsize=1024)
-def end_of_stream(url, number, stamp):
+def end_of_stream(stamp, number):
     """Where the last frame of a video stream ends whose container does not say it -> its end in s by the file's clock.
 
-    Only what follows the last key frame is demuxed. Where no stream at all reaches the length that the header promises,
-    the file is cut short, and the promise stands: windows in the missing part are then refused.
+    Only what follows the last key frame is demuxed. Where no stream at all reaches the length that the header
+    promises, the file is cut short, and the promise stands: windows in the missing part are then refused.
     """
     import av
 
-    with open_pyav(url) as container:
+    ends = {}
+    with open_pyav(stamp[0]) as container:
         stream, promised = container.streams[number], (container.duration or 0) / 1e6
-        ends = {}
-        for late in (True, False):
-            try:
-                container.seek(int((promised or 10**9) / stream.time_base) if late else 0, stream=stream)
-            except av.FFmpegError:
-                continue  # it cannot be sought at all: it then stands at its start, or was read from there
+        for second in (promised or 10**9, 0):
+            with suppress(av.FFmpegError):  # it cannot be sought at all: it stands at its start, or was read from there
+                container.seek(int(second / stream.time_base), stream=stream)
             for packet in container.demux():
                 if packet.pts is not None and packet.size:
-                    other = packet.stream_index
-                    end = float((packet.pts + frame_length(packet, container.streams[other])) * packet.time_base)
-                    ends[other] = max(end, ends.get(other, end))
+                    end = float(packet_end(packet) * packet.time_base)
+                    ends[packet.stream_index] = max(end, ends.get(packet.stream_index, end))
             if number in ends:
                 break
-    reached = max(ends.values(), default=0.0)
-    return ends[number] if number in ends and reached > promised - 1.0 else promised
+    return ends[number] if number in ends and max(ends.values()) > promised - 1.0 else promised
 
 
 @lru_cache(maxsize=1024)
-def count_packets(url, stamp):
+def count_packets(stamp):
     """Number of pictures of a raw stream, from its first key frame on. Opened anew, since it cannot be rewound."""
-    with open_pyav(url) as container:
-        return sum(1 for packet in from_key(container.demux(video=0)) if packet.size)
-
-
-def raw_fps(stream, plan):
-    """Frames per second of a raw stream: what the user set, its header, its annotation, or RAW_FPS."""
-    return plan.frame_fps or float(stream.codec_context.framerate or 0) or plan.noted_fps or RAW_FPS
+    with open_pyav(stamp[0]) as container:
+        return sum(packet.size > 0 for packet in from_key(container.demux(video=0)))
 
 
 def time_line(container, stream, plan, fast=True):
     """-> (TimeLine, its packets from the first key packet on). A transport stream's line covers all its parts."""
-    kind, url, fps = container.format.name, container.name, float(stream.average_rate or stream.guessed_rate or 25)
-    packets = from_key(container.demux(stream))
+    kind, codec, unit, stamp = container.format.name, stream.codec_context, stream.time_base, file_stamp(container)
+    packets, fps = from_key(container.demux(stream)), float(stream.average_rate or stream.guessed_rate or 25)
     if kind in RAW_FORMATS:
-        fps = raw_fps(stream, plan)
+        fps = plan.frame_fps or float(codec.framerate or 0) or plan.noted_fps or RAW_FPS
         unit = 1 / Fraction(fps).limit_denominator(10**6)
-        return TimeLine(0, unit, count_packets(url, file_stamp(url)) / fps, fps, in_order=True), packets
-    unit = stream.time_base
+        return TimeLine(0, unit, count_packets(stamp) / fps, fps, in_order=True), packets
     if kind == "mpegts":
-        parts = stream_parts(url, stream.index, file_stamp(url))
+        parts = stream_parts(stamp, stream.index)
         return TimeLine(parts[0].start, unit, parts[-1].at + parts[-1].seconds, fps), packets
-    first = next(packets, None)
+    first, begin = next(packets, None), stream.start_time or 0
     if first is None and not fast:  # no packet is marked: the decoder decides what can be shown
-        container.seek(stream.start_time or 0, stream=stream)
+        container.seek(begin, stream=stream)
         first = next(packets := container.demux(stream), None)
     if first is None:
         raise BadFile("no key frame in it")
     # the presentation times of AVI are FFmpeg's guess, wrong where frames are stored in another order than shown
-    in_order = kind == "avi" and (not fast or bool(stream.codec_context.has_b_frames))
-    begin = stream.start_time or 0
+    in_order = kind == "avi" and (not fast or bool(codec.has_b_frames))
     start = first.dts if in_order else max(begin, begin if first.pts is None else first.pts)
     if stream.duration:
         lost = (first.dts if kind == "avi" else start) - begin  # what stands before the first key frame
         duration = float((stream.duration - max(lost, 0)) * unit)
     else:
-        duration = end_of_stream(url, stream.index, file_stamp(url)) - float(start * unit)
+        duration = end_of_stream(stamp, stream.index) - float(start * unit)
     return TimeLine(start, unit, duration, fps, in_order), itertools.chain([first], packets)
 
 
@@ -1587,16 +1493,16 @@ def enter_part(container, stream, line, times, fast):
 
     `fast` enters it at the last key packet before the window, else at its first. BadFile for a window across a jump.
     """
-    parts = stream_parts(container.name, stream.index, file_stamp(container.name))
-    number = bisect.bisect_right([part.at for part in parts], times[0]) - 1
-    part = parts[number]
+    parts = stream_parts(file_stamp(container), stream.index)
+    part = parts[bisect.bisect_right([part.at for part in parts], times[0]) - 1]
     if part is not parts[-1] and times[-1] > part.at + part.seconds:
         raise BadFile(f"its time stamps jump at {part.at + part.seconds:.2f} s, inside the window; cut the file there")
     line = replace(line, start=part.start - round(part.at / line.unit))
     early = part.keys[line.second(part.keys[:, 0]) <= times[0]] if fast else part.keys[:1]
-    pts, byte = (int(number) for number in early[-1])
+    pts, byte = early[-1].tolist()
     container.seek(byte, unsupported_byte_offset=True)
-    return line, until_jump(from_key(container.demux(stream), pts), line.unit)
+    stretches = itertools.groupby(by_stretch(from_key(container.demux(stream), pts), line.unit), operator.itemgetter(0))
+    return line, (packet for _, packet in next(stretches, (0, ()))[1])
 
 
 def orientation(frame):
@@ -1614,10 +1520,10 @@ def orientation(frame):
     if data is None:
         return False, 1, 1
     matrix = np.frombuffer(bytes(data), np.int32).reshape(3, 3).astype(np.float64)
-    scale = np.maximum(np.hypot(matrix[0, :2], matrix[1, :2]), 1e-9)
-    signs = np.round(matrix[:2, :2] / scale)
+    turn = matrix[:2, :2] / np.maximum(np.hypot(*matrix[:2, :2]), 1e-9)
+    signs = np.round(turn)
     across, down = signs.sum(0)  # each column holds one 1 or -1 beside a 0
-    if np.abs(matrix[:2, :2] / scale - signs).max() > 0.01 or abs(np.linalg.det(signs)) != 1 or matrix[:2, 2].any():
+    if np.abs(turn - signs).max() > 0.01 or abs(np.linalg.det(signs)) != 1 or matrix[:2, 2].any():
         raise BadFile(f"its display matrix {matrix.astype(int).ravel().tolist()} neither turns by quarters nor mirrors")
     return not signs[0, 0], int(down), int(across)
 
@@ -1625,12 +1531,10 @@ def orientation(frame):
 def pyav_picture(frame, plan, pixel_aspect):
     """One decoded frame -> uint8 [H, W, 3], turned and mirrored as it asks, pixels squared, cropped and resized."""
     on_its_side, down, across = orientation(frame)
-    width, height = frame.width * pixel_aspect, frame.height
-    if on_its_side:
-        width, height = height, width
-    scaled_w, scaled_h, x, y = crop_box(plan, width, height)
-    size = (scaled_h, scaled_w) if on_its_side else (scaled_w, scaled_h)
-    picture = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation="AREA").to_ndarray()
+    turn = -1 if on_its_side else 1
+    scaled_w, scaled_h, x, y = crop_box(plan, *(frame.width * pixel_aspect, frame.height)[::turn])
+    width, height = (scaled_w, scaled_h)[::turn]
+    picture = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
     picture = picture.swapaxes(0, 1) if on_its_side else picture
     return picture[::down, ::across][y : y + plan.height, x : x + plan.width]
 
@@ -1646,36 +1550,29 @@ def is_wanted(packet, near, line, times):
     return request < len(times) and (following == len(near) or times[request] < line.second(near[following]))
 
 
-def pyav_frames(container, stream, times, fast, line=None, packets=None):
-    """Decoded frames in display order, by default all that the container holds. `fast` leaves out frames that nobody
-    refers to and that are not on screen at a requested time, by the presentation times of the packets around them:
-    those that are kept come out bit for bit the same. What a container says of a frame's duration is its guess and
-    counts for nothing."""
-    line = line or TimeLine(stream.start_time or 0, stream.time_base, 0.0, 0.0)
-    may_skip = fast and stream.codec_context.name in SKIPPING_CODECS
-    queue, near, order, count = deque(), [], deque(), 0
-    for ahead in itertools.chain(packets or container.demux(stream), [None] * LOOK_AHEAD):
-        if ahead is not None:
-            queue.append(ahead)
+def pyav_frames(stream, times, fast, line, packets):
+    """Decoded frames of packets in display order. `fast` leaves out frames that nobody refers to and that are not on
+    screen at a requested time, by the presentation times of the packets around them: what a container says of their
+    duration is its guess. Those that are kept come out bit for bit the same."""
+    codec, packets, queue, near, order = stream.codec_context, iter(packets), deque(), [], deque()
+    may_skip = fast and codec.name in SKIPPING_CODECS
+    for number in itertools.count():
+        while len(queue) <= LOOK_AHEAD and (ahead := next(packets, None)) is not None:
+            if ahead.size or ahead.dts is not None:  # else the demuxer's word for the end
+                queue.append(ahead)
             if ahead.pts is not None and not ahead.is_discard:
                 bisect.insort(near, ahead.pts)
                 del near[: -4 * LOOK_AHEAD]
-        if not queue or ahead is not None and len(queue) <= LOOK_AHEAD:
-            continue
-        packet = queue.popleft()
-        if not packet.size and packet.dts is None:
-            continue  # the demuxer's word for the end
-        if may_skip and packet.pts is not None:
-            stream.codec_context.skip_frame = "DEFAULT" if is_wanted(packet, near, line, times) else "NONREF"
-        if line.in_order and packet.size:
-            order.append(count if packet.dts is None else packet.dts)
-            count += 1
-        for frame in packet.decode():
+        packet = queue.popleft() if queue else None  # which asks for the frames that the decoder still holds
+        if packet and may_skip and packet.pts is not None:
+            codec.skip_frame = "DEFAULT" if is_wanted(packet, near, line, times) else "NONREF"
+        if packet and line.in_order and packet.size:
+            order.append(number if packet.dts is None else packet.dts)
+        for frame in codec.decode(packet):
             frame.pts = order.popleft() if line.in_order else frame.pts
             yield frame
-    for frame in stream.codec_context.decode(None):
-        frame.pts = order.popleft() if line.in_order else frame.pts
-        yield frame
+        if packet is None:
+            return
 
 
 def pyav_walk(container, stream, plan, fast):
@@ -1691,7 +1588,7 @@ def pyav_walk(container, stream, plan, fast):
     elif sought:
         packets = enter_window(container, stream, line, times)
     frames, shown, before, shown_end = [], None, -math.inf, 0.0
-    for frame in pyav_frames(container, stream, times, fast, line, packets):
+    for frame in pyav_frames(stream, times, fast, line, packets):
         if frame.pts is None and fast:
             raise BadFile("a picture without a presentation time")  # its forerunner tells it: none may be left out
         if frame.pts is None and shown is None:
@@ -1699,15 +1596,13 @@ def pyav_walk(container, stream, plan, fast):
         now = before + 1 / line.fps if frame.pts is None else line.second(frame.pts)
         # at 0 the key frame may be hidden
         if shown is None and sought and (now > times[0] or now > 0 and not frame.key_frame):
-            raise BadFile(
-                f"seek to {times[0]:.2f} s landed at {now:.2f} s{'' if frame.key_frame else ', on no key frame'}"
-            )
+            what = "" if frame.key_frame else ", on no key frame"
+            raise BadFile(f"seek to {times[0]:.2f} s landed at {now:.2f} s{what}")
         if now < before:
             raise BadFile(f"its time stamps run backwards, from {before:.2f} s to {now:.2f} s; convert it to mp4")
-        picture = None
-        while len(frames) < len(times) and shown is not None and now > times[len(frames)]:
-            picture = pyav_picture(shown, plan, aspect) if picture is None else picture
-            frames.append(picture)
+        due = np.searchsorted(times, now) - len(frames)  # requests that the frame before this one answers
+        if shown is not None and due > 0:
+            frames += [pyav_picture(shown, plan, aspect)] * due
         if len(frames) == len(times):
             return np.stack(frames)
         if frame.is_corrupt:
@@ -1719,29 +1614,26 @@ def pyav_walk(container, stream, plan, fast):
     slack = 1.0 + 2 / line.fps  # containers round their length; a whole missing second is a truncated file
     if times[-1] > shown_end + slack and line.duration * line.fps >= plan.num_frames:
         raise BadFile(f"ends at {shown_end:.2f} s, its header promises {line.duration:.2f} s")
-    last = pyav_picture(shown, plan, aspect)
-    return np.stack(frames + [last] * (len(times) - len(frames)))
+    return np.stack(frames + [pyav_picture(shown, plan, aspect)] * (len(times) - len(frames)))
 
 
 def read_pyav(path, plan, fast=True):
-    """Frames through PyAV, strict about damage: it stops at broken data instead of painting over it. `fast` seeks to the window
-    and leaves out frames that are not needed; a file on which that fails is read plainly from its start."""
+    """Frames through PyAV, strict about damage: it stops at broken data instead of painting over it. `fast` seeks to
+    the window and leaves out frames that are not needed; where that fails the file is read plainly from its start."""
     import av
 
     try:
-        with open_pyav(f"file:{path}") as container:
+        with open_pyav(path) as container:
             stream = playing_stream(container)
-            stream.thread_type, stream.thread_count = "NONE", 1
-            stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
-            reorders = stream.codec_context.has_b_frames
+            codec, stream.thread_type, stream.thread_count = stream.codec_context, "NONE", 1
+            codec.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+            reorders = codec.has_b_frames
             frames = pyav_walk(container, stream, plan, fast)
-            if fast and container.format.name == "avi" and stream.codec_context.has_b_frames != reorders:
+            if fast and container.format.name == "avi" and codec.has_b_frames != reorders:
                 raise BadFile("its frames are not stored in the order in which they are shown")
             return frames
-    except CannotOpen:
-        raise
     except (BadFile, av.FFmpegError, *DECODE_ERRORS) as error:
-        if fast:  # an open GOP cannot always be entered at its key frame
+        if fast and not isinstance(error, CannotOpen):  # an open GOP cannot always be entered at its key frame
             return read_pyav(path, plan, fast=False)
         if isinstance(error, BadFile):
             raise
@@ -1753,90 +1645,63 @@ def video_timing(path, plan):
     import av
 
     try:
-        with open_pyav(f"file:{path}") as container:
+        with open_pyav(path) as container:
             line, _ = time_line(container, playing_stream(container), plan)
             return line.duration, line.fps
     except av.FFmpegError as error:
         raise BadFile(f"pyav stopped reading ({reason_of(error)})") from error
 
 
-def check_simple_file(path):
-    """CannotOpen for what decord and torchcodec cannot be trusted with. They take no list of allowed demuxers (a
-    playlist would open other files), decord's frames are seconds off in ts and repeat in avi; they choose a video
-    stream by rules of their own, do not mirror, and know nothing of streams whose first frames cannot be shown."""
-    import av
-
+def beyond_decord(path):
+    """What decord cannot be trusted with -> text, "" for nothing. It takes no list of allowed demuxers (a playlist
+    would open other files), its frames are seconds off in ts and repeat in avi; it chooses a video stream by rules of
+    its own, does not mirror, and knows nothing of streams whose first frames cannot be shown."""
     with open(path, "rb") as file:
         head = file.read(12)
     if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip") and head[:4] != b"\x1aE\xdf\xa3":
-        raise CannotOpen("only pyav is trusted with containers other than mp4, mov, mkv and webm")
-    try:
-        with open_pyav(f"file:{path}") as container:
-            if len(container.streams.video) != 1:
-                raise CannotOpen(f"only pyav is trusted with {len(container.streams.video)} video streams in one file")
-            first = next(container.demux(video=0))
-            if first.is_discard or not first.is_keyframe:
-                raise CannotOpen("only pyav is trusted with a stream whose first frame is not shown")
-            on_its_side, down, across = orientation(next(iter(first.decode()), None) or next(container.decode(video=0)))
-            if (down * across < 0) != on_its_side:
-                raise CannotOpen("only pyav is trusted with mirrored pictures")
-    except (av.FFmpegError, StopIteration, *DECODE_ERRORS) as error:
-        raise CannotOpen(f"no first frame to be seen ({reason_of(error)})") from error
+        return "containers other than mp4, mov, mkv and webm"
+    with open_pyav(path) as container:
+        if len(container.streams.video) != 1:
+            return f"{len(container.streams.video)} video streams in one file"
+        first = next(container.demux(video=0))
+        if first.is_discard or not first.is_keyframe:
+            return "a stream whose first frame is not shown"
+        on_its_side, down, across = orientation(next(iter(first.decode()), None) or next(container.decode(video=0)))
+        return "mirrored pictures" if (down * across < 0) != on_its_side else ""
 
 
 def read_decord(path, plan):
     """Frames through decord. It is opened twice: its resize must be known before the first frame tells the size."""
     if importlib.util.find_spec("decord") is None:
         raise CannotOpen("decord is not installed")
+    import av
     import decord
 
-    check_simple_file(path)
     decord.logging.set_level(decord.logging.FATAL)
+    open_decord = partial(decord.VideoReader, path, ctx=decord.cpu(0), num_threads=1)
     try:
-        reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
-        height, width = reader[0].shape[:2]
+        if beyond := beyond_decord(path):
+            raise CannotOpen(f"only pyav is trusted with {beyond}")
+        height, width = open_decord()[0].shape[:2]
         scaled_w, scaled_h, x, y = crop_box(plan, width, height)
-        reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1, width=scaled_w, height=scaled_h)
+        reader = open_decord(width=scaled_w, height=scaled_h)
         starts = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
         starts -= starts[0]
         fps = float(reader.get_avg_fps()) or 25.0
         times = frame_times(plan, float(starts[-1]) + 1 / fps, fps)
         wanted = np.clip(np.searchsorted(starts, times, side="right") - 1, 0, len(starts) - 1)
-        pictures = reader.get_batch(wanted).asnumpy()
-    except (*DECODE_ERRORS, decord.DECORDError) as error:
-        raise CannotOpen(
-            f"decord cannot read it ({str(error).strip().splitlines()[-1][:120] if str(error).strip() else type(error).__name__})"
-        ) from error
-    return pictures[:, y : y + plan.height, x : x + plan.width]
+        return reader.get_batch(wanted).asnumpy()[:, y : y + plan.height, x : x + plan.width]
+    except (StopIteration, av.FFmpegError, *DECODE_ERRORS, decord.DECORDError) as error:
+        words = (str(error).strip() or type(error).__name__).splitlines()
+        raise CannotOpen(f"decord cannot read it ({words[-1][:120]})") from error
 
 
-def read_torchcodec(path, plan):
-    """Frames through torchcodec, an extra that needs FFmpeg's libraries on the system."""
-    if importlib.util.find_spec("torchcodec") is None:
-        raise CannotOpen("torchcodec is not installed")
-    from torchcodec.decoders import VideoDecoder
-    from torchcodec.transforms import Resize
-
-    check_simple_file(path)
-    try:
-        info = VideoDecoder(path, num_ffmpeg_threads=1).metadata
-        scaled_w, scaled_h, x, y = crop_box(plan, info.width, info.height)
-        decoder = VideoDecoder(
-            path, num_ffmpeg_threads=1, dimension_order="NHWC", transforms=[Resize((scaled_h, scaled_w))]
-        )
-        begin, end = info.begin_stream_seconds, info.end_stream_seconds
-        times = frame_times(plan, end - begin, float(info.average_fps))
-        pictures = decoder.get_frames_played_at(list(np.minimum(begin + times, end - 1e-3))).data.numpy()
-    except DECODE_ERRORS as error:
-        raise CannotOpen(f"torchcodec cannot read it ({str(error).strip()[:120]})") from error
-    return pictures[:, y : y + plan.height, x : x + plan.width]
-
-
-READERS = {"pyav": read_pyav, "decord": read_decord, "torchcodec": read_torchcodec}
+READERS = {"pyav": read_pyav, "decord": read_decord}
 
 
 def read_frames(path, plan, decoder):
-    """Decode just the frames of a plan, resized -> uint8 [T, H, W, 3]. Raises BadFile with the reason of every decoder tried."""
+    """Decode just the frames of a plan, resized -> uint8 [T, H, W, 3]. BadFile with the reason of every decoder
+    tried."""
     check_regular(path)
     reasons = []
     for name in DECODERS[decoder]:
@@ -1875,77 +1740,69 @@ def end_without(parent):
     os._exit(EXIT_ERROR)
 
 
-def do_apart(parent, work, *args):
-    """Life of a process of child_process: exit code 1 for a BadFile, 0 where the work was done."""
+def do_apart(parent, pipe, work, *args):
+    """Life of a process of told_apart: sends what `work` gives, then None unless that was a BadFile."""
     threading.Thread(target=end_without, args=(parent,), daemon=True).start()
-    try:
-        work(*args)
-    except BadFile:
-        os._exit(1)
+    with suppress(BadFile):
+        for value in work(*args) or ():
+            pipe.send(value)
+        pipe.send(None)
     os._exit(0)
 
 
-@contextmanager
-def child_process(work, *args):
-    """A forked process for work on files that may crash it or hang; at the end of the block it is killed."""
-    process = multiprocessing.get_context("fork").Process(target=do_apart, args=(os.getpid(), work, *args))
+def told_apart(seconds, work, *args):
+    """What work on files that may crash it or hang gives in a forked process within so many seconds -> (list, whether
+    that is all). It is killed then."""
+    pipe, end = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=do_apart, args=(os.getpid(), end, work, *args))
+    values, done, deadline = [], False, time.monotonic() + seconds
     with HeldSignals():
         process.start()
     try:
-        yield process
+        end.close()
+        with suppress(EOFError):  # it died of a file
+            while not done and pipe.poll(max(deadline - time.monotonic(), 0.0)):
+                values.append(pipe.recv())
+                done = values[-1] is None
     finally:
         process.kill()
         process.join()
+    return values[: len(values) - done], done
 
 
-def can_read(cfg, video):
-    """Whether one small clip of a video can be decoded."""
+def small_clip(cfg, video):
+    """Decode one small clip of a video, for told_apart."""
     plan = ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5)
-    with child_process(read_frames, video.path, plan, cfg.decoder) as process:
-        process.join(cfg.decode_timeout_s)
-        return process.exitcode == 0
+    read_frames(video.path, plan, cfg.decoder)
 
 
-def send_guessed(pipe, root, videos):
-    """Send the names of raw streams whose rate nobody gives, one by one, then None."""
+def guessed_names(root, videos):
+    """Names of the raw streams whose rate nobody gives."""
     for video in videos:
-        try:
+        with suppress(BadFile):  # named with its reason when a clip of it is read
             check_regular(video.path)
-            with open_pyav(f"file:{video.path}") as container:
+            with open_pyav(video.path) as container:
                 streams = container.streams.video if container.format.name in RAW_FORMATS else ()
                 codec = streams[0].codec_context if streams else None
                 if codec and codec.width and not codec.framerate and not read_annotation(root, video).get("fps"):
-                    pipe.send(video.name)
-        except BadFile:
-            continue  # named with its reason when a clip of it is read
-    pipe.send(None)
+                    yield video.name
 
 
 def guessed_rates(cfg, root, videos):
-    """Names of the files that are read at RAW_FPS since neither frame_fps nor header nor annotation says more -> (list,
-    whether all were looked at). Only raw suffixes are opened, for 20 s at most."""
+    """Names of the files that are read at RAW_FPS since neither frame_fps nor header nor annotation says more ->
+    (list, whether all were looked at). Only raw suffixes are opened, for 20 s at most."""
     raw = [video for video in videos if video.path.lower().endswith(RAW_SUFFIXES)]
-    names, done = [], False
     if cfg.frame_fps or not raw:
-        return names, True
-    pipe, end = multiprocessing.Pipe(duplex=False)
-    deadline = time.monotonic() + min(cfg.decode_timeout_s, 20.0)
-    with child_process(send_guessed, end, root, raw), suppress(EOFError):  # it died of a file
-        end.close()
-        while not done and pipe.poll(max(deadline - time.monotonic(), 0.0)):
-            name = pipe.recv()
-            done = name is None
-            names += [] if done else [name]
-    return names, done
+        return [], True
+    return told_apart(min(cfg.decode_timeout_s, 20.0), guessed_names, root, raw)
 
 
 def split_readable(cfg, videos, can_read=can_read):
     """split_videos, but while none of a handful of held-out files can be decoded, one more is held out -> (train, val)."""
     train, val = split_videos(videos, cfg.val_fraction)
-    most = min(len(val) + 8, len(videos) - 1)
-    for at_least in range(len(val), most + 1):
+    for at_least in range(len(val), min(len(val) + 8, len(videos) - 1) + 1):
         wider = split_videos(videos, cfg.val_fraction, at_least)
-        if len(val) > 8 or any(can_read(cfg, video) for video in wider[1]):
+        if len(val) > 8 or any(told_apart(cfg.decode_timeout_s, small_clip, cfg, video)[1] for video in wider[1]):
             return wider
     return train, val
 
