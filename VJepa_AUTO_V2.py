@@ -1007,14 +1007,14 @@ def count_suffixes(names):
     return ", ".join(f"{count} {one_line(suffix, 20)}" for suffix, count in counts) or "no file at all"
 
 
-def scan_folder(root, video_glob):
+def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
     """Walk a folder -> Listing, sorted by name, of the files with a known suffix that match the glob, one name each.
     Names that begin with a dot do not count: they are hidden, or macOS's twins of other files."""
     matches, found, others, closed = glob_pattern(video_glob).match, [], [], []
     below = "videos/" if os.path.basename(root) == "videos" else ""  # a glob may name that folder or not
     for parent, entry in walk_folder(root, closed):
         name, path = entry.name, parent + entry.name
-        known = name.lower().endswith(VIDEO_SUFFIXES) and name[0] != "."
+        known = name.lower().endswith(suffixes) and name[0] != "."
         if known and any(map(matches, (name, path, below + path))):
             found.append(VideoFile(path, os.path.join(root, path)))
         else:
@@ -1135,7 +1135,7 @@ def read_list(path):
     return Listing(videos, [f"{again}are left out: {name_some(links)}"] if links else [], "the list names no video")
 
 
-def find_videos(data_root, video_glob):
+def find_videos(data_root, video_glob, suffixes=VIDEO_SUFFIXES):
     """Folder (its videos/ if it has one), list file or single video -> Listing. UsageError if the path is absent."""
     if not os.path.exists(data_root):
         hint = "give a folder of videos, or leave --data_root out for built-in scenes"
@@ -1144,10 +1144,10 @@ def find_videos(data_root, video_glob):
         raise UsageError(f"data_root {data_root}: not readable; check its permissions")
     if not os.path.isfile(data_root):
         videos = os.path.join(data_root, "videos")
-        return scan_folder(videos if os.path.isdir(videos) else data_root, video_glob)
+        return scan_folder(videos if os.path.isdir(videos) else data_root, video_glob, suffixes)
     if data_root.lower().endswith((".csv", ".txt", ".jsonl")):
         return read_list(data_root)
-    if data_root.lower().endswith(VIDEO_SUFFIXES):
+    if data_root.lower().endswith(suffixes):
         return Listing([VideoFile(os.path.basename(data_root), os.path.abspath(data_root))])
     raise UsageError(f"data_root {data_root}: neither a folder, a video, nor a csv, txt or jsonl list")
 
@@ -1797,12 +1797,12 @@ def guessed_rates(cfg, root, videos):
     return told_apart(min(cfg.decode_timeout_s, 20.0), guessed_names, root, raw)
 
 
-def split_readable(cfg, videos, can_read=can_read):
-    """split_videos, but while none of a handful of held-out files can be decoded, one more is held out -> (train, val)."""
+def split_readable(cfg, videos, read_one=small_clip):
+    """split_videos, but while none of a handful of held-out files can be read by `read_one`, one more is held out."""
     train, val = split_videos(videos, cfg.val_fraction)
     for at_least in range(len(val), min(len(val) + 8, len(videos) - 1) + 1):
         wider = split_videos(videos, cfg.val_fraction, at_least)
-        if len(val) > 8 or any(told_apart(cfg.decode_timeout_s, small_clip, cfg, video)[1] for video in wider[1]):
+        if len(val) > 8 or any(told_apart(cfg.decode_timeout_s, read_one, cfg, video)[1] for video in wider[1]):
             return wider
     return train, val
 
@@ -2574,10 +2574,11 @@ class FileDataset(torch.utils.data.Dataset):
         self.maneuvers = {name: number for number, name in enumerate(maneuvers)}
         self.watch, self.waited, self.retried = Attendant(), 0.0, set()
 
-    @staticmethod
-    def can_read(cfg, video):
-        """Whether a sample can be made of a file: asked until one is found for each side of the split."""
-        return os.path.isfile(video.path)
+    @classmethod
+    def read_one(cls, cfg, video):
+        """Read a file in a process of its own, to see whether it can be: until one is found for the held-out side."""
+        data = cls(cfg, [video], "", "val")
+        data.read_file(video, data.plan(np.random.default_rng(0)))
 
     @staticmethod
     def notes(cfg, source):
@@ -2672,7 +2673,7 @@ class ClipDataset(FileDataset):
     """Clips of videos: window, crop and flip by (seed, i) -> frames uint8 [T, 3, H, W] and the number of the maneuver."""
 
     SUFFIXES, HAS_SCENES = VIDEO_SUFFIXES, True
-    can_read = staticmethod(can_read)
+    read_one = staticmethod(small_clip)
 
     @staticmethod
     def notes(cfg, source):
@@ -2826,8 +2827,9 @@ def open_data(world, cfg, videos, is_main, barrier, stopping=None):
         root = str(scenes_folder(root, cfg)[0])
         names = sorted(f"{name}.mp4" for name in scene_names(cfg))  # not what else may stand there
         videos = [VideoFile(name, os.path.join(root, "videos", name)) for name in names]
-    can_read = None if kind in ("random", "render") else world.Dataset.can_read
-    train, val = split_readable(cfg, videos, can_read) if can_read else split_videos(videos, cfg.val_fraction)
+    made_up = kind in ("random", "render")
+    split = split_videos(videos, cfg.val_fraction) if made_up else split_readable(cfg, videos, world.Dataset.read_one)
+    train, val = split
     maneuvers = []
     if world.wants_labels(cfg):
         maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names(videos, root)
@@ -2871,17 +2873,15 @@ def data_notes(cfg, videos, source, saved=None):
 # parent waiting for ever in a read that nothing can interrupt. It also needs /dev/shm, which containers keep small.
 
 
+@dataclass(frozen=True)
 class StepSampler:
     """Sample numbers of this rank, micro-step after micro-step: rank r of W takes start + i*W + r. Holds no state."""
 
-    def __init__(self, start, num_batches, batch_size, rank, world_size):
-        self.start, self.num_batches, self.batch_size, self.rank, self.world_size = (
-            start,
-            num_batches,
-            batch_size,
-            rank,
-            world_size,
-        )
+    start: int
+    num_batches: int
+    batch_size: int
+    rank: int
+    world_size: int
 
     def __len__(self):
         return self.num_batches
@@ -2890,14 +2890,13 @@ class StepSampler:
         if not 0 <= batch < self.num_batches:
             raise IndexError(batch)
         first = batch * self.batch_size
-        return [self.start + (first + i) * self.world_size + self.rank for i in range(self.batch_size)]
+        return [self.start + i * self.world_size + self.rank for i in range(first, first + self.batch_size)]
 
 
 def collate(samples):
     """List of samples -> dict of stacked tensors, and `bad`: every (file, reason) met."""
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0] if key != "bad"}
-    batch["bad"] = [entry for sample in samples for entry in sample["bad"]]
-    return batch
+    return batch | {"bad": [entry for sample in samples for entry in sample["bad"]]}
 
 
 QUARANTINED = "quarantined"  # how the reason of a file begins that must not be opened again
@@ -2927,9 +2926,8 @@ class BatchPickler(ForkingPickler):
 
 class WorkerEnd(Attendant):
     """A worker's side of its socket: messages (kind, content), each preceded by its length. Kinds: hold (number of the
-    file in hand, -1 for none), waiting (text), batch, error. Whatever exception leaves its `with` block is told.
-
-    The large arrays of a batch lie in shared memory where there is some; the message says where.
+    file in hand, -1 for none), waiting (text), batch, whose large arrays lie in shared memory where there is some, and
+    error: whatever exception leaves its `with` block.
     """
 
     def __init__(self, channel, memory):
@@ -2938,14 +2936,12 @@ class WorkerEnd(Attendant):
         self.places, self.free, self.end = [], 0, 0  # arrays laid down as (start, bytes), what is left of the slot
 
     def say(self, kind, content):
-        """Send one message. OSError when the main process is gone."""
         message = ForkingPickler.dumps((kind, content), 5)
         self.channel.sendall(len(message).to_bytes(8, "little") + message)
         self.last_word = time.monotonic()
 
     @contextmanager
     def holding(self, number):
-        """Mark a file as in hand while it is read."""
         self.say("hold", number)
         try:
             yield
@@ -2975,9 +2971,9 @@ class WorkerEnd(Attendant):
         """Send a batch, its arrays in slot turn % PREFETCH. The main process says when a slot is free again."""
         if turn >= PREFETCH and not self.channel.recv(1):
             raise EOFError("the main process is gone")
-        slot = len(self.memory) // PREFETCH
-        self.places, self.free, self.end = [], turn % PREFETCH * slot, (turn % PREFETCH + 1) * slot
-        inner = io.BytesIO()
+        size, inner = len(self.memory) // PREFETCH, io.BytesIO()
+        self.places, self.free = [], turn % PREFETCH * size
+        self.end = self.free + size
         BatchPickler(inner, 5, True, self.lay_down).dump(batch)
         self.say("batch", (self.places, inner.getvalue()))
 
@@ -2989,11 +2985,11 @@ class WorkerEnd(Attendant):
             known = next((name for name, base in WORKER_ERRORS.items() if isinstance(error, base)), "")
             text = str(error) if known else f"{kind.__name__}: {error}"
             with suppress(OSError):  # the main process is gone: nobody is left to tell
-                self.say("error", (known, text, "".join(traceback.format_exception(kind, error, trace))))
+                self.say("error", (known, text, "".join(traceback.format_exception(error))))
         return True
 
 
-def serve_batches(parent, channel, memory, dataset, files, sampler, batch_numbers, collate_fn):
+def serve_batches(parent, channel, memory, batch_numbers, dataset, files, sampler, collate_fn):
     """Life of a loader worker: make its share of the batches, in order, at most PREFETCH ahead of the loop."""
     for number in STOP_SIGNALS:  # the main process saves first and then ends its workers
         signal.signal(number, signal.SIG_IGN)
@@ -3010,62 +3006,48 @@ def serve_batches(parent, channel, memory, dataset, files, sampler, batch_number
 
 
 class Worker:
-    """The main process's side of a worker: its process, its socket and what it has said.
-
-    `in_hand` is the number of the file that it reads or -1, `silent` for how many seconds the loop has waited without a
-    word from it, `parcels` its batches that were not taken yet, `lost` whether its end of the socket is closed,
-    `failure` the exception that ended it (name in WORKER_ERRORS or "", text, traceback).
-    """
+    """The main process's side of a worker: its process, its socket and what it has said."""
 
     def __init__(self, batch_numbers, memory_bytes):
         shared = START_METHOD == "fork" and memory_bytes
         self.memory = mmap.mmap(-1, memory_bytes) if shared else b""  # anonymous: needs no /dev/shm
         self.channel, self.theirs = socket.socketpair()
-        for end in (self.channel, self.theirs):
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                end.setsockopt(socket.SOL_SOCKET, option, 2**20)
+        for end, option in itertools.product((self.channel, self.theirs), (socket.SO_SNDBUF, socket.SO_RCVBUF)):
+            end.setsockopt(socket.SOL_SOCKET, option, 2**20)
         self.channel.setblocking(False)
-        self.batch_numbers, self.received, self.taken = batch_numbers, 0, 0
-        self.inbox, self.parcels, self.in_hand, self.silent = bytearray(), [], -1, 0.0
-        self.process, self.lost, self.failure = None, False, None
+        self.batch_numbers, self.todo, self.ahead = batch_numbers, len(batch_numbers), 0  # to make; made, slot in use
+        self.inbox, self.parcels, self.in_hand = bytearray(), [], -1  # bytes, batches not taken yet, file that it reads
+        self.silent, self.lost = (
+            0.0,
+            False,
+        )  # seconds for which the loop has waited for a word, whether its end is closed
+        self.process, self.failure = None, None  # what ended it: (name in WORKER_ERRORS or "", text, traceback)
 
-    def start(self, dataset, files, sampler, collate_fn):
+    def start(self, *work):
         """Start the process. OSError when the system refuses."""
-        work = os.getpid(), self.theirs, self.memory, dataset, files, sampler, self.batch_numbers, collate_fn
-        self.process = multiprocessing.get_context(START_METHOD).Process(target=serve_batches, args=work, daemon=True)
+        args = os.getpid(), self.theirs, self.memory, self.batch_numbers, *work
+        self.process = multiprocessing.get_context(START_METHOD).Process(target=serve_batches, args=args, daemon=True)
         self.process.start()
         self.theirs.close()  # the worker alone holds it: its death closes it
 
-    @property
-    def owes(self):
-        """Whether it has a batch to make now."""
-        return self.received < min(len(self.batch_numbers), self.taken + PREFETCH)
-
-    @property
-    def died(self):
-        """Whether it ended with work undone and without an exception."""
-        return self.lost and self.failure is None and self.received < len(self.batch_numbers)
-
     def read(self):
-        """Take in what has arrived, without waiting -> texts for whoever watches."""
+        """Take in what has arrived -> texts for whoever watches."""
         try:
             while piece := self.channel.recv(2**20):
                 self.silent = 0.0
                 self.inbox += piece
             self.lost = True
-        except BlockingIOError:
-            pass  # no more for now
-        except ConnectionError:
-            self.lost = True
+        except (BlockingIOError, ConnectionError) as error:  # no more for now, or its death
+            self.lost = isinstance(error, ConnectionError)
         texts = []
         while len(self.inbox) >= 8 and len(self.inbox) >= (until := 8 + int.from_bytes(self.inbox[:8], "little")):
-            kind, content = ForkingPickler.loads(memoryview(self.inbox)[8:until].tobytes())
+            kind, content = ForkingPickler.loads(self.inbox[8:until])
             del self.inbox[:until]
             if kind == "hold":
                 self.in_hand = content
             elif kind == "batch":
-                self.received += 1
                 self.parcels.append(content)
+                self.todo, self.ahead = self.todo - 1, self.ahead + 1
             elif kind == "error":
                 self.failure = content
             else:
@@ -3077,7 +3059,7 @@ class Worker:
         """How it ended, in words."""
         self.process.join(1.0)
         code = self.process.exitcode
-        if not self.lost or code is None:
+        if code is None:
             return "no sign of life"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
@@ -3088,14 +3070,14 @@ class Worker:
         raise error from RuntimeError(f"\n{trace}")
 
     def take(self, in_place=False):
-        """The next batch. Its arrays are copies, or lie in shared memory until `release` when `in_place`."""
+        """The next batch, its arrays copied or, `in_place`, in shared memory until `release`."""
         places, inner = self.parcels.pop(0)
         pieces = [np.frombuffer(self.memory, np.uint8, size, start) for start, size in places]
         return ForkingPickler.loads(inner, buffers=pieces if in_place else [piece.copy() for piece in pieces])
 
     def release(self):
         """Say that the slot of the batch taken last is free."""
-        self.taken += 1
+        self.ahead -= 1
         with suppress(ConnectionError):  # it has made its last batch, or its death is noticed when it is waited for
             self.channel.send(b"f")
 
@@ -3109,11 +3091,10 @@ class Worker:
 
 
 def end_workers(workers, owner):
-    """End all workers of a list and forget them. Only the process that started them ends them: a fork of it holds the
-    same list."""
-    if os.getpid() == owner:
-        for worker in workers:
-            worker.end()
+    """End and forget all workers of a list; a fork of the process that started them holds the same list, and ends
+    none."""
+    for worker in workers if os.getpid() == owner else ():
+        worker.end()
     workers.clear()
 
 
@@ -3128,55 +3109,48 @@ def pin_batch(batch):
     return {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
+@dataclass(eq=False)
 class ClipLoader:
     """Iterator over batches in the sampler's order, whatever the number of workers and whatever becomes of them.
 
     Each worker makes every num_workers-th batch. When one dies, or says nothing while the loop waits for timeout_s, all
     are replaced and reading goes on with the batch that was due; the file in hand at two such ends goes into the
-    `quarantine` of `files`, the ClipDataset that reads. Since a sample's substitute depends on the sample alone, later
-    batches are as if the file had been left out from the start. With num_workers = 0 nothing guards the process.
-
-    A wait looks at `stopping()` and raises Stopped; the batch is still due then. `failing` (name -> reason) is kept up
-    to date with the files that could not be decoded and have not been since. It draws no random numbers.
+    `quarantine` of `files`. Since a sample's substitute depends on the sample alone, later batches are as if the file
+    had been left out from the start. With num_workers = 0 nothing guards the process. It draws no random numbers.
     """
 
-    def __init__(
-        self,
-        dataset,
-        sampler,
-        num_workers,
-        pin_memory=False,
-        timeout_s=60.0,
-        *,
-        collate_fn=collate,
-        files=None,
-        batch_bytes=0,
-        stopping=None,
-        failing=None,
-    ):
-        self.dataset, self.sampler, self.num_workers, self.timeout_s = dataset, sampler, num_workers, timeout_s
-        self.collate_fn, self.batch_bytes, self.failing = collate_fn, batch_bytes, failing
-        self.attendant = Attendant(stopping)
-        self.files = files or (dataset if isinstance(dataset, FileDataset) else None)
+    dataset: object
+    sampler: StepSampler
+    num_workers: int
+    pin_memory: bool = False
+    timeout_s: float = 60.0
+    collate_fn: object = collate
+    files: object = None  # the FileDataset that reads; by default `dataset` where it is one
+    batch_bytes: int = 0
+    stopping: object = None  # a wait looks at stopping() and raises Stopped; the batch is still due then
+    failing: dict | None = None  # name -> reason of files that could not be decoded and have not been since, kept here
+
+    def __post_init__(self):
+        self.attendant = Attendant(self.stopping)
+        self.files = self.files or (self.dataset if isinstance(self.dataset, FileDataset) else None)
         self.delivered, self.begun, self.workers = 0, 0, []  # batches delivered, now and when these workers began
-        self.strikes, self.deaths = {}, 0  # ends of workers: by number of the file in hand, without any in a row
+        self.strikes, self.deaths = Counter(), 0  # ends of workers: by number of the file in hand, without any in a row
         self.pinned, self.pinning = None, None
-        if pin_memory and torch.cuda.is_available():
+        if self.pin_memory and torch.cuda.is_available():
             self.pinning = ThreadPoolExecutor(1, initializer=init_pinning, initargs=(torch.cuda.current_device(),))
         # forgotten or at exit: workers ignore SIGTERM, and the interpreter would wait for them for ever
         weakref.finalize(self, end_workers, self.workers, os.getpid())
-        if num_workers:
+        if self.num_workers:
             self.start()
         elif self.files is not None:
             self.files.watch = self.attendant
 
     def start(self):
         """Start workers at the batch that is due. UserError when the system refuses."""
-        self.begun, self.pinned = self.delivered, None
+        self.begun, self.pinned, end = self.delivered, None, len(self.sampler)
         try:
-            for number in range(min(self.num_workers, len(self.sampler) - self.delivered)):
-                share = range(self.delivered + number, len(self.sampler), self.num_workers)
-                self.workers.append(Worker(share, PREFETCH * self.batch_bytes))
+            for first in range(self.begun, min(self.begun + self.num_workers, end)):
+                self.workers.append(Worker(range(first, end, self.num_workers), PREFETCH * self.batch_bytes))
                 with HeldSignals():
                     self.workers[-1].start(self.dataset, self.files, self.sampler, self.collate_fn)
         except OSError as error:
@@ -3206,21 +3180,26 @@ class ClipLoader:
             self.look(0.0)
             while not self.due.parcels and not self.pinned:
                 self.wait()
-            batch = self.receive()
+            batch = (self.pinned or self.pin()).result() if self.pinning else self.due.take()
+            self.pinned = None
+            self.due.release()
         self.delivered, self.deaths, self.attendant.has_spoken = self.delivered + 1, 0, False
         if self.pinning and self.workers and self.delivered < len(self.sampler) and self.due.parcels:
-            # while the loop computes
-            self.pinned = self.pinning.submit(pin_batch, self.due.take(in_place=True))
+            self.pinned = self.pin()  # while the loop computes
         if self.failing is not None:
             self.keep_account(batch)
         return batch
 
+    def pin(self):
+        """Let the thread copy the batch that is due and has arrived -> its future."""
+        return self.pinning.submit(pin_batch, self.due.take(in_place=True))
+
     def look(self, seconds):
         """Read what the workers say, and wait for it at most so long."""
-        multiprocessing.connection.wait([worker.channel for worker in self.workers if not worker.lost], seconds)
-        for worker in self.workers:
-            for text in [] if worker.lost else worker.read():
-                self.attendant.tell(text)
+        there = [worker for worker in self.workers if not worker.lost]
+        multiprocessing.connection.wait([worker.channel for worker in there], seconds)
+        for text in [text for worker in there for text in worker.read()]:
+            self.attendant.tell(text)
 
     def wait(self):
         """One tick of waiting for the batch that is due. Stopped, or the exception that ended its worker."""
@@ -3231,23 +3210,12 @@ class ClipLoader:
         self.look(TICK_S)
         waited = min(time.monotonic() - before, 2 * TICK_S)  # time in which this process stood still counts for nobody
         for worker in self.workers:
-            worker.silent += waited if worker.owes else 0.0
-        gone = [worker for worker in self.workers if worker.died]
-        limits_s = {True: self.timeout_s, False: max(self.timeout_s, QUIET_S)}  # with and without a file in hand
+            worker.silent += waited if worker.todo and worker.ahead < PREFETCH else 0.0
+        gone = [worker for worker in self.workers if worker.lost and worker.todo and not worker.failure]
+        limits_s = max(self.timeout_s, QUIET_S), self.timeout_s  # without and with a file in hand
         late = [worker for worker in self.workers if not worker.lost and worker.silent > limits_s[worker.in_hand >= 0]]
         if gone or late:
             self.replace_workers(gone, late)
-
-    def receive(self):
-        """The batch that is due and has arrived."""
-        worker = self.due
-        if self.pinning:
-            batch = (self.pinned or self.pinning.submit(pin_batch, worker.take(in_place=True))).result()
-            self.pinned = None
-        else:
-            batch = worker.take()
-        worker.release()
-        return batch
 
     def replace_workers(self, gone, late):
         """Count strikes, quarantine, start anew. UserError when workers keep failing without a file in hand."""
@@ -3257,7 +3225,7 @@ class ClipLoader:
         blamed += [(worker.in_hand, "it killed two loader workers") for worker in gone if worker.in_hand >= 0]
         self.close()
         for number, reason in blamed:
-            self.strikes[number] = self.strikes.get(number, 0) + 1
+            self.strikes[number] += 1
             if self.strikes[number] > 1:
                 self.files.quarantine[self.files.videos[number].name] = f"{QUARANTINED}: {reason}"
         self.deaths += not blamed
@@ -4573,26 +4541,23 @@ REPEAT_S = 10.0
 
 
 class StopFlag:
-    """Remembers that something asked the run to stop; whoever waits or works for long looks at it. Much later, a second
-    signal ends at once.
-
-    `reason` is "" while nothing has, `saved` the step up to which everything is on the disk. Under torchrun the death
-    of the launcher counts as well: nobody would end its ranks. A SIGHUP that nohup has switched off stays off.
+    """Remembers that something asked the run to stop, for whoever waits or works for long; `saved` is the step up to
+    which everything is on the disk. Much later, a second signal ends at once. Under torchrun the death of the launcher
+    counts as well: nobody would end its ranks. A SIGHUP that nohup has switched off stays off.
     """
 
     def __init__(self, signals=STOP_SIGNALS):
-        self.signal_name, self.since, self.saved = "", 0.0, 0
+        self.signal_name, self.since, self.saved, self.previous = "", 0.0, 0, {}
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        heard = [number for number in signals if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
-        in_main = threading.current_thread() is threading.main_thread()  # Python gives signals to no other thread
-        self.previous = {number: signal.signal(number, self.handle) for number in heard if in_main}
-        if in_main:
-            signal.pthread_sigmask(
-                signal.SIG_UNBLOCK, signals
-            )  # those that came since the program's first line come now
+        if threading.current_thread() is threading.main_thread():  # Python gives signals to no other thread
+            for number in signals:
+                if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):
+                    self.previous[number] = signal.signal(number, self.handle)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # those since the program's first line come now
 
     @property
     def reason(self):
+        """What asked, "" while nothing has."""
         orphaned = self.launcher is not None and os.getppid() != self.launcher
         return self.signal_name or ("the death of its launcher" if orphaned else "")
 
@@ -4606,21 +4571,19 @@ class StopFlag:
         if not self.signal_name:
             self.signal_name, self.since = name, time.monotonic()
         elif time.monotonic() - self.since > REPEAT_S:
+            text = f"{name} after {self.signal_name}: ended at once, nothing is saved since step {self.saved}\n"
             with suppress(OSError):  # not print: the signal may have come in the middle of one
-                text = f"{name} after {self.signal_name}: ended at once, nothing is saved since step {self.saved}\n"
                 os.write(2, text.encode())
             os._exit(128 + number)
 
     def restore(self, ignore=False):
-        """Give the signals back to whoever held them, or switch them off: a launcher that repeats one must not change
-        the exit code."""
+        """Give the signals back, or switch them off: a launcher that repeats one must not change the exit code."""
         for number, handler in self.previous.items():
             signal.signal(number, signal.SIG_IGN if ignore else handler)
 
 
 class StoppedTogether(Stopped):
-    """A stop of which all ranks know: whoever catches it need not tell the others, who have left the same piece of
-    work."""
+    """A stop of which all ranks know: whoever catches it need not tell the others, who have left the same work."""
 
 
 @dataclass
@@ -4638,30 +4601,30 @@ class Process:
     def is_main(self):
         return self.rank == 0
 
+    def reduce(self, values, dtype, op):
+        """One all-reduce of a list of numbers -> list."""
+        tensor = torch.tensor(values, dtype=dtype, device=self.device if self.device.type == "cuda" else "cpu")
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
+
     def mean(self, values):
         """Mean over ranks of a list of floats -> list of floats."""
         if self.world_size == 1:
             return list(map(float, values))
-        tensor = torch.tensor(values, dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device)
-        dist.all_reduce(tensor)
-        return (tensor / self.world_size).tolist()
+        return [value / self.world_size for value in self.reduce(values, torch.float64, dist.ReduceOp.SUM)]
 
     def any(self, *flags):
         """Whether each flag is set on at least one rank -> list of bools, the same on all ranks."""
+        flags = list(map(bool, flags))
         if self.world_size == 1:
-            return [bool(flag) for flag in flags]  # twice a step: nothing that a GPU would have to be waited for
-        tensor = torch.tensor(
-            [int(flag) for flag in flags], device="cpu" if self.device.type != "cuda" else self.device
-        )
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in tensor.tolist()]
+            return flags  # twice a step: nothing that a GPU would have to be waited for
+        return list(map(bool, self.reduce(flags, torch.int64, dist.ReduceOp.MAX)))
 
     def collect(self, thing):
         """Gather one Python object per rank -> list in rank order."""
-        if self.world_size == 1:
-            return [thing]
-        things = [None] * self.world_size
-        dist.all_gather_object(things, thing)
+        things = [thing] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(things, thing)
         return things
 
     def stop_together(self, mine=False):
@@ -4672,20 +4635,18 @@ class Process:
     def together(self, work, *args):
         """A piece of work without collectives, done by every rank -> its result; StoppedTogether where a stop came
         before or in it."""
-        mine, result = self.stop.asked(), None
-        if not mine:
-            try:
-                result = work(*args)
-            except StoppedTogether:
-                raise
-            except Stopped:
-                mine = True
-        self.stop_together(mine)
+        result, met = None, self.stop.asked()
+        try:
+            result = None if met else work(*args)
+        except StoppedTogether:
+            raise
+        except Stopped:
+            met = True
+        self.stop_together(met)
         return result
 
     def in_step(self, loader):
-        """The batches of a loader, over which all ranks walk in step, until one of them is asked to stop
-        (StoppedTogether)."""
+        """The batches of a loader, over which all ranks walk until one is asked to stop (StoppedTogether)."""
         try:
             for _ in range(len(loader)):
                 yield self.together(next, loader)
@@ -4693,29 +4654,27 @@ class Process:
             loader.close()
 
     def silent_ranks(self, seconds=3.0):
-        """After a failed collective: the ranks that do not report the failure within a few seconds, dead or hung -> list."""
+        """After a failed collective: the ranks that do not report it within a few seconds, dead or hung -> list."""
         deadline, silent = time.monotonic() + seconds, [0]
         with suppress(dist.DistError):  # the store is gone, and rank 0 that held it
             self.store.set(f"failed/{self.rank}", "1")
-            while True:
-                silent = [rank for rank in range(self.world_size) if not self.store.check([f"failed/{rank}"])]
-                if not silent or time.monotonic() > deadline:
-                    break
+            silent = list(range(self.world_size))
+            while (silent := [rank for rank in silent if not self.store.check([f"failed/{rank}"])]) and (
+                time.monotonic() < deadline
+            ):
                 time.sleep(0.1)
         return silent
 
 
 def choose_device(name, local_rank):
     """`auto` takes cuda, then mps, then cpu; a device that is asked for and absent is an error, never replaced."""
-    has_mps = torch.backends.mps.is_available()
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if name == "cuda" and not has_cuda:
         raise UsageError("device = cuda: this machine has no usable CUDA device; use --device cpu or --device auto")
-    if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UsageError(
-            f"device = cuda: local rank {local_rank} but {torch.cuda.device_count()} GPUs here; lower --nproc_per_node"
-        )
+    if name == "cuda" and local_rank >= (here := torch.cuda.device_count()):
+        raise UsageError(f"device = cuda: local rank {local_rank} but {here} GPUs here; lower --nproc_per_node")
     if name == "mps" and not has_mps:
         raise UsageError("device = mps: not available on this machine; use --device cpu or --device auto")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
@@ -4794,14 +4753,11 @@ def choose_precision(world, process, saved=""):
 
 
 def read_count(name, default, least, most):
-    """A whole number that torchrun or a user has put into the environment. UsageError when it is none, or out of
-    range."""
+    """A whole number in the environment, put there by torchrun or a user. UsageError when it is none or out of range."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
-        raise UsageError(
-            f"environment: {name} = {shown(text)} must be a whole number from {least} to {most}; "
-            "torchrun sets it for every process"
-        )
+        rule = f"must be a whole number from {least} to {most}; torchrun sets it for every process"
+        raise UsageError(f"environment: {name} = {shown(text)} {rule}")
     return int(text)
 
 
@@ -4827,70 +4783,51 @@ def rounds_of_wait(what, deadline, stop, pause_s):
 
 
 def reach(address, port, deadline, stop):
-    """Wait until something listens at an address. UserError after the deadline, Stopped on a signal: the store's own
-    wait would hear none."""
-    reason = ""
-    for _ in rounds_of_wait(f"rank 0 at {address} port {port}", deadline, stop, 0.2):
+    """Wait until something listens. UserError after the deadline, Stopped on a signal: the store's own wait hears none."""
+    place, reason = f"{address} port {port}", ""
+    for _ in rounds_of_wait(f"rank 0 at {place}", deadline, stop, 0.2):
         try:
-            socket.create_connection((address, port), timeout=1.0).close()
-            return
+            return socket.create_connection((address, port), timeout=1.0).close()
         except OSError as error:
             reason = reason_of(error)
-    raise UserError(
-        f"rank 0 does not answer at {address} port {port} ({reason}): start it there, or correct MASTER_ADDR "
-        "and MASTER_PORT"
-    )
+    cure = "start it there, or correct MASTER_ADDR and MASTER_PORT"
+    raise UserError(f"rank 0 does not answer at {place} ({reason}): {cure}")
 
 
 def open_store(rank, world_size, timeout_s, stop):
-    """The key-value store through which ranks find each other, under a prefix of this attempt; returns once all ranks
-    are there.
+    """Wait until all ranks are there -> the key-value store through which they find each other, under a prefix of this
+    attempt. UserError names the ranks that are absent after timeout_s.
 
     torchrun serves one store for all its restarts, and a restarted rank would read addresses that dead ranks left in
     it. The count of restarts is the same for all ranks of one node only: several nodes need the launcher's own switch
-    (README). UserError names the ranks that are absent after timeout_s.
+    (README).
     """
-    env, deadline = os.environ, time.monotonic() + timeout_s
-    if not env.get("MASTER_ADDR"):
-        raise UsageError(
-            f"environment: WORLD_SIZE = {world_size}, but MASTER_ADDR, where rank 0 is met, is not set; "
-            "torchrun sets both"
-        )
-    address, port = env["MASTER_ADDR"], read_count("MASTER_PORT", "", 1, 65535)
-    served = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_master = not served and rank == 0
+    env, deadline, absent = os.environ, time.monotonic() + timeout_s, range(world_size)
+    if not (address := env.get("MASTER_ADDR")):
+        rule = "but MASTER_ADDR, where rank 0 is met, is not set; torchrun sets both"
+        raise UsageError(f"environment: WORLD_SIZE = {world_size}, {rule}")
+    port, served = read_count("MASTER_PORT", "", 1, 65535), env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    one_node = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")
+    number, limit, hosts = None if served else world_size, timedelta(seconds=timeout_s), not served and rank == 0
     try:
-        if not is_master:
+        if not hosts:
             reach(address, port, deadline, stop)
-        store = dist.TCPStore(
-            address,
-            port,
-            None if served else world_size,
-            is_master=is_master,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-        )
-        one_node = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")
+        store = dist.TCPStore(address, port, number, hosts, limit, wait_for_workers=False)
         store = dist.PrefixStore(f"attempt_{restart_count() if one_node else 'any'}", store)
         store.set(f"here/{rank}", "1")
-        absent = range(world_size)
         for _ in rounds_of_wait(f"the other ranks of {world_size}", deadline, stop, 0.05):
             absent = [other for other in absent if not store.check([f"here/{other}"])]
             if not absent:
                 return store
-        raise UserError(
-            f"rank {', '.join(map(str, absent))} of {world_size} did not come within dist_timeout_s = "
-            f"{timeout_s:g} s; start all of them, on all nodes"
-        )
     except dist.DistError as error:
-        raise UserError(
-            f"ranks cannot meet at {address} port {port} ({flat(error)[:200]}); rank 0 may be gone, or the port in use"
-        ) from error
+        why = f"{flat(error)[:200]}); rank 0 may be gone, or the port in use"
+        raise UserError(f"ranks cannot meet at {address} port {port} ({why}") from error
+    who = f"rank {', '.join(map(str, absent))} of {world_size}"
+    raise UserError(f"{who} did not come within dist_timeout_s = {timeout_s:g} s; start all of them, on all nodes")
 
 
 def identify_process(cfg, stop):
-    """Read torchrun's environment and choose the device -> Process, not yet joined to its peers. UsageError for what
-    cannot be."""
+    """Torchrun's environment -> Process with its device, not yet joined to its peers. UsageError for what cannot be."""
     world_size = read_count("WORLD_SIZE", 1, 1, 10**6)
     rank = read_count("RANK", 0 if world_size == 1 else "", 0, world_size - 1)
     device = choose_device(cfg.device, read_count("LOCAL_RANK", 0, 0, world_size - 1))
@@ -4898,28 +4835,15 @@ def identify_process(cfg, stop):
 
 
 def join_ranks(process, cfg):
-    """Join the process group, once all ranks are there. UserError names who is not there, Stopped when a signal comes
-    first."""
-    if process.device.type == "cuda":
-        torch.cuda.set_device(process.device)
-    if process.world_size > 1:
-        process.store = open_store(process.rank, process.world_size, cfg.dist_timeout_s, process.stop)
-        dist.init_process_group(
-            "nccl" if process.device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=cfg.dist_timeout_s),
-            store=process.store,
-            rank=process.rank,
-            world_size=process.world_size,
-            device_id=process.device if process.device.type == "cuda" else None,
-        )
+    """Join the process group once all ranks are there. UserError names absent ones, Stopped when a signal comes first."""
+    rank, world_size, gpu = process.rank, process.world_size, process.device if process.device.type == "cuda" else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    if world_size > 1:
+        process.store = open_store(rank, world_size, cfg.dist_timeout_s, process.stop)
+        own = dict(store=process.store, rank=rank, world_size=world_size, device_id=gpu)
+        dist.init_process_group("gloo" if gpu is None else "nccl", timeout=timedelta(seconds=cfg.dist_timeout_s), **own)
     torch.set_float32_matmul_precision("high")
-
-
-def start_process(cfg):
-    """What a run does before its folder is known, in one go, for use from Python -> Process, joined to its peers."""
-    process = identify_process(cfg, StopFlag(()))
-    join_ranks(process, cfg)
-    return process
 
 
 def fingerprint(model):
@@ -4936,15 +4860,13 @@ def digest(thing):
 
 
 def check_ranks(process, **parts):
-    """UserError naming the ranks whose values differ from rank 0's: said at once, instead of as a hang or a slow divergence."""
+    """UserError naming the ranks whose values differ from rank 0's: said at once, not as a hang or a slow divergence."""
     of_ranks = process.collect(parts)
     for name in parts:
-        odd = [rank for rank, other in enumerate(of_ranks) if other[name] != of_ranks[0][name]]
+        odd = [str(rank) for rank, other in enumerate(of_ranks) if other[name] != of_ranks[0][name]]
         if odd:
-            raise UserError(
-                f"ranks disagree: {name.replace('_', ' ')} of rank {', '.join(map(str, odd))} differs from rank 0's; start all ranks with the same "
-                "code, flags and data, from the same checkpoint"
-            )
+            told = f"ranks disagree: {name.replace('_', ' ')} of rank {', '.join(odd)} differs from rank 0's"
+            raise UserError(f"{told}; start all ranks with the same code, flags and data, from the same checkpoint")
 
 
 def failed_collective(error):
@@ -4954,15 +4876,15 @@ def failed_collective(error):
 
 def autocast(process):
     """The autocast context of a forward pass; does nothing in fp32."""
-    return torch.autocast(
-        process.device.type, dtype=process.amp_dtype or torch.bfloat16, enabled=process.amp_dtype is not None
-    )
+    dtype = process.amp_dtype
+    return torch.autocast(process.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 @contextmanager
 def spare_threads(num_busy):
-    """Compute with `num_busy` CPU threads fewer (one at least): where loader workers fill their cores, threads that share
-    them wait for each other. 3,200 clips of `proof` through frozen encoders, two cores, two workers: 34 s with two threads, 23 s with one."""
+    """Compute with `num_busy` CPU threads fewer (one at least): where loader workers fill their cores, threads that
+    share them wait for each other. 3,200 clips of `proof` through frozen encoders, two cores, two workers: 34 s with
+    two threads, 23 s with one."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before - num_busy))
     try:
@@ -4986,7 +4908,7 @@ class GuardedFile:
     hides behind its own."""
 
     def __init__(self, handle):
-        self.handle, self.sha256, self.error = handle, hashlib.sha256(), None
+        self.handle, self.sha256, self.error, self.flush = handle, hashlib.sha256(), None, handle.flush
 
     def write(self, data):
         try:
@@ -4996,9 +4918,6 @@ class GuardedFile:
             raise
         self.sha256.update(data)
         return len(data)
-
-    def flush(self):
-        self.handle.flush()
 
 
 def sync_folder(folder):
@@ -5013,8 +4932,8 @@ def sync_folder(folder):
 def write_atomic(path, write, announce=None):
     """Write through a temporary file, fsync, rename, fsync of the folder: the old or the new file is whole at any time.
 
-    `write` gets the open file; `announce`, if given, path and SHA-256 of the temporary one before it is renamed. OSError when
-    the disk refuses.
+    `write` gets the open file; `announce`, if given, path and SHA-256 of the temporary one before it is renamed. OSError
+    when the disk refuses.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -5050,16 +4969,14 @@ MARK = "VJepa_AUTO_V2"
 
 
 def move_aside(path):
-    """Move somebody's file out of the way, into a new previous_<k> beside it, and say so. Nothing that is not ours is
-    ever overwritten."""
+    """Move somebody's file, which is never overwritten, into a new previous_<k> beside it, and say so."""
     aside = previous_folder(path.parent) / path.name
     os.rename(path, aside)
     say(f"note: {path} was not written by a run; it now stands in {aside.parent}", sys.stderr)
 
 
 def write_own(path, write):
-    """write_atomic for a result under a fixed name, which bears the MARK. Another file of that name is moved aside
-    first."""
+    """write_atomic for a result under a fixed name, which bears the MARK. Another file of that name is moved aside."""
     path = Path(path)
     if os.path.lexists(path) and not (path.is_file() and MARK.encode() in path.read_bytes()):
         move_aside(path)
