@@ -1811,33 +1811,21 @@ def split_readable(cfg, videos, read_one=small_clip):
 # 5  Built-in driving scenes: seed -> clip + labels
 # ---------------------------------------------------------------------------------------------------------------------
 # Road coordinates: s metres along the road, x metres to the right of its centre; tau seconds since the last NOW frame.
-# Everything up to tau = 0 uses scene_seed alone; future_seed decides what happens after, with odds that the picture shows.
+# Up to tau = 0 all follows from scene_seed; future_seed decides what happens after, with odds that the picture shows.
 
 TWIN_KINDS = ("teleport", "vanish", "pass_through", "recolour", "reverse")  # physics broken after an instant
 CAMERA_HEIGHT, HORIZON, FOCAL = 1.4, 0.42, 0.9  # metres; share of the height; share of the width (about 58 degrees)
-LANE, DASH, BONNET = (
-    3.5,
-    6.0,
-    0.93,
-)  # metres of a lane, of a dash and of the space after it; where the own bonnet begins, share of the height
-ROADS = {
-    2: (3.9, 3.4, 0.0, LANE / 2),
-    3: (5.65, 5.25, LANE / 2, 0.0),
-}  # lanes -> paved half width, edge line, dashed line, own lane
+LANE, DASH = 3.5, 6.0  # metres of a lane, of a dash and of the space after it
+BONNET = 0.93  # where the own bonnet begins, share of the height
+# lanes -> paved half width, edge line, dashed line, own lane
+ROADS = {2: (3.9, 3.4, 0.0, LANE / 2), 3: (5.65, 5.25, LANE / 2, 0.0)}
 ARC, BEND = 22.0, 0.028  # metres until a branch of a fork runs straight, curvature in 1/m
 FORK_ODDS = (0.5, 0.5, 0.5, 0.1, 0.3, 0.7, 0.9)  # p(right branch), drawn evenly: half is the common case
 SIGN_COLOURS = {0.1: (40, 90, 220), 0.3: (60, 200, 220), 0.5: (240, 240, 240), 0.7: (250, 170, 40), 0.9: (220, 40, 40)}
 HAZARDS = {False: 0.2, True: 1.0}  # beacon of the lead car lit -> braking rate per second
-BRAKE, REACTION, CRAWL = (
-    6.0,
-    0.8,
-    0.3,
-)  # m/s2 of lead and own car, own delay in seconds, share of the speed that is kept
-LANE_ODDS = {
-    "none": (0.1, 0.8, 0.1),
-    "left": (0.8, 0.2, 0.0),
-    "right": (0.0, 0.2, 0.8),
-}  # indicator -> left, keep, right
+BRAKE, REACTION, CRAWL = 6.0, 0.8, 0.3  # m/s2 of lead and own car, own delay in seconds, share of the speed kept
+# indicator -> odds of left, keep, right
+LANE_ODDS = {"none": (0.1, 0.8, 0.1), "left": (0.8, 0.2, 0.0), "right": (0.0, 0.2, 0.8)}
 TRUCK_AT = 4.9  # metres, centre of the parked truck
 STOP_ODDS = 0.15  # a car that passes behind the parked truck stops there
 SIDE_NAMES = {-1: "left", 0: "keep", 1: "right"}
@@ -1845,69 +1833,67 @@ SCENE_MANEUVERS = ("brake", "fork_left", "fork_right", "keep", "lane_change_left
 
 
 def branch_offset(ahead):
-    """Lateral position of the right branch `ahead` metres past the fork: an arc, then a straight line. Zero before it."""
+    """x of the right branch `ahead` metres past the fork: an arc, then a straight line; 0 before it."""
     ahead = np.maximum(ahead, 0.0)
     bent = np.minimum(ahead, ARC)
     return 0.5 * BEND * bent**2 + BEND * ARC * (ahead - bent)
 
 
 def scene_seed_at(cfg, index, stream="train"):
-    """Scene seed number `index` of a run: training's and validation's ranges never meet, nor do those of two run seeds."""
+    """Scene seed number `index` of a run; training and validation never meet, nor do two run seeds."""
     return cfg.seed * 1_000_003 + index + (5 * 10**15 if stream == "val" else 0)
 
 
+def scene_fps(cfg):
+    """Frames per second of the scenes: clip_fps, or 4 where that is 0."""
+    return cfg.clip_fps or 4.0
+
+
 def draw_scene(scene_seed, cfg, kind=""):
-    """Everything that the present decides -> dict of parameters in metres and seconds. An empty kind is drawn from scene_mix."""
+    """All that the present decides -> dict, in metres and seconds. An empty kind is drawn from scene_mix."""
     shares = mix_shares(cfg.scene_mix)
     kind = kind or str(np.random.default_rng([scene_seed, 3]).choice(SCENE_KINDS, p=shares))
     rng = np.random.default_rng([scene_seed, 0, SCENE_KINDS.index(kind)])
+    draw = rng.uniform
     plot = {"brake": "lead", "occluder": "cross", "steady": str(rng.choice(("lead", "cross", "barrier")))}.get(kind, "")
     slow = plot in ("cross", "barrier")
-    scene = dict(
+    scene = dict(  # drawn in this order
         kind=kind,
         plot=plot,
         lanes=3 if kind == "lane" else 2,
-        speed=float(rng.uniform(1.5, 3) if slow else rng.uniform(9, 14)),
-        lane=float(rng.uniform(-0.3, 0.3)),
-        phase=float(rng.uniform(0, 2 * DASH)),
-        sway=float(rng.uniform(0, 2 * np.pi)),
-        sky=rng.uniform((90, 130, 170), (170, 200, 245)),
-        ground=rng.uniform((60, 90, 40), (150, 150, 90)),
-        asphalt=float(rng.uniform(70, 120)),
-        clouds=rng.uniform(0, 2 * np.pi, 3),
-        paint=rng.uniform(40, 230, 3),
+        speed=draw(1.5, 3) if slow else draw(9, 14),
+        lane=draw(-0.3, 0.3),
+        phase=draw(0, 2 * DASH),
+        sway=draw(0, 2 * np.pi),
+        sky=draw((90, 130, 170), (170, 200, 245)),
+        ground=draw((60, 90, 40), (150, 150, 90)),
+        asphalt=draw(70, 120),
+        clouds=draw(0, 2 * np.pi, 3),
+        paint=draw(40, 230, 3),
         prob=float(rng.choice(FORK_ODDS)),
-        reach=float(rng.uniform(0.3, 0.8)),
-        beacon=bool(rng.random() < 0.5),
+        reach=draw(0.3, 0.8),
+        beacon=rng.random() < 0.5,
         indicator=str(rng.choice(tuple(LANE_ODDS))),
-        gap=float(rng.uniform(8, 13) if kind == "steady" else rng.uniform(11, 18)),
-        drift=float(rng.choice((-1, 1)) * rng.uniform(1.5, 3)),
-        cross_speed=float(rng.uniform(5, 7)),
-        cross_from=float(rng.uniform(0.4, 0.9)),
-        cross_gap=float(rng.uniform(16, 20)),
-        truck_gap=float(rng.uniform(9, 11)),
-        broken_after=float(rng.uniform(0.15, 0.5)),
-        jump=float(rng.choice((-1, 1)) * rng.uniform(5, 7)),
+        gap=draw(8, 13) if kind == "steady" else draw(11, 18),
+        drift=float(rng.choice((-1, 1)) * draw(1.5, 3)),
+        cross_speed=draw(5, 7),
+        cross_from=draw(0.4, 0.9),
+        cross_gap=draw(16, 20),
+        truck_gap=draw(9, 11),
+        broken_after=draw(0.15, 0.5),
+        jump=float(rng.choice((-1, 1)) * draw(5, 7)),
     )
-    metres = int(scene["speed"] * cfg.num_frames / (cfg.clip_fps or 4.0)) + 110
-    num_trees = max(4, int(metres * rng.uniform(0.06, 0.13)))
-    scene["trees"] = np.stack(
-        [
-            rng.uniform(0, metres, num_trees),
-            rng.choice([-1, 1], num_trees) * rng.uniform(7.5, 17, num_trees),
-            rng.uniform(2.5, 6, num_trees),
-            rng.uniform(0.6, 1.1, num_trees),
-        ]
-    )  # s, x, height, brightness
-    others = [
-        (float(rng.uniform(30, 150)), float(rng.uniform(-1, 2)), float(rng.uniform(8, 14)), rng.uniform(40, 230, 3))
-        for _ in range(int(rng.integers(1, 4)))
-    ]
+    speed = scene["speed"]
+    metres = int(speed * cfg.num_frames / scene_fps(cfg)) + 110
+    num = max(4, int(metres * draw(0.06, 0.13)))
+    aside = draw(0, metres, num), rng.choice([-1, 1], num) * draw(7.5, 17, num)
+    scene["trees"] = np.stack([*aside, draw(2.5, 6, num), draw(0.6, 1.1, num)])  # s, x, height, brightness
+    others = [(draw(30, 150), draw(-1, 2), draw(8, 14), draw(40, 230, 3)) for _ in range(rng.integers(1, 4))]
     if kind == "lane":  # ahead in a lane beside ours, about as fast as we are
         beside = LANE * float(rng.choice([-1, 1]))
-        scene["cars"] = [(s, beside, scene["speed"] + faster, paint) for s, faster, _, paint in others]
+        scene["cars"] = [(s, beside, speed + faster, paint) for s, faster, _, paint in others]
     else:
-        scene["cars"] = [(s, -LANE / 2, -speed, paint) for s, _, speed, paint in others if not slow]
+        scene["cars"] = [(s, -LANE / 2, -oncoming, paint) for s, _, oncoming, paint in others if not slow]
     return scene
 
 
@@ -1915,7 +1901,7 @@ def scene_odds(scene_seed, cfg, kind=""):
     """The exact odds of what may happen after NOW -> dict with `kind`. Rates per second, the rest probabilities."""
     scene = draw_scene(scene_seed, cfg, kind)
     left, keep, right = LANE_ODDS[scene["indicator"]]
-    rate, seconds = HAZARDS[scene["beacon"]], cfg.soon_frames / (cfg.clip_fps or 4.0)
+    rate, seconds = HAZARDS[scene["beacon"]], cfg.soon_frames / scene_fps(cfg)
     odds = {
         "fork": {"right": scene["prob"]},
         "brake": {"hazard": rate, "brake_in_soon": 1 - math.exp(-rate * seconds)},
@@ -1927,74 +1913,65 @@ def scene_odds(scene_seed, cfg, kind=""):
 
 
 def draw_future(scene, future_seed, scene_seed):
-    """Everything that the present leaves open -> dict: choice (-1, 0, 1), brake_at, stops, and small differences of driving."""
+    """What the present leaves open -> (dict: choice -1, 0, 1, brake_at, stops, differences of driving; generator)."""
     rng = np.random.default_rng([scene_seed, 1, future_seed])
-    choice, chance = 0, float(rng.random())
-    if scene["kind"] == "fork":
+    kind, choice, chance = scene["kind"], 0, rng.random()
+    if kind == "fork":
         choice = 1 if chance < scene["prob"] else -1
-    elif scene["kind"] == "lane":
+    elif kind == "lane":
         choice = int(np.searchsorted(np.cumsum(LANE_ODDS[scene["indicator"]]), chance, side="right")) - 1
-    loose = scene["kind"] not in ("brake", "steady")
+    loose = kind not in ("brake", "steady")
     future = dict(
         choice=min(choice, 1),
-        stops=scene["kind"] == "occluder" and chance < STOP_ODDS,
-        brake_at=-math.log(1 - chance) / HAZARDS[scene["beacon"]] if scene["kind"] == "brake" else math.inf,
+        stops=kind == "occluder" and chance < STOP_ODDS,
+        brake_at=-math.log(1 - chance) / HAZARDS[scene["beacon"]] if kind == "brake" else math.inf,
         push=float(np.clip(rng.normal(0, 0.04), -0.1, 0.1)) * scene["speed"] * loose,
-        wander=float(rng.normal(0, 0.12)) * loose,
-        start=float(rng.uniform(0.1, 0.5)),
-        duration=float(rng.uniform(1.6, 2.2)),
+        wander=rng.normal(0, 0.12) * loose,
+        start=rng.uniform(0.1, 0.5),
+        duration=rng.uniform(1.6, 2.2),
     )
     return future, rng
 
 
 def slowed(since, speed):
-    """Metres lost `since` seconds after a braking began at `speed`: constant deceleration down to a crawl, which is kept."""
+    """Metres lost `since` seconds after braking began at `speed`: constant deceleration to a crawl, which is kept."""
     ramp = (1 - CRAWL) * speed / BRAKE
     held = np.clip(since, 0, ramp)
     return 0.5 * BRAKE * held**2 + (1 - CRAWL) * speed * np.maximum(since - ramp, 0)
 
 
 def ego_path(scene, future, times, tau, fork_at):
-    """Pose over time -> dict of arrays [T]: s, x (m), heading (rad), speed (m/s), yaw_rate (rad/s), offset (m from the own lane)."""
-    speed, side, fine = scene["speed"], future["choice"], 1e-3
-    states = []
+    """The own car -> dict of arrays [T]: s, x (m), heading (rad), speed (m/s), yaw_rate (rad/s), offset (m from the own
+    lane), times and tau; with fork_at and now_s, its place in the last NOW frame."""
+    side, kind, fine, states = future["choice"], scene["kind"], 1e-3, []
     for t, u in ((times, tau), (times + fine, tau + fine)):  # two close instants give the derivatives
         u = np.maximum(u, 0) * (tau > 0)  # nothing of the future reaches a NOW frame, not even its heading
         held = np.minimum(u, 3.0)
-        s = (
-            speed * t
-            + future["push"] * (0.5 * held**2 + 3.0 * (u - held))
-            - slowed(u - future["brake_at"] - REACTION, speed)
-        )
-        offset = (
-            scene["lane"]
-            + 0.15 * np.sin(0.8 * t + scene["sway"])
-            + future["wander"] * (1 - np.cos(np.pi * np.minimum(u / 2, 1))) / 2
-        )
-        if scene["kind"] == "lane":
+        s = scene["speed"] * t + future["push"] * (0.5 * held**2 + 3.0 * (u - held))
+        s = s - slowed(u - future["brake_at"] - REACTION, scene["speed"])
+        offset = scene["lane"] + 0.15 * np.sin(0.8 * t + scene["sway"])
+        offset = offset + future["wander"] * (1 - np.cos(np.pi * np.minimum(u / 2, 1))) / 2
+        if kind == "lane":
             share = np.clip((u - future["start"]) / future["duration"], 0, 1)
             offset = offset + side * LANE * share**2 * (3 - 2 * share)
-        bend = side * branch_offset(s - fork_at) if scene["kind"] == "fork" else np.zeros_like(s)
+        bend = side * branch_offset(s - fork_at) if kind == "fork" else 0.0
         states.append((s, ROADS[scene["lanes"]][3] + offset + bend, offset))
     (s, x, offset), (s_next, x_next, _) = states
-    # the car points where the road goes; the small wander inside the lane does not turn the camera
-    bent = np.minimum(np.maximum(s - fork_at, 0), ARC) * (scene["kind"] == "fork")
-    heading = (
-        np.arctan(side * BEND * bent)
-        if scene["kind"] != "lane"
-        else np.arctan((x_next - x) / np.maximum(s_next - s, 1e-9)) * (tau > 0)
-    )
-    rate = (s_next - s) / fine
-    turning = np.gradient(heading, times) * (tau > 0)  # NOW runs straight
-    return dict(s=s, x=x, heading=heading, speed=rate, yaw_rate=turning, offset=offset)
+    if kind == "lane":
+        heading = np.arctan((x_next - x) / np.maximum(s_next - s, 1e-9)) * (tau > 0)
+    else:  # the car points where the road goes; the small wander inside the lane does not turn the camera
+        heading = np.arctan(side * BEND * np.minimum(np.maximum(s - fork_at, 0), ARC) * (kind == "fork"))
+    path = dict(s=s, x=x, heading=heading, speed=(s_next - s) / fine, offset=offset)
+    path["yaw_rate"] = np.gradient(heading, times) * (tau > 0)  # NOW runs straight
+    return path | dict(times=times, tau=tau, fork_at=fork_at, now_s=s[np.argmin(np.abs(tau))])
 
 
-def mover_path(scene, future, tau, now_s, twin, broken):
-    """The main mover: lead car, crossing car or none -> (s [T], x [T], shown [T], repainted [T]) or None. broken [T]: frames after the break."""
-    speed, plot = scene["speed"], scene["plot"]
+def mover_path(scene, future, pose, twin, broken):
+    """Lead car or crossing car -> (s, x, shown, repainted, each [T]); None without one. broken [T]: after the break."""
+    plot, tau, pace = scene["plot"], pose["tau"], scene["cross_speed"]
     if not plot:
         return None
-    since = np.where(broken, tau - tau[broken][0] if broken.any() else 0.0, 0.0)  # seconds after the break
+    since = np.where(broken, tau - tau[broken.argmax()], 0.0)  # seconds after the break
     if plot == "lead":
         drift = scene["drift"] if scene["kind"] == "steady" else 0.0
         gap = scene["gap"] + drift * tau
@@ -2003,234 +1980,171 @@ def mover_path(scene, future, tau, now_s, twin, broken):
         if twin == "reverse":
             gap = gap - 2 * drift * since
         gap = np.maximum(gap, 4.0)  # a slower car is followed in the end
-        s, x = now_s + speed * tau + gap - slowed(tau - future["brake_at"], speed), np.full_like(tau, LANE / 2)
+        s = pose["now_s"] + scene["speed"] * tau + gap - slowed(tau - future["brake_at"], scene["speed"])
+        x = np.full_like(tau, LANE / 2)
     else:
-        # from the right behind the truck (occluder), or from the left (steady), as car centres
-        toward = -1.0 if scene["kind"] == "occluder" else 1.0
-        meets = 6.3 if scene["kind"] == "occluder" else 1.9
-        way = scene["cross_speed"] * (tau - scene["cross_from"])  # metres from the meeting point, negative before it
+        way = pace * (tau - scene["cross_from"])  # metres from the meeting point, negative before it
         if (plot == "barrier" and twin != "pass_through") or future["stops"]:
             way = np.minimum(way, 0.0)
-        if twin == "reverse" and broken.any():
-            way = np.where(broken, way[broken][0] - scene["cross_speed"] * since, way)
+        if twin == "reverse":
+            way = np.where(broken, way[broken.argmax()] - pace * since, way)
         if twin == "teleport":
             way = way + np.where(broken, scene["jump"], 0)
-        s, x = np.full_like(tau, now_s + scene["cross_gap"]), meets + toward * way
+        s = np.full_like(tau, pose["now_s"] + scene["cross_gap"])
+        # from the right behind the truck (occluder), or from the left (steady), as car centres
+        x = 6.3 - way if scene["kind"] == "occluder" else 1.9 + way
     return s, x, ~(broken & (twin == "vanish")), broken & (twin == "recolour")
 
 
-def car_parts(view, paint, lit=""):
-    """Boxes of a car seen from `rear`, `front` or `side` -> rows (left, right, bottom, top, r, g, b) in metres round its base."""
+def car_parts(view, paint):
+    """Boxes of a car from `rear`, `front` or `side` -> rows (left, right, bottom, top in metres from its base, rgb)."""
     dark, glass = (20, 20, 20), (30, 35, 45)
     if view == "side":
-        return [
-            (-2.1, 2.1, 0.3, 0.95, *paint),
-            (-1.2, 1.2, 0.9, 1.5, *paint),
-            (-1.0, 1.0, 1.0, 1.4, *glass),
-            (-1.6, -0.9, 0, 0.55, *dark),
-            (0.9, 1.6, 0, 0.55, *dark),
-        ]
+        parts = [(-2.1, 2.1, 0.3, 0.95, *paint), (-1.2, 1.2, 0.9, 1.5, *paint), (-1.0, 1.0, 1.0, 1.4, *glass)]
+        return parts + [(left, left + 0.7, 0, 0.55, *dark) for left in (-1.6, 0.9)]
     lamp = (255, 245, 200) if view == "front" else (200, 30, 30)
     parts = [(-0.95, 0.95, 0.2, 1.45, *paint), (-0.75, 0.75, 0.85, 1.35, *glass), (-0.9, 0.9, 0, 0.3, *dark)]
-    parts += [(place - 0.18, place + 0.18, 0.5, 0.78, *lamp) for place in (-0.7, 0.7)]
-    if lit == "beacon":
-        parts.append((-0.8, 0.8, 1.45, 1.95, 255, 180, 0))
-    if lit == "brake":
-        parts.append((-0.95, 0.95, 0.4, 0.8, 255, 20, 20))
-    return parts
+    return parts + [(place - 0.18, place + 0.18, 0.5, 0.78, *lamp) for place in (-0.7, 0.7)]
 
 
-def thing_list(scene, mover, times, tau, fork_at, future):
+def thing_list(scene, future, pose, mover):
     """Everything that stands or drives on the road -> list of (s, x, parts, shown), arrays [T] or scalars."""
+    tau, fork_at, now_s = pose["tau"], pose["fork_at"], pose["now_s"]
     is_fork, things = scene["kind"] == "fork", []
-    for ts, tx, size, shade in scene["trees"].T:
+    for s, x, size, shade in scene["trees"].T:
         crown = np.array((35, 95, 35)) * shade
         parts = [(-0.25, 0.25, 0, 0.5 * size, 70, 50, 35), (-1.3, 1.3, 0.35 * size, size, *crown)]
-        things.append((ts, tx + np.sign(tx) * branch_offset(ts - fork_at) * is_fork, parts, True))
-    for car_s, car_x, car_speed, paint in scene["cars"]:
-        where = car_s + car_speed * times  # oncoming cars come from the left branch of a fork
-        things.append(
-            (
-                where,
-                car_x - branch_offset(where - fork_at) * is_fork,
-                car_parts("front" if car_speed < 0 else "rear", paint),
-                True,
-            )
-        )
+        things.append((s, x + np.sign(x) * branch_offset(s - fork_at) * is_fork, parts, True))
+    for s, x, speed, paint in scene["cars"]:
+        s, parts = s + speed * pose["times"], car_parts("front" if speed < 0 else "rear", paint)
+        things.append((s, x - branch_offset(s - fork_at) * is_fork, parts, True))  # from the left branch of a fork
     if is_fork:
-        things.append(
-            (
-                fork_at + 9,
-                0.0,
-                [(-0.1, 0.1, 0, 2.2, 60, 60, 60), (-1.2, 1.2, 1.9, 3.8, *SIGN_COLOURS[scene["prob"]])],
-                True,
-            )
-        )
-    now_s = float(scene["speed"] * times[np.argmin(np.abs(tau))])
+        sign = (-1.2, 1.2, 1.9, 3.8, *SIGN_COLOURS[scene["prob"]])
+        things.append((fork_at + 9, 0.0, [(-0.1, 0.1, 0, 2.2, 60, 60, 60), sign], True))
     if scene["kind"] == "occluder":
         for depth in (6, 4, 2, 0):
-            paint = (225, 225, 215) if depth == 0 else (150, 150, 145)
-            things.append(
-                (
-                    now_s + scene["truck_gap"] + depth,
-                    TRUCK_AT,
-                    [(-1.2, 1.2, 0.4, 3.1, *paint), (-1.1, 1.1, 0, 0.5, 25, 25, 25)],
-                    True,
-                )
-            )
+            body = (-1.2, 1.2, 0.4, 3.1, *((150, 150, 145) if depth else (225, 225, 215)))
+            parts = [body, (-1.1, 1.1, 0, 0.5, 25, 25, 25)]
+            things.append((now_s + scene["truck_gap"] + depth, TRUCK_AT, parts, True))
     if scene["plot"] == "barrier":
-        parts = [
-            (-0.6, 0.6, 0, 1.8, 235, 235, 235),
-            (-0.6, 0.6, 0.25, 0.7, 220, 40, 40),
-            (-0.6, 0.6, 1.1, 1.55, 220, 40, 40),
-        ]
+        stripes = [(-0.6, 0.6, low, low + 0.45, 220, 40, 40) for low in (0.25, 1.1)]
+        parts = [(-0.6, 0.6, 0, 1.8, 235, 235, 235), *stripes]
         things.append((now_s + scene["cross_gap"] - 0.2, 4.6, parts, True))
     if mover is not None:
-        s, x, shown, repainted = mover
+        (s, x, shown, repainted), paint = mover, scene["paint"]
         view = "rear" if scene["plot"] == "lead" else "side"
-        beacon = "beacon" if scene["kind"] == "brake" and scene["beacon"] else ""
-        things.append((s, x, car_parts(view, scene["paint"], beacon), shown & ~repainted))
+        beacon = [(-0.8, 0.8, 1.45, 1.95, 255, 180, 0)] if scene["kind"] == "brake" and scene["beacon"] else []
+        things.append((s, x, car_parts(view, paint) + beacon, shown & ~repainted))
         if repainted.any():
-            things.append(
-                (
-                    s,
-                    x,
-                    car_parts(view, np.where(scene["paint"] > 135, scene["paint"] - 110, scene["paint"] + 110), beacon),
-                    repainted,
-                )
-            )
+            things.append((s, x, car_parts(view, np.where(paint > 135, paint - 110, paint + 110)), repainted))
         braking = (tau > 0) & (tau >= future["brake_at"])
-        if braking.any():
-            things.append((s - 0.01, x, car_parts(view, scene["paint"], "brake")[-1:], braking))
+        things.append((s - 0.01, x, [(-0.95, 0.95, 0.4, 0.8, 255, 20, 20)], braking))
     return things
 
 
-def paint_ground(scene, pose, height, width, fork_at, now):
-    """Grass, road, crossing road and markings below the horizon -> float32 [T, rows, W, 3]. now: time of the last NOW frame."""
+def paint_view(scene, pose, height, width, top):
+    """Sky with drifting clouds; from row `top`, the horizon, grass, roads and markings -> float32 [T, H, W, 3]."""
+    v = (np.arange(top, dtype=np.float32) + 0.5) / height / HORIZON  # 0 above, 1 at the horizon
+    u = ((np.arange(width, dtype=np.float32) + 0.5) / width - 0.5) / FOCAL
+    drift = (3 * u[None] + 2 * pose["heading"][:, None] + 0.1 * pose["times"][:, None]).astype(np.float32)  # [T, W]
+    bands = sum(np.sin((k + 1) * drift + np.float32(scene["clouds"][k])) for k in range(3))[:, None]
+    bands = bands * np.sin(6 * (1 - v))[:, None]
+    sky = scene["sky"].astype(np.float32) + 50 * v[:, None, None] + 12 * bands[..., None]
     paved, edge_at, line_at, _ = ROADS[scene["lanes"]]
-    rows = np.arange(int(np.ceil(HORIZON * height - 0.5)), height, dtype=np.float32)
-    depth = (CAMERA_HEIGHT * FOCAL * width / (rows + 0.5 - HORIZON * height)).astype(
-        np.float32
-    )  # metres ahead of each row
-    across = depth[:, None] * (((np.arange(width, dtype=np.float32) + 0.5) / width - 0.5) / FOCAL)  # [rows, W]
-    cos, sin, s, x = (
-        value.astype(np.float32)[:, None, None]
-        for value in (np.cos(pose["heading"]), np.sin(pose["heading"]), pose["s"], pose["x"])
-    )
-    ground_s = s + depth[:, None] * cos - across * sin  # [T, rows, W]
-    ground_x = x + depth[:, None] * sin + across * cos
+    rows = np.arange(top, height, dtype=np.float32)
+    # metres ahead of each row, [rows, 1]
+    depth = (CAMERA_HEIGHT * FOCAL * width / (rows + 0.5 - HORIZON * height)).astype(np.float32)[:, None]
+    turned = np.cos(pose["heading"]), np.sin(pose["heading"]), pose["s"], pose["x"]
+    cos, sin, s, x = (value.astype(np.float32)[:, None, None] for value in turned)
+    across = depth * u  # [rows, W]
+    ground_s = s + depth * cos - across * sin  # [T, rows, W]
+    ground_x = x + depth * sin + across * cos
     side = np.abs(ground_x)
     if scene["kind"] == "fork":  # a fork mirrors its two roads, so one distance serves both
-        side = np.abs(side - branch_offset(ground_s - np.float32(fork_at)).astype(np.float32))
-    sharp = (FOCAL * width / depth)[:, None]  # pixels per metre sideways
-    near = np.clip(8 / depth, 0, 1)[:, None]
+        side = np.abs(side - branch_offset(ground_s - np.float32(pose["fork_at"])).astype(np.float32))
+    sharp, near = FOCAL * width / depth, np.clip(8 / depth, 0, 1)  # pixels per metre sideways; 1 near by, 0 far away
     road = np.clip((paved - side) * sharp + 0.5, 0, 1)
     if scene["plot"] in ("cross", "barrier"):
-        at = scene["speed"] * now + scene["cross_gap"]
-        road = np.maximum(road, np.clip(3 - np.abs(ground_s - np.float32(at)), 0, 1))
-    edge = np.clip((0.15 - np.abs(side - edge_at)) * sharp + 0.5, 0, 1) * np.clip(0.3 * sharp, 0, 1)
+        crossing = np.float32(pose["now_s"] + scene["cross_gap"])
+        road = np.maximum(road, np.clip(3 - np.abs(ground_s - crossing), 0, 1))
+    thin = np.clip(0.3 * sharp, 0, 1)
+    edge = np.clip((0.15 - np.abs(side - edge_at)) * sharp + 0.5, 0, 1) * thin
     dash = np.clip(np.sin((ground_s + scene["phase"]) * np.float32(np.pi / DASH)) * 4 + 0.5, 0, 1) * near
-    line = np.clip((0.13 - np.abs(side - line_at)) * sharp + 0.5, 0, 1) * np.clip(0.3 * sharp, 0, 1) * dash
+    line = np.clip((0.13 - np.abs(side - line_at)) * sharp + 0.5, 0, 1) * thin * dash
     texture = 8 * np.sin(ground_s * 1.3) * np.sin(ground_x * 0.9) * near
-    image = texture[..., None] + scene["ground"].astype(np.float32)
+    ground = texture[..., None] + scene["ground"].astype(np.float32)
     for alpha, colour in ((road, scene["asphalt"]), (edge, 225.0), (line, 235.0)):
-        image += alpha[..., None] * (np.float32(colour) - image)
-    return image
+        ground += alpha[..., None] * (np.float32(colour) - ground)
+    return np.concatenate([sky, ground], 1)
 
 
-def paint_sky(scene, pose, height, width, times):
-    """Sky with a gradient and drifting clouds down to the horizon -> float32 [T, rows, W, 3]."""
-    v = (
-        (np.arange(int(np.ceil(HORIZON * height - 0.5)), dtype=np.float32) + 0.5) / height / HORIZON
-    )  # 0 above, 1 at the horizon
-    u = ((np.arange(width, dtype=np.float32) + 0.5) / width - 0.5) / FOCAL
-    drift = (3 * u[None] + 2 * pose["heading"][:, None] + 0.1 * times[:, None]).astype(np.float32)  # [T, W]
-    bands = (
-        sum(np.sin((k + 1) * drift + np.float32(scene["clouds"][k])) for k in range(3))[:, None]
-        * np.sin(6 * (1 - v))[:, None]
-    )
-    return (scene["sky"].astype(np.float32) + 50 * v[:, None, None])[None] + 12 * bands[..., None]
+def seen_from(pose, s, x):
+    """A place s, x (numbers or [T]) from the camera of every frame -> metres ahead [T], metres to the right [T]."""
+    ds, dx, cos, sin = s - pose["s"], x - pose["x"], np.cos(pose["heading"]), np.sin(pose["heading"])
+    return ds * cos + dx * sin, dx * cos - ds * sin
 
 
-def draw_things(image, things, pose, break_order=90.0):
-    """Paint all parts of all things on every frame, far ones first, with soft edges. image [T, H, W, 3] changes in place."""
+def cover(near, far, size):
+    """Pixels of a line between two edges [T, P] -> (first, end [T, P], covered share float32 [T, P, size])."""
+    pixels = np.arange(size)
+    share = np.clip(np.minimum(far[..., None], pixels + 1) - np.maximum(near[..., None], pixels), 0, 1)
+    first, end = np.floor(np.clip(near, 0, size)), np.ceil(np.clip(far, 0, size))
+    return first.astype(int), end.astype(int), share.astype(np.float32)
+
+
+def draw_things(image, things, pose):
+    """Paint all parts of all things on every frame, far ones first, soft edges. image [T, H, W, 3] changes in place."""
     T, height, width, _ = image.shape
     parts = np.array([part for _, _, rows, _ in things for part in rows], np.float32)  # [P, 7]
     owner = np.repeat(np.arange(len(things)), [len(rows) for _, _, rows, _ in things])
-    ds = np.stack([np.broadcast_to(s, (T,)) for s, _, _, _ in things], 1) - pose["s"][:, None]  # [T, n]
-    dx = np.stack([np.broadcast_to(x, (T,)) for _, x, _, _ in things], 1) - pose["x"][:, None]
-    shown = np.stack([np.broadcast_to(seen, (T,)) for _, _, _, seen in things], 1)
-    cos, sin = np.cos(pose["heading"])[:, None], np.sin(pose["heading"])[:, None]
-    depth = ds * cos + dx * sin
+    depth, across = np.stack([seen_from(pose, s, x) for s, x, _, _ in things], 2)  # [T, things]
     scale = FOCAL * width / np.maximum(depth, 1.0)
-    u, v = width / 2 + (dx * cos - ds * sin) * scale, HORIZON * height + CAMERA_HEIGHT * scale
-    shown = shown & (depth > 1.5) & (depth < break_order)
+    u, v = width / 2 + across * scale, HORIZON * height + CAMERA_HEIGHT * scale
+    shown = np.stack([np.broadcast_to(seen, (T,)) for _, _, _, seen in things], 1) & (depth > 1.5) & (depth < 90)
     left, right = (u[:, owner] + parts[:, side] * scale[:, owner] for side in (0, 1))  # [T, P] pixels
     low, high = (v[:, owner] - parts[:, side] * scale[:, owner] for side in (2, 3))
-    x0, x1 = np.floor(np.clip(left, 0, width)).astype(int), np.ceil(np.clip(right, 0, width)).astype(int)
-    y0, y1 = np.floor(np.clip(high, 0, height)).astype(int), np.ceil(np.clip(low, 0, height)).astype(int)
+    (x0, x1, cover_x), (y0, y1, cover_y) = cover(left, right, width), cover(high, low, height)
     visible = shown[:, owner] & (x1 > x0) & (y1 > y0)
-    columns, rows = np.arange(width), np.arange(height)
-    cover_x = np.clip(np.minimum(right[..., None], columns + 1) - np.maximum(left[..., None], columns), 0, 1).astype(
-        np.float32
-    )
-    cover_y = np.clip(np.minimum(low[..., None], rows + 1) - np.maximum(high[..., None], rows), 0, 1).astype(np.float32)
     order = np.argsort(-depth[:, owner], axis=1, kind="stable")
     for frame in range(T):
-        picture = image[frame]
         for part in order[frame][visible[frame, order[frame]]]:
             ys, xs = slice(y0[frame, part], y1[frame, part]), slice(x0[frame, part], x1[frame, part])
             alpha = (cover_y[frame, part, ys, None] * cover_x[frame, part, None, xs])[..., None]
-            spot = picture[ys, xs]
+            spot = image[frame, ys, xs]
             spot += alpha * (parts[part, 4:] - spot)
 
 
-def scene_noise(scene_seed, rng, cfg, rows, width):
-    """Per-frame noise of the sky: the NOW frames' share is drawn from scene_seed, the rest from the future -> [T, rows, W, 1]."""
-    now = np.random.default_rng([scene_seed, 2]).standard_normal((cfg.now_frames, rows, width, 1), dtype=np.float32)
-    later = rng.standard_normal((cfg.num_frames - cfg.now_frames, rows, width, 1), dtype=np.float32)
-    return 4 * np.concatenate([now, later])
-
-
 def draw_bonnet(image, scene):
-    """Own bonnet with the two indicator lamps at the lower edge of every frame. image [T, H, W, 3] changes in place."""
-    _, height, width, _ = image.shape
-    top, lamp = int(BONNET * height), max(2, width // 8)
-    image[:, top:] = (38, 40, 46)
-    for name, columns in (("left", slice(0, lamp)), ("right", slice(width - lamp, width))):
+    """Own bonnet with two indicator lamps at the lower edge of image [T, H, W, 3], which changes in place."""
+    bonnet = image[:, int(BONNET * image.shape[1]) :]
+    bonnet[:] = (38, 40, 46)
+    lamp = max(2, image.shape[2] // 8)
+    for name, columns in (("left", slice(lamp)), ("right", slice(-lamp, None))):
         lit = scene["kind"] == "lane" and scene["indicator"] == name
-        image[:, top:, columns] = (70, 255, 90) if lit else (18, 20, 24)
+        bonnet[:, :, columns] = (70, 255, 90) if lit else (18, 20, 24)
 
 
-def scene_labels(scene, future, pose, mover, tau, fork_at, cfg):
-    """What is true of a clip -> dict: per-clip values and per-frame lists in SI units, None where a thing is not there."""
-    side, kind = future["choice"], scene["kind"]
+def scene_labels(scene, future, pose, mover):
+    """What is true of a clip -> dict of values and per-frame lists in SI units, None where a thing is not there."""
+    side, kind, tau = future["choice"], scene["kind"], pose["tau"]
     moves = {"fork": f"fork_{SIDE_NAMES[side]}", "lane": f"lane_change_{SIDE_NAMES[side]}" if side else "keep"}
-    braked = math.isfinite(future["brake_at"]) and future["brake_at"] < tau[-1]
-    lead_gap = mover_u = mover_depth = [None] * len(tau)
+    braked = future["brake_at"] < tau[-1]
+    mover_u = mover_depth = [None] * len(tau)
     event = np.full(len(tau), "", object)
     if mover is not None:
         s, x, shown, _ = mover
-        ds, dx, cos, sin = s - pose["s"], x - pose["x"], np.cos(pose["heading"]), np.sin(pose["heading"])
-        depth = ds * cos + dx * sin
-        column = 0.5 + FOCAL * (dx * cos - ds * sin) / np.maximum(depth, 1.0)
+        depth, across = seen_from(pose, s, x)
+        column = 0.5 + FOCAL * across / np.maximum(depth, 1.0)
         there = shown & (depth > 1.5) & (column > -0.05) & (column < 1.05)
-        mover_u, mover_depth = (
-            [float(v) if ok else None for v, ok in zip(values, there)] for values in (column, depth)
-        )
-        if scene["plot"] == "lead":
-            lead_gap = mover_depth
+        mover_u, mover_depth = ([float(v) if ok else None for v, ok in zip(row, there)] for row in (column, depth))
         if kind == "occluder":  # the truck's picture against the car's centre
-            now_s = pose["s"][cfg.now_frames - 1]
-            near, far = (now_s + scene["truck_gap"] + d - pose["s"] for d in (0, 6))
-            event[
-                (near > 1.5)
-                & ((TRUCK_AT - 1.2 - pose["x"]) / np.maximum(far, 1) < dx / depth)
-                & (dx / depth < (TRUCK_AT + 1.2 - pose["x"]) / np.maximum(near, 1))
-            ] = "hidden"
+            near, far = (pose["now_s"] + scene["truck_gap"] + d - pose["s"] for d in (0, 6))
+            left, right = TRUCK_AT - 1.2 - pose["x"], TRUCK_AT + 1.2 - pose["x"]
+            way = (x - pose["x"]) / depth
+            event[(near > 1.5) & (left / np.maximum(far, 1) < way) & (way < right / np.maximum(near, 1))] = "hidden"
         event[(tau > 0) & (tau >= future["brake_at"])] = "braking"
     if kind == "fork":
-        event[pose["s"] > fork_at] = "fork"
+        event[pose["s"] > pose["fork_at"]] = "fork"
     if kind == "lane" and side:
         event[(tau > future["start"]) & (tau < future["start"] + future["duration"])] = "changing"
     return dict(
@@ -2243,7 +2157,7 @@ def scene_labels(scene, future, pose, mover, tau, fork_at, cfg):
         yaw_rate=pose["yaw_rate"].tolist(),
         steer=np.arctan(2.8 * pose["yaw_rate"] / np.maximum(pose["speed"], 1)).tolist(),
         lane_offset=pose["offset"].tolist(),
-        lead_gap=lead_gap,
+        lead_gap=mover_depth if scene["plot"] == "lead" else [None] * len(tau),
         mover_u=mover_u,
         mover_depth=mover_depth,
         event=event.tolist(),
@@ -2253,63 +2167,54 @@ def scene_labels(scene, future, pose, mover, tau, fork_at, cfg):
 def scene(scene_seed, future_seed, cfg, kind="", twin=""):
     """Render one built-in driving scene -> (frames uint8 [T, H, W, 3], labels dict with per-frame SI signals).
 
-    NOW frames are a function of scene_seed (and a forced `kind`) alone, bit for bit; future_seed draws what happens after
-    with the odds of `scene_odds`. `twin` breaks physics in SOON, for steady scenes only: every frame before
-    labels["break_frame"] stays as it is without. Square pixels, `scene_size` on the short side where that is set.
+    NOW frames are a function of scene_seed (and a forced `kind`) alone, bit for bit; future_seed draws what happens
+    after, with the odds of `scene_odds`. `twin` breaks physics in SOON, for steady scenes only: frames before
+    labels["break_frame"] stay as they are without. Square pixels, `scene_size` on the short side where that is set.
     """
     grow = cfg.scene_size / min(cfg.height, cfg.width) if cfg.scene_size else 1.0
     height, width = (2 * max(round(side * grow / 2), 1) for side in (cfg.height, cfg.width))
-    params = draw_scene(scene_seed, cfg, kind)
-    if twin and (
-        twin not in TWIN_KINDS or params["kind"] != "steady" or (twin == "pass_through" and params["plot"] != "barrier")
-    ):
-        raise ValueError(
-            f"twin {twin!r}: one of {', '.join(TWIN_KINDS)}, of a steady scene, pass_through of one with a barrier"
-        )
+    params, passes = draw_scene(scene_seed, cfg, kind), twin == "pass_through"
+    fits = params["kind"] == "steady" and (params["plot"] == "barrier" or not passes)
+    if twin and not (fits and twin in TWIN_KINDS):
+        kinds = ", ".join(TWIN_KINDS)
+        raise ValueError(f"twin {twin!r}: one of {kinds}, of a steady scene, pass_through of one with a barrier")
     future, rng = draw_future(params, future_seed, scene_seed)
-    times = np.arange(cfg.num_frames) / (cfg.clip_fps or 4.0)
-    tau = times - times[cfg.now_frames - 1]
-    after = (
-        params["cross_from"]
-        if twin == "pass_through"
-        else params["broken_after"] * cfg.soon_frames / (cfg.clip_fps or 4.0)
-    )
-    broken = (tau > max(after, 0)) & bool(twin)
-    fork_at = params["speed"] * (times[cfg.now_frames - 1] + params["reach"])
-    pose = ego_path(params, future, times, tau, fork_at)
-    mover = mover_path(params, future, tau, pose["s"][cfg.now_frames - 1], twin, broken)
-    sky = paint_sky(params, pose, height, width, times)
-    sky += scene_noise(scene_seed, rng, cfg, sky.shape[1], width)
-    image = np.concatenate([sky, paint_ground(params, pose, height, width, fork_at, times[cfg.now_frames - 1])], 1)
-    draw_things(image, thing_list(params, mover, times, tau, fork_at, future), pose)
+    fps = scene_fps(cfg)
+    times = np.arange(cfg.num_frames) / fps
+    now = times[cfg.now_frames - 1]
+    tau = times - now
+    broken = (tau > (params["cross_from"] if passes else params["broken_after"] * cfg.soon_frames / fps)) & bool(twin)
+    pose = ego_path(params, future, times, tau, params["speed"] * (now + params["reach"]))
+    mover = mover_path(params, future, pose, twin, broken)
+    rows = int(np.ceil(HORIZON * height - 0.5))  # of sky
+    parts = (np.random.default_rng([scene_seed, 2]), cfg.now_frames), (rng, cfg.num_frames - cfg.now_frames)
+    noise = [source.standard_normal((count, rows, width, 1), dtype=np.float32) for source, count in parts]
+    image = paint_view(params, pose, height, width, rows)
+    image[:, :rows] += 4 * np.concatenate(noise)
+    draw_things(image, thing_list(params, future, pose, mover), pose)
     draw_bonnet(image, params)
-    labels = scene_labels(params, future, pose, mover, tau, fork_at, cfg)
-    labels |= dict(
-        fps=cfg.clip_fps or 4.0,
-        scene_seed=int(scene_seed),
-        future_seed=int(future_seed),
-        twin=twin,
-        break_frame=int(broken.argmax()) if broken.any() else -1,
-    )
+    labels = scene_labels(params, future, pose, mover)
+    labels |= dict(fps=fps, scene_seed=int(scene_seed), future_seed=int(future_seed), twin=twin)
+    labels["break_frame"] = int(broken.argmax()) if broken.any() else -1
     return np.clip(image, 0, 255).astype(np.uint8), labels
 
 
 def siblings(scene_seed, num, cfg, kind=""):
-    """`num` futures of one present, future seeds 0, 1, 2, ... -> generator of (frames, labels); NOW frames are bit-identical."""
+    """`num` futures of one present, future seeds 0, 1, ... -> generator of (frames, labels) with bit-identical NOW."""
     for future_seed in range(num):
         yield scene(scene_seed, future_seed, cfg, kind)
 
 
 def write_video(path, frames, fps, comment=""):
-    """frames uint8 [T, H, W, 3] -> H.264 in a file or an open file, with a comment in its header. Without look-ahead
-    or B-frames: a frame's bits depend on no later frame."""
+    """frames uint8 [T, H, W, 3] -> H.264 in a file or an open file, a comment in its header. Without look-ahead and
+    B-frames: a frame's bits depend on no later frame."""
     import av
 
     with av.open(path if hasattr(path, "write") else str(path), "w", format="mp4") as container:
         container.metadata.update({"comment": comment} if comment else {})
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        even = frames.shape[1] % 2 == 0 and frames.shape[2] % 2 == 0
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p" if even else "yuv444p"
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv444p" if stream.height % 2 or stream.width % 2 else "yuv420p"
         stream.codec_context.thread_count = 1
         stream.options = {"crf": "16", "preset": "veryfast", "tune": "zerolatency"}
         for picture in frames:
@@ -2330,8 +2235,7 @@ def write_new(path, content):
 
 
 def write_scene(folder, name, cfg, scene_seed, future_seed=0, kind="", twin=""):
-    """Render one scene into folder/videos/<name>.mp4 and folder/annotations/<name>.json, as far as they are absent ->
-    labels."""
+    """Render a scene into folder/videos/<name>.mp4 and annotations/<name>.json, where they are absent -> labels."""
     frames, labels = scene(scene_seed, future_seed, cfg, kind, twin)
     video = io.BytesIO()
     write_video(video, frames, labels["fps"])
@@ -2349,19 +2253,9 @@ def scenes_folder(folder, cfg):
     """Where the scenes of a setting stand -> (folder, its setting as text, whether it is taken up).
 
     A folder is theirs when its scenes.json holds the setting; an absent or empty one is free. Any other is somebody's
-    own, and folder_<digest of the setting> is looked at instead, then the same with _2, _3, ... at its end.
+    own; folder_<digest of the setting> is looked at instead, then the same with _2, _3, ...
     """
-    names = (
-        "seed",
-        "scene_clips",
-        "scene_size",
-        "scene_mix",
-        "image_size",
-        "num_frames",
-        "now_frames",
-        "soon_frames",
-        "clip_fps",
-    )
+    names = "seed scene_clips scene_size scene_mix image_size num_frames now_frames soon_frames clip_fps".split()
     setting = json.dumps({name: getattr(cfg, name) for name in names})
     other = f"{folder}_{hashlib.sha256(setting.encode()).hexdigest()[:8]}"
     for candidate in itertools.chain([str(folder), other], (f"{other}_{k}" for k in itertools.count(2))):
@@ -2373,18 +2267,18 @@ def scenes_folder(folder, cfg):
 
 
 def write_scenes(folder, cfg, stopping=None):
-    """Write `scene_clips` scenes as mp4 with annotations, as far as they are absent -> the folder, another one than
-    `folder` where that holds anything else. Nothing is deleted. `stopping()`, asked before every scene, may end the
-    work by Stopped."""
+    """Write the `scene_clips` scenes that are absent as mp4 with annotations -> the folder, another one than `folder`
+    where that holds anything else. Nothing is deleted. `stopping()` is asked before every scene: Stopped."""
     folder, setting, taken = scenes_folder(folder, cfg)
     if not taken:
         folder.mkdir(parents=True, exist_ok=True)
         write_new(folder / "scenes.json", setting.encode())  # first: from here on the folder is known for what it is
-    for name in ("videos", "annotations"):
-        (folder / name).mkdir(exist_ok=True)
-    done = {name: set(os.listdir(folder / name)) for name in ("videos", "annotations")}
+    done = set()
+    for part in (folder / "videos", folder / "annotations"):
+        part.mkdir(exist_ok=True)
+        done |= set(os.listdir(part))
     for index, name in enumerate(scene_names(cfg)):
-        if f"{name}.mp4" in done["videos"] and f"{name}.json" in done["annotations"]:
+        if {f"{name}.mp4", f"{name}.json"} <= done:
             continue
         if stopping is not None and stopping():
             raise Stopped(f"{index} of {cfg.scene_clips} scenes are written; the same command goes on from there")
@@ -2400,13 +2294,18 @@ MASK_FAMILIES = ("short", "long")  # of NOW, each with its own mask token; SOON 
 SOON = len(MASK_FAMILIES)
 
 
-def block_mask(rng, cfg, family):
-    """Union of random blocks on the h x w grid -> bool [h, w], True = hidden. Positions and aspects are drawn per call."""
-    _, rows, cols = cfg.grid
-    num_blocks, scale = getattr(cfg, f"{family}_num_blocks"), getattr(cfg, f"{family}_scale")
-    mask = np.zeros((rows, cols), bool)
+def mask_blocks(cfg, family):
+    """Arguments of `block_mask` for a mask family: (h, w), number of blocks, share of the grid of one, aspects."""
+    blocks = {"short": (cfg.short_num_blocks, cfg.short_scale), "long": (cfg.long_num_blocks, cfg.long_scale)}
+    return cfg.grid[1:], *blocks[family], cfg.aspect_min, cfg.aspect_max
+
+
+def block_mask(rng, grid, num_blocks, scale, aspect_min, aspect_max):
+    """Union of blocks of random place and aspect on the (h, w) grid -> bool [h, w], True = hidden."""
+    rows, cols = grid
+    mask = np.zeros(grid, bool)
     for _ in range(num_blocks):
-        aspect = rng.uniform(cfg.aspect_min, cfg.aspect_max)
+        aspect = rng.uniform(aspect_min, aspect_max)
         block_h = int(np.clip(round(math.sqrt(scale * rows * cols * aspect)), 1, rows))
         block_w = int(np.clip(round(math.sqrt(scale * rows * cols / aspect)), 1, cols))
         top, left = rng.integers(0, rows - block_h + 1), rng.integers(0, cols - block_w + 1)
@@ -2415,46 +2314,32 @@ def block_mask(rng, cfg, family):
 
 
 @lru_cache(maxsize=64)
-def visible_sites(grid, num_blocks, scale, aspect_min, aspect_max, share):
+def visible_sites(share, grid, *blocks):
     """Visible sites of a mask family, one constant per run: `share` of the grid, or the block sampler's mean when 0."""
-    shape = VJepaAutoV2Config(
-        short_num_blocks=num_blocks,
-        short_scale=scale,
-        aspect_min=aspect_min,
-        aspect_max=aspect_max,
-        tubelet_t=1,
-        patch=1,
-        num_frames=1,
-        image_size=grid,
-    )
     if not share:
         rng = np.random.default_rng(0)
-        share = 1 - np.mean([block_mask(rng, shape, "short").mean() for _ in range(2000)])
+        share = 1 - np.mean([block_mask(rng, grid, *blocks).mean() for _ in range(2000)])
     return int(np.clip(round(share * grid[0] * grid[1]), 1, grid[0] * grid[1] - 1))
 
 
 def family_visible(cfg, family):
     """Visible sites per tubelet of a mask family, in [1, h*w - 1]."""
-    values = [getattr(cfg, f"{family}_{name}") for name in ("num_blocks", "scale")]
-    return visible_sites(cfg.grid[1:], *values, cfg.aspect_min, cfg.aspect_max, getattr(cfg, f"{family}_visible"))
+    return visible_sites({"short": cfg.short_visible, "long": cfg.long_visible}[family], *mask_blocks(cfg, family))
 
 
 def sample_mask(rng, cfg, family):
     """One clip's mask -> (keep_idx [K], mask_idx [M]) int64, ascending, disjoint, together all L tokens.
 
-    Spatial blocks are repeated over time. Random sites are added or dropped until the visible count is the family's
-    constant: shapes stay static and no draw hides everything or favours early frames.
+    Blocks are repeated over time. Random sites are added or dropped until the visible count is the family's constant:
+    shapes stay static and no draw hides everything or favours early frames.
     """
-    hidden = block_mask(rng, cfg, family).reshape(-1)
-    visible = family_visible(cfg, family)
-    surplus = int((~hidden).sum()) - visible
+    hidden = block_mask(rng, *mask_blocks(cfg, family)).reshape(-1)
+    surplus = int((~hidden).sum()) - family_visible(cfg, family)
     if surplus:
         pool = np.flatnonzero(~hidden if surplus > 0 else hidden)
         hidden[rng.choice(pool, abs(surplus), replace=False)] = surplus > 0
     tubelets = np.arange(cfg.grid[0])[:, None] * cfg.sites
-    keep_idx = (tubelets + np.flatnonzero(~hidden)).reshape(-1)
-    mask_idx = (tubelets + np.flatnonzero(hidden)).reshape(-1)
-    return keep_idx.astype(np.int64), mask_idx.astype(np.int64)
+    return tuple((tubelets + np.flatnonzero(sites)).reshape(-1).astype(np.int64) for sites in (~hidden, hidden))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3453,15 +3338,17 @@ class Fit(World):
 
 def grid_positions(grid):
     """(t, h, w) sizes -> integer position of every token, int64 [t*h*w, 3], in (t, h, w) order."""
-    axes = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
-    return torch.stack([axis.reshape(-1) for axis in axes], 1)
+    return torch.cartesian_prod(*(torch.arange(size) for size in grid))
+
+
+def axis_angles(positions, num):
+    """Positions [L, 3] times `num` frequencies from 1 towards 1 / 10000 -> float64 [L, 3, num]."""
+    return positions.double()[:, :, None] * 10000.0 ** (-torch.arange(num, dtype=torch.float64) / num)
 
 
 def sincos_table(positions, dim):
-    """Fixed 3D sine-cosine code: a third of the channels per axis, left-over channels zero. [L, 3] -> float32 [L, dim]."""
-    third = dim // 6 * 2
-    frequencies = 10000.0 ** (-torch.arange(third // 2, dtype=torch.float64) / (third // 2))
-    angles = positions.double()[:, :, None] * frequencies  # [L, 3, third / 2]
+    """Fixed 3D sine-cosine code: a third of the channels per axis, left-over ones zero. [L, 3] -> float32 [L, dim]."""
+    angles = axis_angles(positions, dim // 6)
     code = torch.cat([angles.sin(), angles.cos()], 2).flatten(1)
     return F.pad(code, (0, dim - code.shape[1])).float()
 
@@ -3469,13 +3356,11 @@ def sincos_table(positions, dim):
 def rope_table(positions, head_dim):
     """3D rotary angles in V-JEPA 2's published form -> (cos, sin), float32 [L, head_dim].
 
-    The channels of a head are split in three equal even parts (t, h, w); the rest stays unrotated (cos 1, sin 0). Each
-    part repeats its frequency list twice while rotating neighbouring pairs: that is what the published weights expect.
+    A head's channels are split in three equal even parts (t, h, w); the rest stays unrotated (cos 1, sin 0). Each part
+    repeats its frequency list twice while rotating neighbouring pairs: the published weights expect that.
     """
-    part = 2 * (head_dim // 3 // 2)
-    frequencies = 10000.0 ** (-torch.arange(part // 2, dtype=torch.float64) / (part / 2))
-    angles = (positions.double()[:, :, None] * frequencies).repeat(1, 1, 2).flatten(1)  # [L, 3 * part]
-    rest = (0, head_dim - 3 * part)
+    angles = axis_angles(positions, head_dim // 6).repeat(1, 1, 2).flatten(1)
+    rest = (0, head_dim - angles.shape[1])
     return F.pad(angles.cos(), rest, value=1.0).float(), F.pad(angles.sin(), rest).float()
 
 
@@ -3503,34 +3388,33 @@ MAX_PLAIN_SCORES = 2**23  # attention scores of one call that may be kept for ba
 def attend(q, k, v):
     """Attention of queries [B, nh, Q, hd] to keys and values [B, nh, K, hd] -> [B, nh, Q, hd].
 
-    torch's fused kernel, except for bf16 gradients on a CPU, where its backward is slow for few tokens: 8 clips of 2 heads took
-    4.5 ms for 72 tokens and 9.6 ms for 216, as plain products 0.8 and 2.3 ms. Those keep the scores, so only few of them.
+    torch's fused kernel, except for bf16 gradients on a CPU, where its backward is several times slower than plain
+    products for few tokens. Those keep the scores, so only few of them.
     """
-    num_scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    if (
-        q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
-        and torch.is_grad_enabled()
-        and num_scores <= MAX_PLAIN_SCORES
-    ):
+    few = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= MAX_PLAIN_SCORES
+    if few and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def split_heads(x, num, num_heads):
+    """[B, N, num * dim] -> [num, B, nh, N, hd]."""
+    return x.unflatten(2, (num, num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+
 class Attention(nn.Module):
-    """Self-attention over tokens [B, N, dim] -> [B, N, dim], with optional rotary (cos, sin) of the tokens' positions."""
+    """Self-attention over tokens [B, N, dim] -> [B, N, dim], with rotary (cos, sin) of their positions or without."""
 
     def __init__(self, dim, num_heads, dropout):
         super().__init__()
-        self.num_heads, self.head_dim, self.dropout = num_heads, dim // num_heads, dropout
+        self.num_heads, self.dropout = num_heads, dropout
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x, rope=None):
-        B, N, dim = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # each [B, nh, N, hd]
+        q, k, v = split_heads(self.qkv(x), 3, self.num_heads)  # each [B, nh, N, hd]
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        x = attend(q, k, v).transpose(1, 2).reshape(B, N, dim)  # [B, N, dim]
+        x = attend(q, k, v).transpose(1, 2).flatten(2)  # [B, N, dim]
         return F.dropout(self.proj(x), self.dropout, self.training)
 
 
@@ -3539,20 +3423,16 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim, context_dim, num_heads):
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.num_heads = num_heads
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(context_dim, 2 * dim), nn.Linear(dim, dim)
 
     def project(self, context):
-        """context [B, K, context_dim] -> (keys, values), each [B, nh, K, hd]."""
-        B, K, _ = context.shape
-        keys, values = self.kv(context).view(B, K, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        return keys, values
+        """context [B, K, context_dim] -> keys and values [2, B, nh, K, hd]."""
+        return split_heads(self.kv(context), 2, self.num_heads)
 
     def forward(self, x, keys, values):
-        B, Q, dim = x.shape
-        q = self.q(x).view(B, Q, self.num_heads, self.head_dim).transpose(1, 2)  # [B, nh, Q, hd]
-        x = attend(q, keys, values).transpose(1, 2).reshape(B, Q, dim)  # [B, Q, dim]
-        return self.proj(x)
+        (q,) = split_heads(self.q(x), 1, self.num_heads)  # [B, nh, Q, hd]
+        return self.proj(attend(q, keys, values).transpose(1, 2).flatten(2))  # [B, Q, dim]
 
 
 class MLP(nn.Module):
@@ -3610,14 +3490,13 @@ class PositionCode(nn.Module):
 
     def __init__(self, cfg, dim):
         super().__init__()
-        self.is_rope = cfg.pos_embed == "rope"
-        positions = grid_positions(cfg.grid)
+        self.is_rope, positions = cfg.pos_embed == "rope", grid_positions(cfg.grid)
         if self.is_rope:
-            cos, sin = rope_table(positions, dim // cfg.num_heads)
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
+            tables = dict(zip(("cos", "sin"), rope_table(positions, dim // cfg.num_heads)))
         else:
-            self.register_buffer("code", sincos_table(positions, dim), persistent=False)
+            tables = {"code": sincos_table(positions, dim)}
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
 
     def add(self, x, idx):
         """x [B, N, dim] at positions idx [B, N] -> x with the additive code; unchanged for rope."""
@@ -3636,8 +3515,8 @@ class PositionCode(nn.Module):
 class Tokenizer(nn.Module):
     """Conv3D tubelet embedding: clip [B, T, C, H, W] -> tokens [B, L, D] in (t, h, w) order.
 
-    Kernel and stride are equal, so the convolution is computed as one matrix product over cut-out tubelets, which was
-    measured 1.4 times faster; the weight keeps Conv3d's layout [D, C, tubelet_t, patch, patch].
+    Kernel and stride are equal, so the convolution is one matrix product over cut-out tubelets, measured 1.4 times
+    faster; the weight keeps Conv3d's layout [D, C, tubelet_t, patch, patch].
     """
 
     def __init__(self, cfg):
@@ -3648,7 +3527,7 @@ class Tokenizer(nn.Module):
 
     def forward(self, clip):
         B, T, C, H, W = clip.shape
-        _, _, dt, p, _ = self.proj.weight.shape
+        dt, p = self.proj.weight.shape[2:4]
         tubelets = clip.reshape(B, T // dt, dt, C, H // p, p, W // p, p).permute(0, 1, 4, 6, 3, 2, 5, 7)
         tubelets = tubelets.reshape(B, -1, C * dt * p * p)  # [B, L, C * dt * p * p]
         return F.linear(tubelets, self.proj.weight.flatten(1), self.proj.bias)  # [B, L, D]
@@ -3670,8 +3549,7 @@ class Encoder(nn.Module):
     def forward(self, clip):
         """Whole clip [B, T, C, H, W], T at most num_frames -> [B, L, D]."""
         tokens = self.tokenizer(clip)  # [B, L, D]
-        every = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        return self.encode(tokens, every)
+        return self.encode(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3680,10 +3558,10 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Narrow transformer that fills masked positions from a context, with one mask token per family (short, long, SOON).
+    """Narrow transformer that fills masked positions from a context; one mask token per family (short, long, SOON).
 
-    A SOON position starts from what the context holds at its site in the last NOW tubelet, so that the trunk learns what
-    changes and need not first learn to copy: val soon_skill of the proof preset after 400 steps 0.15 instead of -0.04.
+    A SOON position starts from what the context holds at its site in the last NOW tubelet, so that the trunk learns
+    what changes and need not first learn to copy.
     """
 
     def __init__(self, cfg):
@@ -3704,8 +3582,7 @@ class Predictor(nn.Module):
         if family == SOON:
             holes = holes + seen[:, -self.sites :].repeat(1, mask_idx.shape[1] // self.sites, 1)
         x = self.position.add(torch.cat([seen, holes.to(seen.dtype)], 1), idx)  # [B, K + M, P]
-        x = self.trunk(x, self.position.rope(idx))
-        return self.out(x[:, keep_idx.shape[1] :])
+        return self.out(self.trunk(x, self.position.rope(idx))[:, keep_idx.shape[1] :])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3726,8 +3603,8 @@ class OutcomeHead(nn.Module):
         nn.init.trunc_normal_(self.queries, std=0.02)
 
     def forward(self, context):
-        queries = self.queries.expand(len(context), -1, -1)  # [B, Q, D]
-        x = queries + self.cross(queries, *self.cross.project(self.norm_context(context)))
+        x = self.queries.expand(len(context), -1, -1)  # [B, Q, D]
+        x = x + self.cross(x, *self.cross.project(self.norm_context(context)))
         x = x + self.mlp(self.norm(x))  # [B, Q, D]
         return self.out(x.mean(1))  # [B, D]
 
@@ -3746,12 +3623,12 @@ def flow_path(noise, y, tau):
 
 
 def flow_velocity(y_hat, x_tau, tau):
-    """Velocity at x_tau of the straight path that ends in y_hat; its blow-up at tau = 1 is cut at 0.05 (JiT, section 3)."""
+    """Velocity at x_tau of the straight path to y_hat; its blow-up at tau = 1 is cut at 0.05 (JiT, section 3)."""
     return (y_hat - x_tau) / (1 - tau).clamp_min(0.05)[..., None, None]
 
 
 def velocity_loss(flow, projected, y, noise, tau):
-    """Mean squared velocity error of a flow net: y, noise [B, R, N, k], tau [B, R], projected from the NOW context -> scalar."""
+    """Mean squared velocity error of a flow net: y, noise [B, R, N, k], tau [B, R], projected NOW context -> scalar."""
     x_tau = flow_path(noise, y, tau)
     y_hat = flow(x_tau, tau, projected)
     return (flow_velocity(y_hat, x_tau, tau) - flow_velocity(y, x_tau, tau)).square().mean()
@@ -3764,38 +3641,38 @@ def flow_positions(cfg, dim):
     soon_t = cfg.soon_frames // cfg.tubelet_t
     soon = grid_positions((soon_t, cfg.flow_pool, cfg.flow_pool))
     chunks = torch.tensor(
-        [[soon_t + 4 * (number + 1), 0, 0] for number in range(cfg.flow_chunks)]
-    )  # a time of their own
+        [[soon_t + 4 * number, 0, 0] for number in range(1, cfg.flow_chunks + 1)]
+    )  # times of their own
     return sincos_table(torch.cat([soon, chunks]), dim)
 
 
+def modulated(norm, x, shift, scale):
+    """x [B, R, N, W], normed, then scaled and shifted by the condition [B, R, 1, W] (AdaLN)."""
+    return norm(x) * (1 + scale) + shift
+
+
 class FlowBlock(nn.Module):
-    """MLP, and where several tokens are noised before it self-attention over them and cross-attention to NOW, each gated
-    by the condition (AdaLN-zero)."""
+    """MLP, where several tokens are noised after self-attention and cross-attention to NOW; each gated by the condition
+    (AdaLN-zero)."""
 
     def __init__(self, dim, context_dim, num_heads, joint):
         super().__init__()
         self.attn = None if joint else Attention(dim, num_heads, 0.0)
         self.cross = None if joint else CrossAttention(dim, context_dim, num_heads)
         self.mlp = MLP(dim, 4 * dim)
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(1 if joint else 3)
-        )
+        norms = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(1 if joint else 3))
+        self.norms = nn.ModuleList(norms)
         self.modulate = nn.Linear(dim, 3 * len(self.norms) * dim)
 
     def forward(self, x, condition, keys, values):
         """x [B, R, N, W], condition [B, R, W], keys and values of the NOW context or None -> [B, R, N, W]."""
-        B, R, N, W = x.shape
         parts = self.modulate(F.silu(condition))[:, :, None].chunk(3 * len(self.norms), -1)  # each [B, R, 1, W]
         if self.attn is not None:
-            shift, scale, gate = parts[3:6]
-            h = self.norms[1](x) * (1 + scale) + shift
-            x = x + gate * self.attn(h.reshape(B * R, N, W)).reshape(B, R, N, W)
-            shift, scale, gate = parts[6:9]
-            h = self.norms[2](x) * (1 + scale) + shift
-            x = x + gate * self.cross(h.reshape(B, R * N, W), keys, values).reshape(B, R, N, W)
-        shift, scale, gate = parts[:3]
-        return x + gate * self.mlp(self.norms[0](x) * (1 + scale) + shift)
+            h = modulated(self.norms[1], x, *parts[3:5])
+            x = x + parts[5] * self.attn(h.flatten(0, 1)).view_as(x)
+            h = modulated(self.norms[2], x, *parts[6:8])
+            x = x + parts[8] * self.cross(h.flatten(1, 2), keys, values).view_as(x)
+        return x + parts[2] * self.mlp(modulated(self.norms[0], x, *parts[:2]))
 
 
 class FlowNet(nn.Module):
@@ -3807,28 +3684,25 @@ class FlowNet(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        W, joint = cfg.flow_dim, cfg.flow_joint
+        W, joint, whole = cfg.flow_dim, cfg.flow_joint, cfg.now_tokens * cfg.enc_dim
         self.embed, self.out = nn.Linear(cfg.flow_rank, W), nn.Linear(W, cfg.flow_rank)
         self.tau_mlp = nn.Sequential(nn.Linear(64, W), nn.SiLU(), nn.Linear(W, W))
         self.norm_context = nn.LayerNorm(cfg.enc_dim, eps=1e-6)
-        self.whole = (
-            nn.Sequential(nn.Linear(cfg.now_tokens * cfg.enc_dim, W), nn.SiLU(), nn.Linear(W, W)) if joint else None
-        )
+        self.whole = nn.Sequential(nn.Linear(whole, W), nn.SiLU(), nn.Linear(W, W)) if joint else None
         self.blocks = nn.ModuleList(FlowBlock(W, cfg.enc_dim, cfg.flow_heads, joint) for _ in range(cfg.flow_depth))
         self.norm, self.modulate = nn.LayerNorm(W, eps=1e-6, elementwise_affine=False), nn.Linear(W, 2 * W)
         for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
-            # at 0.02 what comes from NOW is a product of small numbers: 500 steps of `tiny` sampled as if NOW were not there
+            # at 0.02 what comes from NOW is a product of small numbers: a short run samples as if it were not there
             nn.init.trunc_normal_(linear.weight, std=linear.in_features**-0.5)
             nn.init.zeros_(linear.bias)
         for zeroed in (*(block.modulate for block in self.blocks), self.modulate, self.out):
             nn.init.zeros_(zeroed.weight)  # every block starts as the identity and the first guess as the mean, zero
         self.register_buffer("code", flow_positions(cfg, W), persistent=False)
-        self.register_buffer(
-            "frequencies", torch.exp(torch.linspace(math.log(0.1), math.log(10.0), 32)), persistent=False
-        )
+        frequencies = torch.exp(torch.linspace(math.log(0.1), math.log(10.0), 32))
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def project(self, context):
-        """What every sample and step reuses of the NOW context [B, K, D]: its summary [B, W], or keys and values per block."""
+        """What samples and steps reuse of a NOW context [B, K, D]: its summary [B, W], or keys and values per block."""
         context = self.norm_context(context)
         if self.whole is not None:
             return self.whole(context.flatten(1)), [(None, None)] * len(self.blocks)
@@ -3844,42 +3718,37 @@ class FlowNet(nn.Module):
             condition, x = condition + summary[:, None], x + summary[:, None, None]
         for block, (keys, values) in zip(self.blocks, keys_values):
             x = block(x, condition, keys, values)
-        shift, scale = self.modulate(F.silu(condition))[:, :, None].chunk(2, -1)
-        return self.out(self.norm(x) * (1 + scale) + shift).float()
+        return self.out(modulated(self.norm, x, *self.modulate(F.silu(condition))[:, :, None].chunk(2, -1))).float()
+
+
+def leading_directions(rows, count, rank, share, least=0.0):
+    """Leading eigenvalues of rows.T @ rows / count, rows [n, span] -> (values [<= rank], which are solid: above `share`
+    of the largest, orthonormal directions [span, <= rank], 0 where not solid). By the Gram matrix, as n is small."""
+    values, vectors = torch.linalg.eigh((rows @ rows.T).double() / count)
+    values, vectors = values.flip(0)[:rank].clamp_min(0), vectors.flip(1)[:, :rank]
+    solid = values > share * values[0].clamp_min(least)
+    inverse = torch.where(solid, values.clamp_min(1e-30).rsqrt(), 0)
+    return values, solid, rows.T @ (vectors * inverse).float() / math.sqrt(count)
 
 
 class FutureSpace(nn.Module):
     """Running linear map between a residual future [B, F, D] and its coordinates y [B, N, k].
 
-    Small grids: N = 1 and the k directions span all tokens jointly. Large grids: SOON is pooled to flow_pool x flow_pool
-    sites per tubelet, and the k directions span the channels of single pooled tokens. The directions are the leading ones
-    of a forgetting covariance, followed by incremental PCA and turned as little as possible from update to update, so
-    that the flow net's coordinates do not jump. One scale for all directions makes the mean variance of y 1: what NOW leaves
-    open most stands out most. Whitened directions gave all of them, noise included, the same say (62 % against 52 % of fork
-    samples between the branches after 600 steps on frozen latents).
+    Small grids: N = 1, the k directions span all tokens jointly. Large grids: SOON is pooled to flow_pool x flow_pool
+    sites per tubelet, the k directions span the channels of single pooled tokens. They are the leading ones of a
+    forgetting covariance, followed by incremental PCA and turned as little as possible from update to update: the flow
+    net's coordinates must not jump. One scale for all makes the mean variance of y 1: what NOW leaves open most stands
+    out most. Whitened, all directions, noise included, would have the same say.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        self.joint, self.num_chunks, self.pool_side, self.rank = (
-            cfg.flow_joint,
-            cfg.flow_chunks,
-            cfg.flow_pool,
-            cfg.flow_rank,
-        )
+        self.joint, self.num_chunks, self.pool_side = cfg.flow_joint, cfg.flow_chunks, cfg.flow_pool
+        self.rank, D, k = cfg.flow_rank, cfg.enc_dim, cfg.flow_rank
         self.soon_grid = (cfg.soon_frames // cfg.tubelet_t, *cfg.grid[1:])
-        D, num_future = cfg.enc_dim, cfg.soon_tokens + cfg.flow_chunks
-        span = num_future * D if self.joint else D
-        for name, shape in (
-            ("variance", (D,)),
-            ("rest_variance", (D,)),
-            ("mean", (cfg.flow_tokens, span)),
-            ("basis", (span, self.rank)),
-            ("covariance", (self.rank, self.rank)),
-            ("scale", ()),
-            ("explained", ()),
-            ("updates", ()),
-        ):
+        span = (cfg.soon_tokens + cfg.flow_chunks) * D if self.joint else D
+        shapes = dict(variance=D, rest_variance=D, mean=(cfg.flow_tokens, span), basis=(span, k), covariance=(k, k))
+        for name, shape in (shapes | dict(scale=(), explained=(), updates=())).items():
             self.register_buffer(name, torch.zeros(shape))
         self.variance.fill_(1.0)
         self.scale.fill_(1.0)
@@ -3889,22 +3758,19 @@ class FutureSpace(nn.Module):
         scaled = residual / self.variance.sqrt()
         if self.joint:
             return scaled.flatten(1)[:, None]
-        B, _, D = scaled.shape
-        t, h, w = self.soon_grid
-        soon = scaled[:, : t * h * w].reshape(B * t, h, w, D).permute(0, 3, 1, 2)
-        soon = F.adaptive_avg_pool2d(soon, self.pool_side).permute(0, 2, 3, 1).reshape(B, -1, D)
-        return torch.cat([soon, scaled[:, t * h * w :]], 1)
+        soon, chunks = scaled.tensor_split((-self.num_chunks,), 1)
+        soon = soon.unflatten(1, self.soon_grid).flatten(0, 1).permute(0, 3, 1, 2)  # [B * t, D, h, w]
+        soon = F.adaptive_avg_pool2d(soon, self.pool_side).permute(0, 2, 3, 1)
+        return torch.cat([soon.reshape(len(scaled), -1, chunks.shape[2]), chunks], 1)
 
     def unpool(self, rows):
         """Rows [B, N, span] -> residual [B, F, D]; pooled sites are repeated over the tokens they stand for."""
-        B = len(rows)
         if self.joint:
-            return rows.reshape(B, -1, len(self.variance)) * self.variance.sqrt()
-        t, h, w = self.soon_grid
-        soon, chunks = rows[:, : -self.num_chunks], rows[:, -self.num_chunks :]
-        soon = soon.reshape(B * t, self.pool_side, self.pool_side, -1).permute(0, 3, 1, 2)
-        soon = F.interpolate(soon, size=(h, w), mode="nearest").permute(0, 2, 3, 1).reshape(B, t * h * w, -1)
-        return torch.cat([soon, chunks], 1) * self.variance.sqrt()
+            return rows.reshape(len(rows), -1, len(self.variance)) * self.variance.sqrt()
+        soon, chunks = rows.tensor_split((-self.num_chunks,), 1)
+        soon = soon.reshape(-1, self.pool_side, self.pool_side, chunks.shape[2]).permute(0, 3, 1, 2)  # [B * t, D, ...]
+        soon = F.interpolate(soon, size=self.soon_grid[1:], mode="nearest").permute(0, 2, 3, 1)
+        return torch.cat([soon.reshape(len(rows), -1, chunks.shape[2]), chunks], 1) * self.variance.sqrt()
 
     def encode(self, rows):
         """Rows [B, N, span] -> coordinates y [B, N, k]."""
@@ -3914,77 +3780,61 @@ class FutureSpace(nn.Module):
         """Coordinates y [B, N, k] -> residual [B, F, D]; what lies outside the directions comes back as its mean."""
         return self.unpool(y * self.scale @ self.basis.T + self.mean)
 
-    def gaussian(self, noise):
-        """Standard normal noise [B, N, k] -> coordinates with the residual's own covariance: the control `mean + noise`."""
+    def root(self):
+        """Transposed root of the covariance [k, k]: its rows are in basis coordinates."""
         values, vectors = torch.linalg.eigh(self.covariance.double())
-        return noise @ (vectors * values.clamp_min(0).sqrt()).float().T / self.scale
+        return (vectors * values.clamp_min(0).sqrt()).float().T
+
+    def gaussian(self, noise):
+        """Normal noise [B, N, k] -> coordinates with the residual's own covariance: the control `mean + noise`."""
+        return noise @ self.root() / self.scale
+
+    def measure(self, centred, rate):
+        """Follow how much of centred rows [n, span] lies in the directions, and the variance [D] of the rest."""
+        rest = centred - centred @ self.basis @ self.basis.T
+        self.explained.lerp_(1 - rest.square().sum() / centred.square().sum().clamp_min(1e-12), rate)
+        self.rest_variance.lerp_(rest.square().reshape(-1, len(self.variance)).mean(0), rate)
 
     @torch.no_grad()
     def absorb(self, rows, square):
-        """Update all statistics from one step's rows [n, N, span] of all ranks, or None, and the mean squared residual [D]."""
+        """Take in one step's rows [n, N, span] of all ranks, or None, and the mean squared residual [D]."""
         self.updates += 1
-        rate = max(1.0 / float(self.updates), 0.01)
-        self.variance.lerp_(square.clamp_min(1e-6), rate)
+        self.variance.lerp_(square.clamp_min(1e-6), max(1.0 / float(self.updates), 0.01))
         if rows is None or self.updates < 2:
             return  # the first step only sets the scale; its rows were made without one
         rate = max(1.0 / (float(self.updates) - 1), 0.01)
         self.mean.lerp_(rows.mean(0), rate)
         centred = (rows - self.mean).flatten(0, 1)
         centred = centred[:: max(1, len(centred) // 256)]  # enough rows for the directions at a bounded cost
-        inside = centred @ self.basis
-        outside = centred - inside @ self.basis.T
-        share = 1 - outside.square().sum() / centred.square().sum().clamp_min(1e-12)
-        self.explained.lerp_(share, rate)  # how much of a future that was not yet absorbed lies in the directions
-        self.rest_variance.lerp_(outside.square().reshape(-1, len(self.variance)).mean(0), rate)
+        self.measure(centred, rate)  # of futures that are not yet absorbed
         self.follow(centred, rate)
 
     def follow(self, centred, rate):
         """Incremental PCA with forgetting: refresh basis and covariance from centred rows [n, span]."""
-        values, vectors = torch.linalg.eigh(self.covariance.double())
-        root = (vectors * values.clamp_min(0).sqrt()).T  # [k, k], rows in basis coordinates
-        old = root.float() @ self.basis.T * math.sqrt(1 - rate)  # [k, span]
+        old = self.root() @ self.basis.T * math.sqrt(1 - rate)  # [k, span]
         stacked = torch.cat([old, centred * math.sqrt(rate / len(centred))])
-        gram = (stacked @ stacked.T).double()
-        values, vectors = torch.linalg.eigh(gram)
-        values, vectors = values.flip(0)[: self.rank].clamp_min(0), vectors.flip(1)[:, : self.rank]
-        solid = values > 1e-6 * values[0].clamp_min(1e-12)  # below lies the rounding of an fp32 product
-        inverse = torch.where(solid, values.clamp_min(1e-30).rsqrt(), 0)
-        fresh = stacked.T @ (vectors * inverse).float()  # [span, k], orthonormal where solid, else zero
-        self.turn_to(fresh, values * solid, self.with_new_rows(centred, int(solid.sum())))
-
-    def with_new_rows(self, centred, num_solid):
-        """The basis [span, k] with the first of the rows [n, span] in the coordinates that get their first direction now.
-
-        Fewer rows than directions were seen so far: turning as little as possible says nothing about a coordinate that had
-        none, and rounding would decide where a new direction goes, on two ranks otherwise than on one.
-        """
-        num_old = int(self.basis.square().sum().round())
-        outside = centred[: max(num_solid - num_old, 0)]
-        outside = outside - outside @ self.basis @ self.basis.T
-        anchor = self.basis.clone()
-        anchor[:, num_old : num_old + len(outside)] = F.normalize(outside, dim=1).T
-        return anchor
+        # below the share of 1e-6 lies the rounding of an fp32 product
+        values, solid, fresh = leading_directions(stacked, 1, self.rank, 1e-6, 1e-12)
+        # While fewer rows than directions were seen, coordinates that get their first direction now are anchored to the
+        # first rows: turning says nothing about them, and rounding would place them, otherwise on every rank.
+        num_old, anchor = int(self.basis.square().sum().round()), self.basis.clone()
+        new = centred[: max(int(solid.sum()) - num_old, 0)]
+        new = new - new @ self.basis @ self.basis.T
+        anchor[:, num_old : num_old + len(new)] = F.normalize(new, dim=1).T
+        self.turn_to(fresh, values * solid, anchor)
 
     def fit(self, rows):
         """Set all statistics but the channel scale to those of rows [n, N, span], which one frozen encoder made."""
         self.mean.copy_(rows.mean(0))
         centred = (rows - self.mean).flatten(0, 1)
         few = centred[:: math.ceil(len(centred) / 4096)]
-        values, vectors = torch.linalg.eigh((few @ few.T).double() / len(few))
-        values, vectors = values.flip(0)[: self.rank].clamp_min(0), vectors.flip(1)[:, : self.rank]
-        fresh = (
-            few.T
-            @ (vectors * torch.where(values > 1e-7 * values[0], values.clamp_min(1e-30).rsqrt(), 0)).float()
-            / math.sqrt(len(few))
-        )
-        pad = self.rank - len(values)  # fewer rows than directions
-        self.turn_to(F.pad(fresh, (0, pad)), F.pad(values, (0, pad)), self.basis)
-        outside = centred - centred @ self.basis @ self.basis.T
-        self.explained.copy_(1 - outside.square().sum() / centred.square().sum().clamp_min(1e-12))
-        self.rest_variance.copy_(outside.square().reshape(-1, len(self.variance)).mean(0))
+        values, _, fresh = leading_directions(few, len(few), self.rank, 1e-7)
+        pad = (0, self.rank - len(values))  # fewer rows than directions
+        self.turn_to(F.pad(fresh, pad), F.pad(values, pad), self.basis)
+        self.measure(centred, 1.0)
 
     def turn_to(self, fresh, values, anchor):
-        """Take in orthonormal directions [span, k] with their variances [k], turned as little as possible from the anchor's [span, k]."""
+        """Take in orthonormal directions [span, k] with variances [k], turned as near as can be to the anchor's."""
         left, _, right = torch.linalg.svd((fresh.T @ anchor).double())
         turn = (left @ right).float()  # the orthogonal matrix that brings the fresh basis closest to the anchor
         self.basis.copy_(fresh @ turn)
@@ -3994,7 +3844,7 @@ class FutureSpace(nn.Module):
 
 @torch.no_grad()
 def sample_flow(flow, projected, noise, num_steps, shift):
-    """Euler integration from noise [B, S, N, k] to y [B, S, N, k] on the shifted time grid; the last step returns y_hat."""
+    """Euler from noise [B, S, N, k] to y [B, S, N, k] on the shifted time grid; the last step returns y_hat."""
     x = noise
     for step in range(num_steps):
         tau, tau_next = (u / (u + shift * (1 - u)) for u in (step / num_steps, (step + 1) / num_steps))
@@ -4019,8 +3869,7 @@ def l1_loss(preds, targets):
 
 
 def saved_share(loss, reference):
-    """Share of a reference's error that is saved, NaN where the reference makes none: nothing moves, so there is
-    nothing to save."""
+    """Share of a reference's error that is saved; NaN where it makes none, as nothing moves."""
     return torch.where(reference > 0, 1 - loss / reference, torch.nan)
 
 
@@ -4029,43 +3878,40 @@ def full_precision(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
+def cosines(rows, others):
+    """Cosine similarities in fp32: [B, D] and [A, D] -> [B, A]."""
+    with full_precision(rows):
+        return F.normalize(rows.float(), dim=-1) @ F.normalize(others.float(), dim=-1).T
+
+
 def info_nce(outcome, keys, labels, absent, temperature):
     """Cross-entropy of cosine similarities (van den Oord et al. 2018, eq. 4).
 
     outcome [B, D]; keys [A, D] of which `absent` [A] rows take no part; labels [B], the row of each clip's own key
     -> (loss, share of clips whose own key ranks first).
     """
-    with full_precision(outcome):
-        logits = F.normalize(outcome.float(), dim=-1) @ F.normalize(keys.float(), dim=-1).T / temperature  # [B, A]
-        logits = logits.masked_fill(absent[None], float("-inf"))
-        return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
+    logits = (cosines(outcome, keys) / temperature).masked_fill(absent[None], float("-inf"))  # [B, A], fp32
+    return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
 
 
 def sup_con(outcome, others, maneuver, other_maneuver, file, other_file, temperature):
     """Supervised contrast (Khosla et al. 2020, eq. 2): positives share a maneuver and come from other files.
 
-    outcome [B, D] against others [A, D], with maneuver and file numbers of both; maneuver -1 is unknown and takes no part.
-    `others` are the clips of all ranks, these included. Clips without a positive contribute nothing -> scalar, 0 if none has one.
+    outcome [B, D] against others [A, D], the clips of all ranks, these included; maneuver and file numbers of both.
+    Maneuver -1 is unknown and takes no part. Clips without a positive contribute nothing -> scalar, 0 if none has one.
     """
-    with full_precision(outcome):
-        logits = F.normalize(outcome.float(), dim=-1) @ F.normalize(others.float(), dim=-1).T / temperature  # [B, A]
-    other = (file[:, None] != other_file[None]) & (other_maneuver >= 0)[None]
-    positive = (other & (maneuver[:, None] == other_maneuver[None]) & (maneuver >= 0)[:, None]).float()
+    logits, known = cosines(outcome, others) / temperature, other_maneuver >= 0  # [B, A], [A]
+    other = (file[:, None] != other_file) & known
+    positive = (other & (maneuver[:, None] == other_maneuver)).float()
     log_share = logits - torch.logsumexp(logits.masked_fill(~other, -1e4), 1, keepdim=True)
     per_clip = -(positive * log_share).sum(1) / positive.sum(1).clamp_min(1)
-    pairs = (
-        (other_file[:, None] != other_file[None])
-        & (other_maneuver[:, None] == other_maneuver[None])
-        & (other_maneuver >= 0)[None]
-    )
-    anchors = (
-        pairs.any(1).sum().clamp_min(1)
-    )  # of all ranks: each rank's share then averages to the mean over all anchors
+    pairs = (other_file[:, None] != other_file) & (other_maneuver[:, None] == other_maneuver) & known
+    anchors = pairs.any(1).sum().clamp_min(1)  # of all ranks: the mean of the ranks' shares is that over all anchors
     return per_clip.sum() * (len(other_maneuver) // len(maneuver)) / anchors
 
 
 def gauge_tokens(targets, per_clip=128):
-    """About `per_clip` tokens of every clip, evenly spaced: enough for the gauges below. [B, L, D] -> [B, <= 2 * per_clip, D]."""
+    """About `per_clip` evenly spaced tokens of every clip, for the gauges: [B, L, D] -> [B, <= 2 * per_clip, D]."""
     return targets[:, :: max(1, targets.shape[1] // per_clip)]
 
 
@@ -4075,12 +3921,12 @@ def target_std(targets):
 
 
 def target_std_clips(targets):
-    """Standard deviation over clips at one position, averaged: the part that position alone cannot fake. NaN for one clip."""
+    """Mean standard deviation over clips at one position, which position alone cannot fake. NaN for one clip."""
     return targets.std(0).mean() if len(targets) > 1 else torch.tensor(float("nan"))
 
 
 def effective_rank(targets, max_tokens=2048):
-    """exp(entropy of the normalised singular values) of centred tokens (RankMe, Garrido et al. 2023). [B, L, D] -> scalar."""
+    """exp(entropy of the normalised singular values) of centred tokens [B, L, D] (RankMe, Garrido et al. 2023)."""
     tokens = targets.flatten(0, 1)
     tokens = tokens[:: max(1, len(tokens) // max_tokens)].float().cpu()
     if not torch.isfinite(tokens).all():
