@@ -6096,7 +6096,8 @@ def print_summary(run, overrides, reason):
         log.line(line)
     held = "" if source.held_out else "; ONE FILE ONLY: validation uses the training file"
     where = "drawn when asked for" if source.kind == "render" else f"under {source.root or 'no folder'}"
-    log.line(f"data: {source.kind}, {len(source.train)} train and {len(source.val)} val files {where}{held}")
+    kind = source.kind if source.Dataset.HAS_SCENES else "files"
+    log.line(f"data: {kind}, {len(source.train)} train and {len(source.val)} val files {where}{held}")
     for line in source.Dataset.notes(cfg, source):
         log.line(line)
     capped = f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else ""
