@@ -2943,8 +2943,7 @@ class Worker:
     def fate(self):
         """How it ended, in words."""
         self.process.join(1.0)
-        code = self.process.exitcode
-        if code is None:
+        if (code := self.process.exitcode) is None:
             return "no sign of life"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
@@ -4505,26 +4504,25 @@ class Process:
         deadline, silent = time.monotonic() + seconds, [0]
         with suppress(dist.DistError):  # the store is gone, and rank 0 that held it
             self.store.set(f"failed/{self.rank}", "1")
-            silent = list(range(self.world_size))
-            while (silent := [rank for rank in silent if not self.store.check([f"failed/{rank}"])]) and (
-                time.monotonic() < deadline
-            ):
+            while silent := [rank for rank in range(self.world_size) if not self.store.check([f"failed/{rank}"])]:
+                if time.monotonic() > deadline:
+                    break
                 time.sleep(0.1)
         return silent
 
 
 def choose_device(name, local_rank):
     """`auto` takes cuda, then mps, then cpu; a device that is asked for and absent is an error, never replaced."""
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    if name == "cuda" and not has_cuda:
-        raise UsageError("device = cuda: this machine has no usable CUDA device; use --device cpu or --device auto")
-    if name == "cuda" and local_rank >= (here := torch.cuda.device_count()):
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(kind for kind in has if has[kind]) if name == "auto" else name
+    if not has[name]:
+        why = {"cuda": "this machine has no usable CUDA device", "mps": "not available on this machine"}[name]
+        raise UsageError(f"device = {name}: {why}; use --device cpu or --device auto")
+    if name != "cuda":
+        return torch.device(name)
+    if local_rank >= (here := torch.cuda.device_count()):
         raise UsageError(f"device = cuda: local rank {local_rank} but {here} GPUs here; lower --nproc_per_node")
-    if name == "mps" and not has_mps:
-        raise UsageError("device = mps: not available on this machine; use --device cpu or --device auto")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    return torch.device(name, local_rank)
 
 
 PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # amp_dtype -> its name in checkpoints
@@ -4583,8 +4581,7 @@ def choose_precision(world, process, saved=""):
     unless the other one is clearly faster here, so that a resumed run computes the same bits. The draws of the global
     generator differ from run to run after this: seed it afterwards.
     """
-    dtype = amp_dtype(world.cfg, process.device)
-    if dtype is None:
+    if (dtype := amp_dtype(world.cfg, process.device)) is None:
         return None, ""
     name, kind = PRECISIONS[dtype], {"cpu": "CPU", "cuda": "GPU"}.get(process.device.type, process.device.type)
     try:
@@ -4600,7 +4597,7 @@ def choose_precision(world, process, saved=""):
 
 
 def read_count(name, default, least, most):
-    """A whole number in the environment, put there by torchrun or a user. UsageError when it is none or out of range."""
+    """A whole number in the environment, set by torchrun or a user. UsageError when it is none or out of range."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
         rule = f"must be a whole number from {least} to {most}; torchrun sets it for every process"
@@ -4630,7 +4627,7 @@ def rounds_of_wait(what, deadline, stop, pause_s):
 
 
 def reach(address, port, deadline, stop):
-    """Wait until something listens. UserError after the deadline, Stopped on a signal: the store's own wait hears none."""
+    """Wait until something listens. UserError after the deadline; Stopped on a signal: the store would hear none."""
     place, reason = f"{address} port {port}", ""
     for _ in rounds_of_wait(f"rank 0 at {place}", deadline, stop, 0.2):
         try:
@@ -4682,7 +4679,7 @@ def identify_process(cfg, stop):
 
 
 def join_ranks(process, cfg):
-    """Join the process group once all ranks are there. UserError names absent ones, Stopped when a signal comes first."""
+    """Join the process group once all ranks are there. UserError names absent ones; Stopped where a signal comes."""
     rank, world_size, gpu = process.rank, process.world_size, process.device if process.device.type == "cuda" else None
     if gpu is not None:
         torch.cuda.set_device(gpu)
@@ -4707,7 +4704,7 @@ def digest(thing):
 
 
 def check_ranks(process, **parts):
-    """UserError naming the ranks whose values differ from rank 0's: said at once, not as a hang or a slow divergence."""
+    """UserError naming ranks whose values differ from rank 0's: said at once, not as a hang or a slow divergence."""
     of_ranks = process.collect(parts)
     for name in parts:
         odd = [str(rank) for rank, other in enumerate(of_ranks) if other[name] != of_ranks[0][name]]
@@ -4729,9 +4726,8 @@ def autocast(process):
 
 @contextmanager
 def spare_threads(num_busy):
-    """Compute with `num_busy` CPU threads fewer (one at least): where loader workers fill their cores, threads that
-    share them wait for each other. 3,200 clips of `proof` through frozen encoders, two cores, two workers: 34 s with
-    two threads, 23 s with one."""
+    """Compute with `num_busy` CPU threads fewer (one at least): where loader workers fill the cores, threads that share
+    them wait for each other. Two workers on two cores: frozen encoders take 34 s with two threads, 23 s with one."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before - num_busy))
     try:
@@ -4779,8 +4775,8 @@ def sync_folder(folder):
 def write_atomic(path, write, announce=None):
     """Write through a temporary file, fsync, rename, fsync of the folder: the old or the new file is whole at any time.
 
-    `write` gets the open file; `announce`, if given, path and SHA-256 of the temporary one before it is renamed. OSError
-    when the disk refuses.
+    `write` gets the open file; `announce`, if given, path and SHA-256 of the temporary one before it is renamed.
+    OSError when the disk refuses.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
