@@ -1844,11 +1844,6 @@ def scene_seed_at(cfg, index, stream="train"):
     return cfg.seed * 1_000_003 + index + (5 * 10**15 if stream == "val" else 0)
 
 
-def scene_fps(cfg):
-    """Frames per second of the scenes: clip_fps, or 4 where that is 0."""
-    return cfg.clip_fps or 4.0
-
-
 def draw_scene(scene_seed, cfg, kind=""):
     """All that the present decides -> dict, in metres and seconds. An empty kind is drawn from scene_mix."""
     shares = mix_shares(cfg.scene_mix)
@@ -1884,7 +1879,7 @@ def draw_scene(scene_seed, cfg, kind=""):
         jump=float(rng.choice((-1, 1)) * draw(5, 7)),
     )
     speed = scene["speed"]
-    metres = int(speed * cfg.num_frames / scene_fps(cfg)) + 110
+    metres = int(speed * cfg.num_frames / (cfg.clip_fps or 4.0)) + 110
     num = max(4, int(metres * draw(0.06, 0.13)))
     aside = draw(0, metres, num), rng.choice([-1, 1], num) * draw(7.5, 17, num)
     scene["trees"] = np.stack([*aside, draw(2.5, 6, num), draw(0.6, 1.1, num)])  # s, x, height, brightness
@@ -1901,7 +1896,7 @@ def scene_odds(scene_seed, cfg, kind=""):
     """The exact odds of what may happen after NOW -> dict with `kind`. Rates per second, the rest probabilities."""
     scene = draw_scene(scene_seed, cfg, kind)
     left, keep, right = LANE_ODDS[scene["indicator"]]
-    rate, seconds = HAZARDS[scene["beacon"]], cfg.soon_frames / scene_fps(cfg)
+    rate, seconds = HAZARDS[scene["beacon"]], cfg.soon_frames / (cfg.clip_fps or 4.0)
     odds = {
         "fork": {"right": scene["prob"]},
         "brake": {"hazard": rate, "brake_in_soon": 1 - math.exp(-rate * seconds)},
@@ -1941,8 +1936,8 @@ def slowed(since, speed):
 
 
 def ego_path(scene, future, times, tau, fork_at):
-    """The own car -> dict of arrays [T]: s, x (m), heading (rad), speed (m/s), yaw_rate (rad/s), offset (m from the own
-    lane), times and tau; with fork_at and now_s, its place in the last NOW frame."""
+    """The own car -> dict of arrays [T]: s, x (m), heading (rad), its cos and sin, speed (m/s), yaw_rate (rad/s),
+    offset (m from the own lane), times, tau; with fork_at and now_s, its place in the last NOW frame."""
     side, kind, fine, states = future["choice"], scene["kind"], 1e-3, []
     for t, u in ((times, tau), (times + fine, tau + fine)):  # two close instants give the derivatives
         u = np.maximum(u, 0) * (tau > 0)  # nothing of the future reaches a NOW frame, not even its heading
@@ -1961,9 +1956,9 @@ def ego_path(scene, future, times, tau, fork_at):
         heading = np.arctan((x_next - x) / np.maximum(s_next - s, 1e-9)) * (tau > 0)
     else:  # the car points where the road goes; the small wander inside the lane does not turn the camera
         heading = np.arctan(side * BEND * np.minimum(np.maximum(s - fork_at, 0), ARC) * (kind == "fork"))
-    path = dict(s=s, x=x, heading=heading, speed=(s_next - s) / fine, offset=offset)
+    path = dict(s=s, x=x, heading=heading, cos=np.cos(heading), sin=np.sin(heading), speed=(s_next - s) / fine)
     path["yaw_rate"] = np.gradient(heading, times) * (tau > 0)  # NOW runs straight
-    return path | dict(times=times, tau=tau, fork_at=fork_at, now_s=s[np.argmin(np.abs(tau))])
+    return path | dict(offset=offset, times=times, tau=tau, fork_at=fork_at, now_s=s[np.argmin(np.abs(tau))])
 
 
 def mover_path(scene, future, pose, twin, broken):
@@ -2054,8 +2049,7 @@ def paint_view(scene, pose, height, width, top):
     rows = np.arange(top, height, dtype=np.float32)
     # metres ahead of each row, [rows, 1]
     depth = (CAMERA_HEIGHT * FOCAL * width / (rows + 0.5 - HORIZON * height)).astype(np.float32)[:, None]
-    turned = np.cos(pose["heading"]), np.sin(pose["heading"]), pose["s"], pose["x"]
-    cos, sin, s, x = (value.astype(np.float32)[:, None, None] for value in turned)
+    cos, sin, s, x = (pose[name].astype(np.float32)[:, None, None] for name in ("cos", "sin", "s", "x"))
     across = depth * u  # [rows, W]
     ground_s = s + depth * cos - across * sin  # [T, rows, W]
     ground_x = x + depth * sin + across * cos
@@ -2080,7 +2074,7 @@ def paint_view(scene, pose, height, width, top):
 
 def seen_from(pose, s, x):
     """A place s, x (numbers or [T]) from the camera of every frame -> metres ahead [T], metres to the right [T]."""
-    ds, dx, cos, sin = s - pose["s"], x - pose["x"], np.cos(pose["heading"]), np.sin(pose["heading"])
+    ds, dx, cos, sin = s - pose["s"], x - pose["x"], pose["cos"], pose["sin"]
     return ds * cos + dx * sin, dx * cos - ds * sin
 
 
@@ -2106,11 +2100,11 @@ def draw_things(image, things, pose):
     (x0, x1, cover_x), (y0, y1, cover_y) = cover(left, right, width), cover(high, low, height)
     visible = shown[:, owner] & (x1 > x0) & (y1 > y0)
     order = np.argsort(-depth[:, owner], axis=1, kind="stable")
-    for frame in range(T):
+    for frame, picture in enumerate(image):
         for part in order[frame][visible[frame, order[frame]]]:
             ys, xs = slice(y0[frame, part], y1[frame, part]), slice(x0[frame, part], x1[frame, part])
             alpha = (cover_y[frame, part, ys, None] * cover_x[frame, part, None, xs])[..., None]
-            spot = image[frame, ys, xs]
+            spot = picture[ys, xs]
             spot += alpha * (parts[part, 4:] - spot)
 
 
@@ -2179,7 +2173,7 @@ def scene(scene_seed, future_seed, cfg, kind="", twin=""):
         kinds = ", ".join(TWIN_KINDS)
         raise ValueError(f"twin {twin!r}: one of {kinds}, of a steady scene, pass_through of one with a barrier")
     future, rng = draw_future(params, future_seed, scene_seed)
-    fps = scene_fps(cfg)
+    fps = cfg.clip_fps or 4.0
     times = np.arange(cfg.num_frames) / fps
     now = times[cfg.now_frames - 1]
     tau = times - now
@@ -2274,11 +2268,11 @@ def write_scenes(folder, cfg, stopping=None):
         folder.mkdir(parents=True, exist_ok=True)
         write_new(folder / "scenes.json", setting.encode())  # first: from here on the folder is known for what it is
     done = set()
-    for part in (folder / "videos", folder / "annotations"):
-        part.mkdir(exist_ok=True)
-        done |= set(os.listdir(part))
+    for part in ("videos", "annotations"):
+        (folder / part).mkdir(exist_ok=True)
+        done |= {f"{part}/{name}" for name in os.listdir(folder / part)}
     for index, name in enumerate(scene_names(cfg)):
-        if {f"{name}.mp4", f"{name}.json"} <= done:
+        if {f"videos/{name}.mp4", f"annotations/{name}.json"} <= done:
             continue
         if stopping is not None and stopping():
             raise Stopped(f"{index} of {cfg.scene_clips} scenes are written; the same command goes on from there")
@@ -3372,13 +3366,11 @@ def rotate(x, cos, sin):
 
 
 def init_weights(module):
-    """Truncated normal 0.02 on every matrix, zero biases, unit norms: the rule of all networks but the flow net."""
+    """Truncated normal 0.02 on every matrix, zero biases: the rule of all networks but the flow net. Norms start as
+    torch makes them, ones and zeros."""
     for child in module.modules():
         if isinstance(child, (nn.Linear, nn.Conv3d)):
             nn.init.trunc_normal_(child.weight, std=0.02)
-            nn.init.zeros_(child.bias)
-        elif isinstance(child, nn.LayerNorm) and child.elementwise_affine:
-            nn.init.ones_(child.weight)
             nn.init.zeros_(child.bias)
 
 
@@ -3640,10 +3632,8 @@ def flow_positions(cfg, dim):
         return torch.zeros(1, dim)
     soon_t = cfg.soon_frames // cfg.tubelet_t
     soon = grid_positions((soon_t, cfg.flow_pool, cfg.flow_pool))
-    chunks = torch.tensor(
-        [[soon_t + 4 * number, 0, 0] for number in range(1, cfg.flow_chunks + 1)]
-    )  # times of their own
-    return sincos_table(torch.cat([soon, chunks]), dim)
+    chunks = [[soon_t + 4 * number, 0, 0] for number in range(1, cfg.flow_chunks + 1)]  # times of their own
+    return sincos_table(torch.cat([soon, torch.tensor(chunks)]), dim)
 
 
 def modulated(norm, x, shift, scale):
@@ -3910,9 +3900,9 @@ def sup_con(outcome, others, maneuver, other_maneuver, file, other_file, tempera
     return per_clip.sum() * (len(other_maneuver) // len(maneuver)) / anchors
 
 
-def gauge_tokens(targets, per_clip=128):
-    """About `per_clip` evenly spaced tokens of every clip, for the gauges: [B, L, D] -> [B, <= 2 * per_clip, D]."""
-    return targets[:, :: max(1, targets.shape[1] // per_clip)]
+def gauge_tokens(targets):
+    """Evenly spaced tokens of every clip, enough for the gauges: [B, L, D] -> [B, <= 255, D]."""
+    return targets[:, :: max(1, targets.shape[1] // 128)]
 
 
 def target_std(targets):
@@ -3925,10 +3915,10 @@ def target_std_clips(targets):
     return targets.std(0).mean() if len(targets) > 1 else torch.tensor(float("nan"))
 
 
-def effective_rank(targets, max_tokens=2048):
+def effective_rank(targets):
     """exp(entropy of the normalised singular values) of centred tokens [B, L, D] (RankMe, Garrido et al. 2023)."""
     tokens = targets.flatten(0, 1)
-    tokens = tokens[:: max(1, len(tokens) // max_tokens)].float().cpu()
+    tokens = tokens[:: max(1, len(tokens) // 2048)].float().cpu()  # enough of them
     if not torch.isfinite(tokens).all():
         return torch.tensor(float("nan"))  # a skipped step is logged as well; the SVD would raise
     singular = torch.linalg.svdvals(tokens - tokens.mean(0))
