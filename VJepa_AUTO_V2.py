@@ -892,10 +892,9 @@ VIDEO_SUFFIXES = (
     *re.findall(r"\.\w+", ".mp4.m4v.mkv.mov.avi.webm.ts.mts.m2ts.3gp.3g2.f4v.wmv.asf.flv.mpg.mpeg.vob.ogv"),
     *RAW_SUFFIXES,
 )
-# Folders of copies that systems and network disks keep beside the files themselves.
-SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
-SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in the order in which they are tried
-HEADER_WORDS = (r"(?i)(path|video|file|clip)\w*", r"(?i)(maneuver|label|class)\w*")  # names of a list's two columns
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # copies that systems and network disks keep
+SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in this order
+HEADER_WORDS = (r"(?i)(path|video|file|clip)\w*", r"(?i)(maneuver|label|class)\w*")  # a list's columns
 MAX_LIST_BYTES, MAX_ANNOTATION_BYTES = 2**28, 2**26
 # Lists of numbers in an annotation, one per frame: tools/evaluate.py fits probes on them.
 SIGNALS = ("speed", "yaw_rate", "lane_offset", "lead_gap", "steer", "mover_u")
@@ -907,12 +906,11 @@ class BadFile(Exception):
 
 @dataclass(frozen=True)
 class VideoFile:
-    """One video. `name` (path below the data root, with /) is its identity in splits and logs; `label` a maneuver or
-    ''."""
+    """One video."""
 
-    name: str
+    name: str  # path below the data root, with /: its identity in splits and logs
     path: str
-    label: str = ""
+    label: str = ""  # a maneuver
 
 
 class Listing(list):
@@ -925,78 +923,66 @@ class Listing(list):
 
 def name_some(names, most=3):
     """The first few of many names, and how many more there are, for a message."""
-    names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(one_line(name, 100) for name in names[:most]) + more
 
 
+def left_out_note(kind, names, what):
+    """A note of a Listing on what it leaves out -> list of one line, none for no names."""
+    return [f"{kind}: {len(names)} {what} are left out: {name_some(names)}"] if names else []
+
+
 def glob_pattern(video_glob):
-    """A glob -> compiled pattern. * crosses folders, as in fnmatch; **/ where a name begins is any number of them, or
-    none."""
+    """A glob -> compiled pattern. * crosses folders, as in fnmatch; **/ is any number of folders, none included."""
     marked = re.sub(r"(^|(?<=/))(\*\*/)+", "\0", video_glob.removeprefix("./"))
     return re.compile(fnmatch.translate(marked).replace("\0", "(?:.*/)?"))
 
 
-def is_folder(entry):
-    """Whether an entry of a folder is a folder or a link to one; a link that leads nowhere is none."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
 def walk_folder(root, closed):
-    """Generator of (path of its folder below the root with / at its end, entry) of all that is no folder. Links are
-    followed, each folder is entered once, under its first name in sorted order, hidden and system folders are not.
-    `closed` gets what cannot be read; UsageError where that is the root."""
+    """All below a root that is no folder -> generator of (its folder's path below the root, ending in /, entry). Links
+    are followed, each folder is entered once, by its first name in sorted order, hidden and system ones are not.
+    `closed` gets what cannot be read; UsageError for the root."""
     visited, todo = set(), [""]
     while todo:
         parent = todo.pop()
         try:
             info = os.stat(folder := os.path.join(root, parent)[:-1] or "/")
-            if (info.st_dev, info.st_ino) in visited:
-                continue
-            visited.add((info.st_dev, info.st_ino))
-            entries = list(os.scandir(folder))
+            entries = [] if (info.st_dev, info.st_ino) in visited else list(os.scandir(folder))
         except OSError as error:  # no permission, gone meanwhile, or deeper than a path may be long
             if not parent:
                 raise UsageError(f"data_root {one_line(root)}: cannot be read ({error.strerror})") from error
             closed.append(f"{error.strerror}: {parent[:-1]}")
             continue
+        visited.add((info.st_dev, info.st_ino))
         folders = []
         for entry in entries:
-            if not is_folder(entry):
+            is_folder = False
+            with suppress(OSError):  # a link that leads nowhere
+                is_folder = entry.is_dir()
+            if not is_folder:
                 yield parent, entry
             elif entry.name[0] != "." and entry.name not in SYSTEM_FOLDERS:
                 folders.append(f"{parent}{entry.name}/")
         todo += sorted(folders, reverse=True)  # the last one is taken first
 
 
-def file_identity(path):
-    """What all names of one file share -> tuple, None where it cannot be told. Size and time of change stand beside
-    the number, since some network disks give one number to many files."""
-    try:
-        info = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    is_known = info.st_ino and stat.S_ISREG(info.st_mode)
-    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) if is_known else None
-
-
 def one_name_each(videos):
-    """Leave out further names of one file (links) -> (videos, names left out). Where such a name brings another label
-    it stays, under the first one's name: the split goes by names, so no file ever stands on both sides."""
-    first, more, kept, left_out = {}, set(), [], []
+    """Leave out further names of one file (links) -> (videos, names left out). One that brings another label stays,
+    under the first name: the split goes by names, so no file ever stands on both sides."""
+    first, kept, left_out = {}, [], []
     for video in videos:
-        identity = file_identity(video.path)
-        known = first.setdefault(identity, video) if identity else video
-        if video.name == known.name:
-            kept.append(video)
-        elif video.label == known.label or (identity, video.label) in more:
-            left_out.append(video.name)
-        else:
-            more.add((identity, video.label))
+        key = video.name
+        with suppress(OSError, ValueError):
+            info = os.stat(video.path)
+            if info.st_ino and stat.S_ISREG(info.st_mode):  # some network disks give one number to many files
+                key = info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
+        known, labels = first.setdefault(key, (video, {video.label}))
+        if video.name == known.name or video.label not in labels:
             kept.append(replace(video, name=known.name))
+        else:
+            left_out.append(video.name)
+        if video.name != known.name:
+            labels.add(video.label)
     return kept, left_out
 
 
@@ -1020,19 +1006,13 @@ def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
         else:
             others.append(name)
     videos, links = one_name_each(sorted(found, key=operator.attrgetter("name")))
-    notes = []
-    if closed:
-        what = f"{len(closed)} folder(s) below {one_line(root)}"
-        notes.append(f"WARNING: {what} cannot be read and are left out: {name_some(closed)}")
-    if links:
-        what = f"{len(links)} further name(s) of files listed already (links)"
-        notes.append(f"note: {what} are left out: {name_some(links)}")
+    notes = left_out_note("WARNING", closed, f"folder(s) below {one_line(root)} cannot be read and")
+    notes += left_out_note("note", links, "further name(s) of files listed already (links)")
     return Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}")
 
 
 def label_text(value):
-    """A label of a list or an annotation -> text, "" for null alone: 0 is a label. ValueError where it is no plain
-    text or number."""
+    """A label of a list or an annotation -> text, "" for null alone. ValueError for no plain text or number."""
     if value is None:
         return ""
     if not isinstance(value, (str, bool)) and not fits(float, value) or re.search(UNPRINTABLE, str(value)):
@@ -1041,16 +1021,14 @@ def label_text(value):
 
 
 def csv_cells(line, separator):
-    """Cells of a line by the rules of csv: quotes hold separators, doubled quotes stand for one. csv.Error if too
-    long."""
+    """Cells of a line by csv's rules: quotes hold separators, doubled quotes stand for one. csv.Error if too long."""
     mark = separator if len(separator) == 1 else "\x1f"
     rows = csv.reader([line.replace(separator, mark)], delimiter=mark, skipinitialspace=True)
     return [cell.replace(mark, separator).strip() for row in rows for cell in row]
 
 
 def list_header(line):
-    """A list's first line -> (separator, column of the path, column of the label, inf for none), None when it names a
-    video or no column."""
+    """A list's first line -> (separator, columns of path and label, inf for none), None if it is no header."""
     if any(suffix in line.lower() for suffix in VIDEO_SUFFIXES):
         return None
     separator = next((separator for separator in SEPARATORS if separator in line), "\t")
@@ -1064,17 +1042,16 @@ def list_header(line):
 
 
 def text_readings(line, header):
-    """What a line of a list may say -> [(path, label)], best first: the header's columns, the whole line, all before
-    a last separator (blanks and commas in paths need no quotes), then the first two cells of a csv line."""
-    named, split, quoted = [], [(line.strip('"'), "")], []
+    """What a line of a list may say -> [(path, label)], best first: the header's columns, the whole line, all before a
+    last separator (paths with blanks and commas need no quotes), the first two cells of a csv line."""
+    named, split, quoted = [], [[line.strip('"'), ""]], []
     if header:
         cells = csv_cells(line, header[0])
-        named = [tuple(cells[column] if column < len(cells) else "" for column in header[1:])]
+        named = [[cells[column] if column < len(cells) else "" for column in header[1:]]]
     for separator in SEPARATORS:
-        head, found, tail = line.rpartition(separator)
-        if found:
-            split.append((head.strip().strip('"'), tail.strip().strip('"')))
-            quoted += [tuple(cells[:2]) for cells in [csv_cells(line, separator)] if len(cells) > 1]
+        if separator in line:
+            split.append([cell.strip().strip('"') for cell in line.rsplit(separator, 1)])
+            quoted += [cells[:2] for cells in [csv_cells(line, separator)] if len(cells) > 1]
     return [pair for pair in named + (quoted + split if '"' in line else split + quoted) if pair[0]]
 
 
@@ -1088,10 +1065,8 @@ def json_reading(line):
 
 
 def listed_video(readings, folder, is_comment):
-    """What a line may say, [(path, label)] -> VideoFile, None for a comment. ValueError for no path or label.
-
-    Which reading holds is seen on the disk; where none of the files exists, the first that ends like a video is named.
-    """
+    """What a line may say, [(path, label)] -> VideoFile, None for a comment. ValueError for no path or label. Which
+    reading holds is seen on the disk; where no such file exists, the first that ends like a video is taken."""
     found = []
     for path, label in readings:
         if "\0" in path:
@@ -1107,8 +1082,8 @@ def listed_video(readings, folder, is_comment):
 
 
 def read_list(path):
-    """A csv, txt or jsonl list -> Listing in file order; blank lines, comments (#) and a header are no videos.
-    UsageError names a line that is not understood."""
+    """A csv, txt or jsonl list, blank lines, comments (#) and a header left out -> Listing in its order. UsageError
+    names a line that is not understood."""
     folder, found, header, first = os.path.dirname(os.path.abspath(path)), [], None, True
     try:
         text = read_text(path, MAX_LIST_BYTES)
@@ -1131,8 +1106,8 @@ def read_list(path):
             needs = "needs a JSON object with a key 'video' or 'path'" if as_json else "cannot be understood"
             raise UsageError(f"data_root {one_line(path)} line {number}: {needs} ({one_line(error)})") from error
     videos, links = one_name_each(filter(None, found))
-    again = f"note: {len(links)} line(s) of {one_line(path)} name files again under other names (links) and "
-    return Listing(videos, [f"{again}are left out: {name_some(links)}"] if links else [], "the list names no video")
+    notes = left_out_note("note", links, f"line(s) of {one_line(path)} name files again under other names (links) and")
+    return Listing(videos, notes, "the list names no video")
 
 
 def find_videos(data_root, video_glob, suffixes=VIDEO_SUFFIXES):
@@ -1153,8 +1128,7 @@ def find_videos(data_root, video_glob, suffixes=VIDEO_SUFFIXES):
 
 
 def split_videos(videos, val_fraction, at_least=1):
-    """Hold out files by the hash of their name, never by window -> (train, val). Both are non-empty from two files
-    up."""
+    """Hold out files by the hash of their name, never by window -> (train, val), from two files up both non-empty."""
     names = {video.name for video in videos}  # a list may name a file more than once
     hashes = {name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest() for name in names}
     threshold = f"{int(val_fraction * 16**8):08x}"
@@ -1164,7 +1138,7 @@ def split_videos(videos, val_fraction, at_least=1):
 
 
 def check_annotation(annotation):
-    """Bring what is read of an annotation to its types, in place. ValueError names the key, in one line."""
+    """Bring what is read of an annotation to its types, in place. ValueError names the key."""
     if not isinstance(annotation, dict):
         raise ValueError("must hold a JSON object")
     fps = annotation.get("fps")
@@ -1174,17 +1148,16 @@ def check_annotation(annotation):
     if label:
         annotation["maneuver"] = label
     for name in SIGNALS:
-        signal = annotation.get(name)
-        if isinstance(signal, list):
-            if not set(map(type, signal)) <= {int, float, bool, type(None)}:
-                raise ValueError(f"{name} must be a list of numbers, null where it is unknown")
-            if not all(abs(value) < 1e30 for value in signal if value is not None):
-                raise ValueError(f"{name} holds a number that is too large")
+        values = annotation.get(name) if isinstance(annotation.get(name), list) else []
+        if not set(map(type, values)) <= {int, float, bool, type(None)}:
+            raise ValueError(f"{name} must be a list of numbers, null where it is unknown")
+        if not all(abs(value) < 1e30 for value in values if value is not None):
+            raise ValueError(f"{name} holds a number that is too large")
 
 
 def read_annotation(data_root, video):
-    """DIR/annotations/<clip>.json of a video, in its own subfolder or flat -> dict, empty when there is none;
-    `maneuver` is a text or absent. BadFile with the reason when it is not what it should be."""
+    """DIR/annotations/<clip>.json of a video, in its own subfolder or flat -> dict, {} when there is none. `maneuver`
+    is a text or absent. BadFile when it is not what it should be."""
     name = os.path.splitext(video.name)[0] + ".json"
     for place in dict.fromkeys((name, os.path.basename(name))) if data_root else ():
         path = os.path.join(data_root, "annotations", place)
@@ -1207,15 +1180,14 @@ def read_annotation(data_root, video):
 # Demuxers that may open a file: a playlist script named .mp4 would otherwise make FFmpeg read other files.
 CONTAINER_WHITELIST = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,hevc,h264,asf,flv,mpeg,ogg"
 DECODERS = {"auto": ("pyav", "decord"), "pyav": ("pyav", "decord"), "decord": ("decord", "pyav")}
-# What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing): no programming errors here.
+# What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing).
 DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError, ArithmeticError)
 MAX_PIXELS = 2**26  # of a frame, stored or scaled: more is refused instead of filling the memory; 8K has half of it
 RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times at all and cannot be rewound
-RAW_FPS = 25.0  # frames per second of a raw stream of which neither header nor annotation nor the user says anything
+RAW_FPS = 25.0  # frames per second of a bare stream of which nobody says anything
 LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC no frame is overtaken by more than 16
 MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further than this has lost what lay between
-# Decoders that obey skip_frame packet by packet; dav1d obeys the first packet's for the whole file.
-SKIPPING_CODECS = ("h264", "hevc")
+SKIPPING_CODECS = ("h264", "hevc")  # they obey skip_frame by the packet; dav1d the first packet's for the whole file
 
 
 class CannotOpen(BadFile):
@@ -1235,39 +1207,34 @@ class ClipPlan:
     ratio: float  # stretch of the crop's width over height
     u_x: float
     u_y: float
-    frame_fps: float = 0.0  # rate of a file without times (raw streams), whatever its header says; 0: the header's
-    noted_fps: float = 0.0  # rate that its annotation names, for such a file whose header names none
+    frame_fps: float = 0.0  # rate of a raw stream, whatever its header says; 0: the header's
+    noted_fps: float = 0.0  # rate that its annotation names, for a raw stream whose header names none
 
 
 @dataclass(frozen=True)
 class TimeLine:
-    """When the frames of the stream that plays are on screen: the definition that every reading follows, of which
-    pyav_walk without `fast` is the reference.
+    """When the frames of the stream that plays are on screen; pyav_walk without `fast` is the reference.
 
-    Second 0 is the presentation time `start` (in units of `unit` seconds) of the first picture that can be shown: the
-    first key frame, or where an edit list hides it, the list's beginning. The picture at second t is the frame with
-    the latest presentation time at or before t. After `duration` seconds the last frame of this stream ends: sound,
+    Second 0 is when the first picture that can be shown is: the first key frame, or where an edit list hides it, the
+    list's beginning. The picture at second t is the frame with the latest presentation time at or before t. Sound,
     covers and what the container says of them have no part in it.
     """
 
-    start: int
-    unit: Fraction  # seconds
-    duration: float
+    start: int  # presentation time at second 0
+    unit: Fraction  # of presentation times, in seconds
+    duration: float  # seconds, at which the last frame of this stream ends
     fps: float  # mean frames per second
-    in_order: bool = False  # no presentation times at all: frames come in order, at the times at which packets stand
+    in_order: bool = False  # no presentation times: frames come in order, at the times of the packets
 
     def second(self, pts):
-        """Presentation time, or an array of them -> seconds since the start, to the last bit: a moment on the very
-        border of two frames must not waver."""
+        """Presentation times -> seconds, to the last bit: a moment on the very border of two frames must not waver."""
         return (pts - self.start) * self.unit.numerator / self.unit.denominator
 
 
 def frame_times(plan, duration, native_fps):
-    """Seconds from the first frame at which the clip's frames are taken -> float64 [T].
-
-    Half a native frame is added, so that a request falls inside a frame and not on the border of two. A file shorter
-    than the window gives frames over its whole length; one with too few frames each of them, then the last again.
-    """
+    """Seconds from the first frame at which the clip's frames are taken -> float64 [T]. Half a native frame is added:
+    a request falls inside a frame, not on the border of two. A file shorter than the window gives frames over its
+    whole length; one with too few frames each of them, then the last again."""
     steps, half = np.arange(plan.num_frames), 0.5 / native_fps
     window = plan.num_frames / plan.fps if plan.fps else math.inf
     if duration >= window - half:
@@ -1313,7 +1280,7 @@ def open_pyav(path):
 
 
 def file_stamp(container):
-    """Path of an open file and what changes when it is replaced or rewritten, a key for what is known of it."""
+    """Path of an open file and what changes when it is rewritten: the key of what is known of it."""
     info = os.stat(path := container.name.removeprefix("file:"))
     return path, info.st_ino, info.st_size, info.st_mtime_ns
 
@@ -1331,8 +1298,8 @@ def streams_alive(stamp):
 
 
 def playing_stream(container):
-    """The video stream of an open file that plays: of several the first that is marked default, else the first.
-    Attached pictures and streams of one frame (covers, thumbnails) never count beside another. BadFile without any."""
+    """The video stream that plays: the first that is marked default, else the first. Attached pictures and streams of
+    one frame (covers, thumbnails) never count beside another. BadFile without any."""
     from av.stream import Disposition
 
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
@@ -1345,9 +1312,21 @@ def playing_stream(container):
     return min(moving or streams, key=lambda stream: not stream.disposition & Disposition.default)
 
 
+@contextmanager
+def opened_stream(path):
+    """Context of a file that is read by PyAV -> (container, stream that plays). BadFile for all that goes wrong."""
+    import av
+
+    try:
+        with open_pyav(path) as container:
+            yield container, playing_stream(container)
+    except (av.FFmpegError, *DECODE_ERRORS) as error:
+        raise BadFile(f"pyav stopped decoding ({reason_of(error)})") from error
+
+
 def from_key(packets, pts=None):
-    """Packets from the first key packet on (or the one at `pts`), without those that belong before it: they stand
-    behind it, are shown earlier, and refer to pictures that are not there."""
+    """Packets from the first key packet (or the one at `pts`) on, without those that stand behind it and are shown
+    before: they refer to pictures that are not there."""
     key = None
     for packet in packets:
         if key is None and packet.is_keyframe and packet.size and pts in (None, packet.pts):
@@ -1362,8 +1341,8 @@ def clock_step(dts, before):
 
 
 def by_stretch(packets, unit):
-    """(number of its stretch, packet) of a transport stream: one ends where a decoding time lies before that of its
-    forerunner, or over MAX_JUMP_S behind it."""
+    """(number of its stretch, packet) of a transport stream: one ends where a decoding time lies before the last, or
+    over MAX_JUMP_S behind it."""
     number, before = 0, None
     for packet in packets:
         if packet.dts is not None:
@@ -1373,62 +1352,50 @@ def by_stretch(packets, unit):
 
 
 def packet_end(packet):
-    """When the frame of a packet ends, in its stream's units. What the container says of its length may be 0: a
-    video's frame stays for the mean of all at least."""
+    """When a packet's frame ends, in its stream's units. The container may call it 0 long: a video's frame stays for
+    the mean of all at least."""
     rate = packet.stream.average_rate if packet.stream.type == "video" else 0
     return packet.pts + max(packet.duration or 0, round(1 / (rate * packet.time_base)) if rate else 0)
 
 
-@dataclass(frozen=True)
-class Part:
-    """A stretch of a transport stream in which its clock does not jump."""
-
-    at: float  # second of the file's time line at which it begins
-    start: int  # presentation time of its first key frame
-    seconds: float  # its length
-    keys: np.ndarray  # int64 [n, 2]: presentation time and byte of its key packets
-
-
 @lru_cache(maxsize=16)
-def stream_parts(stamp, number):
-    """Demux a transport stream once, without decoding -> [Part] in the file's order. BadFile without any key frame.
-
-    After a jump forward the next part lies as much later; a part whose clock starts anew follows at once.
-    """
-    parts = []
+def stream_keys(stamp, number):
+    """Demux a transport stream once -> [(second, presentation time, byte, end of its stretch in s)] of its key packets.
+    After a jump the next stretch lies as much later; one whose clock starts anew follows at once. BadFile without
+    any."""
+    keys, at, start, end = [], 0.0, 0, 0.0
     with open_pyav(stamp[0]) as container:
         stream = container.streams[number]
         unit = float(stream.time_base)
         for _, stretch in itertools.groupby(by_stretch(container.demux(stream), unit), operator.itemgetter(0)):
-            keys, end = [], -math.inf
+            found, last = [], -math.inf
             for _, packet in stretch:
                 if packet.pts is not None and packet.is_keyframe and packet.pos is not None:
-                    keys.append((packet.pts, packet.pos))
-                if packet.pts is not None and keys:
-                    end = max(end, packet_end(packet))
-            if keys:
-                start, last = keys[0][0], parts[-1] if parts else None
-                at = last.at + max(clock_step(start, last.start) * unit, last.seconds) if last else 0.0
-                parts.append(Part(at, start, (end - start) * unit, np.array(keys)))
-    if not parts:
+                    found.append((packet.pts, packet.pos))
+                if packet.pts is not None and found:
+                    last = max(last, packet_end(packet))
+            if found:
+                at = max(at + clock_step(found[0][0], start) * unit, end) if keys else 0.0
+                start = found[0][0]
+                end = at + (last - start) * unit
+                keys += [(at + (pts - start) * unit, pts, byte, end) for pts, byte in found]
+    if not keys:
         raise BadFile("no key frame in it")
-    return parts
+    return keys
 
 
 @lru_cache(maxsize=1024)
 def end_of_stream(stamp, number):
-    """Where the last frame of a video stream ends whose container does not say it -> its end in s by the file's clock.
-
-    Only what follows the last key frame is demuxed. Where no stream at all reaches the length that the header
-    promises, the file is cut short, and the promise stands: windows in the missing part are then refused.
-    """
+    """Where a video stream ends whose container does not say it -> seconds by the file's clock. Only what follows the
+    last key frame is demuxed. Where no stream reaches the length that the header promises, the file is cut, and the
+    promise stands: windows in the missing part are refused."""
     import av
 
     ends = {}
     with open_pyav(stamp[0]) as container:
         stream, promised = container.streams[number], (container.duration or 0) / 1e6
         for second in (promised or 10**9, 0):
-            with suppress(av.FFmpegError):  # it cannot be sought at all: it stands at its start, or was read from there
+            with suppress(av.FFmpegError):  # it cannot be sought: it stands at its start, or was read from there
                 container.seek(int(second / stream.time_base), stream=stream)
             for packet in container.demux():
                 if packet.pts is not None and packet.size:
@@ -1441,7 +1408,7 @@ def end_of_stream(stamp, number):
 
 @lru_cache(maxsize=1024)
 def count_packets(stamp):
-    """Number of pictures of a raw stream, from its first key frame on. Opened anew, since it cannot be rewound."""
+    """Number of pictures of a raw stream, from its first key frame on."""
     with open_pyav(stamp[0]) as container:
         return sum(packet.size > 0 for packet in from_key(container.demux(video=0)))
 
@@ -1455,15 +1422,15 @@ def time_line(container, stream, plan, fast=True):
         unit = 1 / Fraction(fps).limit_denominator(10**6)
         return TimeLine(0, unit, count_packets(stamp) / fps, fps, in_order=True), packets
     if kind == "mpegts":
-        parts = stream_parts(stamp, stream.index)
-        return TimeLine(parts[0].start, unit, parts[-1].at + parts[-1].seconds, fps), packets
+        keys = stream_keys(stamp, stream.index)
+        return TimeLine(keys[0][1], unit, keys[-1][3], fps), packets
     first, begin = next(packets, None), stream.start_time or 0
     if first is None and not fast:  # no packet is marked: the decoder decides what can be shown
         container.seek(begin, stream=stream)
         first = next(packets := container.demux(stream), None)
     if first is None:
         raise BadFile("no key frame in it")
-    # the presentation times of AVI are FFmpeg's guess, wrong where frames are stored in another order than shown
+    # AVI's presentation times are FFmpeg's guess, wrong where frames are stored in another order than shown
     in_order = kind == "avi" and (not fast or bool(codec.has_b_frames))
     start = first.dts if in_order else max(begin, begin if first.pts is None else first.pts)
     if stream.duration:
@@ -1475,10 +1442,8 @@ def time_line(container, stream, plan, fast=True):
 
 
 def enter_window(container, stream, line, times):
-    """Go to a key frame at or before a window -> its packets from there on. BadFile where none is found.
-
-    Some demuxers seek by decoding times, which lie before presentation times: then the first try lands too late.
-    """
+    """Go to a key frame at or before a window -> packets from there on. BadFile where none is found. Some demuxers
+    seek by decoding times, which lie before presentation times: then the first try lands too late."""
     for back in (0.0, 2.0, 10.0):  # seconds
         container.seek(line.start + int((times[0] - back) / line.unit), stream=stream)
         packets = from_key(container.demux(stream))
@@ -1488,19 +1453,17 @@ def enter_window(container, stream, line, times):
     raise BadFile(f"no key frame found at or before {times[0]:.2f} s")
 
 
-def enter_part(container, stream, line, times, fast):
-    """Go to the part of a transport stream in which a window lies -> (TimeLine by its clock, packets to its end).
-
-    `fast` enters it at the last key packet before the window, else at its first. BadFile for a window across a jump.
-    """
-    parts = stream_parts(file_stamp(container), stream.index)
-    part = parts[bisect.bisect_right([part.at for part in parts], times[0]) - 1]
-    if part is not parts[-1] and times[-1] > part.at + part.seconds:
-        raise BadFile(f"its time stamps jump at {part.at + part.seconds:.2f} s, inside the window; cut the file there")
-    line = replace(line, start=part.start - round(part.at / line.unit))
-    early = part.keys[line.second(part.keys[:, 0]) <= times[0]] if fast else part.keys[:1]
-    pts, byte = early[-1].tolist()
+def enter_stretch(container, stream, line, times, fast):
+    """Go to the stretch of a transport stream in which a window lies, for `fast` to the last key packet before it,
+    else to the first -> (TimeLine by its clock, packets to its end). BadFile for a window across a jump."""
+    keys = stream_keys(file_stamp(container), stream.index)
+    at, pts, byte, end = keys[max(bisect.bisect(keys, (times[0], math.inf)) - 1, 0)]
+    if end < keys[-1][3] and times[-1] > end:
+        raise BadFile(f"its time stamps jump at {end:.2f} s, inside the window; cut the file there")
+    if not fast:
+        at, pts, byte, _ = next(key for key in keys if key[3] == end)
     container.seek(byte, unsupported_byte_offset=True)
+    line = replace(line, start=pts - round(at / line.unit))
     stretches = itertools.groupby(by_stretch(from_key(container.demux(stream), pts), line.unit), operator.itemgetter(0))
     return line, (packet for _, packet in next(stretches, (0, ()))[1])
 
@@ -1508,14 +1471,14 @@ def enter_part(container, stream, line, times, fast):
 def orientation(frame):
     """How a decoded frame is shown -> (whether rows and columns change places, steps through rows and columns).
 
-    Its display matrix a b u, c d v, x y w shows what is stored in column p and row q in column a p + c q and row
-    b p + d q, up to a shift (ISO/IEC 14496-12, 6.2.2). BadFile unless it is one of the eight that turn by quarters or
-    mirror. Its scale counts for nothing here: that is part of the pixels' aspect.
+    Its display matrix a b u, c d v, x y w shows what is stored in column p, row q in column a p + c q, row b p + d q,
+    up to a shift (ISO/IEC 14496-12, 6.2.2). BadFile unless it is one of the eight that turn by quarters or mirror. Its
+    scale is part of the pixels' aspect.
     """
     from av.sidedata.sidedata import SideDataContainer
 
-    # frame.side_data would tie the frame to itself: it would wait for the garbage collector together with its scaler's
-    # threads, which after a fork are no longer there, and the collector then hangs for ever
+    # frame.side_data would tie the frame to itself: it would wait for the garbage collector, which hangs for ever where
+    # the threads of the frame's scaler are no longer there, after a fork
     data = SideDataContainer(frame).get("DISPLAYMATRIX")
     if data is None:
         return False, 1, 1
@@ -1540,20 +1503,20 @@ def pyav_picture(frame, plan, pixel_aspect):
 
 
 def is_wanted(packet, near, line, times):
-    """Whether the frame of a packet is on screen at one of the requested times: from its own presentation time to the
-    next of `near`, the known ones in order. One that is not known yet makes that span longer: a frame too many is
-    decoded, never one too few."""
-    place, following = bisect.bisect_left(near, packet.pts), bisect.bisect_right(near, packet.pts)
+    """Whether a packet's frame is on screen at a requested time: from its own presentation time to the next of `near`,
+    the known ones in order. One not known yet makes that longer: a frame too many is decoded, never one too few."""
+    place = bisect.bisect_left(near, packet.pts)
     if place == 0 or near[place - 1] < line.start:
         return True  # the first picture also stands for whatever is asked for before it
+    later = near[bisect.bisect_right(near, packet.pts) :]
     request = np.searchsorted(times, line.second(packet.pts))
-    return request < len(times) and (following == len(near) or times[request] < line.second(near[following]))
+    return request < len(times) and (not later or times[request] < line.second(later[0]))
 
 
 def pyav_frames(stream, times, fast, line, packets):
-    """Decoded frames of packets in display order. `fast` leaves out frames that nobody refers to and that are not on
-    screen at a requested time, by the presentation times of the packets around them: what a container says of their
-    duration is its guess. Those that are kept come out bit for bit the same."""
+    """Decoded frames of packets in display order. `fast` leaves out those that nobody refers to and that are not on
+    screen at a requested time, by the presentation times around them: a container's durations are its guess. The
+    others come out bit for bit the same."""
     codec, packets, queue, near, order = stream.codec_context, iter(packets), deque(), [], deque()
     may_skip = fast and codec.name in SKIPPING_CODECS
     for number in itertools.count():
@@ -1563,10 +1526,10 @@ def pyav_frames(stream, times, fast, line, packets):
             if ahead.pts is not None and not ahead.is_discard:
                 bisect.insort(near, ahead.pts)
                 del near[: -4 * LOOK_AHEAD]
-        packet = queue.popleft() if queue else None  # which asks for the frames that the decoder still holds
-        if packet and may_skip and packet.pts is not None:
+        packet = queue.popleft() if queue else None  # asks for what the decoder still holds
+        if packet is not None and may_skip and packet.pts is not None:
             codec.skip_frame = "DEFAULT" if is_wanted(packet, near, line, times) else "NONREF"
-        if packet and line.in_order and packet.size:
+        if packet is not None and line.in_order and packet.size:
             order.append(number if packet.dts is None else packet.dts)
         for frame in codec.decode(packet):
             frame.pts = order.popleft() if line.in_order else frame.pts
@@ -1584,7 +1547,7 @@ def pyav_walk(container, stream, plan, fast):
     if not 1 / 8 <= aspect <= 8:
         raise BadFile(f"its pixels are {aspect:g} times as wide as high")
     if container.format.name == "mpegts":
-        line, packets = enter_part(container, stream, line, times, fast)
+        line, packets = enter_stretch(container, stream, line, times, fast)
     elif sought:
         packets = enter_window(container, stream, line, times)
     frames, shown, before, shown_end = [], None, -math.inf, 0.0
@@ -1594,8 +1557,7 @@ def pyav_walk(container, stream, plan, fast):
         if frame.pts is None and shown is None:
             continue  # before the beginning of time
         now = before + 1 / line.fps if frame.pts is None else line.second(frame.pts)
-        # at 0 the key frame may be hidden
-        if shown is None and sought and (now > times[0] or now > 0 and not frame.key_frame):
+        if shown is None and sought and (now > times[0] or now > 0 and not frame.key_frame):  # at 0 it may be hidden
             what = "" if frame.key_frame else ", on no key frame"
             raise BadFile(f"seek to {times[0]:.2f} s landed at {now:.2f} s{what}")
         if now < before:
@@ -1618,13 +1580,10 @@ def pyav_walk(container, stream, plan, fast):
 
 
 def read_pyav(path, plan, fast=True):
-    """Frames through PyAV, strict about damage: it stops at broken data instead of painting over it. `fast` seeks to
-    the window and leaves out frames that are not needed; where that fails the file is read plainly from its start."""
-    import av
-
+    """Frames through PyAV, which stops at broken data instead of painting over it. `fast` seeks to the window and
+    leaves out frames that are not needed; where that fails the file is read plainly from its start."""
     try:
-        with open_pyav(path) as container:
-            stream = playing_stream(container)
+        with opened_stream(path) as (container, stream):
             codec, stream.thread_type, stream.thread_count = stream.codec_context, "NONE", 1
             codec.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
             reorders = codec.has_b_frames
@@ -1632,30 +1591,23 @@ def read_pyav(path, plan, fast=True):
             if fast and container.format.name == "avi" and codec.has_b_frames != reorders:
                 raise BadFile("its frames are not stored in the order in which they are shown")
             return frames
-    except (BadFile, av.FFmpegError, *DECODE_ERRORS) as error:
-        if fast and not isinstance(error, CannotOpen):  # an open GOP cannot always be entered at its key frame
-            return read_pyav(path, plan, fast=False)
-        if isinstance(error, BadFile):
+    except BadFile as error:
+        if not fast or isinstance(error, CannotOpen):
             raise
-        raise BadFile(f"pyav stopped decoding ({reason_of(error)})") from error
+    return read_pyav(path, plan, fast=False)  # an open GOP cannot always be entered at its key frame
 
 
 def video_timing(path, plan):
-    """-> (seconds, frames per second) of the video that a plan is read from, for frame_times. BadFile for a bad one."""
-    import av
-
-    try:
-        with open_pyav(path) as container:
-            line, _ = time_line(container, playing_stream(container), plan)
-            return line.duration, line.fps
-    except av.FFmpegError as error:
-        raise BadFile(f"pyav stopped reading ({reason_of(error)})") from error
+    """-> (seconds, frames per second) of a video, for frame_times of a plan. BadFile for a bad one."""
+    with opened_stream(path) as (container, stream):
+        line, _ = time_line(container, stream, plan)
+        return line.duration, line.fps
 
 
 def beyond_decord(path):
-    """What decord cannot be trusted with -> text, "" for nothing. It takes no list of allowed demuxers (a playlist
-    would open other files), its frames are seconds off in ts and repeat in avi; it chooses a video stream by rules of
-    its own, does not mirror, and knows nothing of streams whose first frames cannot be shown."""
+    """What of a file decord cannot be trusted with -> text or "". It has no list of allowed demuxers (a playlist would
+    open other files), is seconds off in ts, repeats frames in avi, chooses a video stream by its own rules, does not
+    mirror, and knows nothing of first frames that cannot be shown."""
     with open(path, "rb") as file:
         head = file.read(12)
     if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip") and head[:4] != b"\x1aE\xdf\xa3":
@@ -1671,7 +1623,7 @@ def beyond_decord(path):
 
 
 def read_decord(path, plan):
-    """Frames through decord. It is opened twice: its resize must be known before the first frame tells the size."""
+    """Frames through decord, opened twice: its resize must be known before the first frame tells the size."""
     if importlib.util.find_spec("decord") is None:
         raise CannotOpen("decord is not installed")
     import av
@@ -1700,8 +1652,7 @@ READERS = {"pyav": read_pyav, "decord": read_decord}
 
 
 def read_frames(path, plan, decoder):
-    """Decode just the frames of a plan, resized -> uint8 [T, H, W, 3]. BadFile with the reason of every decoder
-    tried."""
+    """Decode just the frames of a plan, resized -> uint8 [T, H, W, 3]. BadFile with every decoder's reason."""
     check_regular(path)
     reasons = []
     for name in DECODERS[decoder]:
@@ -1713,18 +1664,16 @@ def read_frames(path, plan, decoder):
 
 
 class HeldSignals:
-    """Context that holds back signals which have a handler, and raises them again at its end. Around a fork: Python
-    drops the exception of a handler (Ctrl-C) that runs in one of its fork hooks, and a process whose start was cut off
-    is ended by nobody."""
+    """Context around a fork: signals with a handler are held back and raised again at its end. Python drops the
+    exception of a handler (Ctrl-C) in a fork hook, and nobody ends a process whose start was cut off."""
 
     def hear(self, number, frame):
         self.heard.append(number)
 
     def __enter__(self):
         in_main = threading.current_thread() is threading.main_thread()  # nobody else may set handlers
-        numbers = [number for number in STOP_SIGNALS if in_main and callable(signal.getsignal(number))]
-        self.heard = []
-        self.previous = {number: signal.signal(number, self.hear) for number in numbers}
+        held = [number for number in STOP_SIGNALS if in_main and callable(signal.getsignal(number))]
+        self.heard, self.previous = [], {number: signal.signal(number, self.hear) for number in held}
 
     def __exit__(self, kind, error, trace):
         for number, handler in self.previous.items():
@@ -1734,25 +1683,25 @@ class HeldSignals:
 
 
 def end_without(parent):
-    """End this process within a second of its parent's death, which no signal may tell it: run in a thread."""
+    """End this process within a second of its parent's death, which no signal may tell: run in a thread."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(EXIT_ERROR)
 
 
 def do_apart(parent, pipe, work, *args):
-    """Life of a process of told_apart: sends what `work` gives, then None unless that was a BadFile."""
+    """Life of a process of told_apart: sends what `work` gives, then None unless it was a BadFile."""
     threading.Thread(target=end_without, args=(parent,), daemon=True).start()
     with suppress(BadFile):
-        for value in work(*args) or ():
+        for value in work(*args):
             pipe.send(value)
         pipe.send(None)
     os._exit(0)
 
 
 def told_apart(seconds, work, *args):
-    """What work on files that may crash it or hang gives in a forked process within so many seconds -> (list, whether
-    that is all). It is killed then."""
+    """What `work` gives, one by one, in a forked process that may crash or hang and is killed after so many seconds ->
+    (list, whether that is all)."""
     pipe, end = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=do_apart, args=(os.getpid(), end, work, *args))
     values, done, deadline = [], False, time.monotonic() + seconds
@@ -1770,31 +1719,30 @@ def told_apart(seconds, work, *args):
     return values[: len(values) - done], done
 
 
-def small_clip(cfg, video):
-    """Decode one small clip of a video, for told_apart."""
-    plan = ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5)
-    read_frames(video.path, plan, cfg.decoder)
-
-
 def guessed_names(root, videos):
     """Names of the raw streams whose rate nobody gives."""
     for video in videos:
         with suppress(BadFile):  # named with its reason when a clip of it is read
             check_regular(video.path)
             with open_pyav(video.path) as container:
-                streams = container.streams.video if container.format.name in RAW_FORMATS else ()
-                codec = streams[0].codec_context if streams else None
+                raw = container.format.name in RAW_FORMATS and container.streams.video
+                codec = raw and raw[0].codec_context
                 if codec and codec.width and not codec.framerate and not read_annotation(root, video).get("fps"):
                     yield video.name
 
 
 def guessed_rates(cfg, root, videos):
-    """Names of the files that are read at RAW_FPS since neither frame_fps nor header nor annotation says more ->
-    (list, whether all were looked at). Only raw suffixes are opened, for 20 s at most."""
+    """Names of the files that are read at RAW_FPS since neither frame_fps nor header nor annotation says more -> (list,
+    whether all were looked at). Only raw suffixes are opened, for 20 s at most."""
     raw = [video for video in videos if video.path.lower().endswith(RAW_SUFFIXES)]
     if cfg.frame_fps or not raw:
         return [], True
     return told_apart(min(cfg.decode_timeout_s, 20.0), guessed_names, root, raw)
+
+
+def small_clip(cfg, video):
+    """Decode one small clip of a video."""
+    read_frames(video.path, ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5), cfg.decoder)
 
 
 def split_readable(cfg, videos, read_one=small_clip):
