@@ -2,6 +2,7 @@
 once, and again after a stop."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,11 +40,18 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_only_the_flow_and_the_copy_move(tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run and its phase in one go -> run folder."""
+    out_dir = tmp_path_factory.mktemp("whole")
+    assert V.train(phase_config(out_dir)) == V.EXIT_OK
+    return out_dir
+
+
+def test_only_the_flow_and_the_copy_move(whole):
     """The flow net waits while the rest learns, then it and a copy of the predictor learn while the rest waits."""
-    cfg = phase_config(tmp_path / "run")
-    assert V.train(cfg) == V.EXIT_OK
-    before, after = checkpoint(tmp_path / "run", "ckpt_3.pt"), checkpoint(tmp_path / "run")
+    cfg = phase_config(whole)
+    before, after = checkpoint(whole, "ckpt_3.pt"), checkpoint(whole)
     torch.manual_seed(cfg.seed)
     fresh = V.WorldModel(cfg)
     assert equal(before["flow"], fresh.flow.state_dict()) and not equal(before["online"], fresh.online.state_dict())
@@ -54,12 +62,10 @@ def test_only_the_flow_and_the_copy_move(tmp_path):
     assert before["soon_predictor"] is None and not equal(after["soon_predictor"], after["predictor"])
 
 
-def test_a_finished_phase_is_not_repeated_and_an_extended_run_repeats_it(tmp_path, capsys):
+def test_a_finished_phase_is_not_repeated_and_an_extended_run_repeats_it(whole, tmp_path, capsys):
     """The same command again: no second phase, the same weights. More steps: the flow is fitted anew at the new end."""
-    cfg = phase_config(tmp_path / "run")
-    assert V.train(cfg) == V.EXIT_OK
-    first = checkpoint(tmp_path / "run")
-    capsys.readouterr()
+    cfg = phase_config(shutil.copytree(whole, tmp_path / "run"))
+    first = checkpoint(whole)
     assert V.train(cfg) == V.EXIT_OK
     assert "flow phase" not in capsys.readouterr().out and equal(first["flow"], checkpoint(tmp_path / "run")["flow"])
     assert V.train(V.replace(cfg, steps=4)) == V.EXIT_OK
@@ -67,17 +73,15 @@ def test_a_finished_phase_is_not_repeated_and_an_extended_run_repeats_it(tmp_pat
 
 
 @pytest.mark.parametrize("part", ["cache_latents", "fit_soon", "flow_coordinates"])
-def test_a_stop_in_the_phase_costs_the_phase_alone(tmp_path, monkeypatch, part):
+def test_a_stop_in_the_phase_costs_the_phase_alone(whole, tmp_path, monkeypatch, part):
     """Exit code 75 with the step checkpoint on disk; the same command gives the bits of an unstopped run."""
-    whole = phase_config(tmp_path / "whole")
-    assert V.train(whole) == V.EXIT_OK
     cfg, plain = phase_config(tmp_path / "cut"), getattr(V, part)
     monkeypatch.setattr(V, part, lambda *args: (os.kill(os.getpid(), signal.SIGTERM), plain(*args))[1])
     assert V.train(cfg) == V.EXIT_STOPPED
     assert [path.name for path in (tmp_path / "cut" / "checkpoints").glob("*.pt")] == ["ckpt_3.pt"]
     monkeypatch.setattr(V, part, plain)
     assert V.train(cfg) == V.EXIT_OK
-    one, two = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
+    one, two = checkpoint(whole), checkpoint(tmp_path / "cut")
     assert all(equal(one[name], two[name]) for name in (*STILL, "soon_predictor", "flow", "flow_ema", "flow_stats"))
 
 
