@@ -32,14 +32,15 @@ def run_rank(rank, world_size, port, cfg, num_steps, num_clips, maneuvers, folde
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    process = V.start_process(cfg)
+    process = V.identify_process(cfg, V.StopFlag(()))
+    V.join_ranks(process, cfg)
     gathered = V.gather_rows(torch.tensor([[rank * 10.0], [rank * 10.0 + 1]]), world_size)
     torch.manual_seed(cfg.seed)
-    model = V.WorldModel(cfg, process.rank, process.world_size).train()
+    model = V.VJepaAutoV2(cfg, process.rank, process.world_size).train()
     torch.manual_seed(cfg.seed + 1 + process.rank)
     wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     batches = [rank_part(global_batch(cfg, step, num_clips, maneuvers), rank, world_size) for step in range(num_steps)]
-    history, _ = train_steps(model, cfg, lambda step: [batches[step]], num_steps, process, wrapped)
+    history, _ = train_steps(model, lambda step: [batches[step]], num_steps, process, wrapped)
     names = [name for name in history[0] if name.startswith("loss_")]
     means = [dict(zip(names, process.mean([metrics[name] for name in names]))) for metrics in history]
     everyone = process.collect({name: value.double().sum().item() for name, value in model.state_dict().items()})
@@ -64,7 +65,7 @@ def run_one(cfg, num_steps, num_clips, maneuvers):
     """The same steps in this process with the whole batch -> (losses per step, state before, state after)."""
     model = new_model(cfg, seed=cfg.seed)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    history, _ = train_steps(model, cfg, lambda step: [global_batch(cfg, step, num_clips, maneuvers)], num_steps)
+    history, _ = train_steps(model, lambda step: [global_batch(cfg, step, num_clips, maneuvers)], num_steps)
     return history, before, model.state_dict()
 
 
@@ -157,7 +158,7 @@ def accumulated(cfg, num_steps, pieces):
             {key: value[i * 4 // pieces : (i + 1) * 4 // pieces] for key, value in batch.items()} for i in range(pieces)
         ]
 
-    history, _ = train_steps(model, cfg, batches_at, num_steps)
+    history, _ = train_steps(model, batches_at, num_steps)
     return history, before, model.state_dict()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, V, small_config
-from training import fill_space, new_model
+from training import fill_space, new_model, new_state
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -483,7 +483,7 @@ def test_fitting_and_testing_scenes_never_meet():
     seeds = {name: {job.scene_seed for job in jobs} for name, jobs in sets.items()}
     for one, two in itertools.combinations(seeds, 2):
         assert not seeds[one] & seeds[two], (one, two)
-    largest = V.scene_seed_at(replace(cfg, seed=V.RANGES["seed"][1]), 10**7, "val")
+    largest = V.scene_seed_at(replace(cfg, seed=V.merged(V.VJepaAutoV2Config, "RANGES")["seed"][1]), 10**7, "val")
     assert min(min(group) for group in seeds.values()) >= E.EVAL_SEED > largest
 
 
@@ -781,16 +781,7 @@ def test_the_page_stands_alone(scene_report, tmp_path):
 
 def save_checkpoint(model, folder):
     """A checkpoint of a model as the script writes it -> path."""
-    source = V.DataSource("render", "", [], [], [], True)
-    state = V.checkpoint_state(
-        model,
-        V.build_optimizer(model, model.cfg),
-        torch.amp.GradScaler("cpu", enabled=False),
-        source,
-        V.Process(0, 1, torch.device("cpu"), None),
-        V.Progress(step=3),
-    )
-    return V.save_checkpoint(state, folder, model.cfg, final=True)
+    return V.save_checkpoint(new_state(model, step=3), folder, model.cfg, final=True)
 
 
 def test_the_command_on_videos_with_and_without_annotations(scene_folder, tmp_path, capsys):
@@ -810,7 +801,11 @@ def test_the_command_on_videos_with_and_without_annotations(scene_folder, tmp_pa
         names[root] = set(report["figures"])
         held_out = len(
             V.open_data(
-                replace(V.load_model(checkpoint)[1], data_root=str(root)), V.find_videos(str(root), "*"), True, None
+                V.VJepaAutoV2,
+                replace(V.load_model(checkpoint)[1], data_root=str(root)),
+                V.find_videos(str(root), "*"),
+                True,
+                None,
             ).val
         )
         assert report["data"]["files"] == (held_out if root is bare else 8)

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPT, V, group_members, small_config
+from training import new_state
 
 FAULTY = ROOT / "tests" / "faulty_run.py"
 QUICK_LOOK = dict(val_clips=2, val_every=0, picture=False)
@@ -133,12 +134,8 @@ def run_config(scene_folder, out_dir, **overrides):
 def real_state():
     """What a small run saves before its first step."""
     cfg = small_config(enc_depth=1, pred_depth=1, flow_depth=1)
-    model = V.WorldModel(cfg)
-    source = V.DataSource("scenes", "", [], [], [], True)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return V.checkpoint_state(
-        model, V.build_optimizer(model, cfg), scaler, source, V.Process(0, 1, torch.device("cpu"), None), V.Progress()
-    )
+    model = V.VJepaAutoV2(cfg)
+    return new_state(model, V.DataSource("scenes", "", [], [], [], True))
 
 
 def small_state(step):
@@ -521,10 +518,10 @@ def test_status_of_a_run_that_failed_in_this_process(scene_folder, tmp_path, mon
     """The same without a process of its own: the exception reaches the caller, the state is failed with its reason."""
     real = V.take_step
 
-    def take_step(model, wrapped, optimizer, scaler, batches, step, cfg, process):
+    def take_step(phase, batches, step):
         if step == 4:
             raise ValueError("planted exception")
-        return real(model, wrapped, optimizer, scaler, batches, step, cfg, process)
+        return real(phase, batches, step)
 
     monkeypatch.setattr(V, "take_step", take_step)
     with pytest.raises(ValueError, match="planted exception"):
@@ -632,7 +629,7 @@ def test_ranks_must_agree():
 
 def test_fingerprint_sees_one_bit():
     """One flipped bit in one weight or buffer changes it; a second look does not."""
-    model = V.WorldModel(small_config())
+    model = V.VJepaAutoV2(small_config())
     before = V.fingerprint(model)
     assert V.fingerprint(model) == before
     with torch.no_grad():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FOOTAGE, ROOT, V, small_config
-from training import new_model
+from training import new_model, new_state
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -25,12 +25,8 @@ def scene_config(**overrides):
 def save_run(folder, cfg, kind="render", root="", seed=0):
     """A checkpoint of a model that was never trained -> its path."""
     model = new_model(cfg, seed)
-    optimizer, scaler = V.build_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
     source = V.DataSource(kind, str(root), [], [], [], True)
-    process = V.Process(0, 1, torch.device("cpu"), None)
-    return V.save_checkpoint(
-        V.checkpoint_state(model, optimizer, scaler, source, process, V.Progress(step=3)), folder, cfg, final=True
-    )
+    return V.save_checkpoint(new_state(model, source, step=3), folder, cfg, final=True)
 
 
 def video(path, seconds, fps=10, size=(32, 48)):

@@ -465,7 +465,7 @@ def test_a_hundred_thousand_files(tmp_path):
     cfg = small_config(data_root=str(tmp_path), val_fraction=0.1)
     begin = time.process_time()
     videos = V.list_data(cfg)
-    source = V.open_data(cfg, videos, True, lambda: None)
+    source = V.open_data(V.VJepaAutoV2, cfg, videos, True, lambda: None)
     seconds = time.process_time() - begin
     print(f"100,000 files listed and split in {seconds:.1f} s of CPU time")
     shutil.rmtree(tmp_path)  # pytest would keep them for three runs

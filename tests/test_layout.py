@@ -199,9 +199,14 @@ def test_every_config_field_is_read():
 def test_ranges_and_choices_name_only_fields():
     """A misspelt rule guards nothing: numbers have a range, every key is a field. Seen red with a key renamed."""
     names = {field.name for field in fields(V.VJepaAutoV2Config)}
-    assert set(V.RANGES) | set(V.CHOICES) <= names and set(V.RESUME_MUST_MATCH) <= names
-    assert all(set(preset) <= names for preset in V.PRESETS.values())
-    assert {name for name, kind in V.FIELD_TYPES.items() if kind in (int, float)} == set(V.RANGES)
+    assert (
+        set(V.merged(V.VJepaAutoV2Config, "RANGES")) | set(V.merged(V.VJepaAutoV2Config, "CHOICES")) <= names
+        and set(V.RESUME_MUST_MATCH) <= names
+    )
+    assert all(set(preset) <= names for preset in V.merged(V.VJepaAutoV2Config, "PRESETS").values())
+    assert {name for name, kind in V.field_types(V.VJepaAutoV2Config).items() if kind in (int, float)} == set(
+        V.merged(V.VJepaAutoV2Config, "RANGES")
+    )
 
 
 def test_sections_are_numbered_and_banners_have_one_style():

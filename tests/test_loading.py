@@ -36,7 +36,7 @@ def same(one, other):
 
 def dataset_of(folder, cfg, stream="train", maneuvers=()):
     """A dataset over all videos of a folder."""
-    return V.ClipDataset(cfg, V.find_videos(str(folder), "*"), str(folder), stream, maneuvers)
+    return V.ClipDataset(cfg, V.find_videos(str(folder), "*"), str(folder), stream, maneuvers, draw=V.mask_and_noise)
 
 
 def loaded(dataset, sampler, num_workers):
@@ -91,7 +91,7 @@ def test_masks_are_pure_and_differ_between_samples(family):
 def test_visible_share_of_the_block_sampler(family, share):
     """On 14 x 14 sites the union of blocks leaves 37 % visible (short) and 16 % (long), as the constant count says."""
     rng = np.random.default_rng(11)
-    drawn = np.array([1 - V.block_mask(rng, BASE_GRID, family).mean() for _ in range(2000)])
+    drawn = np.array([1 - V.block_mask(rng, *V.mask_blocks(BASE_GRID, family)).mean() for _ in range(2000)])
     # one draw deviates by about 0.07, the mean of 2000 by 0.0017: 0.01 is six of them and covers rounding in 37, 16
     assert drawn.mean() == pytest.approx(share, abs=0.01)
     # the constant is itself a mean of 2000 draws, rounded to one of 196 sites
@@ -438,7 +438,7 @@ def test_list_data(tmp_path, scene_folder):
 def test_open_data_on_videos(scene_folder):
     """Listed videos are split by file, and each stream reads its side; nothing is written."""
     cfg = small_config(data_root=str(scene_folder), val_fraction=0.3, out_dir="/nonexistent")
-    source = V.open_data(cfg, V.list_data(cfg), True, never)
+    source = V.open_data(V.VJepaAutoV2, cfg, V.list_data(cfg), True, never)
     assert (source.kind, source.held_out, source.maneuvers) == ("videos", True, [])
     assert len(source.train) + len(source.val) == 8 and not {v.name for v in source.train} & {
         v.name for v in source.val
@@ -448,7 +448,7 @@ def test_open_data_on_videos(scene_folder):
         source.train,
         source.val,
     ]
-    named = V.open_data(replace(cfg, lambda_supcon=1.0), V.list_data(cfg), True, never)
+    named = V.open_data(V.VJepaAutoV2, replace(cfg, lambda_supcon=1.0), V.list_data(cfg), True, never)
     assert set(named.maneuvers) <= set(V.SCENE_MANEUVERS) and "fork_left" in named.maneuvers
 
 
@@ -456,7 +456,7 @@ def test_open_data_with_one_video(scene_folder):
     """A single file serves both sides, and the source says so."""
     path = sorted((scene_folder / "videos").glob("*.mp4"))[0]
     cfg = small_config(data_root=str(path))
-    source = V.open_data(cfg, V.list_data(cfg), True, never)
+    source = V.open_data(V.VJepaAutoV2, cfg, V.list_data(cfg), True, never)
     assert not source.held_out and source.train == source.val and len(source.train) == 1
     assert source.dataset(cfg, "val")[0]["bad"] == []
 
@@ -465,10 +465,12 @@ def test_open_data_writes_scenes_on_rank_zero(tmp_path):
     """Without videos rank 0 writes scenes before the barrier, another rank only waits; both then see the same files."""
     cfg = small_config(out_dir=str(tmp_path), scene_clips=4)
     waited = []
-    source = V.open_data(cfg, [], True, lambda: waited.append(len(list(tmp_path.glob("scenes/videos/*.mp4")))))
+    source = V.open_data(
+        V.VJepaAutoV2, cfg, [], True, lambda: waited.append(len(list(tmp_path.glob("scenes/videos/*.mp4"))))
+    )
     assert waited == [4] and source.kind == "scenes" and source.held_out and len(source.train + source.val) == 4
     before = (tmp_path / "scenes" / "scenes.json").stat().st_mtime_ns
-    other = V.open_data(cfg, [], False, lambda: waited.append("rank 1"))
+    other = V.open_data(V.VJepaAutoV2, cfg, [], False, lambda: waited.append("rank 1"))
     assert waited == [4, "rank 1"] and (other.train, other.val) == (source.train, source.val)
     assert (tmp_path / "scenes" / "scenes.json").stat().st_mtime_ns == before
 
@@ -476,7 +478,7 @@ def test_open_data_writes_scenes_on_rank_zero(tmp_path):
 def test_open_data_random(tmp_path):
     """missing_data random gives pixels from (seed, i), marked as such; with videos present they are used instead."""
     cfg = small_config(data_root=str(tmp_path), missing_data="random", out_dir="/nonexistent")
-    source = V.open_data(cfg, V.list_data(cfg), True, never)
+    source = V.open_data(V.VJepaAutoV2, cfg, V.list_data(cfg), True, never)
     dataset = source.dataset(cfg, "train")
     assert source.kind == "random" and isinstance(dataset, V.NoiseDataset)
     one, two = dataset[3], source.dataset(cfg, "train")[3]

@@ -317,7 +317,7 @@ def test_every_parameter_in_exactly_one_group():
     """
     cfg = small_config(**ALL_ON)
     model = new_model(cfg)
-    groups = V.build_optimizer(model, cfg).param_groups
+    groups = model.optimizer().param_groups
     owner = {}
     for group in groups:
         for parameter in group["params"]:
@@ -346,7 +346,7 @@ def test_every_parameter_gets_a_gradient():
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert [name for name, p in trained.items() if p.grad is None] == []
     model.zero_grad(set_to_none=True)
-    train_steps(model, cfg, lambda step: [batch], 6)
+    train_steps(model, lambda step: [batch], 6)
     model(batch)[0]["loss_total"].backward()
     assert [name for name, p in trained.items() if not p.grad.any()] == []
 

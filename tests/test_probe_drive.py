@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FOOTAGE, ROOT, V, small_config
-from training import cpu_process, new_model
+from training import new_model, new_state
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -73,15 +73,7 @@ def ckpt(tmp_path_factory):
     """A checkpoint of an encoder with fresh weights -> path."""
     cfg = tub_config()
     model = new_model(cfg, seed=11)
-    source = V.DataSource("videos", "", [], [], [], True)
-    state = V.checkpoint_state(
-        model,
-        V.build_optimizer(model, cfg),
-        torch.amp.GradScaler("cpu", enabled=False),
-        source,
-        cpu_process(),
-        V.Progress(),
-    )
+    state = new_state(model, V.DataSource("videos", "", [], [], [], True))
     folder = tmp_path_factory.mktemp("run")
     (folder / "checkpoints").mkdir()
     V.save_checkpoint(state, folder, cfg, final=True)

@@ -90,8 +90,8 @@ def train_until(cfg, stop_after, number=signal.SIGTERM):
     """Run a config and send this process a signal in the given step -> exit code."""
     real, seen = V.take_step, []
 
-    def stopping(model, wrapped, optimizer, scaler, batches, step, cfg, process):
-        result = real(model, wrapped, optimizer, scaler, batches, step, cfg, process)
+    def stopping(phase, batches, step):
+        result = real(phase, batches, step)
         seen.append(step)
         if step + 1 == stop_after:
             os.kill(os.getpid(), number)
@@ -222,7 +222,7 @@ def test_config_json_tells_how_the_run_was_made(commanded, capsys):
         "train_files": 7,
         "val_files": 1,
     }
-    again, _, _ = V.resolve_config(["--config", str(out_dir / "config.json")])
+    again, _, _ = V.resolve_config(["--config", str(out_dir / "config.json")], V.VJepaAutoV2)
     assert json.loads(json.dumps(asdict(again))) == saved["config"] and again.seed == 7
 
 
@@ -233,9 +233,9 @@ def test_metrics_hold_every_key_of_the_log_table(commanded):
     assert [row["step"] for row in records] == [1, 2, 2, 3, 4, 4]
     for row in records:
         if "val_soon_skill" in row:
-            assert list(row) == ["step", *V.VAL_KEYS]
+            assert list(row) == ["step", *V.val_keys(V.VJepaAutoV2)]
         else:
-            assert list(row) == [key for key in V.LOG_KEYS if key != "loss_supcon"]
+            assert list(row) == [key for key in V.log_keys(V.VJepaAutoV2) if key != "loss_supcon"]
         known = {
             key: value for key, value in row.items() if value == value and value is not None and key not in WALL_CLOCK
         }
@@ -250,7 +250,7 @@ def test_checkpoint_is_plain_tensors_and_values(commanded):
     state = checkpoint(out_dir)
     assert STATE_KEYS <= set(state) and state["step"] == 4 and state["consumed"] == 8 and state["world_size"] == 1
     assert state["source"] == SCRIPT.read_text(encoding="utf-8") and state["cfg"]["enc_dim"] == cfg.enc_dim
-    model = V.WorldModel(cfg)
+    model = V.VJepaAutoV2(cfg)
     for name in ("online", "predictor", "outcome", "flow", "flow_ema", "target"):
         assert set(state[name]) == set(getattr(model, name).state_dict())
     loaded, loaded_cfg = V.load_model(out_dir / "checkpoints/ckpt_final.pt")
@@ -376,10 +376,10 @@ def test_a_killed_run_repeats_from_its_checkpoint_and_no_step_twice(straight, sc
     """Died in step 7 without saving: goes on from ckpt_4, drops records of steps 5, 6, a torn line; ends the same."""
     cfg, real = config(scene_folder, tmp_path, ckpt_every=4), V.apply_step
 
-    def dying(model, optimizer, scaler, carries, step, cfg):
+    def dying(phase, carries, step):
         if step == 6:
             raise KeyboardInterrupt
-        real(model, optimizer, scaler, carries, step, cfg)
+        real(phase, carries, step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(V, "apply_step", dying)
@@ -405,12 +405,12 @@ def forget_optimizer(monkeypatch):
 
 def forget_consumed(monkeypatch):
     real = V.load_checkpoint
-    monkeypatch.setattr(V, "load_checkpoint", lambda path: {**real(path), "consumed": 0})
+    monkeypatch.setattr(V, "load_checkpoint", lambda path, world: {**real(path, world), "consumed": 0})
 
 
 def after_restore(monkeypatch, spoil):
-    real = V.restore_model
-    monkeypatch.setattr(V, "restore_model", lambda state, model: (real(state, model), spoil(model)))
+    real = V.VJepaAutoV2.restore
+    monkeypatch.setattr(V.VJepaAutoV2, "restore", lambda model, state: (real(model, state), spoil(model)))
 
 
 def forget_queue(monkeypatch):
@@ -669,10 +669,10 @@ def poison(monkeypatch, calls, seen=None):
             batch["frames"] = torch.full(batch["frames"].shape, float("nan"))
         return batch
 
-    def take_step(model, *rest):
+    def take_step(phase, *rest):
         if seen is not None:
-            seen.append({name: value.clone() for name, value in model.state_dict().items()})
-        result = real_step(model, *rest)
+            seen.append({name: value.clone() for name, value in phase.world.state_dict().items()})
+        result = real_step(phase, *rest)
         count[0] += 1
         return result
 

@@ -111,7 +111,7 @@ def test_the_picture_shows_the_odds():
 
 def test_seeds_of_training_validation_and_evaluation_never_meet():
     """The ranges of two streams, two run seeds and the evaluation are apart for any realistic number of clips."""
-    largest = V.RANGES["seed"][1]
+    largest = V.merged(V.VJepaAutoV2Config, "RANGES")["seed"][1]
     last = [
         V.scene_seed_at(small_config(seed=seed), 10**6, stream)
         for stream in ("train", "val")
@@ -333,7 +333,7 @@ def test_files_hold_the_frames(tmp_path):
 def test_rendered_and_written_scenes_agree(scene_folder):
     """Sample i drawn on the fly is file i up to the codec, same labels; two epochs of drawing never repeat a scene."""
     cfg = small_config(scenes="render")
-    source = V.open_data(cfg, [], True, lambda: None)
+    source = V.open_data(V.VJepaAutoV2, cfg, [], True, lambda: None)
     data = source.dataset(cfg, "train")
     for index in range(cfg.scene_clips):
         drawn, _, labels, bad, _ = data.decode(index, cfg.height, cfg.width)
@@ -353,7 +353,7 @@ def test_rendered_scenes_are_mirrored_with_their_maneuver():
     """hflip turns half of the training clips, and left into right; validation stays as it is."""
     cfg = small_config(scenes="render", hflip=True, lambda_supcon=1.0, scene_mix="fork_only")
     plain = small_config(scenes="render", lambda_supcon=1.0, scene_mix="fork_only")
-    sources = [V.open_data(c, [], True, lambda: None) for c in (cfg, plain)]
+    sources = [V.open_data(V.VJepaAutoV2, c, [], True, lambda: None) for c in (cfg, plain)]
     flipped, straight = (source.dataset(c, "train") for source, c in zip(sources, (cfg, plain)))
     turned = 0
     for index in range(16):

@@ -83,7 +83,7 @@ def check(planted, root):
 def make(tmp_path, **overrides):
     """The built-in scenes of a run in tmp_path -> DataSource."""
     cfg = small_config(**{**dict(out_dir=str(tmp_path), image_size=16, scene_clips=4), **overrides})
-    return V.open_data(cfg, V.list_data(cfg), True, lambda: None)
+    return V.open_data(V.VJepaAutoV2, cfg, V.list_data(cfg), True, lambda: None)
 
 
 @pytest.mark.parametrize(

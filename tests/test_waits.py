@@ -36,7 +36,7 @@ def open_clips(cfg, videos, num_workers, timeout_s=30.0, **more):
         V.StepSampler(0, NUM_BATCHES, 3, 0, 1),
         num_workers,
         timeout_s=timeout_s,
-        batch_bytes=V.batch_bytes(cfg, 3),
+        batch_bytes=V.batch_bytes(dataset, 3),
         **more,
     )
 
@@ -93,8 +93,9 @@ def wait_until(condition, seconds):
 def test_batches_are_the_same_bytes_by_every_way(scene_folder):
     """Shared memory, too little of it for a batch, and the socket alone hand over what no worker makes."""
     cfg, videos = data_of(scene_folder)
-    expected = list(open_clips(cfg, videos, 0))
-    for room in (V.batch_bytes(cfg, 3), 3 * 12 * 3 * 32 * 32 + 64, 0):
+    plain = open_clips(cfg, videos, 0)
+    expected, whole = list(plain), plain.batch_bytes
+    for room in (whole, 3 * 12 * 3 * 32 * 32 + 64, 0):
         loader = open_clips(cfg, videos, 2)
         loader.close()
         loader.batch_bytes = room
