@@ -3200,8 +3200,9 @@ class World(nn.Module):
     def groups(self):
         """Optimizer groups, each trained parameter in one: `decay`, `no_decay`, and others, which are clipped apart."""
         groups = {"decay": [], "no_decay": []}
+        frozen = tuple(f"{name}." for name in self.FROZEN)
         for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and not name.startswith(frozen):
                 plain = parameter.ndim < 2 or name.endswith(self.NO_DECAY)
                 groups["no_decay" if plain else "decay"].append(parameter)
         return [param_group(self.cfg, *item) for item in groups.items() if item[1]]

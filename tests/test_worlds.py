@@ -127,7 +127,7 @@ def test_help_and_errors_are_of_the_world(toy, tmp_path):
     """--help shows the world's fields alone; what it does not have is refused like a misspelt flag."""
     result = subprocess.run([sys.executable, str(toy), "--help"], env=environment(), capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith("usage: toy.py") and "--hidden" in result.stdout
-    assert "channels between the convolutions" in result.stdout and "flow" not in result.stdout
+    assert "channels between the convolutions" in " ".join(result.stdout.split()) and "--flow" not in result.stdout
     code, output = run(toy, tmp_path / "run", "--enc_dim", "96")
     assert code == 2 and output.startswith("error: unknown argument --enc_dim") and output.count("\n") == 1
     code, output = run(toy, tmp_path / "run", "--hidden", "0")
@@ -151,10 +151,13 @@ def test_load_model_finds_the_world_by_name_and_content(toy, toy_run, tmp_path):
     path = toy_run / "checkpoints" / "ckpt_final.pt"
     model, cfg = V.load_model(path)
     assert type(model).__name__ == "Toy" and cfg.hidden == 32 and not model.training
-    state = torch.load(path, weights_only=True)
+    state, copied = torch.load(path, weights_only=True), tmp_path / "copy.py"
+    shutil.copy(toy, copied)
     assert same_weights(model.state_dict(), state["model"])
     assert state["world"]["name"] == "Toy" and state["world"]["file"] == toy.as_posix()
-    for spoiled in ({"sha256": "0" * 64}, {"file": "worlds/absent.py"}, {"name": "Other"}):
+    edited = tmp_path / "toy.py"
+    edited.write_text("# another\n" + toy.read_text())
+    for spoiled in ({"file": str(edited)}, {"file": "worlds/absent.py"}, {"file": str(copied), "name": "Other"}):
         other = tmp_path / "ckpt_2.pt"
         torch.save({**state, "world": {**state["world"], **spoiled}}, other)
         with pytest.raises(V.UserError, match="made by the world|holds no world called Other") as caught:
@@ -164,7 +167,7 @@ def test_load_model_finds_the_world_by_name_and_content(toy, toy_run, tmp_path):
 
 
 def test_two_worlds_of_one_stem_are_told_apart(toy, toy_run, tmp_path):
-    """Another file of the same name and class does not go on with the run of the first, and neither does another world."""
+    """Another file of the same name and class does not go on with a run, and neither does another world."""
     second = tmp_path / "worlds" / "toy.py"
     second.parent.mkdir()
     second.write_text(toy.read_text().replace("5, padding=2", "3, padding=1"))
@@ -233,6 +236,9 @@ class Rollout(V.World):
         self.backbone.to(torch.bfloat16)
         self.register_buffer("seen", torch.zeros(3, dtype=torch.bool))
 
+    def encode(self, states):
+        return self.backbone(states.bfloat16()).float()
+
     def predict(self, states, actions, forced):
         state, hidden, errors = states[:, 0], states.new_zeros(len(states), self.cfg.hidden), []
         for step in range(self.cfg.length - 1):
@@ -242,7 +248,7 @@ class Rollout(V.World):
         return torch.stack(errors).mean()
 
     def forward(self, batch):
-        states = self.backbone(batch["states"].bfloat16()).float()
+        states = self.encode(batch["states"])
         forced, rollout = (self.predict(states, batch["actions"], way) for way in (True, False))
         late = (batch["step"] >= self.cfg.reach * self.cfg.steps).float()  # a schedule inside forward
         return (
@@ -260,7 +266,10 @@ def feature_folder(tmp_path_factory):
     """Twelve feature files, one of them junk -> folder."""
     folder, rng = tmp_path_factory.mktemp("features"), np.random.default_rng(0)
     for number in range(12):
-        np.save(folder / f"feature_{number}.npy", rng.standard_normal((9, 8), dtype=np.float32))
+        rows = rng.standard_normal((9, 8), dtype=np.float32)
+        for step in range(8):  # the action moves the first two numbers, the others stay nearly as they are
+            rows[step + 1, :6] = rows[step, :6] + 0.1 * rows[step + 1, :6] + np.pad(rows[step, 6:], (0, 4))
+        np.save(folder / f"feature_{number}.npy", rows)
     (folder / "feature_3.npy").write_bytes(b"junk")
     (folder / "notes.mp4").write_bytes(b"not for this world")
     return folder
@@ -274,12 +283,13 @@ def feature_config(folder, out_dir, **overrides):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_world_without_clips_reads_its_own_files(feature_folder, tmp_path, num_workers):
     """Junk is named, counted and replaced, with workers and without; another suffix is not looked at; losses fall."""
-    cfg = feature_config(feature_folder, tmp_path, num_workers=num_workers, steps=25)
+    cfg = feature_config(feature_folder, tmp_path, num_workers=num_workers, steps=60)
     assert V.train(cfg, world=Rollout) == 0
     rows = facts(tmp_path)
     bad = [json.loads(line) for line in (tmp_path / "bad_files.jsonl").read_text().splitlines()]
     assert [entry["path"] for entry in bad] == ["feature_3.npy"] and rows[-2]["bad_files"] == 1
-    assert rows[24]["loss_total"] < 0.9 * rows[0]["loss_total"]
+    losses = [row["loss_forced"] for row in rows if "loss_forced" in row]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert "11 train" not in (tmp_path / "train.log").read_text() and "videos, " in (tmp_path / "train.log").read_text()
 
 
@@ -294,8 +304,8 @@ def test_such_a_world_needs_its_files(tmp_path):
 
 
 def test_schedules_buffers_and_frozen_parts_come_back(feature_folder, tmp_path, monkeypatch):
-    """`step` reaches forward; a bool buffer is saved and compared; a frozen bf16 part stays out of the checkpoint by its
-    hash, and another one is refused. Resumed to the bit."""
+    """`step` reaches forward, a bool buffer is saved, a frozen bf16 part is saved as its hash alone, and another one is
+    refused. Resumed to the bit."""
     whole = feature_config(feature_folder, tmp_path / "whole", reach=0.5, ckpt_every=3)
     assert V.train(whole, world=Rollout) == 0
     losses = [row["loss_total"] - row["loss_forced"] for row in facts(tmp_path / "whole")[:8]]
@@ -329,9 +339,9 @@ def test_groups_decay_matrices_alone():
 
 
 def test_fingerprint_sees_every_type():
-    """One bit of a bf16 tensor of odd size, of a bool, of a byte or of a double changes it. Seen red as int32 views alone."""
+    """One bit of an odd bf16 tensor, of a bool, a byte or a double changes it. Seen red with int32 views alone."""
     model = nn.Module()
-    for name, kind in (("half", torch.bfloat16), ("flag", torch.bool), ("byte", torch.uint8), ("wide", torch.float64)):
+    for name, kind in (("bf16", torch.bfloat16), ("flag", torch.bool), ("whole", torch.uint8), ("wide", torch.float64)):
         model.register_buffer(name, torch.zeros(3, dtype=kind))
     before = V.fingerprint(model)
     for value in model.buffers():
@@ -348,15 +358,11 @@ class Normed(Rollout):
 
     def __init__(self, cfg, rank=0, world_size=1):
         super().__init__(cfg, rank, world_size)
-        self.backbone.float().requires_grad_(False)
+        self.backbone = nn.Identity()
         self.norm = nn.BatchNorm1d(cfg.width)
 
-    def forward(self, batch):
-        states = self.norm(batch["states"].flatten(0, 1)).unflatten(0, batch["states"].shape[:2])
-        return super().forward({**batch, "states": states})
-
-    def predict(self, states, actions, forced):
-        return super().predict(states.float(), actions, forced)
+    def encode(self, states):
+        return self.norm(states.flatten(0, 1)).unflatten(0, states.shape[:2])
 
 
 def test_batchnorm_is_refused_where_ranks_would_differ(feature_folder, tmp_path):
@@ -376,7 +382,7 @@ def test_batchnorm_is_refused_where_ranks_would_differ(feature_folder, tmp_path)
 
 
 def test_a_field_cannot_hide_what_a_config_computes():
-    """A field called width would be the image's width. Seen red without __init_subclass__: clips changed their shape."""
+    """A field called width would be the image's width. Seen red without __init_subclass__: clips of that width."""
     with pytest.raises(TypeError, match="a field must not be called width, which ClipConfig computes"):
 
         @dataclass
@@ -415,7 +421,7 @@ def test_worlds_of_the_project_import_the_script_alone():
 
 @pytest.fixture(scope="module")
 def format_2(tmp_path_factory):
-    """Checkpoints that the file wrote before it knew other worlds: one of step 4 of 8, one after a flow phase -> folder."""
+    """Checkpoints from before the file knew other worlds: of step 4 of 8, and after a flow phase -> folder."""
     folder = tmp_path_factory.mktemp("format_2")
     for name in ("running", "fitted"):
         content = lzma.decompress((ROOT / "tests" / "data" / f"format2_{name}.pt.xz").read_bytes())
