@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the tests run side by side, one process per core; read when torch is imported
+# The tests run side by side, one process per core: a second thread is not needed, and one that waits for it must not
+# spin. Both are read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "VJepa_AUTO_V2.py"

@@ -3,6 +3,7 @@ once, and again after a stop."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,11 +53,18 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_only_the_flow_and_the_copy_move(tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run and its phase in one go -> run folder."""
+    out_dir = tmp_path_factory.mktemp("whole")
+    assert V.train(phase_config(out_dir)) == V.EXIT_OK
+    return out_dir
+
+
+def test_only_the_flow_and_the_copy_move(whole):
     """The flow net waits while the rest learns, then it and a copy of the predictor learn while the rest waits."""
-    cfg = phase_config(tmp_path / "run")
-    assert V.train(cfg) == V.EXIT_OK
-    before, after = checkpoint(tmp_path / "run", "ckpt_3.pt"), checkpoint(tmp_path / "run")
+    cfg = phase_config(whole)
+    before, after = checkpoint(whole, "ckpt_3.pt"), checkpoint(whole)
     torch.manual_seed(cfg.seed)
     fresh = V.VJepaAutoV2(cfg)
     assert equal(before["flow"], fresh.flow.state_dict()) and not equal(before["online"], fresh.online.state_dict())
@@ -67,12 +75,10 @@ def test_only_the_flow_and_the_copy_move(tmp_path):
     assert before["soon_predictor"] is None and not equal(after["soon_predictor"], after["predictor"])
 
 
-def test_a_finished_phase_is_not_repeated_and_an_extended_run_repeats_it(tmp_path, capsys):
+def test_a_finished_phase_is_not_repeated_and_an_extended_run_repeats_it(whole, tmp_path, capsys):
     """The same command again: no second phase, the same weights. More steps: the flow is fitted anew at the new end."""
-    cfg = phase_config(tmp_path / "run")
-    assert V.train(cfg) == V.EXIT_OK
-    first = checkpoint(tmp_path / "run")
-    capsys.readouterr()
+    cfg = phase_config(shutil.copytree(whole, tmp_path / "run"))
+    first = checkpoint(whole)
     assert V.train(cfg) == V.EXIT_OK
     assert "flow phase" not in capsys.readouterr().out and equal(first["flow"], checkpoint(tmp_path / "run")["flow"])
     assert V.train(V.replace(cfg, steps=4)) == V.EXIT_OK
@@ -88,11 +94,9 @@ def test_a_finished_phase_is_not_repeated_and_an_extended_run_repeats_it(tmp_pat
         ("FlowFit.batch", 2, ["ckpt_10.pt", "ckpt_3.pt", "ckpt_8.pt"]),
     ],
 )
-def test_a_stop_in_the_phase_costs_nothing(tmp_path, monkeypatch, part, at, left):
+def test_a_stop_in_the_phase_costs_nothing(whole, tmp_path, monkeypatch, part, at, left):
     """Stopped while latents are made, or in any step of both fits: exit code 75, what was done is saved, and the same
     command gives the bits of an unstopped run. Seen red with the optimizer of the phase left out of the checkpoint."""
-    whole = phase_config(tmp_path / "whole")
-    assert V.train(whole) == V.EXIT_OK
     owner, name = (V, part) if "." not in part else (getattr(V, part.split(".")[0]), part.split(".")[1])
     cfg, plain, calls = phase_config(tmp_path / "cut"), getattr(owner, name), []
 
@@ -107,9 +111,9 @@ def test_a_stop_in_the_phase_costs_nothing(tmp_path, monkeypatch, part, at, left
     assert sorted(path.name for path in (tmp_path / "cut" / "checkpoints").glob("*.pt")) == left
     monkeypatch.setattr(owner, name, plain)
     assert V.train(cfg) == V.EXIT_OK
-    one, two = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
+    one, two = checkpoint(whole), checkpoint(tmp_path / "cut")
     assert all(equal(one[name], two[name]) for name in (*STILL, "soon_predictor", "flow", "flow_ema", "flow_stats"))
-    assert phase_facts(tmp_path / "whole") == phase_facts(tmp_path / "cut")
+    assert phase_facts(whole) == phase_facts(tmp_path / "cut")
 
 
 def phase_facts(out_dir):
@@ -199,12 +203,10 @@ def test_soon_learns_on_the_cached_latents(tmp_path):
     assert equal(was, shared)  # the shared one is as it was
 
 
-def test_the_copy_comes_back_from_a_checkpoint(tmp_path):
+def test_the_copy_comes_back_from_a_checkpoint(whole):
     """A loaded model forecasts with the copy; a checkpoint without one forecasts with the shared predictor."""
-    assert V.train(phase_config(tmp_path / "run")) == V.EXIT_OK
-    path = tmp_path / "run" / "checkpoints" / "ckpt_final.pt"
-    model, cfg = V.load_model(path)
-    state = checkpoint(tmp_path / "run")
+    model, cfg = V.load_model(whole / "checkpoints" / "ckpt_final.pt")
+    state = checkpoint(whole)
     assert equal(model.soon_predictor.state_dict(), state["soon_predictor"])
     context = torch.randn(2, cfg.now_tokens, cfg.enc_dim, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -513,22 +513,22 @@ def test_resume_from_an_absent_file(tmp_path, scene_folder, capsys):
 
 
 def test_going_back_to_an_older_checkpoint_is_not_undone(scene_folder, tmp_path):
-    """--resume ckpt_2 in a folder with later ones: new checkpoints are kept, --resume auto follows the new branch."""
-    cfg = config(scene_folder, tmp_path, ckpt_every=1, keep_last=3)
-    assert V.train(cfg) == 0  # leaves 5, 6, 7 and final
-    older = tmp_path / "checkpoints/ckpt_5.pt"
-    assert train_until(config(scene_folder, tmp_path, resume=str(older), lr=1e-5, ckpt_every=1), 6) == 75
-    assert checkpoint(tmp_path, "ckpt_6.pt")["cfg"]["lr"] == 1e-5
-    assert V.train(config(scene_folder, tmp_path, lr=1e-5, ckpt_every=1)) == 0
-    assert "ckpt_6.pt at step 6" in (tmp_path / "train.log").read_text()
+    """--resume ckpt_1 in a folder with later ones: new checkpoints are kept, --resume auto follows the new branch."""
+    changes = dict(steps=4, ckpt_every=1, val_every=0)
+    assert V.train(config(scene_folder, tmp_path, keep_last=3, **changes)) == 0  # leaves 1, 2, 3 and final
+    older = tmp_path / "checkpoints/ckpt_1.pt"
+    assert train_until(config(scene_folder, tmp_path, resume=str(older), lr=1e-5, **changes), 2) == 75
+    assert checkpoint(tmp_path, "ckpt_2.pt")["cfg"]["lr"] == 1e-5
+    assert V.train(config(scene_folder, tmp_path, lr=1e-5, **changes)) == 0
+    assert "ckpt_2.pt at step 2" in (tmp_path / "train.log").read_text()
     assert checkpoint(tmp_path)["cfg"]["lr"] == 1e-5 and [row["step"] for row in rows(tmp_path) if "lr" in row] == list(
-        range(1, 9)
+        range(1, 5)
     )
 
 
 def test_new_checkpoints_survive_older_leftovers(scene_folder, tmp_path):
     """keep_last drops the oldest in time, not what was just written, beside later steps of an abandoned branch."""
-    V.train(config(scene_folder, tmp_path, ckpt_every=2, keep_last=2))  # leaves 4, 6 and final
+    V.train(config(scene_folder, tmp_path, ckpt_every=2, keep_last=2, val_every=0))  # leaves 4, 6 and final
     first = shutil.copy(tmp_path / "checkpoints/ckpt_4.pt", tmp_path / "kept.pt")
     state = {**checkpoint(tmp_path, "ckpt_4.pt"), "step": 2}
     torch.save(state, first)
@@ -538,10 +538,10 @@ def test_new_checkpoints_survive_older_leftovers(scene_folder, tmp_path):
 
 def test_a_finished_run_that_was_extended_and_stopped_goes_on_from_the_stop(scene_folder, tmp_path):
     """ckpt_final of the shorter run must not hide the later ckpt_<step> of its extension."""
-    assert V.train(config(scene_folder, tmp_path, steps=4)) == 0
-    assert train_until(config(scene_folder, tmp_path, steps=8), 6) == 75
-    assert V.train(config(scene_folder, tmp_path, steps=8)) == 0
-    assert "at step 6" in (tmp_path / "train.log").read_text()
+    assert V.train(config(scene_folder, tmp_path, steps=2, val_every=0)) == 0
+    assert train_until(config(scene_folder, tmp_path, steps=4, val_every=0), 3) == 75
+    assert V.train(config(scene_folder, tmp_path, steps=4, val_every=0)) == 0
+    assert "at step 3" in (tmp_path / "train.log").read_text()
 
 
 def test_resume_never_puts_the_old_run_aside(straight, scene_folder, tmp_path):
@@ -573,11 +573,11 @@ def test_resume_never_twice_after_one_was_deleted(scene_folder, tmp_path):
 
 def test_keep_last(scene_folder, tmp_path):
     """keep_last numbered checkpoints beside the final one. Seen red with the deletion removed."""
-    assert V.train(config(scene_folder, tmp_path, ckpt_every=1, keep_last=2)) == 0
+    assert V.train(config(scene_folder, tmp_path, steps=5, ckpt_every=1, keep_last=2, val_every=0)) == 0
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         V.WRITTEN,
-        "ckpt_6.pt",
-        "ckpt_7.pt",
+        "ckpt_3.pt",
+        "ckpt_4.pt",
         "ckpt_final.pt",
     ]
 

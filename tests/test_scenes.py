@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -24,11 +25,17 @@ def plan_of(cfg, height, width):
     return V.ClipPlan(cfg.num_frames, cfg.clip_fps, height, width, 0.0, 1.0, 1.0, 0.5, 0.5)
 
 
-def futures(kind, count, cfg=TINY, first=0, **fixed):
+@cache
+def scene_of(kind, seed):
+    """A scene of TINY, drawn once for all tests of its kind."""
+    return V.draw_scene(seed, TINY, kind)
+
+
+def futures(kind, count, **fixed):
     """One drawn future for each of `count` scenes whose parameters are as `fixed` says -> list of (scene, future)."""
-    found, seed = [], first
+    found, seed = [], 0
     while len(found) < count:
-        scene = V.draw_scene(seed, cfg, kind)
+        scene = scene_of(kind, seed)
         if all(scene[name] == value for name, value in fixed.items()):
             found.append((scene, V.draw_future(scene, 0, seed)[0]))
         seed += 1

@@ -319,21 +319,26 @@ def die_at(monkeypatch, step):
     monkeypatch.setattr(V, "take_step", take_step)
 
 
+@pytest.fixture(scope="module")
+def one_step(scene_folder, tmp_path_factory):
+    """A finished run of one step -> run folder, to be copied."""
+    out_dir = tmp_path_factory.mktemp("one_step")
+    assert V.train(config(scene_folder, out_dir, steps=1)) == 0
+    return out_dir
+
+
 @pytest.mark.parametrize("dies_at, goes_on_at", [(5, 4), pytest.param(1, 0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("resume", ["never", "file"])
 def test_a_restart_goes_on_from_its_own_newest_checkpoint(
-    scene_folder, tmp_path, monkeypatch, capsys, resume, dies_at, goes_on_at
+    scene_folder, one_step, tmp_path, monkeypatch, capsys, resume, dies_at, goes_on_at
 ):
     """Not from --resume again, which would throw back what was done since; nor from the old run's checkpoints before
     its own first.
 
     Seen red: both began anew, from nothing and from FILE.
     """
-    assert (
-        V.train(config(scene_folder, tmp_path / "run", steps=1)) == 0
-    )  # an old run in the same folder, another one elsewhere
-    assert V.train(config(scene_folder, tmp_path / "other", steps=1)) == 0
-    start = shutil.copy(tmp_path / "other/checkpoints/ckpt_final.pt", tmp_path / "start.pt")
+    shutil.copytree(one_step, tmp_path / "run")  # an old run in the same folder, and a checkpoint elsewhere
+    start = shutil.copy(one_step / "checkpoints/ckpt_final.pt", tmp_path / "start.pt")
     cfg = config(scene_folder, tmp_path / "run", steps=6, resume="never" if resume == "never" else str(start))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
         restarted(patch, 0)
