@@ -4242,6 +4242,14 @@ class WorldModel(nn.Module):
             torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1.0 - m)
 
     @torch.no_grad()
+    def see(self, frames):
+        """Look at clips, uint8 or normalised, [B, T, 3, H, W], T at least NOW and whole tubelets -> (context of NOW alone
+        [B, K, D], point forecast of the future [B, F, D], targets of all frames there are [B, L, D])."""
+        clip = self.normalise(frames)
+        context = self.encode_now(self.online.tokenizer(clip[:, : self.cfg.now_frames]))
+        return context, self.forecast(context, self.predict_soon(context)), self.make_targets(clip)
+
+    @torch.no_grad()
     def sample_futures(self, clip_or_context, num_samples, num_steps=None, generator=None):
         """Draw joint futures in target-latent space -> [B, S, F, D]: SOON tokens, then EVENTUALLY chunk means.
 
