@@ -496,6 +496,12 @@ def is_terminal(stream):
     return stream is not None and not stream.closed and stream.isatty()
 
 
+def progress_bar(share, text):
+    """'[######..................] text', no longer than the terminal is wide."""
+    filled = round(24 * min(share, 1.0))
+    return one_line(f"[{'#' * filled}{'.' * (24 - filled)}] {text}")[: shutil.get_terminal_size().columns - 1]
+
+
 def fits(kind, value):
     """Whether a value has a field's type: a whole number will do for float, a pair of them for image_size."""
     if kind is float:
@@ -5521,9 +5527,7 @@ class RunLog:
         """Progress bar on a terminal; nothing elsewhere, where plain lines tell. `what` is counted."""
         self.stage = f"{what} {step} of {steps} is done"
         if self.is_main and is_terminal(sys.stdout):
-            filled = round(24 * step / steps)
-            bar = one_line(f"[{'#' * filled}{'.' * (24 - filled)}] {step}/{steps} {text}")
-            bar = bar[: shutil.get_terminal_size().columns - 1]
+            bar = progress_bar(step / steps, f"{step}/{steps} {text}")
             with self.lock:
                 self.show("\r" + bar.ljust(self.bar_width))
                 self.bar_width = len(bar)
