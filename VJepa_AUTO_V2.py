@@ -5192,16 +5192,14 @@ def check_insides(state):
             raise ValueError("rng: not bytes")
 
 
-def load_checkpoint(path):
-    """Read a checkpoint with weights_only -> state dict on the CPU. BadCheckpoint when it is damaged or not one of ours."""
+def load_checkpoint(path, instead="use another one, or --resume never"):
+    """Read a checkpoint with weights_only -> state dict on the CPU. BadCheckpoint when it is damaged or not one of ours,
+    with what to do `instead`."""
     path = Path(path)
     if not os.path.lexists(path):
         raise UsageError(f"resume {path}: no such checkpoint")
     if not path.is_file():
-        raise BadCheckpoint(
-            f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; use another "
-            "one, or --resume never"
-        )
+        raise BadCheckpoint(f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; {instead}")
     try:
         damage = damage_of(path)
         if damage:
@@ -5221,8 +5219,7 @@ def load_checkpoint(path):
     except Exception as error:  # a foreign file makes the unpickler, and whoever looks at its insides, raise anything
         why = f"{type(error).__name__}: {flat(error)[:160]}"
         raise BadCheckpoint(
-            f"checkpoint {path}: not readable, damaged or made by another version ({why}); use another "
-            "one, or --resume never"
+            f"checkpoint {path}: not readable, damaged or made by another version ({why}); {instead}"
         ) from error
     return state
 
@@ -5292,7 +5289,7 @@ def restore_run(state, optimizer, scaler, process):
 
 def load_model(path, device="cpu"):
     """Checkpoint -> (WorldModel in eval mode on the device, its config): what tools and notebooks start from."""
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, "use another one")
     cfg = saved_config(state)
     model = WorldModel(cfg)
     restore_model(state, model)
@@ -6716,6 +6713,7 @@ def report_errors(command, *args):
     """
     open_streams()
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # those that a tool's imports held back come now
         return command(*args) or EXIT_OK
     except (UserError, OSError) as error:
         say(f"error: {flat(error)}", sys.stderr)
