@@ -226,7 +226,7 @@ def test_other_weights_and_foreign_files_are_refused(run_folder, tmp_path):
     assert P.read_cache(other_path, other_key, cfg, "cpu") == (None, f"{other_path}: made for other weights or data")
     other_path.write_bytes(path.read_bytes()[:1000])
     assert P.read_cache(other_path, other_key, cfg, "cpu")[0] is None
-    torch.save({"key": other_key, "width": 96, "decoder": P.Bar}, other_path)
+    torch.save({"key": other_key, "width": 96, "decoder": P.Pool}, other_path)
     decoder, why = P.read_cache(other_path, other_key, cfg, "cpu")
     assert decoder is None and "not readable" in why
     assert P.read_cache(tmp_path / "absent.pt", key, cfg, "cpu") == (None, "")
@@ -492,7 +492,7 @@ def test_wrong_flags(run_folder, capsys, flags, code, text):
 
 def test_wrong_checkpoints(tmp_path, capsys):
     """Absent, foreign, of another version, without a flow net."""
-    assert "absent.pt: no such file" in error_line(command(capsys, "--ckpt", tmp_path / "absent.pt"), 2)
+    assert "absent.pt: no such checkpoint" in error_line(command(capsys, "--ckpt", tmp_path / "absent.pt"), 2)
     (tmp_path / "foreign.pt").write_bytes(b"not a checkpoint")
     assert "foreign.pt: not readable" in error_line(command(capsys, "--ckpt", tmp_path / "foreign.pt"), 1)
     path = save_run(tmp_path / "old", scene_config())

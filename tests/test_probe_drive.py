@@ -459,7 +459,7 @@ def test_wrong_flags_end_in_one_line(tub, ckpt, tmp_path, capsys, flags, code, w
 def test_a_missing_extra_is_named():
     """One line with the command that installs it."""
     with pytest.raises(V.UserError, match=r'no_such_module not installed: pip install "vjepa-auto-v2\[eval\]"'):
-        P.need("json", "no_such_module")
+        P.E.need("json", "no_such_module")
 
 
 # -- export

@@ -1017,7 +1017,7 @@ def make_tasks(labels, cfg, maneuvers, scenes):
 POOL_SIDE, POOL_CHANNELS = 8, 128  # larger token grids and wider tokens are reduced to this before they are kept
 
 
-def pool_tokens(tokens, grid, side):
+def pool_sites(tokens, grid, side):
     """Tokens [..., t*h*w, D] of a grid (h, w) -> averages over side = (h', w') parts of it, [..., t*h'*w', D]."""
     if side == grid:
         return tokens
@@ -1040,7 +1040,7 @@ class Reducer:
 
     def __call__(self, tokens):
         """[..., L, D] -> [..., L', D']."""
-        tokens = pool_tokens(tokens, self.grid, self.side)
+        tokens = pool_sites(tokens, self.grid, self.side)
         return tokens if self.basis is None else tokens @ self.basis
 
 
