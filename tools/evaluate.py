@@ -1072,10 +1072,10 @@ def own_precision(cfg, device):
 class Subject:
     """A model with the flow nets that sample from it, and linear read-outs of SOON latents fitted on it."""
 
-    def __init__(self, model, device, steps=None):
-        self.model, self.cfg, self.device, self.reduce = model, model.cfg, device, Reducer(model.cfg)
+    def __init__(self, model, process, steps=None):
+        self.model, self.cfg, self.device, self.reduce = model, model.cfg, process.device, Reducer(model.cfg)
         self.steps, self.sampled = steps or model.cfg.flow_steps, steps is None  # whether its samples can differ
-        self.process = own_precision(model.cfg, device)
+        self.process = process
         self.flows, self.probes, self.weight, self.bias, self.columns = {"model": model.flow_ema}, {}, None, None, {}
 
     def soon(self, tokens):
@@ -1994,8 +1994,9 @@ def evaluate(model, sizes=FULL, source=None, split="val", seed=0, num_workers=2,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         fresh = type(model)(model.cfg).to(device).eval()
+        process = own_precision(model.cfg, device)
         # a fresh flow net returns the point forecast in any number of steps
-        subjects = [Subject(model, device), Subject(fresh, device, steps=1)]
+        subjects = [Subject(model, process), Subject(fresh, process, steps=1)]
         study = Study(subjects, sizes, seed, num_workers, progress)
         found = scene_evaluation(study) if source is None else video_evaluation(study, source, split)
     figures, curves, data = found
