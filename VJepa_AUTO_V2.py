@@ -5832,6 +5832,17 @@ def encode_bank(model, source, process, num_clips, deadline):
     return torch.cat(futures), numbers, files, size * loader.delivered
 
 
+def draw_text(draw, text, place, width, font, step, fill="black"):
+    """Text from a place (x, y) on, wrapped to a width, lines a step apart, all in pixels -> y below its last line."""
+    (x, y), line = place, ""
+    for word in [*text.split(), ""]:
+        if line and (not word or draw.textlength(f"{line} {word}", font=font) > width):
+            draw.text((x, y), line, fill=fill, font=font)
+            line, y = "", y + step
+        line = f"{line} {word}".strip()
+    return y
+
+
 def picture_canvas(num_blocks, num_samples, columns, side, caption):
     """Blank page and drawing tools for futures.png -> (image, draw, font, height of one block)."""
     from PIL import Image, ImageDraw, ImageFont
@@ -5839,12 +5850,7 @@ def picture_canvas(num_blocks, num_samples, columns, side, caption):
     block_h = (1 + num_samples) * (side[0] + 4) + 30
     image = Image.new("RGB", (130 + columns * (side[1] + 4) + 20, num_blocks * block_h + 86), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    words, line, y = caption.split(), "", num_blocks * block_h + 12
-    for word in [*words, ""]:
-        if not word or draw.textlength(f"{line} {word}", font=font) > image.width - 24:
-            draw.text((12, y), line, fill="black", font=font)
-            line, y = "", y + 18
-        line = f"{line} {word}".strip()
+    draw_text(draw, caption, (12, num_blocks * block_h + 12), image.width - 24, font, 18)
     return image, draw, font, block_h
 
 
