@@ -469,6 +469,7 @@ def choose(readings, columns):
 
 
 FORK_COLUMNS = "odds share between near point picked es es_point es_noise es_oracle real_between real_near".split()
+REFERENCES = ("point", "noise", "oracle")  # of the energy score
 
 
 def fork_row(r, variant, radius):
@@ -486,8 +487,7 @@ def fork_row(r, variant, radius):
 
 
 def fork_rows(readings, variant):
-    """Per fork: odds, share of samples to the right, between and near the branches, place of the point forecast, energy
-    scores -> {column: [n]}."""
+    """Per fork: odds, shares of samples right, between, near, place of the forecast, energy scores -> {column: [n]}."""
     usable, radius = [r for r in readings if r.forked()], math.nan
     if usable:
         radius = 1.5 * np.quantile(np.concatenate([real_radii(r.real, r.side) for r in usable]), 0.95)
@@ -507,31 +507,29 @@ def fork_scores(readings, variant, resamples=1000):
         return {}
     even, pairs = rows["odds"] == 0.5, np.stack([rows["share"], rows["odds"]], 1)
     scored = even & np.isfinite(rows["es_oracle"])
-    against = {
-        column: np.stack([rows["es"], rows[column]], 1)[scored] for column in ("es_point", "es_noise", "es_oracle")
-    }
+    point, noise, oracle = (np.stack([rows["es"], rows[f"es_{name}"]], 1)[scored] for name in REFERENCES)
     tests = {
         "fork_share": (rows["share"][even], np.mean),
         "fork_deviation": (abs(rows["share"] - 0.5)[even], np.mean),
         "between_share": (rows["between"][even], np.mean),
         "near_real": (rows["near"][even], np.mean),
         "hedging": (((rows["point"] >= 0.25) & (rows["point"] <= 0.75))[even], np.mean),
-        "es_skill_point": (against["es_point"], saved),
-        "es_skill_noise": (against["es_noise"], saved),
-        "es_vs_oracle": (against["es_oracle"], mean_ratio),
+        "es_skill_point": (point, saved),
+        "es_skill_noise": (noise, saved),
+        "es_vs_oracle": (oracle, mean_ratio),
         "calibration_slope": (pairs, partial(calibrated, 0)),
         "calibration_intercept": (pairs, partial(calibrated, 1)),
         "calibration_ece": (pairs, partial(calibrated, 2)),
     }
-    return {
-        name: (statistic(table) if len(table) else math.nan, bootstrap(table, statistic, num=resamples), len(table))
-        for name, (table, statistic) in tests.items()
-    }
+    scores = {}
+    for name, (table, statistic) in tests.items():
+        value = statistic(table) if len(table) else math.nan
+        scores[name] = value, bootstrap(table, statistic, num=resamples), len(table)
+    return scores
 
 
 def real_scores(rows, num_samples):
-    """What real futures, or samples of the same law, would score in the fork tests: the best that can be asked ->
-    {figure: value}."""
+    """What real futures would score in the fork tests, the best that can be asked -> {figure: value}."""
     even = rows["odds"] == 0.5
     oracle, point, noise = (np.nansum(rows[name][even]) for name in ("es_oracle", "es_point", "es_noise"))
     scores = {"fork_deviation": binomial_deviation(num_samples)}
@@ -649,9 +647,8 @@ def fit_logistic(scores, classes, groups, num_classes):
     held = known & (np.random.default_rng(0).permutation(int(groups.max()) + 1)[groups] % 5 == 0)
     inner, chosen = known & ~held, 0.1
     if held.any() and len(np.unique(classes[inner])) > 1:
-        fits = [
-            LogisticRegression(C=C, max_iter=3000).fit(scores[inner], classes[inner]) for C in (0.001, 0.01, 0.1, 1.0)
-        ]
+        tried = [LogisticRegression(C=C, max_iter=3000) for C in (0.001, 0.01, 0.1, 1.0)]
+        fits = [fit.fit(scores[inner], classes[inner]) for fit in tried]
         chosen = max(fits, key=lambda fit: fit.score(scores[held], classes[held])).C
     fitted = LogisticRegression(C=chosen, max_iter=3000).fit(scores[known], classes[known])
     weight, bias = np.zeros((scores.shape[1], num_classes)), np.full(num_classes, -1e6)
@@ -664,8 +661,7 @@ def fit_logistic(scores, classes, groups, num_classes):
 
 @dataclass
 class Tasks:
-    """What probes read: values {signal: float [n], NaN unknown}, classes {task: int [n], -1 unknown}, num_classes
-    {task: c}, groups [n] (scene or file)."""
+    """What probes read: values, NaN unknown; classes, -1 unknown, and how many there are; groups: scene or file [n]."""
 
     values: dict
     classes: dict
@@ -717,8 +713,7 @@ def predict(probes, rows, tasks):
 
 
 class AttentiveProbe(nn.Module):
-    """One block of cross-attention from queries [Q, D], one per task, then a linear head each (V-JEPA's probe with one
-    block)."""
+    """Cross-attention from queries [Q, D], one per task, then a linear head each: V-JEPA's probe with one block."""
 
     def __init__(self, queries, widths, num_heads):
         super().__init__()
@@ -737,9 +732,8 @@ class AttentiveProbe(nn.Module):
 
 def new_probe(dim, widths):
     """An attentive probe for tokens of `dim` channels, with sharp first queries."""
-    probe = AttentiveProbe(
-        torch.randn(len(widths), dim), widths, max(h for h in range(1, max(dim // 32, 1) + 1) if dim % h == 0)
-    )
+    num_heads = max(h for h in range(1, max(dim // 32, 1) + 1) if dim % h == 0)
+    probe = AttentiveProbe(torch.randn(len(widths), dim), widths, num_heads)
     for linear in (probe.cross.q, probe.cross.kv, probe.cross.proj):
         nn.init.trunc_normal_(linear.weight, std=dim**-0.5)
     return probe
@@ -851,6 +845,11 @@ class Progress(Bar):
         self.show(self.done / self.total, f"{self.done}/{self.total} {self.name} ({self.seconds:.0f} s)")
 
 
+def as_frames(frames):
+    """The decoder's uint8 [T, H, W, 3] -> tensor [T, 3, H, W]."""
+    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
+
+
 @dataclass(frozen=True)
 class Job:
     """One clip to render."""
@@ -900,11 +899,11 @@ def scene_pictures(job, cfg):
     from files are drawn in the files' size and averaged down, as a decoder does; those of runs that rendered as is."""
     drawn = cfg if cfg.scenes == "files" else replace(cfg, scene_size=0)
     frames, labels = V.scene(job.scene_seed, job.future_seed, drawn, job.kind, job.twin)
-    clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    clip = as_frames(frames)
     if clip.shape[-2:] != (cfg.height, cfg.width):
         clip = F.interpolate(clip.float(), size=(cfg.height, cfg.width), mode="area").round().byte()
     labels["stops"] = bool(future_of(job, cfg)["stops"])
-    return clip.contiguous(), labels
+    return clip, labels
 
 
 class SceneJobs(torch.utils.data.Dataset):
@@ -942,8 +941,7 @@ def timed_annotation(annotation, video, plan):
 
 
 class VideoClips(torch.utils.data.Dataset):
-    """Clips of real videos by the script's own dataset, with annotations at the clip's times. labels: file, maneuver,
-    signals, bad."""
+    """Clips of videos by the script's dataset -> frames and labels: file, bad, maneuver, signals at their times."""
 
     def __init__(self, dataset, count):
         self.dataset, self.count, self.cfg = dataset, min(count, 32 * len(dataset.videos)), dataset.cfg
@@ -959,8 +957,7 @@ class VideoClips(torch.utils.data.Dataset):
             plan = V.draw_plan(V.sample_rng(cfg.seed, data.stream, index, 2), cfg, data.stream)
             with data.watch.holding(number):
                 labels = timed_annotation(annotation, data.videos[number], plan)
-        clip = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
-        return clip, {**labels, "file": number, "bad": bad}
+        return as_frames(frames), {**labels, "file": number, "bad": bad}
 
 
 def collate_clips(pairs):
@@ -969,8 +966,7 @@ def collate_clips(pairs):
 
 
 def open_loader(clips, count, size, num_workers, collate_fn):
-    """V.ClipLoader of `count` clips of a dataset with a `cfg`, in order, in batches of `size`. Where the clips have a
-    `dataset`, that one reads their files."""
+    """V.ClipLoader of `count` clips in order, in batches of `size`; a `dataset` of the clips is what reads files."""
     batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
     options = dict(timeout_s=clips.cfg.decode_timeout_s, files=getattr(clips, "dataset", None))
     room = V.batch_bytes(clips.cfg, size)
@@ -1084,16 +1080,14 @@ class Subject:
 
     @torch.no_grad()
     def encode(self, frames):
-        """uint8 frames [B, T, 3, H, W] on the host -> fp32 (context [B, K, D], targets [B, L, D], point forecast
-        [B, F, D])."""
+        """uint8 frames on the host -> fp32 (context [B, K, D], targets [B, L, D], point forecast [B, F, D])."""
         with V.autocast(self.process):
             context, point, targets = self.model.see(frames.to(self.device))
         return context.float(), targets.float(), point.float()
 
     @torch.no_grad()
     def sample(self, context, flow, num_samples, num_steps, seed):
-        """Sampled SOON latents of contexts [B, K, D] by a flow net, in parts that fit the memory -> generator of (first
-        row, [b, S, M, D])."""
+        """SOON latents of contexts [B, K, D] by a flow net, in parts -> generator of (first row, [b, S, M, D])."""
         cfg, own, num_steps = self.cfg, self.model.flow_ema, 1 if isinstance(flow, ResidualNoise) else num_steps
         size = max(1, SAMPLED_NUMBERS // (num_samples * (cfg.soon_tokens + cfg.flow_chunks) * cfg.enc_dim))
         for first in range(0, len(context), size):
@@ -1121,8 +1115,7 @@ class Subject:
 
 @dataclass
 class Study:
-    """What an evaluation works with: the subjects, the model itself first; how much is measured; where scenes and noise
-    begin; how many processes make clips; who is told."""
+    """What an evaluation works with: subjects, the model first; sizes; seed of scenes and noise; processes."""
 
     subjects: list
     sizes: Sizes
@@ -1386,13 +1379,11 @@ def skill_figures(study, meter, groups):
 
 
 def retrieval_figures(latents, sites, groups, resamples):
-    """Rank of the true future among those of all clips for the point forecast, beside persistence and chance -> dict.
-    sites: kept tokens of a tubelet."""
+    """Rank of the true future among all clips' for the point forecast, beside persistence and chance -> dict."""
     candidates, count, figures = latents.soon.flatten(1).float().numpy(), len(latents.soon), {}
     repeated = latents.now[:, -sites:].repeat(1, latents.soon.shape[1] // sites, 1)
-    ranks, still = (
-        retrieval_ranks(queries.flatten(1).float().numpy(), candidates) for queries in (latents.point, repeated)
-    )
+    queries = (tokens.flatten(1).float().numpy() for tokens in (latents.point, repeated))
+    ranks, still = (retrieval_ranks(own, candidates) for own in queries)
     for most in (1, 5):
         beside = {"persistence": float((still <= most).mean()), "chance": min(1.0, most / count)}
         figures |= measured(f"retrieval_r{most}", ranks <= most, np.mean, beside, resamples, groups)
@@ -1401,8 +1392,7 @@ def retrieval_figures(latents, sites, groups, resamples):
 
 
 def sampling_figures(meter, latents, groups):
-    """What sampled futures of mixed clips say without known odds: best of K, spread, ranks in pooled space -> (figures,
-    curves)."""
+    """What sampled futures say without known odds: best of K, spread, ranks in pooled space -> (figures, curves)."""
     main, resamples, columns = meter.main, meter.sizes.resamples, meter.main.columns["pooled"]
     joined = {name: np.concatenate(parts) for name, parts in meter.distance.items()}
     point = np.concatenate(meter.residual) ** 0.5
@@ -1435,18 +1425,15 @@ def rank_curve(shares):
 def gauge_figures(meter):
     """Collapse gauges on targets -> dict."""
     tokens = torch.cat(meter.gauge).float()
-    figures = {}
-    for name, gauge, most in (
-        ("effective_rank", V.effective_rank, meter.main.cfg.enc_dim),
-        ("target_std", V.target_std, 1),
-    ):
-        figures[name] = make_figure(name, float(gauge(tokens)), None, len(tokens), {"most possible": float(most)})
-    return figures
+    rank, std, most = V.effective_rank(tokens), V.target_std(tokens), float(meter.main.cfg.enc_dim)
+    return {
+        "effective_rank": make_figure("effective_rank", float(rank), None, len(tokens), {"most possible": most}),
+        "target_std": make_figure("target_std", float(std), None, len(tokens), {"most possible": 1.0}),
+    }
 
 
 def probe_scores(tasks, task, pred):
-    """Value and rows of a task's own score: R2 of a signal, macro-F1 of maneuvers, accuracy of other classes -> (value,
-    rows, groups, statistic)."""
+    """Score of a task: R2 of a signal, macro-F1 of maneuvers, else accuracy -> (value, rows, groups, statistic)."""
     rows, groups = tasks.rows(task, pred)
     statistic = r2 if task in tasks.values else macro_f1 if task == "maneuver" else accuracy
     return (statistic(rows) if len(rows) > 1 else math.nan), rows, groups, statistic
@@ -1533,12 +1520,9 @@ def gap_figures(readings, column, cfg, sizes):
     told = np.array([soon_end(label["lead_gap"], cfg) for r in readings for label in r.truth])
     error = float(np.sqrt(np.nanmean((np.concatenate(real)[:, 0] - told) ** 2)))
     table, whole = np.stack([scores["model"], oracle], 1), oracle.mean()
-    beside = {
-        name: ratio(own.mean(), whole)
-        for name, own in (("mean + noise", scores["mean + noise"]), ("point forecast", point))
-    }
-    beside["perfect sampler"], also = 1.0, {"probe_rmse_m": error}
-    figures = measured("gap_crps_ratio", table, mean_ratio, beside, sizes.resamples, also=also)
+    noise, still = (ratio(own.mean(), whole) for own in (scores["mean + noise"], point))
+    beside = {"mean + noise": noise, "point forecast": still, "perfect sampler": 1.0}
+    figures = measured("gap_crps_ratio", table, mean_ratio, beside, sizes.resamples, also={"probe_rmse_m": error})
     beside = {"mean + noise": float(inside["mean + noise"].mean()), "perfect sampler": 0.8}
     figures |= measured("gap_coverage80", inside["model"], np.mean, beside, sizes.resamples)
     figures["gap_rank_chi2"] = make_figure("gap_rank_chi2", chances.pop("model"), None, n, chances)
@@ -1562,8 +1546,7 @@ def steady_figures(readings, column, cfg, sizes):
 
 
 def odds_error(rows):
-    """Mean distance between sampled shares and true odds over the presents that differ in their odds. rows [n, 2 * c] =
-    (shares, odds)."""
+    """Mean distance between shares and true odds over presents of different odds. rows [n, 2 * c] = (shares, odds)."""
     shares, odds = np.split(rows, 2, axis=1)
     kinds = np.unique(odds, axis=0)
     return float(np.mean([abs(shares[(odds == kind).all(1)].mean(0) - kind) for kind in kinds]))
@@ -1591,10 +1574,10 @@ def lane_figures(readings, column, cfg, sizes):
 
 def occluder_figures(readings, column, sizes):
     """Cars behind a truck: sampled share that stops there against the true odds -> dict."""
-    own, noise = (
-        np.array([(r.samples[name][:, column].argmax(1) == 1).mean() for r in readings])
-        for name in ("model", "mean + noise")
-    )
+    both = [
+        [(r.samples[name][:, column].argmax(1) == 1).mean() for r in readings] for name in ("model", "mean + noise")
+    ]
+    own, noise = np.array(both)
     pairs = [(label["stops"], real[column].argmax()) for r in readings for label, real in zip(r.truth, r.real)]
     rows = np.array(pairs, float)
     beside = {"true odds": V.STOP_ODDS, "mean + noise": float(noise.mean())}
@@ -1642,9 +1625,8 @@ def window_surprise(subject, clips, sizes, seed):
     cfg = subject.cfg
     length = cfg.now_frames + cfg.soon_frames
     starts = range(0, clips.shape[1] - length + 1, cfg.tubelet_t)
-    windows = torch.stack([clips[:, start : start + length] for start in starts], 1).flatten(
-        0, 1
-    )  # [V * W, n, 3, H, W]
+    windows = torch.stack([clips[:, start : start + length] for start in starts], 1)
+    windows = windows.flatten(0, 1)  # [V * W, n, 3, H, W]
     looks = [look_of(window[: cfg.now_frames]) for window in windows]
     encoded = [subject.encode(part) for part in windows.split(sizes.batch)]
     context, targets, point = (torch.cat(parts) for parts in zip(*encoded))
@@ -1655,10 +1637,8 @@ def window_surprise(subject, clips, sizes, seed):
     steps, total = min(sizes.surprise_steps, subject.steps), sizes.surprise_samples if subject.sampled else 1
     most = max(1, SAMPLED_NUMBERS // soon[0].numel())  # samples of one scene that fit the memory
     for drawn in range(0, total, most):
-        num = min(most, total - drawn)
-        for begin, futures in subject.sample(
-            context[: len(starts)], subject.flows["model"], num, steps, seed + 10**8 * drawn
-        ):
+        draw = (subject.flows["model"], min(most, total - drawn), steps, seed + 10**8 * drawn)
+        for begin, futures in subject.sample(context[: len(starts)], *draw):
             for row in shared.nonzero()[:, 0].tolist():
                 if begin <= row % len(starts) < begin + len(futures):
                     nearest = nearest_scores(futures[row % len(starts) - begin] - soon[row], cfg.sites).cpu()
@@ -1681,8 +1661,7 @@ def surprise_of(study, groups, name, seed):
 
 
 def over_shared(scores, place):
-    """Surprise of clip `place` and of its group's first clip, means over the windows whose NOW both share: [5, V, W] ->
-    ([5], [5])."""
+    """Surprise of clip `place` and of the first clip, means over windows of the same NOW: [5, V, W] -> ([5], [5])."""
     windows = np.isfinite(scores[0, place])
     return scores[:, place, windows].mean(-1), scores[:, 0, windows].mean(-1)
 
@@ -1776,8 +1755,7 @@ def surprise_figures(study, shares):
 
 
 def fit_jobs(seed, cfg, sizes, kinds):
-    """Clips that fit spaces and probes: forks with two siblings of each branch, as many stopping as passing cars, one
-    clip of each other scene -> [Job]."""
+    """Clips that fit spaces and probes: forks, each branch twice, stopping and passing cars, the rest -> [Job]."""
     jobs = []
     for place, kind in enumerate(kinds):
         for number in range(sizes.fit_forks if kind == "fork" else sizes.fit_clips):
@@ -1791,8 +1769,7 @@ def fit_jobs(seed, cfg, sizes, kinds):
 
 
 def fork_groups(seed, cfg, sizes):
-    """Test forks: at even odds `siblings` natural futures and more until each branch has two; at other odds two of each
-    -> groups for `measure`."""
+    """Test forks: `siblings` natural futures at even odds, two of each branch at least and at other odds -> groups."""
     groups = []
     for scene_seed in fork_seeds(seed, "forks", cfg, 0.5, sizes.fork_scenes):
         more = [s for s in both_branches(scene_seed, cfg) if s >= sizes.siblings]
@@ -2289,9 +2266,8 @@ def write_page(report, cfg, path):
 def parse(argv):
     """Command line -> namespace."""
     path = dict(default="", type=os.path.expanduser)
-    parser = argparse.ArgumentParser(
-        description="Measure a checkpoint and write evaluation.json and evaluation.html.", allow_abbrev=False
-    )
+    about = "Measure a checkpoint and write evaluation.json and evaluation.html."
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, type=os.path.expanduser, help="checkpoint file of VJepa_AUTO_V2.py")
     parser.add_argument("--data_root", **path, help="real videos (folder, video or list) instead of built-in scenes")
     split = "with --data_root: held-out files, or all of them [val]"
@@ -2320,6 +2296,16 @@ def open_checkpoint(path, device):
     return model, cfg, {"step": int(state["step"]), "data": state["data"]}
 
 
+def open_videos(cfg, root):
+    """Videos under a root: folder, video or list -> (V.DataSource, config that names them). UsageError for none."""
+    cfg = replace(cfg, data_root=root, missing_data="error")
+    videos = V.list_data(cfg)
+    source = V.open_data(cfg, videos, True, None)
+    for note in V.data_notes(cfg, videos, source):
+        V.say(note, sys.stderr)
+    return source, cfg
+
+
 def run_folder(checkpoint):
     """Folder of the run that a checkpoint belongs to: above checkpoints/, else the file's own."""
     folder = Path(checkpoint).resolve().parent
@@ -2343,11 +2329,8 @@ def run(args, sizes):
     model, cfg, about = open_checkpoint(args.ckpt, args.device)
     source = None
     if args.data_root:
-        cfg = model.cfg = replace(cfg, data_root=args.data_root, missing_data="error")
-        videos = V.list_data(cfg)
-        source = V.open_data(cfg, videos, True, None)
-        for note in V.data_notes(cfg, videos, source):
-            V.say(note, sys.stderr)
+        source, cfg = open_videos(cfg, args.data_root)
+        model.cfg = cfg
     elif cfg.data_root:
         note = "note: this run learned from videos; without --data_root it is measured on built-in scenes, "
         V.say(note + "which it never saw", sys.stderr)

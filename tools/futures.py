@@ -85,11 +85,6 @@ def render(cfg, scene_seed, future_seed=0, kind=""):
     return clip.permute(0, 2, 3, 1).numpy(), labels
 
 
-def as_frames(frames):
-    """uint8 [T, H, W, 3] -> tensor [T, 3, H, W]."""
-    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
-
-
 class PoolClips(torch.utils.data.Dataset):
     """Clip i of a stream -> (frames uint8 [T, 3, H, W], lateral [soon_t], nan for videos, branch, readable).
 
@@ -106,16 +101,15 @@ class PoolClips(torch.utils.data.Dataset):
         if self.dataset is None:
             frames, labels = render(cfg, self.first + index, kind="fork" if self.has_forks and index % 2 else "")
             lateral = torch.from_numpy(tubelet_means(lateral_path(labels), cfg)).float()
-            return as_frames(frames), lateral, torch.tensor(labels["branch"]), torch.tensor(True)
+            return E.as_frames(frames), lateral, torch.tensor(labels["branch"]), torch.tensor(True)
         frames, number, _, _, _ = self.dataset.decode(index, cfg.height, cfg.width)
         lateral = torch.full((cfg.soon_frames // cfg.tubelet_t,), math.nan)
-        return as_frames(frames), lateral, torch.tensor(0), torch.tensor(number >= 0)
+        return E.as_frames(frames), lateral, torch.tensor(0), torch.tensor(number >= 0)
 
 
 @dataclass
 class Pool:
-    """Encoded clips, NOW and SOON: frames uint8 [n, T, 3, H, W], latents fp16 [n, t, h, w, D], points [n, M, D] or
-    empty, labels."""
+    """Encoded NOW and SOON: frames uint8 [n, T, 3, H, W], latents fp16 [n, t, h, w, D], points [n, M, D], labels."""
 
     frames: torch.Tensor
     latents: torch.Tensor
@@ -376,8 +370,7 @@ def probe_features(soon, cfg):
 
 
 def ridge(features, values):
-    """Ridge regression [n, d], [n] -> weights [d + 1], the last one the constant; its strength is the best on a quarter
-    left out."""
+    """Ridge regression [n, d], [n] -> weights [d + 1], constant last; the strength is best on a left-out quarter."""
     mean, centre, n = features.double().mean(0), values.double().mean(), len(features)
     x, y, fit = features.double() - mean, values.double() - centre, torch.arange(n) % 4 > 0
     strengths, errors = 10.0 ** torch.arange(-4, 3) * x.square().sum() / n, []
@@ -440,8 +433,7 @@ def true_branches(cfg, scene_seed):
 
 
 def decoder_key(model, step, origin):
-    """Hash of what a decoder hangs on: step and weights of the target encoder and point forecast, data, and this tool's
-    recipe -> 16 letters."""
+    """Hash of what a decoder hangs on: step, weights that make latents and forecast, data, recipe -> 16 letters."""
     digest = hashlib.sha256(f"{RECIPE} {step} {origin}".encode())
     for part in (model.target, model.online, model.predictor):
         for name, value in part.state_dict().items():
@@ -451,8 +443,7 @@ def decoder_key(model, step, origin):
 
 
 def read_cache(path, key, cfg, device):
-    """The decoder that lies at a path -> (decoder, its saved dict), or (None, why not). One made for other weights is
-    refused."""
+    """The decoder at a path -> (decoder, its saved dict), or (None, why not), as for one made for other weights."""
     if not path.is_file():
         return None, ""
     try:
@@ -467,8 +458,7 @@ def read_cache(path, key, cfg, device):
 
 
 def get_decoder(model, source, path, key, minutes, num_workers, perceptual, seed):
-    """The cached decoder if it fits and was trained as long as is asked for now, else a new one -> (decoder, dict with
-    report and readings)."""
+    """The cached decoder if it fits and was trained long enough, else a new one -> (decoder, its saved dict)."""
     cfg, device = model.cfg, model.image_mean.device
     decoder, saved = read_cache(path, key, cfg, device)
     if decoder is not None and saved["minutes"] >= minutes:
@@ -498,8 +488,7 @@ def get_decoder(model, source, path, key, minutes, num_workers, perceptual, seed
 
 @dataclass
 class Exhibit:
-    """One clip to show. true and true_pictures are None where the file ends inside SOON; names holds the branch of each
-    sample at a fork."""
+    """One clip to show. true, true_pictures: None where the file ends in SOON; names: branch of samples at a fork."""
 
     title: str
     frames: np.ndarray  # uint8 [T, H, W, 3]: NOW, and SOON where it is known
@@ -531,7 +520,7 @@ def scene_title(odds):
     return "Steady: nothing uncertain happens"
 
 
-SHOWN_ODDS = {
+SHOWN_ODDS = {  # kind -> key and values of the odds of its first, second and third scene
     "fork": ("right", (0.5, 0.9, 0.1)),
     "lane": ("left", (0.8, 0.1, 0.0)),
     "brake": ("hazard", (1.0, 0.2, 1.0)),
@@ -539,8 +528,7 @@ SHOWN_ODDS = {
 
 
 def pick_scenes(cfg, seed):
-    """Three built-in scenes worth looking at, of kinds that the run trains on -> [(scene_seed, kind)], an even fork
-    first."""
+    """Three built-in scenes of kinds that the run trains on -> [(scene_seed, kind)], an even fork first."""
     shares = dict(zip(V.SCENE_KINDS, V.mix_shares(cfg.scene_mix)))
     kinds = [kind for kind in ("fork", "lane", "brake", "occluder", "steady") if shares[kind] > 0]
     first, chosen = SHOW_SEED + 1000 * seed, {}
@@ -556,8 +544,7 @@ def pick_scenes(cfg, seed):
 
 
 def clip_window(path, start, cfg):
-    """Read a user's video from `start` seconds on -> uint8 [T, H, W, 3], T the longest of the whole window, NOW + SOON
-    and NOW that the file holds."""
+    """A user's video from `start` s on -> uint8 [T, H, W, 3], T the longest of all, NOW + SOON, NOW that it holds."""
     if not os.path.isfile(path):
         raise V.UsageError(f"clip {path}: no such file")
     try:
@@ -586,7 +573,7 @@ def clip_window(path, start, cfg):
 def make_exhibit(model, decoder, frames, title, num_samples, seed):
     """frames uint8 [T, H, W, 3], T at least NOW -> Exhibit with all latents on the CPU."""
     cfg, device, M = model.cfg, model.image_mean.device, model.cfg.soon_tokens
-    context, point, targets = model.see(as_frames(frames)[None].to(device))
+    context, point, targets = model.see(E.as_frames(frames)[None].to(device))
     generator, point, targets = torch.Generator(device).manual_seed(seed), point[0, :M], targets[0]
     samples = model.sample_futures(context, num_samples, generator=generator)[0, :, :M]
     true, pictures, now = None, None, targets[: cfg.now_tokens].mean(0)
@@ -699,21 +686,14 @@ def draw_panel(draw, page, place, size, title, colour, picture, badge):
 
 
 def draw_notes(draw, x, y, width, exhibit, now_frames):
-    """The text in the free part of a rollout page, wrapped to its width: what was seen, what is shown, what the samples
-    say."""
+    """The text in the free part of a rollout page: what was seen, what is shown, what the samples say."""
     seconds = f", {now_frames / exhibit.fps:g} s" if exhibit.fps else ""
     shown = "All but the truth are decoded from latents."
     if exhibit.true is None:
         shown = "What came next is not known: all pictures after NOW are decoded from latents."
     said = f"{len(exhibit.samples)} samples: {counted(exhibit.names)}" if exhibit.names else ""
     for text in (f"The model has seen NOW: {now_frames} frames{seconds}.", shown, said):
-        line = ""
-        for word in [*text.split(), ""]:
-            if line and (not word or draw.textlength(f"{line} {word}", font=font(15)) > width):
-                draw.text((x, y), line, fill=INK, font=font(15))
-                line, y = "", y + 20
-            line = f"{line} {word}".strip()
-        y += 8
+        y = 8 + V.draw_text(draw, text, (x, y), width, font(15), 20, INK)
 
 
 def rollout_page(exhibit, frame, cfg):
@@ -764,8 +744,7 @@ def even_picks(count, most):
 
 
 def draw_frames(exhibit, cfg):
-    """frames.png: rows truth, decoded truth, point forecast, samples; columns the last two NOW frames and up to eight
-    of SOON -> image."""
+    """frames.png: rows truth, decoded truth, forecast, samples; columns two NOW, up to eight SOON frames -> image."""
     shown, size, gap, label, top = panels(exhibit, cfg.now_frames), panel_size(cfg, 104), 5, 138, 68
     columns = [frame for frame in (-2, -1) if frame >= -cfg.now_frames] + even_picks(cfg.soon_frames, 8)
     extra = 12  # between NOW and SOON
@@ -785,8 +764,7 @@ def draw_frames(exhibit, cfg):
 
 
 def latent_colours(fitted, shown, cfg):
-    """First three principal components of fitted [M, D] as red, green and blue, the same mapping for shown [n, M, D] ->
-    uint8 [n, t, h, w, 3]."""
+    """Principal components of fitted [M, D] as colours of shown [n, M, D] -> uint8 [n, t, h, w, 3]."""
     mean = fitted.mean(0)
     basis = torch.linalg.svd(fitted - mean, full_matrices=False).Vh[:3].T
     basis = F.pad(basis, (0, 3 - basis.shape[1]))
@@ -840,7 +818,7 @@ def sample_fans(model, readings, seed, num_samples, num_scenes):
         if len(fans[sign]) == num_scenes:
             continue
         now = render(cfg, scene_seed, 0, "fork")[0][: cfg.now_frames]
-        context, point, _ = model.see(as_frames(now)[None].to(device))
+        context, point, _ = model.see(E.as_frames(now)[None].to(device))
         generator = torch.Generator(device).manual_seed(seed * 10**6 + scene_seed % 10**6)
         samples = model.sample_futures(context, num_samples, generator=generator)[0, :, :M].cpu()
         read, truth = read_lateral(probe, samples, cfg).numpy(), true_branches(cfg, scene_seed)
@@ -863,8 +841,7 @@ def share_summary(rows):
 
 
 def plot_fan(axes, fan, sign, cfg, big):
-    """One fan from above: sideways metres against seconds ahead, samples thin, true branches thick, point forecast
-    dashed."""
+    """One fan from above: metres sideways against seconds, samples thin, true branches thick, point forecast dashed."""
     fps = cfg.clip_fps or 4.0
     seconds = (np.arange(len(fan["point"])) + 0.5) * (cfg.tubelet_t / fps) + 0.5 / fps
     up, paths = np.concatenate([[0], seconds]), []
@@ -889,8 +866,7 @@ def plot_fan(axes, fan, sign, cfg, big):
 
 
 def plot_shares(axes, fans):
-    """Bars of the share of samples on the right branch per sign, with standard errors over scenes, against the true
-    odds."""
+    """Bars of the share of samples on the right branch per sign, with errors over scenes, against the true odds."""
     signs, (shares, errors, _) = list(fans), zip(*(share_summary(fan) for fan in fans.values()))
     places, look = np.arange(len(signs)), dict(color=UNIT["right"], alpha=0.85, label="share of samples")
     axes.bar(places, list(shares), 0.62, yerr=list(errors), capsize=4, error_kw={"linewidth": 1.4}, **look)
@@ -995,9 +971,8 @@ LIMITS = {
 
 def parse_arguments(argv):
     """Flags -> namespace. UsageError in one line."""
-    parser = V.ArgumentParser(
-        description="Pictures of what a world model expects: decoded forecasts and sampled futures.", allow_abbrev=False
-    )
+    about = "Pictures of what a world model expects: decoded forecasts and sampled futures."
+    parser = V.ArgumentParser(description=about, allow_abbrev=False)
     path, flag = dict(default="", type=os.path.expanduser), parser.add_argument
     flag("--ckpt", required=True, type=os.path.expanduser, help="checkpoint of a run")
     flag("--clip", **path, help="show this video instead of clips of the run's own data")
@@ -1020,8 +995,7 @@ def parse_arguments(argv):
 
 
 def open_source(cfg, data, data_root):
-    """What the decoder learns from -> DataSource, None for built-in scenes. `data` is the checkpoint's own note of kind
-    and root."""
+    """What the decoder learns from -> DataSource, None for built-in scenes. data: kind and root of the run's own."""
     if not data_root and data["kind"] in ("scenes", "render"):
         return None
     if not data_root and data["kind"] == "random":
@@ -1030,11 +1004,7 @@ def open_source(cfg, data, data_root):
     if not os.path.exists(root):
         gone = "" if data_root else ", the run's videos are gone; say where they are (--data_root)"
         raise V.UsageError(f"data_root {root}: no such file or folder{gone}")
-    videos = V.find_videos(root, cfg.video_glob)
-    if not videos:
-        raise V.UsageError(f"data_root {root}: {V.nothing_found(cfg, videos)}")
-    train, val = V.split_readable(cfg, videos)
-    return V.DataSource("videos", root, train or videos, val or videos, [], bool(train) and bool(val))
+    return E.open_videos(cfg, root)[0]
 
 
 def open_run(args):

@@ -54,9 +54,7 @@ import VJepa_AUTO_V2 as V
 
 SIGNALS = {"steer": "user/angle", "throttle": "user/throttle"}
 IMAGE_KEY = "cam/image_array"
-SESSION_PAUSE_S = (
-    60.0  # put between two recordings of one tub when --fps replaces the time stamps, for no window to span
-)
+SESSION_PAUSE_S = 60.0  # between two recordings of one tub when --fps replaces the time stamps: no window spans it
 FASTEST_CAMERA = 125.0  # pictures per second; time stamps closer than that are those of a conversion
 MAX_SIDE = 8  # token grids wider than this are pooled before they are probed, so that a long drive fits in memory
 COMPONENTS = 128  # principal components that ridge sees; between 64 and 256 a trial drive's scores hardly moved
@@ -353,8 +351,7 @@ def linear_probe(features, labels, folds, begin, end, shuffle_seed=None):
 
 
 def block_sums(predictions, labels, blocks):
-    """Per block of time: count, absolute and squared errors (means over the S rows of predictions [S, n]), labels,
-    their squares -> [5, b]."""
+    """Per block: count, absolute and squared errors, means over predictions [S, n], labels, their squares -> [5, b]."""
     errors = predictions - labels
     columns = (np.ones_like(labels), np.abs(errors).mean(0), np.square(errors).mean(0), labels, labels**2)
     return np.stack([np.bincount(blocks, column) for column in columns])
@@ -415,9 +412,9 @@ def feature_rows(name, makers, windows, labels, folds, spans, args, device):
     return rows
 
 
-def encoded(encoder, pictures, batch_size, name, records):
-    """Features of windows by the encoder that `encoder` makes."""
-    return encoder_features(encoder(), pictures, records, batch_size, name)
+def encoded(pictures, batch_size, name, make_model, records):
+    """Features of windows by the target encoder of the model that `make_model` makes."""
+    return encoder_features(make_model(), pictures, records, batch_size, name)
 
 
 def untrained_model(model, seed):
@@ -431,14 +428,10 @@ def all_rows(model, drive, windows, labels, folds, spans, args):
     device, cfg, every = next(model.parameters()).device, model.cfg, windows["now+soon"]
     pictures = read_pictures(drive, np.unique(every), cfg)
     grey = {n: np.repeat(p.mean(2, keepdims=True).astype(np.uint8), 3, 2) for n, p in pictures.items()}
+    read, seeds = partial(encoded, pictures, args.batch_size), range(args.untrained_seeds)
     sources = {
-        "trained": [partial(encoded, lambda: model, pictures, args.batch_size, "trained")],
-        "untrained": [
-            partial(
-                encoded, partial(untrained_model, model, seed), pictures, args.batch_size, f"untrained, seed {seed}"
-            )
-            for seed in range(args.untrained_seeds)
-        ],
+        "trained": [partial(read, "trained", lambda: model)],
+        "untrained": [partial(read, f"untrained, seed {s}", partial(untrained_model, model, s)) for s in seeds],
         "pixels": [partial(pixel_features, pictures, tubelet_t=cfg.tubelet_t)],
         "pixels_grey": [partial(pixel_features, grey, tubelet_t=cfg.tubelet_t)],
     }
@@ -554,11 +547,8 @@ def export(args):
 
 def build_parser():
     """Flags of the tool."""
-    parser = V.ArgumentParser(
-        prog="probe_drive.py",
-        description="Probe frozen features for the steering of a recorded drive.",
-        allow_abbrev=False,
-    )
+    about = "Probe frozen features for the steering of a recorded drive."
+    parser = V.ArgumentParser(prog="probe_drive.py", description=about, allow_abbrev=False)
     flag, path, probes = parser.add_argument, os.path.expanduser, ("linear", "attentive")
     instead = "write the drive as videos/ and annotations/ instead of probing"
     apart = "seconds kept free on both sides of a held-out block, or between exported files [5]"
