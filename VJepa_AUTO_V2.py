@@ -555,6 +555,12 @@ def is_terminal(stream):
     return stream is not None and not stream.closed and stream.isatty()
 
 
+def progress_bar(share, text):
+    """'[######..................] text', no longer than the terminal is wide."""
+    filled = round(24 * min(share, 1.0))
+    return one_line(f"[{'#' * filled}{'.' * (24 - filled)}] {text}")[: shutil.get_terminal_size().columns - 1]
+
+
 def fits(kind, value):
     """Whether a value has a field's type: a whole number will do for float, a pair of them for image_size."""
     if kind is float:
@@ -4209,6 +4215,14 @@ class VJepaAutoV2(World):
         return {"soon": SoonFit, "flow": FlowFit}[name](self, run, before)
 
     @torch.no_grad()
+    def see(self, frames):
+        """Look at clips, uint8 or normalised, [B, T, 3, H, W], T at least NOW and whole tubelets -> (context of NOW alone
+        [B, K, D], point forecast of the future [B, F, D], targets of all frames there are [B, L, D])."""
+        clip = self.normalise(frames)
+        context = self.encode_now(self.online.tokenizer(clip[:, : self.cfg.now_frames]))
+        return context, self.forecast(context, self.predict_soon(context)), self.make_targets(clip)
+
+    @torch.no_grad()
     def sample_futures(self, clip_or_context, num_samples, num_steps=None, generator=None):
         """Draw joint futures in target-latent space -> [B, S, F, D]: SOON tokens, then EVENTUALLY chunk means.
 
@@ -5146,15 +5160,14 @@ def read_checkpoint(path):
     return state
 
 
-def load_checkpoint(path, world=None):
-    """Read a checkpoint -> state dict on the CPU. BadCheckpoint when it is damaged or not one of ours, UsageError when
-    another world than the one given made it."""
+def load_checkpoint(path, world=None, instead="use another one, or --resume never"):
+    """Read a checkpoint -> state dict on the CPU. BadCheckpoint, with what to do `instead`, when it is damaged or not one of
+    ours, UsageError when another world than the one given made it."""
     path = Path(path)
     if not os.path.lexists(path):
         raise UsageError(f"resume {path}: no such checkpoint")
-    other = "use another one, or --resume never"
     if not path.is_file():
-        raise BadCheckpoint(f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; {other}")
+        raise BadCheckpoint(f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; {instead}")
     try:
         state = read_checkpoint(path)
         made_by = f"{one_line(state['world']['name'])} ({one_line(state['world']['file'])})"
@@ -5168,7 +5181,7 @@ def load_checkpoint(path, world=None):
         raise error if str(path) in str(error) else type(error)(f"checkpoint {path}: {error}") from error
     except Exception as error:  # a foreign file makes the unpickler, and whoever looks at its insides, raise anything
         why = f"{type(error).__name__}: {flat(error)[:160]}"
-        unusable = f"not readable, damaged or made by another version ({why}); {other}"
+        unusable = f"not readable, damaged or made by another version ({why}); {instead}"
         raise BadCheckpoint(f"checkpoint {path}: {unusable}") from error
     return state
 
@@ -5230,7 +5243,7 @@ def restore_run(state, run):
 def load_model(path, device="cpu", world=None):
     """Checkpoint -> (its world in eval mode on the device, its config): what tools and notebooks start from. The world is
     found by what the checkpoint says, unless its class is given."""
-    state = load_checkpoint(path, world)
+    state = load_checkpoint(path, world, "use another one")
     world = world or find_world(state["world"])
     cfg = saved_config(state, world)
     model = world(cfg)
@@ -5452,9 +5465,7 @@ class RunLog:
         """Progress bar on a terminal; nothing elsewhere, where plain lines tell. `what` is counted."""
         self.stage = f"{what} {step} of {steps} is done"
         if self.is_main and is_terminal(sys.stdout):
-            filled = round(24 * step / steps)
-            bar = one_line(f"[{'#' * filled}{'.' * (24 - filled)}] {step}/{steps} {text}")
-            bar = bar[: shutil.get_terminal_size().columns - 1]
+            bar = progress_bar(step / steps, f"{step}/{steps} {text}")
             with self.lock:
                 self.show("\r" + bar.ljust(self.bar_width))
                 self.bar_width = len(bar)
@@ -5714,6 +5725,17 @@ def encode_bank(model, source, process, num_clips, deadline):
     return torch.cat(futures), numbers, files, size * loader.delivered
 
 
+def draw_text(draw, text, place, width, font, step, fill="black"):
+    """Text from a place (x, y) on, wrapped to a width, lines a step apart, all in pixels -> y below its last line."""
+    (x, y), line = place, ""
+    for word in [*text.split(), ""]:
+        if line and (not word or draw.textlength(f"{line} {word}", font=font) > width):
+            draw.text((x, y), line, fill=fill, font=font)
+            line, y = "", y + step
+        line = f"{line} {word}".strip()
+    return y
+
+
 def picture_canvas(num_blocks, num_samples, columns, side, caption):
     """Blank page and drawing tools for futures.png -> (image, draw, font, height of one block)."""
     from PIL import Image, ImageDraw, ImageFont
@@ -5721,12 +5743,7 @@ def picture_canvas(num_blocks, num_samples, columns, side, caption):
     block_h = (1 + num_samples) * (side[0] + 4) + 30
     image = Image.new("RGB", (130 + columns * (side[1] + 4) + 20, num_blocks * block_h + 86), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    words, line, y = caption.split(), "", num_blocks * block_h + 12
-    for word in [*words, ""]:
-        if not word or draw.textlength(f"{line} {word}", font=font) > image.width - 24:
-            draw.text((12, y), line, fill="black", font=font)
-            line, y = "", y + 18
-        line = f"{line} {word}".strip()
+    draw_text(draw, caption, (12, num_blocks * block_h + 12), image.width - 24, font, 18)
     return image, draw, font, block_h
 
 
@@ -6683,6 +6700,7 @@ def report_errors(command, *args):
     """
     open_streams()
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # those that a tool's imports held back come now
         return command(*args) or EXIT_OK
     except (UserError, OSError) as error:
         say(f"error: {flat(error)}", sys.stderr)

@@ -1,8 +1,10 @@
-"""tools/make_scenes.py: the files that training would make, a split that training keeps, folders never overwritten."""
+"""tools/make_scenes.py: files that training would have made itself, a split that training keeps, folders that are never
+overwritten."""
 
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -97,7 +99,8 @@ def test_worker_processes_write_the_same(tmp_path, in_one_process, monkeypatch, 
 
 
 def test_a_killed_worker_ends_the_writing_in_one_line(tmp_path, monkeypatch, capsys):
-    """Seen red with multiprocessing.Pool: it starts another process and waits for ever for the dead one."""
+    """Seen red with multiprocessing.Pool: it starts another process and waits for ever for what the dead one was to
+    write."""
     context = multiprocessing.get_context("fork")  # a process that knows the patch below
     monkeypatch.setattr(M.multiprocessing, "get_context", lambda method: context)
     monkeypatch.setattr(M.V, "write_scene", lambda *args: os._exit(9))
@@ -138,3 +141,25 @@ def test_sheet_is_drawn(tmp_path):
     assert M.main(["--sheet", str(tmp_path / "sheet.png")]) == 0
     width, height = Image.open(tmp_path / "sheet.png").size
     assert width > 1000 and height > len(M.SHEET_ROWS) * 184
+
+
+STRIKE = """
+import os, runpy, signal, sys
+
+class Strike:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Strike())
+sys.argv = [sys.argv[1], "--help"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("tool", ["make_scenes.py", "futures.py"])
+def test_a_signal_during_the_imports_of_a_tool(tool):
+    """Ctrl-C in the first seconds: one line and exit code 130. Seen red, a traceback, with the guard left out."""
+    command = [sys.executable, "-c", STRIKE, str(ROOT / "tools" / tool)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")

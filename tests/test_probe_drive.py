@@ -160,7 +160,8 @@ def test_windows_with_a_hole_are_left_out():
 @pytest.mark.parametrize("gap_s", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("num_folds", [2, 5])
 def test_no_training_window_comes_near_a_test_window(gap_s, num_folds):
-    """All pictures of both against each other, at irregular times. Seen red: `begin` for `end`, and without the gap."""
+    """All pictures of both against each other, at irregular times. Seen red with `begin` in place of `end`, and without
+    the gap."""
     times = np.cumsum(np.random.default_rng(3).uniform(0.08, 0.12, 300))
     windows = P.cut_windows(times, 5.0, 8)
     folds = P.time_folds(times[windows[:, 0]], times[windows[:, -1]], num_folds, gap_s)
@@ -221,7 +222,8 @@ def test_encoder_features_are_the_target_encoder_on_each_window():
 
 
 def make_task(noise=0.0, num=240):
-    """Features [n, 6, 8] where one token holds the label along a direction -> (features, labels, folds, begin, end)."""
+    """Features [n, 6, 8] in which one token holds the label along one direction -> (features, labels, folds, begin,
+    end)."""
     labels = steering(num)
     features = torch.randn(num, 6, 8, generator=torch.Generator().manual_seed(0))
     features[:, 4, 2] = torch.from_numpy(labels * 8 + noise * np.random.default_rng(1).normal(size=num)).float()
@@ -234,7 +236,8 @@ def r2(predictions, labels):
 
 
 def test_linear_probe_finds_a_linear_label_and_not_a_shuffled_one():
-    """Above 0.97 as it stands; with permuted training labels no better than the mean. Seen red without the shuffle."""
+    """Above 0.97 as it stands; with permuted training labels no better than the mean. Seen red with the shuffle left
+    out."""
     features, labels, folds, begin, end = make_task()
     assert r2(P.linear_probe(features, labels, folds, begin, end), labels) > 0.97
     assert r2(P.linear_probe(features, labels, folds, begin, end, shuffle_seed=0), labels) < 0.1
@@ -453,7 +456,7 @@ def test_wrong_flags_end_in_one_line(tub, ckpt, tmp_path, capsys, flags, code, w
 def test_a_missing_extra_is_named():
     """One line with the command that installs it."""
     with pytest.raises(V.UserError, match=r'no_such_module not installed: pip install "vjepa-auto-v2\[eval\]"'):
-        P.need("json", "no_such_module")
+        P.E.need("json", "no_such_module")
 
 
 # -- export
@@ -469,7 +472,8 @@ def test_export_cuts_at_pauses_and_leaves_the_gap_out():
 
 
 def test_export_is_read_back_as_training_data(tub, tmp_path, capsys):
-    """Videos and annotations are found by the script, as long as each other, picture and steering fit together."""
+    """Videos and annotations are found by the script, as long as each other, and picture and steering still belong
+    together."""
     folder = tmp_path / "data"
     assert P.main(["--drive", str(tub[0]), "--export", str(folder), "--segment_s", "4", "--gap_s", "1"]) == 0
     videos = V.find_videos(str(folder), "*")

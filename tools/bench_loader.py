@@ -5,15 +5,20 @@
 A 720p H.264 file at 30 fps with key frames 250 frames apart (x264's default) and detail that moves is written to a
 temporary folder. Then, interleaved over the rounds so that a busy machine hurts all alike, one thread reads
 
-    pyav, decord               V.read_frames with the base config's plan: 84 frames at 4 fps, 224 px, window drawn at random
-    whole file                 every frame decoded, turned to float32, resized to 224 x 224 as torchvision does (bilinear, antialiased),
-                               84 of them kept
+    pyav, decord, torchcodec   V.read_frames with the base config's plan: 84 frames at 4 fps, 224 px, at random windows
+    whole file                 every frame decoded, turned to float32, resized to 224 x 224 as torchvision does
+                               (bilinear, antialiased), 84 of them kept
 
 `whole file` stands for the naive way of decoding a video before sampling it. It runs frame by frame, so that it fits in
-memory: kinder than holding the file as float32, which for 60 s of 720p would take 20 GB. Decoders that are not installed
-are left out. Speed is per second of CPU time, so that a busy machine counts less. Memory is the peak of a fresh process that
-reads 20 clips (one, for the whole file), less what it held after its imports.
+memory: kinder than holding the file as float32, which for 60 s of 720p would take 20 GB. Decoders that are not
+installed are left out. Speed is per second of CPU time, so that a busy machine counts less. Memory is the peak of a
+fresh process that reads 20 clips (one, for the whole file), less what it held after its imports.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
 
 import argparse
 import importlib
@@ -34,7 +39,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import VJepa_AUTO_V2 as V  # noqa: E402
+import VJepa_AUTO_V2 as V
 
 HEIGHT, WIDTH, FPS, GOP = 720, 1280, 30, 250
 MEMORY_CLIPS = 20
@@ -42,12 +47,13 @@ MEMORY_CLIPS = 20
 
 def installed_decoders():
     """Names of the decoders that can be imported here -> list."""
-    modules = {"pyav": "av", "decord": "decord"}
+    modules = {"pyav": "av", "decord": "decord", "torchcodec": "torchcodec"}
     return [name for name, module in modules.items() if importlib.util.find_spec(module)]
 
 
 def write_bench_video(path, seconds, preset):
-    """Write `seconds` of 720p at 30 fps, a textured ground that pans under grain, as H.264 of an x264 preset with a GOP of 250."""
+    """Write `seconds` of 720p at 30 fps, a textured ground that pans under grain, as H.264 of an x264 preset with a GOP
+    of 250."""
     import av
 
     rng = np.random.default_rng(0)
@@ -102,7 +108,8 @@ def read_clip(path, way, plan):
 
 
 def measure_speed(path, ways, rounds, clips_per_round):
-    """Interleaved rounds -> {way: [clips per second of CPU time, one per round]}. The whole file is read once a round."""
+    """Interleaved rounds -> {way: [clips per second of CPU time, one per round]}. The whole file is read once a
+    round."""
     rates = {way: [] for way in ways}
     for round_number in range(rounds):
         order = ways if round_number % 2 == 0 else ways[::-1]
@@ -127,7 +134,8 @@ def memory_mb():
 
 
 def memory_child(path, way):
-    """Run in a fresh process: import the decoder, read MEMORY_CLIPS clips, print its peak above what the imports hold, in MB."""
+    """Run in a fresh process: import the decoder, read MEMORY_CLIPS clips, print its peak above what the imports hold,
+    in MB."""
     importlib.import_module({"pyav": "av", "whole file": "av"}.get(way, way))
     before, _ = memory_mb()
     for number in range(1 if way == "whole file" else MEMORY_CLIPS):

@@ -1,17 +1,22 @@
 """Kill a run again and again, time how long each restart takes to its next step, and what saving costs.
 
-    python tools/bench_restart.py [--kills 5] [--preset tiny] [--nproc 1] [--out FILE.json] [-- more flags of the script]
+    python tools/bench_restart.py [--kills 5] [--preset tiny] [--nproc 1] [--out FILE.json] [-- more flags]
 
-The run trains on built-in scenes in a temporary folder with its own flags; every kill is a kill -9 of the whole process group
-at a random moment. Printed: seconds from the start of the command to its first new step, steps that had to be done again, and
-the share of a run's time that went into saving at the given ckpt_every (saving timed alone, on the final state).
+The run trains on built-in scenes in a temporary folder with its own flags; every kill is a kill -9 of the whole process
+group at a random moment. Printed: seconds from the start of the command to its first new step, steps that had to be
+done again, and the share of a run's time that went into saving at the given ckpt_every (saving timed alone, on the
+final state).
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
 
 import argparse
 import json
 import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import VJepa_AUTO_V2 as V  # noqa: E402
+import VJepa_AUTO_V2 as V
 
 
 def logged_steps(out_dir):
@@ -37,8 +42,8 @@ def logged_steps(out_dir):
 
 
 def wait_for_step(process, out_dir, after, old_file=None, seconds=600.0):
-    """Wait until a step beyond `after` stands in a metrics.jsonl other than `old_file` (an inode: a start replaces the file)
-    -> seconds waited. SystemExit when the run ends or takes too long."""
+    """Wait until a step beyond `after` stands in a metrics.jsonl other than `old_file` (an inode: a start replaces the
+    file) -> seconds waited. SystemExit when the run ends or takes too long."""
     began, path = time.perf_counter(), Path(out_dir) / "metrics.jsonl"
     while not path.exists() or path.stat().st_ino == old_file or max(logged_steps(out_dir), default=0) <= after:
         if process.poll() is not None or time.perf_counter() - began > seconds:

@@ -1,19 +1,25 @@
-"""Measure a checkpoint: how well it forecasts, samples futures, reads the road and is surprised, each figure beside its controls.
+"""Measure a checkpoint: how well it forecasts, samples futures, reads the road and is surprised, beside its controls.
 
-    python tools/evaluate.py --ckpt runs/x/checkpoints/ckpt_final.pt [--data_root DIR] [--split val|all] [--out DIR] [--quick]
+    python tools/evaluate.py --ckpt runs/x/checkpoints/ckpt_final.pt [--data_root DIR] [--split val|all] [--quick]
 
-Without --data_root the built-in scenes are rendered, from seeds that no training reaches; scenes that fit probes and scenes
-that test are never the same. Their true odds are known, so sampled futures are held against them. With --data_root the
-held-out videos of the run's own split are used: point skill, retrieval, rank histogram, spread, collapse gauges, and, where
-DIR/annotations/ holds signals, probes fitted on the training files.
+Without --data_root the built-in scenes are rendered, from seeds that no training reaches; scenes that fit probes and
+scenes that test are never the same. Their true odds are known, so sampled futures are held against them. With
+--data_root the held-out videos of the run's own split are used: point skill, retrieval, rank histogram, spread,
+collapse gauges, and, where DIR/annotations/ holds signals, probes fitted on the training files.
 
 Written under --out (default: the run's folder):
 
     evaluation.json    every figure: value, 95 % bootstrap interval, n, controls, threshold, whether it was met; curves
     evaluation.html    the same as one page with charts and pictures; opens from disk, needs no network
 
-From Python: `evaluate(model, sizes, source=None, seed=0)` -> the content of evaluation.json. Needs scikit-learn (extra `eval`).
+From Python: `evaluate(model, sizes, source=None, seed=0)` -> the content of evaluation.json. Needs scikit-learn (extra
+`eval`). The other tools take from here what they share: progress, probes, pooling, opening a checkpoint.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
 
 import argparse
 import base64
@@ -26,6 +32,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,26 +42,16 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import VJepa_AUTO_V2 as V  # noqa: E402
+import VJepa_AUTO_V2 as V
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1  Sizes, thresholds, what every figure says
 # ---------------------------------------------------------------------------------------------------------------------
 
 EVAL_SEED = 10**16  # scene seeds from here upwards belong to evaluation
-SETS = (
-    "fit",
-    "forks",
-    "signs",
-    "brake",
-    "steady",
-    "lane",
-    "occluder",
-    "mix",
-    "twins",
-    "rare",
-    "picture",
-)  # ranges of their own
+# each has a range of its own
+SETS = ("fit", "forks", "signs", "brake", "steady", "lane", "occluder", "mix", "twins", "rare", "picture")
+SAMPLED_NUMBERS = 2**26  # of sampled latents, held at once
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,7 @@ class Sizes:
     rare_scenes: int = 48  # forks whose rare branch comes true
     fit_videos: int = 600  # clips of training files that fit probes, with --data_root
     num_samples: int = 32  # K futures per scene
-    surprise_samples: int = (
-        512  # K of surprise: a branch at odds 0.1 must be among them often enough to come near a real one
-    )
+    surprise_samples: int = 512  # K of surprise: enough that a branch at odds 0.1 comes near a real one
     surprise_steps: int = 8  # Euler steps of these, since windows are many
     shuffled_steps: int = 300  # steps of the flow net that learns permuted targets
     shuffled_batch: int = 64  # clips per such step
@@ -87,7 +82,6 @@ class Sizes:
 
 
 FULL = Sizes()
-SAMPLED_NUMBERS = 2**26  # of sampled latents, held at once
 QUICK = Sizes(
     fit_forks=40,
     fit_clips=72,
@@ -139,53 +133,63 @@ THRESHOLDS = {
 }
 # figure -> what it says, without its verdict
 READINGS = {
-    "branch_gate": "Share of real SOON latents from which a linear probe names the branch of the fork: too low, and the encoder is at fault, not the sampler",
-    "no_leak": "Share of even forks whose realised branch the point forecast is nearer to: NOW cannot know it, so only chance is right, "
-    "and the NOW frames of all siblings must be equal bit for bit",
+    "branch_gate": "Share of real SOON latents from which a linear probe names the branch of the fork: too low, and "
+    "the encoder is at fault, not the sampler",
+    "no_leak": "Share of even forks whose realised branch the point forecast is nearer to: NOW cannot know it, so "
+    "only chance is right, and the NOW frames of all siblings must be equal bit for bit",
     "fork_share": "Share of sampled futures that turn right where right and left are equally likely: 0.5 is right",
-    "fork_deviation": "How far that share lies from 0.5 in a single scene, on average: a perfect sampler shows only its binomial noise",
+    "fork_deviation": "How far that share lies from 0.5 in a single scene, on average: a perfect sampler shows only "
+    "its binomial noise",
     "between_share": "Share of samples that stand between the two real branches, where no future lies: 0 is right",
-    "near_real": "Share of samples as close to a real branch as real futures are (1.5 times their 95th percentile): 1 is right",
-    "calibration_slope": "Slope of the sampled share over the true odds of the five signs: 1 means that signs are read, 0 that they are ignored",
+    "near_real": "Share of samples as close to a real branch as real futures are (1.5 times their 95th percentile): 1 "
+    "is right",
+    "calibration_slope": "Slope of the sampled share over the true odds of the five signs: 1 means that signs are "
+    "read, 0 that they are ignored",
     "calibration_intercept": "Where that line starts, 0 without a preference for one side",
     "calibration_ece": "Distance between sampled share and true odds, averaged over the signs: 0 is right",
     "hedging": "Share of even forks whose point forecast stands between the branches, as an honest median must",
-    "es_skill_point": "Energy score on the branch axis, share saved against the point forecast: at most 0.5 at an even fork",
+    "es_skill_point": "Energy score on the branch axis, share saved against the point forecast: at most 0.5 at an "
+    "even fork",
     "es_skill_noise": "The same against point forecast plus noise of the right covariance, which knows no branches",
     "es_vs_oracle": "Energy score over that of real futures of the same present: 1 is as good as reality",
-    "gap_crps_ratio": "Error of the sampled distance to the lead car at the end of SOON (CRPS) over that of real futures: 1 is as good as reality",
-    "gap_coverage80": "How often the true distance lies in the sampled 80 % interval: 0.8 is right, less is overconfident",
+    "gap_crps_ratio": "Error of the sampled distance to the lead car at the end of SOON (CRPS) over that of real "
+    "futures: 1 is as good as reality",
+    "gap_coverage80": "How often the true distance lies in the sampled 80 % interval: 0.8 is right, less is "
+    "overconfident",
     "gap_rank_chi2": "Probability of ranks as uneven as these if truth and samples came from one law: near 0 is bad",
-    "steady_spread": "Deviation of the sampled position of a steady car over the probe's own error: where nothing is open, samples must agree",
-    "skill_persistence": "Error saved against a world that stands still, on the fifth of the tokens that moves most, from the second SOON tubelet on",
+    "steady_spread": "Deviation of the sampled position of a steady car over the probe's own error: where nothing is "
+    "open, samples must agree",
+    "skill_persistence": "Error saved against a world that stands still, on the fifth of the tokens that moves most, "
+    "from the second SOON tubelet on",
     "skill_linear": "Error saved against going on in a straight line through latent space, on the same tokens",
     "skill_persistence_all": "Error saved against a world that stands still, on all SOON tokens",
     "skill_linear_all": "Error saved against linear extrapolation, on all SOON tokens",
     "retrieval_r1": "Share of clips whose own future is the nearest of all candidates to the point forecast",
     "retrieval_r5": "Share of clips whose own future is among the five nearest candidates",
     "retrieval_median_rank": "Median rank of the own future among all candidates, 1 is best",
-    "best_of_k": "Error of the best of all K samples over that of the point forecast: below the same figure of mean + noise, samples go where futures go",
-    "spread_ratio": "Deviation among sampled futures over the deviation of real futures from the point forecast: 1 is right, 0 means one mode",
-    "pooled_rank_chi2": "Probability of ranks as uneven as these in pooled latent space if truth and samples came from one law: near 0 is bad",
+    "best_of_k": "Error of the best of all K samples over that of the point forecast: below the same figure of mean + "
+    "noise, samples go where futures go",
+    "spread_ratio": "Deviation among sampled futures over the deviation of real futures from the point forecast: 1 is "
+    "right, 0 means one mode",
+    "pooled_rank_chi2": "Probability of ranks as uneven as these in pooled latent space if truth and samples came "
+    "from one law: near 0 is bad",
     "effective_rank": "exp(entropy) of the singular values of target tokens: 1 means collapse",
     "target_std": "Deviation of target channels over all tokens: near 0 means collapse",
-    "lane_odds_error": "Distance between the sampled shares of left, keep and right and the odds of the indicator shown: 0 is right",
+    "lane_odds_error": "Distance between the sampled shares of left, keep and right and the odds of the indicator "
+    "shown: 0 is right",
     "occluder_stops": "Share of samples in which the car stops behind the truck",
     "probe_branch_accuracy": "Share of forks whose branch a frozen linear probe names from NOW and SOON latents",
     "probe_maneuver_f1": "Macro-F1 of a frozen linear probe of the maneuver on NOW and SOON latents",
-    "surprise_auroc": "How well surprise (nearest of K samples) tells impossible clips from legal but rare branches, which it must not flag: 0.5 is chance",
-    "surprise_auroc_matched": "The same when every clip is measured against another future of its own present, so that kinds of scenes do not matter",
+    "surprise_auroc": "How well surprise (nearest of K samples) tells impossible clips from legal but rare branches, "
+    "which it must not flag: 0.5 is chance",
+    "surprise_auroc_matched": "The same when every clip is measured against another future of its own present, so "
+    "that kinds of scenes do not matter",
 }
 # control -> figures made to catch it; it must fail at least one of them
 CONTROL_TESTS = {
     "untrained encoder": (
-        "skill_persistence",
-        "skill_linear",
-        "fork_share",
-        "fork_deviation",
-        "calibration_slope",
-        "es_skill_point",
-        "es_vs_oracle",
+        *("skill_persistence", "skill_linear", "fork_share", "fork_deviation", "calibration_slope"),
+        *("es_skill_point", "es_vs_oracle"),
     ),
     "shuffled targets": ("calibration_slope", "calibration_ece", "near_real", "between_share", "es_vs_oracle"),
     "mean + noise": ("between_share", "near_real", "es_vs_oracle"),
@@ -214,12 +218,15 @@ def reading_of(name):
     if name in READINGS:
         return READINGS[name]
     if name.startswith("surprise_"):
-        return f"Accuracy at telling an impossible from the possible future of one present, twin '{name[9:].replace('_', ' ')}': 0.5 is chance"
+        twin = name[9:].replace("_", " ")
+        return (
+            f"Accuracy at telling an impossible from the possible future of one present, twin '{twin}': 0.5 is chance"
+        )
     return f"R2 of a frozen linear probe of {name[6:-3].replace('_', ' ')} on NOW and SOON latents: 1 is perfect"
 
 
 def make_figure(name, value, interval=None, n=0, controls=None, limits=None, also=None):
-    """One entry of evaluation.json: the measured value with all that is needed to judge it. also: other facts to keep beside it."""
+    """One entry of evaluation.json: a value with all that is needed to judge it. also: other facts beside it."""
     limits = limits or THRESHOLDS.get(name)
     value = None if value is None or not math.isfinite(value) else float(value)
     passed = meets(value, limits) if limits else None
@@ -252,12 +259,12 @@ def ratio(part, whole):
 
 
 def bootstrap(table, statistic, groups=None, num=1000, seed=0):
-    """95 % interval of statistic(rows) under resampling of rows [n, ...], or of whole groups [n] -> [low, high], None when it has none."""
+    """95 % interval of statistic(rows) under resampling of rows [n, ...], or of groups [n] -> [low, high], or None."""
     table, rng = np.asarray(table), np.random.default_rng(seed)
     names = np.zeros(0) if groups is None else np.unique(groups)
-    members = (
-        None if len(names) in (0, len(table)) else [np.flatnonzero(groups == name) for name in names]
-    )  # one row each: rows are drawn
+    members = None  # of groups with more than one row each
+    if len(names) not in (0, len(table)):
+        members = [np.flatnonzero(groups == name) for name in names]
     count = len(table) if members is None else len(members)
     if count < 2:
         return None
@@ -270,10 +277,17 @@ def bootstrap(table, statistic, groups=None, num=1000, seed=0):
     return [float(v) for v in np.quantile(values, (0.025, 0.975))] if len(values) else None
 
 
-def energy_score(samples, truth, fair=True):
-    """Energy score per row (Gneiting and Raftery 2007), lower is better: samples [n, K, d], truth [n, d] -> [n]. d = 1: the CRPS.
+def measured(name, rows, statistic, controls, resamples, groups=None, **more):
+    """A statistic of rows [n, ...] as a figure with its interval -> {name: figure}. more: as for make_figure."""
+    interval = bootstrap(rows, statistic, groups, resamples)
+    return {name: make_figure(name, statistic(rows), interval, len(rows), controls, **more)}
 
-    fair: the mean distance between samples is taken over pairs of different ones, so that K does not matter on average.
+
+def energy_score(samples, truth, fair=True):
+    """Energy score per row (Gneiting and Raftery 2007), the CRPS at d = 1: samples [n, K, d], truth [n, d] -> [n].
+
+    Lower is better. fair: the mean distance between samples is taken over pairs of different ones, so that K does not
+    matter on average.
     """
     K = samples.shape[1]
     error = np.linalg.norm(samples - truth[:, None], axis=-1).mean(1)
@@ -307,7 +321,7 @@ def branch_distance(points, left, right):
 
 
 def real_radii(real, side):
-    """Distance of every real future [n, d] to the mean of the others on its own side (-1, 1) -> [m], sides with one future left out."""
+    """Distance of each real future [n, d] to the mean of the others on its side (-1, 1) -> [m], less sides with one."""
     radii = []
     for which in (-1, 1):
         own = real[side == which]
@@ -332,7 +346,7 @@ def calibration(share, odds):
 
 
 def coverage(samples, truth, level=0.8):
-    """Whether truth [n] lies in the central interval of samples [n, K] -> bool [n]. Weibull quantiles: exact for a truth of the same law."""
+    """Whether truth [n] lies in the central interval of samples [n, K] -> bool [n]. Weibull: exact for the same law."""
     low, high = np.quantile(samples, ((1 - level) / 2, (1 + level) / 2), axis=1, method="weibull")
     return (truth >= low) & (truth <= high)
 
@@ -350,9 +364,8 @@ def rank_test(ranks, K, num_bins=11):
     edges = np.linspace(0, K + 1, min(num_bins, K + 1) + 1) - 0.5
     counts = np.histogram(ranks, edges)[0]
     expected = np.histogram(np.arange(K + 1), edges)[0] / (K + 1) * len(ranks)
-    return counts / max(len(ranks), 1), float(
-        chi2.sf(((counts - expected) ** 2 / np.maximum(expected, 1e-12)).sum(), len(counts) - 1)
-    )
+    uneven = ((counts - expected) ** 2 / np.maximum(expected, 1e-12)).sum()
+    return counts / max(len(ranks), 1), float(chi2.sf(uneven, len(counts) - 1))
 
 
 def best_of(distances, ks):
@@ -388,17 +401,15 @@ def r2(rows):
     return 1 - ratio(((truth - pred) ** 2).sum(), ((truth - truth.mean()) ** 2).sum())
 
 
+def f1(rows, c):
+    """F1 of one class: rows [n, 2] = (truth, prediction)."""
+    truth, pred = rows[:, 0] == c, rows[:, 1] == c
+    return 2 * (truth & pred).sum() / max(truth.sum() + pred.sum(), 1)
+
+
 def macro_f1(rows):
     """Mean F1 over the classes that truth names: rows [n, 2] = (truth, prediction)."""
-    truth, pred = rows[:, 0], rows[:, 1]
-    return float(
-        np.mean(
-            [
-                2 * ((truth == c) & (pred == c)).sum() / max((truth == c).sum() + (pred == c).sum(), 1)
-                for c in np.unique(truth)
-            ]
-        )
-    )
+    return float(np.mean([f1(rows, c) for c in np.unique(rows[:, 0])]))
 
 
 def accuracy(rows):
@@ -428,7 +439,7 @@ def saved(rows):
 
 @dataclass
 class Reading:
-    """One present in a space of d numbers: real futures [n, d], the point forecast [d], sampled futures by name [K, d]."""
+    """One present in a space of d numbers: real futures [n, d], point forecast [d], sampled futures by name [K, d]."""
 
     odds: float  # true probability of the right branch, 0 where there is no fork
     real: np.ndarray
@@ -439,73 +450,54 @@ class Reading:
     truth: list = field(default_factory=list)  # labels of the real futures
     same_now: bool = True  # NOW frames of all real futures are equal bit for bit
 
+    def forked(self):
+        """Whether each branch has two real futures, what every fork test needs."""
+        return min((self.side == -1).sum(), (self.side == 1).sum()) > 1
+
+    def ends(self):
+        """Means of the two branches -> (left [d], right [d])."""
+        return self.real[self.side == -1].mean(0), self.real[self.side == 1].mean(0)
+
 
 def choose(readings, columns):
     """The same readings in some of their d numbers: columns is a slice -> [Reading]."""
-    return [
-        replace(
-            r,
-            real=r.real[:, columns],
-            point=r.point[columns],
-            samples={name: s[:, columns] for name, s in r.samples.items()},
-        )
-        for r in readings
-    ]
+    chosen = []
+    for r in readings:
+        samples = {name: s[:, columns] for name, s in r.samples.items()}
+        chosen.append(replace(r, real=r.real[:, columns], point=r.point[columns], samples=samples))
+    return chosen
 
 
-FORK_COLUMNS = (
-    "odds",
-    "share",
-    "between",
-    "near",
-    "point",
-    "picked",
-    "es",
-    "es_point",
-    "es_noise",
-    "es_oracle",
-    "real_between",
-    "real_near",
-)
+FORK_COLUMNS = "odds share between near point picked es es_point es_noise es_oracle real_between real_near".split()
+REFERENCES = ("point", "noise", "oracle")  # of the energy score
+
+
+def fork_row(r, variant, radius):
+    """What the fork tests take from one scene -> numbers in the order of FORK_COLUMNS."""
+    ends, samples, noise = r.ends(), r.samples[variant], r.samples["mean + noise"]
+    place, real, point, noise = (branch_coordinate(points, *ends) for points in (samples, r.real, r.point, noise))
+    natural, scores = real[: r.natural, None], [math.nan] * 4
+    if r.natural > 2:
+        scores = [score_against(np.reshape(x, (-1, 1)), natural) for x in (place, point, noise)]
+        scores.append(oracle_score(natural))
+    between, real_between = (((x > 0.25) & (x < 0.75)).mean() for x in (place, real))
+    near, real_near = ((x <= radius).mean() for x in (branch_distance(samples, *ends), real_radii(r.real, r.side)))
+    picked = (point > 0.5) == (r.side[0] > 0)
+    return r.odds, (place > 0.5).mean(), between, near, point, picked, *scores, real_between, real_near
 
 
 def fork_rows(readings, variant):
-    """Per fork: odds, share of samples to the right, between and near the branches, place of the point forecast, energy scores -> {column: [n]}."""
-    usable = [r for r in readings if min((r.side == -1).sum(), (r.side == 1).sum()) > 1]
-    radius = (
-        1.5 * np.quantile(np.concatenate([real_radii(r.real, r.side) for r in usable]), 0.95) if usable else math.nan
-    )
-    rows = []
-    for r in usable:
-        left, right = r.real[r.side == -1].mean(0), r.real[r.side == 1].mean(0)
-        place, real, noise = (
-            branch_coordinate(points, left, right) for points in (r.samples[variant], r.real, r.samples["mean + noise"])
-        )
-        point, natural, scores = float(branch_coordinate(r.point, left, right)), real[: r.natural, None], [math.nan] * 4
-        if r.natural > 2:
-            scores = [
-                *(score_against(np.reshape(x, (-1, 1)), natural) for x in (place, point, noise)),
-                oracle_score(natural),
-            ]
-        between, real_between = (float(((x > 0.25) & (x < 0.75)).mean()) for x in (place, real))
-        near, real_near = (
-            float((x <= radius).mean())
-            for x in (branch_distance(r.samples[variant], left, right), real_radii(r.real, r.side))
-        )
-        rows.append(
-            (
-                r.odds,
-                (place > 0.5).mean(),
-                between,
-                near,
-                point,
-                (point > 0.5) == (r.side[0] > 0),
-                *scores,
-                real_between,
-                real_near,
-            )
-        )
-    return dict(zip(FORK_COLUMNS, np.asarray(rows, float).reshape(len(rows), len(FORK_COLUMNS)).T))
+    """Per fork: odds, shares of samples right, between, near, place of the forecast, energy scores -> {column: [n]}."""
+    usable, radius = [r for r in readings if r.forked()], math.nan
+    if usable:
+        radius = 1.5 * np.quantile(np.concatenate([real_radii(r.real, r.side) for r in usable]), 0.95)
+    rows = np.asarray([fork_row(r, variant, radius) for r in usable], float)
+    return dict(zip(FORK_COLUMNS, rows.reshape(len(usable), len(FORK_COLUMNS)).T))
+
+
+def calibrated(column, rows):
+    """One of (slope, intercept, ece) of rows [n, 2] = (share, odds)."""
+    return calibration(rows[:, 0], rows[:, 1])[column]
 
 
 def fork_scores(readings, variant, resamples=1000):
@@ -513,51 +505,38 @@ def fork_scores(readings, variant, resamples=1000):
     rows = fork_rows(readings, variant)
     if not len(rows["odds"]):
         return {}
-    even, scores = rows["odds"] == 0.5, {}
-    means = {
-        "fork_share": rows["share"],
-        "fork_deviation": abs(rows["share"] - 0.5),
-        "between_share": rows["between"],
-        "near_real": rows["near"],
-        "hedging": (rows["point"] >= 0.25) & (rows["point"] <= 0.75),
-    }
-    for name, values in means.items():
-        scores[name] = (
-            float(values[even].mean()) if even.any() else math.nan,
-            bootstrap(values[even], np.mean, num=resamples),
-            even.sum(),
-        )
+    even, pairs = rows["odds"] == 0.5, np.stack([rows["share"], rows["odds"]], 1)
     scored = even & np.isfinite(rows["es_oracle"])
-    for name, reference, statistic in (
-        ("es_skill_point", "es_point", saved),
-        ("es_skill_noise", "es_noise", saved),
-        ("es_vs_oracle", "es_oracle", mean_ratio),
-    ):
-        table = np.stack([rows["es"], rows[reference]], 1)[scored]
-        scores[name] = (statistic(table), bootstrap(table, statistic, num=resamples), scored.sum())
-    table, count = np.stack([rows["share"], rows["odds"]], 1), len(even)
-    for column, name in enumerate(("calibration_slope", "calibration_intercept", "calibration_ece")):
-        drawn = bootstrap(
-            table, lambda picked, column=column: calibration(picked[:, 0], picked[:, 1])[column], num=resamples
-        )
-        scores[name] = (calibration(rows["share"], rows["odds"])[column], drawn, count)
+    point, noise, oracle = (np.stack([rows["es"], rows[f"es_{name}"]], 1)[scored] for name in REFERENCES)
+    tests = {
+        "fork_share": (rows["share"][even], np.mean),
+        "fork_deviation": (abs(rows["share"] - 0.5)[even], np.mean),
+        "between_share": (rows["between"][even], np.mean),
+        "near_real": (rows["near"][even], np.mean),
+        "hedging": (((rows["point"] >= 0.25) & (rows["point"] <= 0.75))[even], np.mean),
+        "es_skill_point": (point, saved),
+        "es_skill_noise": (noise, saved),
+        "es_vs_oracle": (oracle, mean_ratio),
+        "calibration_slope": (pairs, partial(calibrated, 0)),
+        "calibration_intercept": (pairs, partial(calibrated, 1)),
+        "calibration_ece": (pairs, partial(calibrated, 2)),
+    }
+    scores = {}
+    for name, (table, statistic) in tests.items():
+        value = statistic(table) if len(table) else math.nan
+        scores[name] = value, bootstrap(table, statistic, num=resamples), len(table)
     return scores
 
 
 def real_scores(rows, num_samples):
-    """What real futures, or samples of the same law, would score in the fork tests: the best that can be asked -> {figure: value}."""
+    """What real futures would score in the fork tests, the best that can be asked -> {figure: value}."""
     even = rows["odds"] == 0.5
     oracle, point, noise = (np.nansum(rows[name][even]) for name in ("es_oracle", "es_point", "es_noise"))
-    return {
-        "fork_deviation": binomial_deviation(num_samples),
-        "es_skill_point": 1 - ratio(oracle, point),
-        "es_skill_noise": 1 - ratio(oracle, noise),
-        **(
-            {"between_share": rows["real_between"][even].mean(), "near_real": rows["real_near"][even].mean()}
-            if even.any()
-            else {}
-        ),
-    }
+    scores = {"fork_deviation": binomial_deviation(num_samples)}
+    scores |= {"es_skill_point": 1 - ratio(oracle, point), "es_skill_noise": 1 - ratio(oracle, noise)}
+    if even.any():
+        scores |= {"between_share": rows["real_between"][even].mean(), "near_real": rows["real_near"][even].mean()}
+    return scores
 
 
 def fork_figures(readings, sizes, controls):
@@ -570,22 +549,14 @@ def fork_figures(readings, sizes, controls):
     even, best = rows["odds"] == 0.5, real_scores(rows, sizes.num_samples)
     for name, (value, interval, n) in fork_scores(readings, "model", sizes.resamples).items():
         beside = {control: scores[name][0] for control, scores in others.items() if name in scores}
-        figures[name] = make_figure(
-            name, value, interval, n, beside | ({"perfect sampler": best[name]} if name in best else {})
-        )
+        beside |= {"perfect sampler": best[name]} if name in best else {}
+        figures[name] = make_figure(name, value, interval, n, beside)
     if even.any():
         picked, band = rows["picked"][even], 3 * math.sqrt(0.25 / even.sum())
-        same = all(r.same_now for r in readings)
-        figure = make_figure(
-            "no_leak",
-            picked.mean(),
-            bootstrap(picked, np.mean, num=sizes.resamples),
-            even.sum(),
-            {"chance": 0.5},
-            (0.5 - band, 0.5 + band),
-            {"now_frames_equal": same},
-        )
-        figures["no_leak"] = figure | {"passed": figure["passed"] and same}
+        same, limits = all(r.same_now for r in readings), (0.5 - band, 0.5 + band)
+        more = dict(limits=limits, also={"now_frames_equal": same})
+        figures |= measured("no_leak", picked, np.mean, {"chance": 0.5}, sizes.resamples, **more)
+        figures["no_leak"]["passed"] &= same
     return figures
 
 
@@ -595,33 +566,26 @@ def fork_curves(readings, names):
     if not len(rows["odds"]):
         return {}
     odds = np.unique(rows["odds"])
-    curves = {
-        "calibration": {
-            "odds": odds.tolist(),
-            "share": [float(rows["share"][rows["odds"] == p].mean()) for p in odds],
-            "std": [float(rows["share"][rows["odds"] == p].std()) for p in odds],
-            "n": [int((rows["odds"] == p).sum()) for p in odds],
-            "point": [float(np.median(rows["point"][rows["odds"] == p])) for p in odds],
-        }
+    alike = [rows["odds"] == p for p in odds]
+    told = {
+        "odds": odds.tolist(),
+        "share": [float(rows["share"][here].mean()) for here in alike],
+        "std": [float(rows["share"][here].std()) for here in alike],
+        "n": [int(here.sum()) for here in alike],
+        "point": [float(np.median(rows["point"][here])) for here in alike],
     }
     places = {name: [] for name in ("real futures", *names, "point forecast")}
     for r in readings:
-        if r.odds == 0.5 and min((r.side == -1).sum(), (r.side == 1).sum()) > 1:
-            ends = r.real[r.side == -1].mean(0), r.real[r.side == 1].mean(0)
-            places["real futures"].append(branch_coordinate(r.real, *ends))
-            places["point forecast"].append(branch_coordinate(r.point[None], *ends))
-            for name in names:
-                places[name].append(branch_coordinate(r.samples[name], *ends))
-    counts = {
-        name: np.histogram(np.clip(np.concatenate(values), -0.5, 1.5), bins)[0]
-        for name, values in places.items()
-        if values
-    }
-    curves["branch_coordinate"] = {
-        "edges": bins.tolist(),
-        **{name: (count / count.sum()).tolist() for name, count in counts.items()},
-    }
-    return curves
+        if r.odds == 0.5 and r.forked():
+            shown = {"real futures": r.real, "point forecast": r.point[None], **r.samples}
+            for name, found in places.items():
+                found.append(branch_coordinate(shown[name], *r.ends()))
+    histogram = {"edges": bins.tolist()}
+    for name, values in places.items():
+        if values:
+            counts = np.histogram(np.clip(np.concatenate(values), -0.5, 1.5), bins)[0]
+            histogram[name] = (counts / counts.sum()).tolist()
+    return {"calibration": told, "branch_coordinate": histogram}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -630,7 +594,7 @@ def fork_curves(readings, names):
 
 
 class Principal:
-    """Leading principal directions of rows [n, R], by the Gram matrix: R may be large. Scores have mean square 1 over all directions."""
+    """Leading principal directions of rows [n, R], by the Gram matrix: R may be large. Scores have mean square 1."""
 
     def __init__(self, rows, rank, centre=True):
         rank = max(rank, 1)
@@ -654,8 +618,9 @@ class Principal:
 
 
 def fit_ridge(scores, columns):
-    """Ridge regressions, the strength of each chosen by leave-one-out error: scores [n, k], columns {name: values [n], NaN for unknown}
-    -> {name: (weight [k, 1], bias [1])}, less names with fewer than 8 known values. Names known on the same rows share one decomposition."""
+    """Ridge regressions, the strength of each chosen by leave-one-out error: scores [n, k], columns {name: values [n],
+    NaN unknown} -> {name: (weight [k, 1], bias [1])}, less names with fewer than 8 known values. Names known on the
+    same rows share one decomposition."""
     from sklearn.linear_model import RidgeCV
 
     fitted, alike = {}, {}
@@ -663,23 +628,17 @@ def fit_ridge(scores, columns):
         alike.setdefault(np.isfinite(values).tobytes(), []).append(name)
     for names in alike.values():
         known = np.isfinite(columns[names[0]])
-        if known.sum() < 8:
-            continue
-        ridge = RidgeCV(alphas=np.logspace(-2, 5, 15), alpha_per_target=True).fit(
-            scores[known], np.stack([columns[name][known] for name in names], 1)
-        )
-        fitted |= {
-            name: (weight[:, None], np.array([bias]))
-            for name, weight, bias in zip(names, np.atleast_2d(ridge.coef_), np.atleast_1d(ridge.intercept_))
-        }
+        if known.sum() >= 8:
+            ridge = RidgeCV(alphas=np.logspace(-2, 5, 15), alpha_per_target=True)
+            ridge.fit(scores[known], np.stack([columns[name][known] for name in names], 1))
+            for name, weight, bias in zip(names, np.atleast_2d(ridge.coef_), np.atleast_1d(ridge.intercept_)):
+                fitted[name] = weight[:, None], np.array([bias])
     return fitted
 
 
 def fit_logistic(scores, classes, groups, num_classes):
-    """Logistic regression, its strength chosen on a fifth of the groups: scores [n, k], classes [n] with -1 for unknown -> (weight [k, c], bias [c]).
-
-    The largest of the c outputs names the class; a class that is missing among the rows can never be named.
-    """
+    """Logistic regression, its strength chosen on a fifth of the groups: scores [n, k], classes [n], -1 unknown ->
+    (weight [k, c], bias [c]). The largest of the c outputs names the class, never one that no row has."""
     from sklearn.linear_model import LogisticRegression
 
     known = classes >= 0
@@ -688,11 +647,9 @@ def fit_logistic(scores, classes, groups, num_classes):
     held = known & (np.random.default_rng(0).permutation(int(groups.max()) + 1)[groups] % 5 == 0)
     inner, chosen = known & ~held, 0.1
     if held.any() and len(np.unique(classes[inner])) > 1:
-        fits = {
-            C: LogisticRegression(C=C, max_iter=3000).fit(scores[inner], classes[inner])
-            for C in (0.001, 0.01, 0.1, 1.0)
-        }
-        chosen = max(fits, key=lambda C: fits[C].score(scores[held], classes[held]))
+        tried = [LogisticRegression(C=C, max_iter=3000) for C in (0.001, 0.01, 0.1, 1.0)]
+        fits = [fit.fit(scores[inner], classes[inner]) for fit in tried]
+        chosen = max(fits, key=lambda fit: fit.score(scores[held], classes[held])).C
     fitted = LogisticRegression(C=chosen, max_iter=3000).fit(scores[known], classes[known])
     weight, bias = np.zeros((scores.shape[1], num_classes)), np.full(num_classes, -1e6)
     if len(fitted.classes_) == 2:  # one column in scikit-learn: the second class against the first
@@ -704,7 +661,7 @@ def fit_logistic(scores, classes, groups, num_classes):
 
 @dataclass
 class Tasks:
-    """What probes read: values {signal: float [n], NaN unknown}, classes {task: int [n], -1 unknown}, num_classes {task: c}, groups [n] (scene or file)."""
+    """What probes read: values, NaN unknown; classes, -1 unknown, and how many there are; groups: scene or file [n]."""
 
     values: dict
     classes: dict
@@ -720,8 +677,14 @@ class Tasks:
         known = np.isfinite(truth) if task in self.values else truth >= 0
         return np.stack([truth[known], np.asarray(pred, float)[known]], 1), self.groups[known]
 
+    def pick(self, names, rows=slice(None)):
+        """Some of the tasks, on some rows -> Tasks."""
+        values = {name: column[rows] for name, column in self.values.items() if name in names}
+        classes = {name: column[rows] for name, column in self.classes.items() if name in names}
+        return replace(self, values=values, classes=classes, groups=self.groups[rows])
+
     def shuffled(self, seed):
-        """The same labels dealt to other clips: what a probe finds here, it found by luck. Unknown ones stay unknown."""
+        """The same labels dealt to other clips: what a probe finds here is luck. Unknown ones stay unknown."""
         rng, dealt = np.random.default_rng(seed), []
         for labels in (self.values, self.classes):
             dealt.append({name: column.copy() for name, column in labels.items()})
@@ -750,21 +713,14 @@ def predict(probes, rows, tasks):
 
 
 class AttentiveProbe(nn.Module):
-    """One block of cross-attention with a learned query per task, then a linear head each (V-JEPA's probe with one block)."""
+    """Cross-attention from queries [Q, D], one per task, then a linear head each: V-JEPA's probe with one block."""
 
-    def __init__(self, dim, widths):
+    def __init__(self, queries, widths, num_heads):
         super().__init__()
-        heads = max(h for h in range(1, max(dim // 32, 1) + 1) if dim % h == 0)
-        self.queries = nn.Parameter(torch.randn(len(widths), dim))
-        self.norm_tokens, self.norm, self.cross, self.mlp = (
-            nn.LayerNorm(dim),
-            nn.LayerNorm(dim),
-            V.CrossAttention(dim, dim, heads),
-            V.MLP(dim, 4 * dim),
-        )
+        dim = queries.shape[1]
+        self.queries, self.norm_tokens, self.norm = nn.Parameter(queries), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.cross, self.mlp = V.CrossAttention(dim, dim, num_heads), V.MLP(dim, 4 * dim)
         self.heads = nn.ModuleList(nn.Linear(dim, width) for width in widths)
-        for linear in (self.cross.q, self.cross.kv, self.cross.proj):
-            nn.init.trunc_normal_(linear.weight, std=dim**-0.5)
 
     def forward(self, tokens):
         """tokens [B, L, D] -> list of [B, width]."""
@@ -774,54 +730,63 @@ class AttentiveProbe(nn.Module):
         return [head(x[:, task]) for task, head in enumerate(self.heads)]
 
 
+def new_probe(dim, widths):
+    """An attentive probe for tokens of `dim` channels, with sharp first queries."""
+    num_heads = max(h for h in range(1, max(dim // 32, 1) + 1) if dim % h == 0)
+    probe = AttentiveProbe(torch.randn(len(widths), dim), widths, num_heads)
+    for linear in (probe.cross.q, probe.cross.kv, probe.cross.proj):
+        nn.init.trunc_normal_(linear.weight, std=dim**-0.5)
+    return probe
+
+
 def attentive_loss(outputs, labels, scales):
     """Sum over tasks: squared error in units of the deviation, or cross-entropy; unknown labels count nothing."""
     total = outputs[0].new_zeros(())
     for out, label, scale in zip(outputs, labels, scales):
         if scale is None:
-            total = total + F.cross_entropy(out, label, ignore_index=-1, reduction="sum") / (
-                label >= 0
-            ).sum().clamp_min(1)
+            loss, known = F.cross_entropy(out, label, ignore_index=-1, reduction="sum"), label >= 0
         else:
             known = torch.isfinite(label)
-            total = total + (out[:, 0] - (torch.nan_to_num(label) - scale[0]) / scale[1])[
-                known
-            ].square().sum() / known.sum().clamp_min(1)
+            loss = (out[:, 0] - (torch.nan_to_num(label) - scale[0]) / scale[1])[known].square().sum()
+        total = total + loss / known.sum().clamp_min(1)
     return total
+
+
+def cosine_lr(peak, step, num_steps):
+    """Learning rate of the small fits: twenty steps of warm-up, then half a cosine."""
+    return peak / 2 * (1 + math.cos(math.pi * step / num_steps)) * min(1.0, (step + 1) / 20)
 
 
 def attentive_predictions(tokens, tasks, test_tokens, epochs, device, seed=0):
     """Train an attentive probe of all tasks on tokens [n, L, D], apply it to test tokens -> {task: predictions}."""
     names = [name for name in tasks.names() if name in tasks.classes or np.isfinite(tasks.values[name]).sum() > 7]
     values = {name: torch.as_tensor(tasks.values[name]).float().to(device) for name in names if name in tasks.values}
+    labels = [values[name] if name in values else torch.as_tensor(tasks.classes[name]).to(device) for name in names]
     scales = [
         (values[name].nanmean(), values[name][~values[name].isnan()].std().clamp_min(1e-6)) if name in values else None
         for name in names
     ]
-    labels = [values[name] if name in values else torch.as_tensor(tasks.classes[name]).to(device) for name in names]
     torch.manual_seed(seed)
-    probe = AttentiveProbe(tokens.shape[-1], [1 if name in values else tasks.num_classes[name] for name in names]).to(
-        device
-    )
+    widths = [1 if name in values else tasks.num_classes[name] for name in names]
+    probe = new_probe(tokens.shape[-1], widths).to(device)
     size, rng = min(32, len(tokens)), torch.Generator().manual_seed(seed)
     steps = epochs * (len(tokens) // size)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=4e-3, weight_decay=0.01)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / 20)
+        optimizer.param_groups[0]["lr"] = cosine_lr(4e-3, step, steps)
         drawn = torch.randint(len(tokens), (size,), generator=rng)
-        loss = attentive_loss(
-            probe(tokens[drawn].to(device).float()), [label[drawn.to(device)] for label in labels], scales
-        )
+        outputs = probe(tokens[drawn].to(device).float())
+        loss = attentive_loss(outputs, [label[drawn.to(device)] for label in labels], scales)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
     with torch.inference_mode():
         parts = [probe(part.to(device).float()) for part in test_tokens.split(64)]
-    outputs = [torch.cat(column).cpu() for column in zip(*parts)]
-    return {
-        name: (out[:, 0] * scale[1].cpu() + scale[0].cpu()).numpy() if scale else out.argmax(1).numpy()
-        for name, out, scale in zip(names, outputs, scales)
-    }
+    found = {}
+    for name, column, scale in zip(names, zip(*parts), scales):
+        out = torch.cat(column).cpu()
+        found[name] = (out[:, 0] * scale[1].cpu() + scale[0].cpu() if scale else out.argmax(1)).numpy()
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -829,32 +794,60 @@ def attentive_predictions(tokens, tasks, test_tokens, epochs, device, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Progress:
-    """One rewritten line of stderr on a terminal, one plain line per stage elsewhere; silent when `quiet`."""
+class Bar:
+    """Progress on stderr: a line that rewrites itself on a terminal, elsewhere the last word. Silent when `quiet`."""
 
     def __init__(self, quiet=False):
-        self.quiet, self.began, self.width, self.name, self.total, self.done = quiet, time.perf_counter(), 0, "", 1, 0
+        self.quiet, self.began, self.width = quiet, time.perf_counter(), 0
+
+    @property
+    def seconds(self):
+        return time.perf_counter() - self.began
+
+    def show(self, share, text):
+        """Rewrite the line."""
+        if not self.quiet and V.is_terminal(sys.stderr):
+            line = V.progress_bar(share, text)
+            V.emit("\r" + line.ljust(self.width), sys.stderr)
+            self.width = len(line)
+
+    def close(self, text=""):
+        """Leave the line empty, then say a last word."""
+        if self.width:
+            V.emit("\r" + " " * self.width + "\r", sys.stderr)
+            self.width = 0
+        if text and not self.quiet:
+            V.say(text, sys.stderr)
+
+
+def counted(things, name):
+    """Things of a list, one by one, with a bar meanwhile and their number at the end -> generator."""
+    bar = Bar()
+    for done, thing in enumerate(things, 1):
+        yield thing
+        bar.show(done / len(things), f"{done}/{len(things)} {name}")
+    bar.close(f"{name}: {len(things)}")
+
+
+class Progress(Bar):
+    """A Bar of several stages; where no bar can be shown, each begins with a plain line."""
 
     def stage(self, name, total=1):
         """Begin a stage of `total` parts."""
         self.name, self.total, self.done = name, max(total, 1), 0
-        if not self.quiet and not V.is_terminal(sys.stderr):
-            V.say(f"{time.perf_counter() - self.began:6.0f} s  {name}", sys.stderr)
+        if not V.is_terminal(sys.stderr):
+            self.close(f"{self.seconds:6.0f} s  {name}")
         self.step(0)
 
     def step(self, count=1):
         """Count parts of the stage."""
         self.done += count
-        if not self.quiet and V.is_terminal(sys.stderr):
-            filled = round(24 * self.done / self.total)
-            line = f"[{'#' * filled}{'.' * (24 - filled)}] {self.done}/{self.total} {self.name} ({time.perf_counter() - self.began:.0f} s)"
-            V.emit("\r" + line.ljust(self.width), sys.stderr)
-            self.width = len(line)
+        self.show(self.done / self.total, f"{self.done}/{self.total} {self.name} ({self.seconds:.0f} s)")
 
-    def close(self):
-        """Leave the line empty."""
-        if self.width:
-            V.emit("\r" + " " * self.width + "\r", sys.stderr)
+
+def as_frames(frames):
+    """The decoder's uint8 [T, H, W, 3] -> tensor [T, 3, H, W]."""
+    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
 
 
 @dataclass(frozen=True)
@@ -878,12 +871,17 @@ def future_of(job, cfg):
 
 
 def futures_where(scene_seed, cfg, kind, key, value, count, most=400):
-    """Future seeds in which key has this value, the first `count` of them -> list, shorter when `most` seeds hold no more."""
+    """Future seeds in which key has this value, the first `count` of them -> list, shorter when `most` hold no more."""
     found, scene = [], V.draw_scene(scene_seed, cfg, kind)
     for future_seed in range(most):
         if len(found) < count and V.draw_future(scene, future_seed, scene_seed)[0][key] == value:
             found.append(future_seed)
     return found
+
+
+def both_branches(scene_seed, cfg):
+    """Future seeds of a fork, two to the left and two to the right -> list."""
+    return [s for side in (-1, 1) for s in futures_where(scene_seed, cfg, "fork", "choice", side, 2)]
 
 
 def fork_seeds(seed, name, cfg, odds, count):
@@ -897,15 +895,15 @@ def fork_seeds(seed, name, cfg, odds, count):
 
 
 def scene_pictures(job, cfg):
-    """Render a job in the size that the model sees -> (frames uint8 [T, 3, H, W], labels). Scenes of runs that learned from files
-    are drawn in the files' size and averaged down, as a decoder does; those of runs that rendered are drawn as they are."""
+    """Render a job in the size that the model sees -> (frames uint8 [T, 3, H, W], labels). Scenes of runs that learned
+    from files are drawn in the files' size and averaged down, as a decoder does; those of runs that rendered as is."""
     drawn = cfg if cfg.scenes == "files" else replace(cfg, scene_size=0)
     frames, labels = V.scene(job.scene_seed, job.future_seed, drawn, job.kind, job.twin)
-    clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    clip = as_frames(frames)
     if clip.shape[-2:] != (cfg.height, cfg.width):
         clip = F.interpolate(clip.float(), size=(cfg.height, cfg.width), mode="area").round().byte()
     labels["stops"] = bool(future_of(job, cfg)["stops"])
-    return clip.contiguous(), labels
+    return clip, labels
 
 
 class SceneJobs(torch.utils.data.Dataset):
@@ -924,19 +922,17 @@ class SceneJobs(torch.utils.data.Dataset):
 def timed_annotation(annotation, video, plan):
     """Per-frame signals of an annotation at the times of a clip's frames -> dict of lists [T] and the maneuver."""
     labels = {"maneuver": str(annotation.get("maneuver", ""))}
-    signals = {
-        name: annotation[name] for name in SIGNALS if isinstance(annotation.get(name), list) and annotation[name]
-    }
+    signals = [name for name in SIGNALS if isinstance(annotation.get(name), list) and annotation[name]]
     if not signals:
         return labels
     try:
-        duration, native_fps = V.video_timing(video.path, V.replace(plan, noted_fps=annotation.get("fps") or 0.0))
+        duration, native_fps = V.video_timing(video.path, replace(plan, noted_fps=annotation.get("fps") or 0.0))
     except (V.BadFile, *V.DECODE_ERRORS) as error:
         raise V.UserError(f"annotation of {video.name}: the times of its video cannot be read ({error})") from error
     times = V.frame_times(plan, duration, native_fps)
-    for name, signal in signals.items():
+    for name in signals:
         try:
-            values = np.array([math.nan if value is None else float(value) for value in signal])
+            values = np.array([math.nan if value is None else float(value) for value in annotation[name]])
         except (TypeError, ValueError) as error:
             raise V.UserError(f"annotation of {video.name}: {name} must be a list of numbers") from error
         at = np.clip((times * float(annotation.get("fps") or native_fps)).astype(int), 0, len(values) - 1)
@@ -945,10 +941,10 @@ def timed_annotation(annotation, video, plan):
 
 
 class VideoClips(torch.utils.data.Dataset):
-    """Clips of real videos by the script's own dataset, with annotations at the clip's times. labels: file, maneuver, signals, bad."""
+    """Clips of videos by the script's dataset -> frames and labels: file, bad, maneuver, signals at their times."""
 
     def __init__(self, dataset, count):
-        self.dataset, self.count, self.cfg = dataset, count, dataset.cfg
+        self.dataset, self.count, self.cfg = dataset, min(count, 32 * len(dataset.videos)), dataset.cfg
 
     def __len__(self):
         return self.count
@@ -961,8 +957,7 @@ class VideoClips(torch.utils.data.Dataset):
             plan = V.draw_plan(V.sample_rng(cfg.seed, data.stream, index, 2), cfg, data.stream)
             with data.watch.holding(number):
                 labels = timed_annotation(annotation, data.videos[number], plan)
-        clip = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
-        return clip, {**labels, "file": number, "bad": bad}
+        return as_frames(frames), {**labels, "file": number, "bad": bad}
 
 
 def collate_clips(pairs):
@@ -970,23 +965,12 @@ def collate_clips(pairs):
     return torch.stack([frames for frames, _ in pairs]), [labels for _, labels in pairs]
 
 
-def stream(clips, sizes, num_workers, progress, name):
-    """Batches of a dataset in order, made by worker processes -> generator of (frames uint8 on the host, labels)."""
-    progress.stage(name, len(clips))
-    numbers, files = range(len(clips)), getattr(clips, "dataset", None)
-    batches = [numbers[first : first + sizes.batch] for first in range(0, len(clips), sizes.batch)]
-    loader = V.ClipLoader(
-        clips,
-        batches,
-        num_workers,
-        timeout_s=clips.cfg.decode_timeout_s,
-        collate_fn=collate_clips,
-        files=files,
-        batch_bytes=V.batch_bytes(clips.cfg, sizes.batch),
-    )
-    for frames, labels in loader:
-        yield frames, labels
-        progress.step(len(labels))
+def open_loader(clips, count, size, num_workers, collate_fn):
+    """V.ClipLoader of `count` clips in order, in batches of `size`; a `dataset` of the clips is what reads files."""
+    batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    options = dict(timeout_s=clips.cfg.decode_timeout_s, files=getattr(clips, "dataset", None))
+    room = size * math.prod((clips.cfg.num_frames, 3, clips.cfg.height, clips.cfg.width)) + 2**16
+    return V.ClipLoader(clips, batches, num_workers, collate_fn=collate_fn, batch_bytes=room, **options)
 
 
 def soon_end(values, cfg):
@@ -1005,17 +989,12 @@ def window_maneuver(labels, cfg):
 
 
 def make_tasks(labels, cfg, maneuvers, scenes):
-    """Labels of clips -> Tasks. Scenes also have a branch, a lane choice and a car that stops; groups are scenes or files."""
+    """Labels of clips -> Tasks, groups by scene or file. Scenes also have a branch, a lane choice, a car that stops."""
     values = {name: np.array([soon_end(label.get(name), cfg) for label in labels]) for name in SIGNALS}
-    values = {
-        name: column
-        for name, column in values.items()
-        if np.isfinite(column).any() and not (scenes and name == "steer")
-    }
-    numbers = {name: number for number, name in enumerate(maneuvers)}
-    classes = (
-        {"maneuver": np.array([numbers.get(window_maneuver(label, cfg), -1) for label in labels])} if maneuvers else {}
-    )
+    values = {name: v for name, v in values.items() if np.isfinite(v).any() and not (scenes and name == "steer")}
+    numbers, classes = {name: number for number, name in enumerate(maneuvers)}, {}
+    if maneuvers:
+        classes["maneuver"] = np.array([numbers.get(window_maneuver(label, cfg), -1) for label in labels])
     counts = {"maneuver": len(maneuvers)}
     if scenes:
         lanes = {"lane_change_left": 0, "keep": 1, "lane_change_right": 2}
@@ -1023,7 +1002,7 @@ def make_tasks(labels, cfg, maneuvers, scenes):
         classes["lane"] = np.array([lanes[label["maneuver"]] if label["kind"] == "lane" else -1 for label in labels])
         classes["stops"] = np.array([int(label["stops"]) if label["kind"] == "occluder" else -1 for label in labels])
         counts |= {"branch": 2, "lane": 3, "stops": 2}
-    _, groups = np.unique([label["scene_seed"] if scenes else label["file"] for label in labels], return_inverse=True)
+    _, groups = np.unique([label["scene_seed" if scenes else "file"] for label in labels], return_inverse=True)
     return Tasks(values, classes, counts, groups)
 
 
@@ -1034,8 +1013,17 @@ def make_tasks(labels, cfg, maneuvers, scenes):
 POOL_SIDE, POOL_CHANNELS = 8, 128  # larger token grids and wider tokens are reduced to this before they are kept
 
 
+def pool_sites(tokens, grid, side):
+    """Tokens [..., t*h*w, D] of a grid (h, w) -> averages over side = (h', w') parts of it, [..., t*h'*w', D]."""
+    if side == grid:
+        return tokens
+    lead, D = tokens.shape[:-2], tokens.shape[-1]
+    maps = tokens.reshape(-1, *grid, D).permute(0, 3, 1, 2)
+    return F.adaptive_avg_pool2d(maps, side).permute(0, 2, 3, 1).reshape(*lead, -1, D)
+
+
 class Reducer:
-    """Fixed linear map that makes tokens small enough to keep: grids are averaged to at most 8 x 8 sites, channels cut to 128 principal ones."""
+    """Fixed linear map that makes tokens small enough to keep: at most 8 x 8 averaged sites, 128 principal channels."""
 
     def __init__(self, cfg):
         self.grid, self.side, self.basis = cfg.grid[1:], tuple(min(side, POOL_SIDE) for side in cfg.grid[1:]), None
@@ -1048,17 +1036,13 @@ class Reducer:
 
     def __call__(self, tokens):
         """[..., L, D] -> [..., L', D']."""
-        if self.side != self.grid:
-            lead, (_, D) = tokens.shape[:-2], tokens.shape[-2:]
-            maps = tokens.reshape(-1, *self.grid, D).permute(0, 3, 1, 2)
-            tokens = F.adaptive_avg_pool2d(maps, self.side).permute(0, 2, 3, 1).reshape(*lead, -1, D)
+        tokens = pool_sites(tokens, self.grid, self.side)
         return tokens if self.basis is None else tokens @ self.basis
 
 
 class ResidualNoise(nn.Module):
-    """Stands in for a flow net and knows nothing of NOW: in one step it turns noise into coordinates with the residual's own covariance.
-
-    Sampling with it gives the point forecast plus noise of the right size and shape, but without branches.
+    """Stands in for a flow net and knows nothing of NOW: in one step it turns noise into coordinates with the
+    residual's own covariance. Samples are the point forecast plus noise of the right size and shape, without branches.
     """
 
     def __init__(self, space):
@@ -1074,25 +1058,21 @@ class ResidualNoise(nn.Module):
         return self.space.gaussian(x_tau)
 
 
+def own_precision(model, device):
+    """A process of one rank that computes in what the run's --amp means on this device."""
+    process = V.Process(0, 1, device, None)
+    process.amp_dtype, _ = V.choose_precision(model, process)
+    return process
+
+
 class Subject:
     """A model with the flow nets that sample from it, and linear read-outs of SOON latents fitted on it."""
 
-    def __init__(self, model, device, steps=None):
-        self.model, self.cfg, self.device, self.steps, self.reduce = (
-            model,
-            model.cfg,
-            device,
-            steps or model.cfg.flow_steps,
-            Reducer(model.cfg),
-        )
-        self.sampled = steps is None  # whether its samples can differ
-        self.process = V.Process(0, 1, device, None)
-        self.process.amp_dtype, _ = V.choose_precision(model.cfg, self.process)
+    def __init__(self, model, process, steps=None):
+        self.model, self.cfg, self.device, self.reduce = model, model.cfg, process.device, Reducer(model.cfg)
+        self.steps, self.sampled = steps or model.cfg.flow_steps, steps is None  # whether its samples can differ
+        self.process = process
         self.flows, self.probes, self.weight, self.bias, self.columns = {"model": model.flow_ema}, {}, None, None, {}
-
-    def autocast(self):
-        """The precision that the run's --amp means on this machine."""
-        return V.autocast(self.process)
 
     def soon(self, tokens):
         """SOON part of targets [B, L, D]."""
@@ -1100,34 +1080,29 @@ class Subject:
 
     @torch.no_grad()
     def encode(self, frames):
-        """uint8 frames [B, T, 3, H, W] on the host -> fp32 (context [B, K, D], targets [B, L, D], point forecast [B, F, D])."""
-        model = self.model
-        with self.autocast():
-            clip = model.normalise(frames.to(self.device))
-            targets = model.make_targets(clip)
-            context = model.encode_now(model.online.tokenizer(clip[:, : self.cfg.now_frames]))
-            point = model.forecast(context, model.predict_soon(context))
+        """uint8 frames on the host -> fp32 (context [B, K, D], targets [B, L, D], point forecast [B, F, D])."""
+        with V.autocast(self.process):
+            context, point, targets = self.model.see(frames.to(self.device))
         return context.float(), targets.float(), point.float()
 
     @torch.no_grad()
     def sample(self, context, flow, num_samples, num_steps, seed):
-        """Sampled SOON latents of contexts [B, K, D] by a flow net, in parts that fit the memory -> generator of (first row, [b, S, M, D])."""
+        """SOON latents of contexts [B, K, D] by a flow net, in parts -> generator of (first row, [b, S, M, D])."""
         cfg, own, num_steps = self.cfg, self.model.flow_ema, 1 if isinstance(flow, ResidualNoise) else num_steps
         size = max(1, SAMPLED_NUMBERS // (num_samples * (cfg.soon_tokens + cfg.flow_chunks) * cfg.enc_dim))
         for first in range(0, len(context), size):
-            generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + first)
+            part, generator = context[first : first + size], torch.Generator(self.device)
+            generator.manual_seed(seed * 1_000_003 + first)
             self.model.flow_ema = flow
             try:
-                with self.autocast():
-                    futures = self.model.sample_futures(
-                        context[first : first + size], num_samples, num_steps, generator
-                    )
+                with V.autocast(self.process):
+                    futures = self.model.sample_futures(part, num_samples, num_steps, generator)
             finally:
                 self.model.flow_ema = own
             yield first, futures[:, :, : cfg.soon_tokens].float()
 
     def set_readings(self, maps):
-        """Take in linear maps of reduced SOON latents {name: (weight [R, d], bias [d])}: `read` applies all of them at once."""
+        """Take in linear maps of reduced SOON latents {name: (weight [R, d], bias [d])}: `read` applies all at once."""
         edges = np.cumsum([0, *(weight.shape[1] for weight, _ in maps.values())])
         self.columns = {name: slice(int(a), int(b)) for name, a, b in zip(maps, edges, edges[1:])}
         self.weight = torch.cat([weight for weight, _ in maps.values()], 1).to(self.device)
@@ -1136,6 +1111,32 @@ class Subject:
     def read(self, soon):
         """SOON latents [..., M, D] -> all read-outs [..., d] as a float64 array."""
         return (self.reduce(soon).flatten(-2) @ self.weight + self.bias).double().cpu().numpy()
+
+
+@dataclass
+class Study:
+    """What an evaluation works with: subjects, the model first; sizes; seed of scenes and noise; processes."""
+
+    subjects: list
+    sizes: Sizes
+    seed: int
+    workers: int
+    progress: Progress
+
+    @property
+    def main(self):
+        return self.subjects[0]
+
+    @property
+    def cfg(self):
+        return self.subjects[0].cfg
+
+    def stream(self, clips, name):
+        """Batches of a dataset in order -> generator of (frames uint8 on the host, labels)."""
+        self.progress.stage(name, len(clips))
+        for frames, labels in open_loader(clips, len(clips), self.sizes.batch, self.workers, collate_clips):
+            yield frames, labels
+            self.progress.step(len(labels))
 
 
 @dataclass
@@ -1149,9 +1150,9 @@ class Latents:
     point: torch.Tensor  # point forecast of SOON
     flow: tuple  # full contexts and whitened residuals of the first clips, what a flow net learns from
 
-    def real(self):
-        """NOW and SOON targets as rows [n, R]."""
-        return torch.cat([self.now, self.soon], 1).flatten(1)
+    def seen(self):
+        """NOW and SOON targets [n, L', D']."""
+        return torch.cat([self.now, self.soon], 1)
 
 
 def pixel_rows(frames, cfg):
@@ -1167,67 +1168,59 @@ def usable(frames, labels, bad):
     return frames[torch.tensor(keep)], [label for label, ok in zip(labels, keep) if ok]
 
 
+@torch.no_grad()
+def flow_pair(subject, context, targets, point):
+    """What a flow net learns from -> (contexts in half precision, coordinates of the residuals), on the host."""
+    space = subject.model.space
+    y = space.encode(space.pool(subject.model.future_target(targets) - point))
+    return context.half().cpu(), y.cpu()
+
+
 def collect(subjects, batches, bad, flow_clips=0, meter=None):
-    """Encode batches by every subject -> ([Latents], pixel rows [n, R]), (None, None) without a clip that can be decoded.
+    """Encode batches by every subject -> ([Latents], pixel rows [n, R]), (None, None) without a decodable clip.
 
     The first batch chooses a subject's kept channels. meter: a Meter that sees everything at full size.
     """
-    parts, pixels, labels = [[] for _ in subjects], [], []
+    parts, flows, pixels, labels = [[] for _ in subjects], [[] for _ in subjects], [], []
     for frames, batch_labels in batches:
         frames, batch_labels = usable(frames, batch_labels, bad)
         if not batch_labels:
             continue
-        for subject, part in zip(subjects, parts):
+        for subject, part, pairs in zip(subjects, parts, flows):
             context, targets, point = subject.encode(frames)
             subject.reduce.fit(targets)
             now, soon = targets[:, : subject.cfg.now_tokens], subject.soon(targets)
-            kept = [
-                subject.reduce(tokens).half().cpu()
-                for tokens in (now, soon, context, point[:, : subject.cfg.soon_tokens])
-            ]
-            with torch.no_grad():
-                space = subject.model.space
-                y = (
-                    space.encode(space.pool(subject.model.future_target(targets) - point))
-                    if len(labels) < flow_clips
-                    else None
-                )
+            kept = (now, soon, context, point[:, : subject.cfg.soon_tokens])
+            part.append([subject.reduce(tokens).half().cpu() for tokens in kept])
+            if len(labels) < flow_clips:
+                pairs.append(flow_pair(subject, context, targets, point))
             if meter is not None:
                 meter.see(subject, context, targets, point)
-            part.append((*kept, (context.half().cpu(), y.cpu()) if y is not None else None))
         pixels.append(pixel_rows(frames, subjects[0].cfg))
         labels += batch_labels
     if not labels:
         return None, None
     latents = []
-    for part in parts:
-        *kept, flows = zip(*part)
-        flows = [pair for pair in flows if pair is not None]
-        latents.append(
-            Latents(labels, *(torch.cat(column) for column in kept), tuple(torch.cat(column) for column in zip(*flows)))
-        )
+    for part, pairs in zip(parts, flows):
+        latents.append(Latents(labels, *map(torch.cat, zip(*part)), tuple(map(torch.cat, zip(*pairs)))))
     return latents, torch.cat(pixels)
 
 
 def train_shuffled(subject, latents, sizes, seed):
-    """A fresh flow net trained on residuals dealt to other clips: it learns the futures there are, not which belong to a present."""
+    """A fresh flow net trained on residuals dealt to other clips: it learns what futures there are, not whose."""
     contexts, y = latents.flow
     cfg, device = subject.cfg, subject.device
     torch.manual_seed(seed)
     net, rng = V.FlowNet(cfg).to(device), torch.Generator().manual_seed(seed)
-    y, optimizer = (
-        y[torch.randperm(len(y), generator=rng)],
-        torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0),
-    )
+    y = y[torch.randperm(len(y), generator=rng)]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     size, draws = min(sizes.shuffled_batch, len(y)), 4
     for step in range(sizes.shuffled_steps):
-        optimizer.param_groups[0]["lr"] = (
-            5e-4 * (1 + math.cos(math.pi * step / sizes.shuffled_steps)) * min(1.0, (step + 1) / 20)
-        )
+        optimizer.param_groups[0]["lr"] = cosine_lr(1e-3, step, sizes.shuffled_steps)
         chosen = torch.randint(len(y), (size,), generator=rng)
         noise = torch.randn((size, draws, *y.shape[1:]), generator=rng).to(device)
         tau = V.shifted_tau(torch.randn((size, draws), generator=rng), cfg.tau_shift).to(device)
-        with subject.autocast():
+        with V.autocast(subject.process):
             projected = net.project(contexts[chosen].to(device).float())
             loss = V.velocity_loss(net, projected, y[chosen, None].to(device).expand_as(noise), noise, tau)
         optimizer.zero_grad(set_to_none=True)
@@ -1238,11 +1231,12 @@ def train_shuffled(subject, latents, sizes, seed):
 
 
 def branch_map(soon, labels):
-    """Reduced SOON latents of fork siblings [n, L', D'] -> linear map onto the branch space, eight numbers in which siblings differ.
+    """Reduced SOON latents of fork siblings [n, L', D'] -> linear map onto the branch space: eight numbers in which
+    siblings differ.
 
-    The leading directions of differences: per scene, right mean minus left mean and every future minus the mean of its own
-    branch; not centred, as differences are. One unit is the scatter of real futures within a branch, whatever the direction:
-    in latent units the distance between the branches lets anything in between pass for near.
+    The leading directions of differences: per scene, right mean minus left mean and every future minus the mean of its
+    own branch; not centred, as differences are. One unit is the scatter of real futures within a branch, whatever the
+    direction: in latent units the distance between the branches lets anything in between pass for near.
     """
     seeds, sides = np.array([label["scene_seed"] for label in labels]), np.array([label["branch"] for label in labels])
     rows, between, within, free = soon.flatten(1).float(), [], [], 0
@@ -1259,7 +1253,7 @@ def branch_map(soon, labels):
 
 
 def pooled_map(latents, num=4):
-    """Leading directions of the mean SOON token's residual, truth minus point forecast, as a linear map of reduced SOON latents."""
+    """Leading directions of the mean SOON token's residual, truth minus forecast, as a map of reduced SOON latents."""
     residual = (latents.soon.float() - latents.point.float()).mean(1)
     basis = Principal(residual, num).basis  # [D', k]
     weight = basis.repeat(latents.soon.shape[1], 1) / latents.soon.shape[1]
@@ -1271,59 +1265,41 @@ def look_of(frames):
     return hashlib.sha256(frames.numpy().tobytes()).digest()
 
 
-def measure(subjects, groups, sizes, workers, progress, name, seed, variants=None):
+def measure(study, subjects, groups, name, seed, variants=None):
     """Render groups of jobs, encode them, sample from the first of each -> one [Reading] per subject, in group order.
 
-    groups: list of (odds, jobs, natural). variants: names of the flow nets to sample with; all of a subject's by default.
+    groups: list of (odds, jobs, natural). variants: names of the flow nets to sample with, by default all.
     """
     owner = [number for number, (_, jobs, _) in enumerate(groups) for _ in jobs]
-    first = {owner.index(number) for number in range(len(groups))}
-    clips = SceneJobs([job for _, jobs, _ in groups for job in jobs], subjects[0].cfg)
-    real, labels = [[[] for _ in groups] for _ in subjects], [[] for _ in groups]
-    points, samples, looks, position = (
-        [{} for _ in subjects],
-        [[{} for _ in groups] for _ in subjects],
-        [[] for _ in groups],
-        0,
-    )
-    for frames, batch_labels in stream(clips, sizes, workers, progress, name):
-        numbers = [owner[position + i] for i in range(len(frames))]
-        leads = [i for i in range(len(frames)) if position + i in first]
-        for which, subject in enumerate(subjects):
+    clips = SceneJobs([job for _, jobs, _ in groups for job in jobs], study.cfg)
+    found = [[{"real": [], "samples": {}} for _ in groups] for _ in subjects]
+    labels, looks, position = [[] for _ in groups], [set() for _ in groups], 0
+    for frames, batch_labels in study.stream(clips, name):
+        numbers = owner[position : position + len(frames)]
+        leads = [i for i, number in enumerate(numbers) if not labels[number] and numbers.index(number) == i]
+        for subject, own in zip(subjects, found):
             context, targets, point = subject.encode(frames)
             for number, row in zip(numbers, subject.read(subject.soon(targets))):
-                real[which][number].append(row)
-            places = subject.read(point[leads, : subject.cfg.soon_tokens])
-            points[which].update({numbers[i]: row for i, row in zip(leads, places)})
+                own[number]["real"].append(row)
+            for i, row in zip(leads, subject.read(point[leads, : subject.cfg.soon_tokens])):
+                own[numbers[i]]["point"] = row
             for variant, flow in subject.flows.items() if leads else ():
-                if variants is not None and variant not in variants:
-                    continue
-                for begin, soon in subject.sample(
-                    context[leads], flow, sizes.num_samples, subject.steps, seed + position
-                ):
-                    for i, row in enumerate(subject.read(soon)):
-                        samples[which][numbers[leads[begin + i]]][variant] = row
+                if variants is None or variant in variants:
+                    draw = (flow, study.sizes.num_samples, subject.steps, seed + position)
+                    for begin, soon in subject.sample(context[leads], *draw):
+                        for i, row in zip(leads[begin:], subject.read(soon)):
+                            own[numbers[i]]["samples"][variant] = row
         for number, picture, label in zip(numbers, frames, batch_labels):
             labels[number].append(label)
-            looks[number].append(look_of(picture[: subjects[0].cfg.now_frames]))
+            looks[number].add(look_of(picture[: study.cfg.now_frames]))
         position += len(frames)
     readings = []
-    for which in range(len(subjects)):
-        readings.append(
-            [
-                Reading(
-                    odds,
-                    np.stack(real[which][n]),
-                    np.array([label["branch"] for label in labels[n]]),
-                    natural,
-                    points[which][n],
-                    samples[which][n],
-                    labels[n],
-                    len(set(looks[n])) == 1,
-                )
-                for n, (odds, _, natural) in enumerate(groups)
-            ]
-        )
+    for own in found:
+        readings.append([])
+        for reading, (odds, _, natural), truth, look in zip(own, groups, labels, looks):
+            side, real = np.array([label["branch"] for label in truth]), np.stack(reading.pop("real"))
+            same = len(look) == 1
+            readings[-1].append(Reading(odds, real, side, natural, truth=truth, same_now=same, **reading))
     return readings
 
 
@@ -1341,16 +1317,11 @@ def forecast_errors(point, targets, cfg, share=0.2):
     Tokens: all, and the `share` of each tubelet's that lie farthest from the last NOW tubelet.
     """
     sites, n = cfg.sites, cfg.now_tokens
-    soon, pred = (
-        tokens.unflatten(1, (-1, sites)) for tokens in (targets[:, n : n + cfg.soon_tokens], point)
-    )  # [B, H, s, D]
-    last, before = targets[:, n - sites : n], targets[:, n - 2 * sites : n - sites] if n >= 2 * sites else None
-    steps = torch.arange(1, soon.shape[1] + 1, device=soon.device)[:, None, None]
-    line = (
-        V.layer_norm(last[:, None] + steps * (last - before)[:, None])
-        if before is not None
-        else torch.full_like(soon, math.nan)
-    )
+    soon, pred = targets[:, n : n + cfg.soon_tokens].unflatten(1, (-1, sites)), point.unflatten(1, (-1, sites))
+    last, line = targets[:, n - sites : n], torch.full_like(soon, math.nan)  # [B, s, D], [B, H, s, D]
+    if n >= 2 * sites:
+        steps = torch.arange(1, soon.shape[1] + 1, device=soon.device)[:, None, None]
+        line = V.layer_norm(last[:, None] + steps * (last - targets[:, n - 2 * sites : n - sites])[:, None])
     moving = (soon - last[:, None]).abs().mean(-1).topk(math.ceil(share * sites), dim=-1).indices
     errors = []
     for forecast in (pred, last[:, None], line):
@@ -1362,10 +1333,10 @@ def forecast_errors(point, targets, cfg, share=0.2):
 class Meter:
     """Takes the measures of clips that need latents at full size, batch by batch, and keeps only numbers."""
 
-    def __init__(self, subjects, sizes, seed):
-        self.main, self.sizes, self.seed, self.seen = subjects[0], sizes, seed, 0
-        self.ks = [k for k in KS if k <= sizes.num_samples]
-        self.errors, self.gauge, self.residual = {id(subject): [] for subject in subjects}, [], []
+    def __init__(self, study):
+        self.main, self.sizes, self.seed, self.seen = study.main, study.sizes, study.seed, 0
+        self.ks = [k for k in KS if k <= study.sizes.num_samples]
+        self.errors, self.gauge, self.residual = {id(subject): [] for subject in study.subjects}, [], []
         self.distance, self.mean_distance, self.spread, self.reads = (
             {name: [] for name in ("model", "mean + noise")} for _ in range(4)
         )
@@ -1380,9 +1351,8 @@ class Meter:
         self.gauge.append(V.gauge_tokens(targets).half().cpu())
         self.residual.append((soon - point).square().mean((1, 2)).cpu().numpy())
         for name in self.distance:
-            for first, futures in subject.sample(
-                context, subject.flows[name], self.sizes.num_samples, subject.steps, self.seed + self.seen
-            ):
+            draw = (subject.flows[name], self.sizes.num_samples, subject.steps, self.seed + self.seen)
+            for first, futures in subject.sample(context, *draw):
                 truth = soon[first : first + len(futures), None]
                 self.distance[name].append((futures - truth).square().mean((2, 3)).sqrt().cpu().numpy())
                 means = [(futures[:, :k].mean(1) - truth[:, 0]).square().mean((1, 2)).sqrt() for k in self.ks]
@@ -1392,162 +1362,123 @@ class Meter:
         self.seen += len(targets)
 
 
-def skill_figures(meter, subjects, groups, resamples):
+def skill_figures(study, meter, groups):
     """Point skill against two references, on moving and on all tokens -> (figures, curve per tubelet)."""
-    errors = [np.concatenate(meter.errors[id(subject)]) for subject in subjects]
-    begin, figures = min(1, errors[0].shape[-1] - 1), {}
-    curve = {"tubelet": list(range(1, errors[0].shape[-1] + 1))}
+    errors, resamples = [np.concatenate(meter.errors[id(subject)]) for subject in study.subjects], study.sizes.resamples
+    horizon, figures = errors[0].shape[-1], {}
+    begin, curve = min(1, horizon - 1), {"tubelet": list(range(1, horizon + 1))}
     for row, reference in ((1, "persistence"), (2, "linear")):
         for column, ending in ((1, ""), (0, "_all")):
-            table, control = (
-                np.stack([e[:, 0, column, begin:].mean(1), e[:, row, column, begin:].mean(1)], 1) for e in errors
-            )
-            name = f"skill_{reference}{ending}"
+            table, control = (e[:, [0, row], column, begin:].mean(-1) for e in errors)
             if np.isfinite(table).all():
-                figures[name] = make_figure(
-                    name,
-                    saved(table),
-                    bootstrap(table, saved, groups, resamples),
-                    len(table),
-                    {"untrained encoder": saved(control)},
-                )
-                curve[f"{reference}, {'moving' if column else 'all'} tokens"] = [
-                    saved(errors[0][:, [0, row], column, h]) for h in range(errors[0].shape[-1])
-                ]
+                beside = {"untrained encoder": saved(control)}
+                figures |= measured(f"skill_{reference}{ending}", table, saved, beside, resamples, groups)
+                shares = [saved(errors[0][:, [0, row], column, h]) for h in range(horizon)]
+                curve[f"{reference}, {'moving' if column else 'all'} tokens"] = shares
     return figures, curve
 
 
 def retrieval_figures(latents, sites, groups, resamples):
-    """Rank of the true future among those of all clips for the point forecast, beside persistence and chance -> dict. sites: kept tokens of a tubelet."""
-    candidates, count = latents.soon.flatten(1).float().numpy(), len(latents.soon)
-    repeated = latents.now[:, -sites:].repeat(1, latents.soon.shape[1] // sites, 1).flatten(1).float().numpy()
-    ranks, still = (
-        retrieval_ranks(queries, candidates) for queries in (latents.point.flatten(1).float().numpy(), repeated)
-    )
-    figures = {}
-    for name, most in (("retrieval_r1", 1), ("retrieval_r5", 5)):
+    """Rank of the true future among all clips' for the point forecast, beside persistence and chance -> dict."""
+    candidates, count, figures = latents.soon.flatten(1).float().numpy(), len(latents.soon), {}
+    repeated = latents.now[:, -sites:].repeat(1, latents.soon.shape[1] // sites, 1)
+    queries = (tokens.flatten(1).float().numpy() for tokens in (latents.point, repeated))
+    ranks, still = (retrieval_ranks(own, candidates) for own in queries)
+    for most in (1, 5):
         beside = {"persistence": float((still <= most).mean()), "chance": min(1.0, most / count)}
-        figures[name] = make_figure(
-            name, (ranks <= most).mean(), bootstrap(ranks <= most, np.mean, groups, resamples), count, beside
-        )
+        figures |= measured(f"retrieval_r{most}", ranks <= most, np.mean, beside, resamples, groups)
     beside = {"persistence": float(np.median(still)), "chance": (count + 1) / 2}
-    figures["retrieval_median_rank"] = make_figure(
-        "retrieval_median_rank", np.median(ranks), bootstrap(ranks, np.median, groups, resamples), count, beside
-    )
-    return figures
+    return figures | measured("retrieval_median_rank", ranks, np.median, beside, resamples, groups)
 
 
-def sampling_figures(meter, columns, latents, groups, resamples):
-    """What sampled futures of mixed clips say without known odds: best of K, spread, ranks in pooled space -> (figures, curves)."""
+def sampling_figures(meter, latents, groups):
+    """What sampled futures say without known odds: best of K, spread, ranks in pooled space -> (figures, curves)."""
+    main, resamples, columns = meter.main, meter.sizes.resamples, meter.main.columns["pooled"]
     joined = {name: np.concatenate(parts) for name, parts in meter.distance.items()}
     point = np.concatenate(meter.residual) ** 0.5
-    spread, K = {name: np.concatenate(parts) for name, parts in meter.spread.items()}, meter.sizes.num_samples
     tables = {name: np.stack([distance.min(1), point], 1) for name, distance in joined.items()}
-    figures = {
-        "best_of_k": make_figure(
-            "best_of_k",
-            mean_ratio(tables["model"]),
-            bootstrap(tables["model"], mean_ratio, groups, resamples),
-            len(point),
-            {"mean + noise": mean_ratio(tables["mean + noise"]), "point forecast": 1.0},
-        )
-    }
-    tables = {name: np.stack([values, point**2], 1) for name, values in spread.items()}
-    figures["spread_ratio"] = make_figure(
-        "spread_ratio",
-        rms_ratio(tables["model"]),
-        bootstrap(tables["model"], rms_ratio, groups, resamples),
-        len(point),
-        {"mean + noise": rms_ratio(tables["mean + noise"]), "point forecast": 0.0},
-    )
-    truth = (
-        latents.soon.flatten(1).float().to(meter.main.device) @ meter.main.weight[:, columns] + meter.main.bias[columns]
-    )
+    beside = {"mean + noise": mean_ratio(tables["mean + noise"]), "point forecast": 1.0}
+    figures = measured("best_of_k", tables["model"], mean_ratio, beside, resamples, groups)
+    tables = {name: np.stack([np.concatenate(parts), point**2], 1) for name, parts in meter.spread.items()}
+    beside = {"mean + noise": rms_ratio(tables["mean + noise"]), "point forecast": 0.0}
+    figures |= measured("spread_ratio", tables["model"], rms_ratio, beside, resamples, groups)
+    truth = latents.soon.flatten(1).float().to(main.device) @ main.weight[:, columns] + main.bias[columns]
     truth, shares, chances = truth.double().cpu().numpy(), {}, {}
     for name, parts in meter.reads.items():
-        ranks = np.concatenate(
-            [truth_ranks(np.concatenate(parts)[:, :, columns][..., d], truth[:, d]) for d in range(truth.shape[1])]
-        )
-        shares[name], chances[name] = rank_test(ranks, K)
-    figures["pooled_rank_chi2"] = make_figure(
-        "pooled_rank_chi2", chances["model"], None, len(point), {"mean + noise": chances["mean + noise"]}
-    )
-    curves = {
-        "best_of_k": {"k": meter.ks, "point forecast": [float(point.mean())] * len(meter.ks)},
-        "pooled_ranks": {
-            "bin": list(range(1, len(shares["model"]) + 1)),
-            **{name: share.tolist() for name, share in shares.items()},
-        },
-    }
+        reads = np.concatenate(parts)[:, :, columns]
+        ranks = np.concatenate([truth_ranks(reads[..., d], truth[:, d]) for d in range(truth.shape[1])])
+        shares[name], chances[name] = rank_test(ranks, meter.sizes.num_samples)
+    chance = chances.pop("model")
+    figures["pooled_rank_chi2"] = make_figure("pooled_rank_chi2", chance, None, len(point), chances)
+    best = {"k": meter.ks, "point forecast": [float(point.mean())] * len(meter.ks)}
     for name in joined:
-        curves["best_of_k"][f"best of k, {name}"] = best_of(joined[name], meter.ks).mean(0).tolist()
-        curves["best_of_k"][f"mean of k, {name}"] = np.concatenate(meter.mean_distance[name]).mean(0).tolist()
-    return figures, curves
+        best[f"best of k, {name}"] = best_of(joined[name], meter.ks).mean(0).tolist()
+        best[f"mean of k, {name}"] = np.concatenate(meter.mean_distance[name]).mean(0).tolist()
+    return figures, {"best_of_k": best, "pooled_ranks": rank_curve(shares)}
 
 
-def gauge_figures(meter, subjects):
+def rank_curve(shares):
+    """Shares of ranks per bin by name -> curve of plain lists."""
+    return {"bin": list(range(1, len(shares["model"]) + 1)), **{name: s.tolist() for name, s in shares.items()}}
+
+
+def gauge_figures(meter):
     """Collapse gauges on targets -> dict."""
     tokens = torch.cat(meter.gauge).float()
-    most = float(subjects[0].cfg.enc_dim)
+    rank, std, most = V.effective_rank(tokens), V.target_std(tokens), float(meter.main.cfg.enc_dim)
     return {
-        "effective_rank": make_figure(
-            "effective_rank", float(V.effective_rank(tokens)), None, len(tokens), {"most possible": most}
-        ),
-        "target_std": make_figure("target_std", float(V.target_std(tokens)), None, len(tokens), {"most possible": 1.0}),
+        "effective_rank": make_figure("effective_rank", float(rank), None, len(tokens), {"most possible": most}),
+        "target_std": make_figure("target_std", float(std), None, len(tokens), {"most possible": 1.0}),
     }
 
 
 def probe_scores(tasks, task, pred):
-    """Value and rows of a task's own score: R2 of a signal, macro-F1 of maneuvers, accuracy of other classes -> (value, rows, groups, statistic)."""
+    """Score of a task: R2 of a signal, macro-F1 of maneuvers, else accuracy -> (value, rows, groups, statistic)."""
     rows, groups = tasks.rows(task, pred)
     statistic = r2 if task in tasks.values else macro_f1 if task == "maneuver" else accuracy
     return (statistic(rows) if len(rows) > 1 else math.nan), rows, groups, statistic
 
 
 def sample_votes(subject, reads, tasks):
-    """Sampled futures read by the SOON probes: mean over samples of a signal, the class most samples name -> {task: [n]}."""
+    """Sampled futures read by the SOON probes: mean of a signal over samples, most frequent class -> {task: [n]}."""
     votes = {}
     for task in tasks.names():
         if task in subject.columns:
             outputs = reads[:, :, subject.columns[task]]  # [n, K, c]
-            named = outputs.argmax(-1)
-            votes[task] = (
-                outputs[..., 0].mean(1)
-                if task in tasks.values
-                else np.stack([(named == c).sum(1) for c in range(outputs.shape[-1])], 1).argmax(1)
-            )
+            if task in tasks.values:
+                votes[task] = outputs[..., 0].mean(1)
+            else:
+                named = outputs.argmax(-1)
+                votes[task] = np.stack([(named == c).sum(1) for c in range(outputs.shape[-1])], 1).argmax(1)
     return votes
 
 
-def probe_predictions(subjects, fit, test, fit_pixels, test_pixels, fit_tasks, tasks, meter, sizes, seed, progress):
-    """Frozen probes in all their places -> {place: {task: predictions on the test clips}}; the first place is the headline."""
-    main, places, rank = subjects[0], {}, sizes.components
+def probe_predictions(study, fit, test, pixels, fit_tasks, tasks, meter):
+    """Frozen probes in all places -> {place: {task: predictions on the test clips}}; the first is the headline."""
+    main, sizes, progress, places = study.main, study.sizes, study.progress, {}
     progress.stage("linear probes", 5)
-    latents = [(part.real(), other.real()) for part, other in zip(fit, test)]
-    space = Principal(latents[0][0], min(rank, len(latents[0][0]) // 2))
-    for name, (rows, test_rows), own, known in (
-        ("NOW + SOON", latents[0], fit_tasks, space),
-        ("shuffled labels", latents[0], fit_tasks.shuffled(seed), space),
-        ("untrained encoder", latents[1], fit_tasks, None),
-        ("raw pixels", (fit_pixels, test_pixels), fit_tasks, None),
-        ("encoded NOW alone", (fit[0].context.flatten(1), test[0].context.flatten(1)), fit_tasks, None),
+    (seen, seen_test), (fresh, fresh_test) = ((part.seen(), other.seen()) for part, other in zip(fit, test))
+    space = Principal(seen.flatten(1), min(sizes.components, len(seen) // 2))
+    for name, rows, test_rows, own, known in (
+        ("NOW + SOON", seen, seen_test, fit_tasks, space),
+        ("shuffled labels", seen, seen_test, fit_tasks.shuffled(study.seed), space),
+        ("untrained encoder", fresh, fresh_test, fit_tasks, None),
+        ("raw pixels", *pixels, fit_tasks, None),
+        ("encoded NOW alone", fit[0].context, test[0].context, fit_tasks, None),
     ):
-        places[name] = predict(fit_probes(rows, own, rank, known), test_rows, tasks)
+        probes = fit_probes(rows.flatten(1), own, sizes.components, known)
+        places[name] = predict(probes, test_rows.flatten(1), tasks)
         progress.step()
     places["SOON alone"] = predict(main.probes, test[0].soon.flatten(1), tasks)
     places["SOON probe on the point forecast"] = predict(main.probes, test[0].point.flatten(1), tasks)
     places["SOON probe on sampled futures"] = sample_votes(main, np.concatenate(meter.reads["model"]), tasks)
     progress.stage("attentive probes", 3)
     for name, own, other in (
-        ("attentive, NOW + SOON", torch.cat([fit[0].now, fit[0].soon], 1), torch.cat([test[0].now, test[0].soon], 1)),
-        (
-            "attentive, untrained encoder",
-            torch.cat([fit[1].now, fit[1].soon], 1),
-            torch.cat([test[1].now, test[1].soon], 1),
-        ),
+        ("attentive, NOW + SOON", seen, seen_test),
+        ("attentive, untrained encoder", fresh, fresh_test),
         ("attentive, encoded NOW alone", fit[0].context, test[0].context),
     ):
-        places[name] = attentive_predictions(own, fit_tasks, other, sizes.probe_epochs, main.device, seed)
+        places[name] = attentive_predictions(own, fit_tasks, other, sizes.probe_epochs, main.device, study.seed)
         progress.step()
     return places
 
@@ -1563,9 +1494,8 @@ def probe_figures(places, tasks, resamples):
             continue
         name = f"probe_{task}_" + {r2: "r2", macro_f1: "f1", accuracy: "accuracy"}[statistic]
         beside = {place: probe_scores(tasks, task, places[place][task])[0] for place in others if task in places[place]}
-        figures[name] = make_figure(
-            name, value, bootstrap(rows, statistic, groups, resamples), len(np.unique(groups)), beside
-        )
+        interval = bootstrap(rows, statistic, groups, resamples)
+        figures[name] = make_figure(name, value, interval, len(np.unique(groups)), beside)
     return figures
 
 
@@ -1575,88 +1505,48 @@ def probe_figures(places, tasks, resamples):
 
 
 def gap_figures(readings, column, cfg, sizes):
-    """Braking lead car: the sampled gap at the end of SOON against the gap probed on real futures -> (figures, curves)."""
-    names, K, n = ("model", "mean + noise"), sizes.num_samples, len(readings)
-    real = [r.real[:, column] for r in readings]
-    scores = {
-        name: np.array([score_against(r.samples[name][:, column], gaps) for r, gaps in zip(readings, real)])
-        for name in names
-    }
-    oracle, point = (
-        np.array([oracle_score(gaps) for gaps in real]),
-        np.array([score_against(r.point[None, column], gaps) for r, gaps in zip(readings, real)]),
-    )
-    drawn = {name: np.stack([r.samples[name][:, column][:, 0] for r in readings]) for name in names}
-    inside = {
-        name: np.array(
-            [coverage(own[None].repeat(len(gaps), 0), gaps[:, 0]).mean() for own, gaps in zip(drawn[name], real)]
-        )
-        for name in names
-    }
-    ranks = {name: rank_test(truth_ranks(drawn[name], np.array([gaps[0, 0] for gaps in real])), K) for name in names}
+    """Braking lead car: the sampled gap at the end of SOON against that probed on real futures -> (figures, curves)."""
+    real, n = [r.real[:, column] for r in readings], len(readings)
+    oracle = np.array([oracle_score(gaps) for gaps in real])
+    point = np.array([score_against(r.point[None, column], gaps) for r, gaps in zip(readings, real)])
+    scores, inside, shares, chances = {}, {}, {}, {}
+    for name in ("model", "mean + noise"):
+        drawn = np.stack([r.samples[name][:, column] for r in readings])  # [n, K, 1]
+        scores[name] = np.array([score_against(own, gaps) for own, gaps in zip(drawn, real)])
+        held = [coverage(own.T.repeat(len(gaps), 0), gaps[:, 0]).mean() for own, gaps in zip(drawn, real)]
+        inside[name] = np.array(held)
+        ranks = truth_ranks(drawn[..., 0], np.array([gaps[0, 0] for gaps in real]))
+        shares[name], chances[name] = rank_test(ranks, sizes.num_samples)
     told = np.array([soon_end(label["lead_gap"], cfg) for r in readings for label in r.truth])
     error = float(np.sqrt(np.nanmean((np.concatenate(real)[:, 0] - told) ** 2)))
     table, whole = np.stack([scores["model"], oracle], 1), oracle.mean()
-    beside = {
-        "mean + noise": ratio(scores["mean + noise"].mean(), whole),
-        "point forecast": ratio(point.mean(), whole),
-        "perfect sampler": 1.0,
-    }
-    figures = {
-        "gap_crps_ratio": make_figure(
-            "gap_crps_ratio",
-            mean_ratio(table),
-            bootstrap(table, mean_ratio, num=sizes.resamples),
-            n,
-            beside,
-            also={"probe_rmse_m": error},
-        ),
-        "gap_coverage80": make_figure(
-            "gap_coverage80",
-            inside["model"].mean(),
-            bootstrap(inside["model"], np.mean, num=sizes.resamples),
-            n,
-            {"mean + noise": float(inside["mean + noise"].mean()), "perfect sampler": 0.8},
-        ),
-        "gap_rank_chi2": make_figure(
-            "gap_rank_chi2", ranks["model"][1], None, n, {"mean + noise": ranks["mean + noise"][1]}
-        ),
-    }
-    shares = {name: share.tolist() for name, (share, _) in ranks.items()}
-    return figures, {"gap_ranks": {"bin": list(range(1, len(shares["model"]) + 1)), **shares}}
+    noise, still = (ratio(own.mean(), whole) for own in (scores["mean + noise"], point))
+    beside = {"mean + noise": noise, "point forecast": still, "perfect sampler": 1.0}
+    figures = measured("gap_crps_ratio", table, mean_ratio, beside, sizes.resamples, also={"probe_rmse_m": error})
+    beside = {"mean + noise": float(inside["mean + noise"].mean()), "perfect sampler": 0.8}
+    figures |= measured("gap_coverage80", inside["model"], np.mean, beside, sizes.resamples)
+    figures["gap_rank_chi2"] = make_figure("gap_rank_chi2", chances.pop("model"), None, n, chances)
+    return figures, {"gap_ranks": rank_curve(shares)}
 
 
 def steady_figures(readings, column, cfg, sizes):
-    """Steady movers: deviation of the probed position over samples against the probe's error on the same scenes -> dict."""
+    """Steady movers: deviation of the probed position over samples against the probe's error, same scenes -> dict."""
     rows = []
     for r in readings:
         truth = soon_end(r.truth[0].get("mover_u"), cfg)
         if math.isfinite(truth):
-            rows.append(
-                (
-                    r.samples["model"][:, column].var(ddof=1),
-                    (r.real[0, column].item() - truth) ** 2,
-                    r.samples["mean + noise"][:, column].var(ddof=1),
-                )
-            )
+            model, noise = (r.samples[name][:, column].var(ddof=1) for name in ("model", "mean + noise"))
+            rows.append((model, (r.real[0, column].item() - truth) ** 2, noise))
     if len(rows) < 2:
         return {}
     rows = np.asarray(rows)
     beside = {"mean + noise": rms_ratio(rows[:, [2, 1]]), "point forecast": 0.0}
-    return {
-        "steady_spread": make_figure(
-            "steady_spread",
-            rms_ratio(rows),
-            bootstrap(rows, rms_ratio, num=sizes.resamples),
-            len(rows),
-            beside,
-            also={"probe_rmse_picture_widths": float(rows[:, 1].mean() ** 0.5)},
-        )
-    }
+    also = {"probe_rmse_picture_widths": float(rows[:, 1].mean() ** 0.5)}
+    return measured("steady_spread", rows, rms_ratio, beside, sizes.resamples, also=also)
 
 
 def odds_error(rows):
-    """Mean distance between sampled shares and true odds over the presents that differ in their odds. rows [n, 2 * c] = (shares, odds)."""
+    """Mean distance between shares and true odds over presents of different odds. rows [n, 2 * c] = (shares, odds)."""
     shares, odds = np.split(rows, 2, axis=1)
     kinds = np.unique(odds, axis=0)
     return float(np.mean([abs(shares[(odds == kind).all(1)].mean(0) - kind) for kind in kinds]))
@@ -1664,74 +1554,45 @@ def odds_error(rows):
 
 def lane_figures(readings, column, cfg, sizes):
     """Lane scenes: sampled shares of left, keep, right against the odds of the indicator -> (figures, curves)."""
-    odds = []
-    for r in readings:
-        told = V.scene_odds(r.truth[0]["scene_seed"], cfg, "lane")
-        odds.append([told["left"], told["keep"], told["right"]])
-    odds, outputs = (
-        np.asarray(odds),
-        {
-            name: [r.samples[name][:, column] for r in readings]
-            for name in ("model", "mean + noise", "shuffled targets")
-        },
-    )
-    outputs |= {
-        "real futures": [r.real[:1, column] for r in readings],
-        "point forecast": [r.point[None, column] for r in readings],
-    }
-    shares = {
-        name: np.stack([(out.argmax(1)[:, None] == np.arange(3)).mean(0) for out in own])
-        for name, own in outputs.items()
-    }
-    tables = {name: np.concatenate([share, odds], 1) for name, share in shares.items()}
-    value = odds_error(tables["model"])
+    told = [V.scene_odds(r.truth[0]["scene_seed"], cfg, "lane") for r in readings]
+    odds = np.array([[one[side] for side in ("left", "keep", "right")] for one in told])
+    shares = {}
+    for name in ("model", "mean + noise", "shuffled targets", "real futures", "point forecast"):
+        shares[name] = []
+        for r in readings:
+            shown = {**r.samples, "real futures": r.real[:1], "point forecast": r.point[None]}[name]
+            shares[name].append((shown[:, column].argmax(1)[:, None] == np.arange(3)).mean(0))
+    shares = {name: np.stack(rows) for name, rows in shares.items()}
+    tables, curves = {name: np.concatenate([share, odds], 1) for name, share in shares.items()}, {}
     beside = {name: odds_error(table) for name, table in tables.items() if name != "model"}
-    curves = {}
     for kind in np.unique(odds, axis=0):
         here = (odds == kind).all(1)
-        curves["odds " + " / ".join(f"{p:g}" for p in kind)] = {
-            "n": int(here.sum()),
-            **{name: share[here].mean(0).tolist() for name, share in shares.items()},
-        }
-    figures = {
-        "lane_odds_error": make_figure(
-            "lane_odds_error", value, bootstrap(tables["model"], odds_error, num=sizes.resamples), len(readings), beside
-        )
-    }
-    return figures, {"lane_odds": curves}
+        curve = {"n": int(here.sum()), **{name: share[here].mean(0).tolist() for name, share in shares.items()}}
+        curves["odds " + " / ".join(f"{p:g}" for p in kind)] = curve
+    return measured("lane_odds_error", tables["model"], odds_error, beside, sizes.resamples), {"lane_odds": curves}
 
 
 def occluder_figures(readings, column, sizes):
     """Cars behind a truck: sampled share that stops there against the true odds -> dict."""
-    shares = {
-        name: np.array([(r.samples[name][:, column].argmax(1) == 1).mean() for r in readings])
-        for name in ("model", "mean + noise")
-    }
-    rows = np.array(
-        [(label["stops"], real[column].argmax()) for r in readings for label, real in zip(r.truth, r.real)], float
-    )
-    beside = {
-        "true odds": V.STOP_ODDS,
-        "mean + noise": float(shares["mean + noise"].mean()),
-        "real futures, probed": float(rows[:, 1].mean()),
-        "probe accuracy on real futures": accuracy(rows),
-    }
-    own = shares["model"]
-    return {
-        "occluder_stops": make_figure(
-            "occluder_stops", own.mean(), bootstrap(own, np.mean, num=sizes.resamples), len(readings), beside
-        )
-    }
+    both = [
+        [(r.samples[name][:, column].argmax(1) == 1).mean() for r in readings] for name in ("model", "mean + noise")
+    ]
+    own, noise = np.array(both)
+    pairs = [(label["stops"], real[column].argmax()) for r in readings for label, real in zip(r.truth, r.real)]
+    rows = np.array(pairs, float)
+    beside = {"true odds": V.STOP_ODDS, "mean + noise": float(noise.mean())}
+    beside |= {"real futures, probed": float(rows[:, 1].mean()), "probe accuracy on real futures": accuracy(rows)}
+    return measured("occluder_stops", own, np.mean, beside, sizes.resamples)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 9  Surprise: impossible twins against possible and rare futures
 # ---------------------------------------------------------------------------------------------------------------------
-# Headline: the lasting error of the nearest of K samples. A break is an error at few sites that stays, while what a sample gets
-# slightly wrong about a moving scene changes its sign from tubelet to tubelet: so errors are averaged over SOON before their
-# size is taken, and the worst tenth of the sites counts; not a choice by motion, which the very frames that are judged would
-# make. Twins are compared where their NOW is the same: once NOW shows the break, a clip from which a car has vanished is simply
-# a clip with less in it.
+# Headline: the lasting error of the nearest of K samples. A break is an error at few sites that stays, while what a
+# sample gets slightly wrong about a moving scene changes its sign from tubelet to tubelet: so errors are averaged over
+# SOON before their size is taken, and the worst tenth of the sites counts; not a choice by motion, which the very
+# frames that are judged would make. Twins are compared where their NOW is the same: once NOW shows the break, a clip
+# from which a car has vanished is simply a clip with less in it.
 
 SCORES = (
     "lasting error of the nearest sample",
@@ -1748,7 +1609,7 @@ def worst(values, share):
 
 
 def nearest_scores(error, sites):
-    """Errors of S samples [S, M, D], M = tubelets x sites -> the first four of SCORES, each of the sample that is nearest by it [4]."""
+    """Errors of S samples [S, M, D], M = tubelets x sites -> first four of SCORES, each of its nearest sample [4]."""
     lasting = error.unflatten(1, (-1, sites)).mean(1).abs().mean(-1)  # [S, s]
     by_token = error.abs().mean(-1)  # [S, M]
     measured = (worst(lasting, 0.1), worst(by_token, 0.05), error.square().mean((1, 2)).sqrt(), by_token.mean(-1))
@@ -1756,17 +1617,16 @@ def nearest_scores(error, sites):
 
 
 def window_surprise(subject, clips, sizes, seed):
-    """Surprise of every window of clips uint8 [V, T, 3, H, W]: NOW + SOON frames from each tubelet on -> [5, V, W], rows as SCORES.
+    """Surprise of every window, NOW + SOON from each tubelet on, of clips uint8 [V, T, 3, H, W] -> [5, V, W] as SCORES.
 
-    Targets are the target encoder's on the window alone. Where a clip's NOW is that of the group's first clip, both share their
-    samples; elsewhere the window is NaN.
+    Targets are the target encoder's on the window alone. Where a clip's NOW is that of the group's first clip, both
+    share their samples; elsewhere the window is NaN.
     """
     cfg = subject.cfg
     length = cfg.now_frames + cfg.soon_frames
     starts = range(0, clips.shape[1] - length + 1, cfg.tubelet_t)
-    windows = torch.stack([clips[:, start : start + length] for start in starts], 1).flatten(
-        0, 1
-    )  # [V * W, n, 3, H, W]
+    windows = torch.stack([clips[:, start : start + length] for start in starts], 1)
+    windows = windows.flatten(0, 1)  # [V * W, n, 3, H, W]
     looks = [look_of(window[: cfg.now_frames]) for window in windows]
     encoded = [subject.encode(part) for part in windows.split(sizes.batch)]
     context, targets, point = (torch.cat(parts) for parts in zip(*encoded))
@@ -1777,10 +1637,8 @@ def window_surprise(subject, clips, sizes, seed):
     steps, total = min(sizes.surprise_steps, subject.steps), sizes.surprise_samples if subject.sampled else 1
     most = max(1, SAMPLED_NUMBERS // soon[0].numel())  # samples of one scene that fit the memory
     for drawn in range(0, total, most):
-        num = min(most, total - drawn)
-        for begin, futures in subject.sample(
-            context[: len(starts)], subject.flows["model"], num, steps, seed + 10**8 * drawn
-        ):
+        draw = (subject.flows["model"], min(most, total - drawn), steps, seed + 10**8 * drawn)
+        for begin, futures in subject.sample(context[: len(starts)], *draw):
             for row in shared.nonzero()[:, 0].tolist():
                 if begin <= row % len(starts) < begin + len(futures):
                     nearest = nearest_scores(futures[row % len(starts) - begin] - soon[row], cfg.sites).cpu()
@@ -1789,30 +1647,29 @@ def window_surprise(subject, clips, sizes, seed):
     return scores.view(-1, len(clips), len(starts)).numpy()
 
 
-def surprise_of(subjects, groups, sizes, workers, progress, name, seed):
+def surprise_of(study, groups, name, seed):
     """Surprise of groups of jobs that share a scene -> per subject a list over groups of arrays [5, V, W]."""
-    cfg, results, pending = subjects[0].cfg, [[] for _ in subjects], []
-    sizes_left = [len(jobs) for jobs in groups]
-    for frames, _ in stream(SceneJobs([job for jobs in groups for job in jobs], cfg), sizes, workers, progress, name):
+    results, pending = [[] for _ in study.subjects], []
+    clips, left = SceneJobs([job for jobs in groups for job in jobs], study.cfg), [len(jobs) for jobs in groups]
+    for frames, _ in study.stream(clips, name):
         pending += list(frames)
-        while len(results[0]) < len(groups) and len(pending) >= sizes_left[len(results[0])]:
-            number = len(results[0])
-            clips, pending = torch.stack(pending[: sizes_left[number]]), pending[sizes_left[number] :]
-            for subject, result in zip(subjects, results):
-                result.append(window_surprise(subject, clips, sizes, seed + number))
+        while left and len(pending) >= left[0]:
+            group, pending, number = torch.stack(pending[: left[0]]), pending[left.pop(0) :], len(results[0])
+            for subject, result in zip(study.subjects, results):
+                result.append(window_surprise(subject, group, study.sizes, seed + number))
     return results
 
 
 def over_shared(scores, place):
-    """Surprise of clip `place` and of its group's first clip, means over the windows whose NOW both share: [5, V, W] -> ([5], [5])."""
+    """Surprise of clip `place` and of the first clip, means over windows of the same NOW: [5, V, W] -> ([5], [5])."""
     windows = np.isfinite(scores[0, place])
     return scores[:, place, windows].mean(-1), scores[:, 0, windows].mean(-1)
 
 
 def twin_groups(seed, cfg, count):
-    """Steady scenes, every other one with a barrier, as groups of jobs: the possible clip, then its impossible twins -> list."""
+    """Steady scenes, half of them with a barrier, as groups of jobs: the possible clip, then its impossible twins."""
     chosen, number = {True: [], False: []}, 0
-    while min(len(chosen[True]), len(chosen[False])) < count // 2 and number < 100 * count:
+    while min(map(len, chosen.values())) < count // 2 and number < 100 * count:
         scene_seed, number = set_seed(seed, "twins", number), number + 1
         chosen[V.scene_odds(scene_seed, cfg, "steady")["barrier"]].append(scene_seed)
     groups = []
@@ -1826,13 +1683,9 @@ def rare_groups(seed, cfg, count):
     """Forks at odds 0.1 and 0.9 as groups of two jobs: the likely branch, then the rare one -> list."""
     groups = []
     for odds, rare in ((0.1, 1), (0.9, -1)):
-        for scene_seed in fork_seeds(seed, "rare", cfg, odds, count // 2):
-            groups.append(
-                [
-                    Job(scene_seed, futures_where(scene_seed, cfg, "fork", "choice", side, 1)[0], "fork")
-                    for side in (-rare, rare)
-                ]
-            )
+        for scene in fork_seeds(seed, "rare", cfg, odds, count // 2):
+            futures = [futures_where(scene, cfg, "fork", "choice", side, 1)[0] for side in (-rare, rare)]
+            groups.append([Job(scene, future, "fork") for future in futures])
     return groups
 
 
@@ -1841,20 +1694,27 @@ def auroc_rows(rows):
     return auroc(rows[rows[:, 1] == 1, 0], rows[rows[:, 1] == 0, 0])
 
 
+def clip_scores(scores, matched):
+    """Surprise [C, V, W] of a group of clips -> one row [C] for every clip but the first: by its largest window, or
+    `matched`, less the first clip's on the windows that both share."""
+    rows = []
+    for place in range(1, scores.shape[1]):
+        own, first = over_shared(scores, place)
+        rows.append(own - first if matched else np.nanmax(scores[:, place], -1))
+    return rows
+
+
 def surprise_auroc(twins, rare, sizes):
-    """Impossible twins against rare legal branches: single clips by their largest window, and each against its own present -> figures."""
+    """Impossible twins against rare legal branches, single clips and each against its own present -> figures."""
     figures = {}
     for name, matched in (("surprise_auroc", False), ("surprise_auroc_matched", True)):
         values = []
-        for twin_scores, rare_scores in zip(twins, rare):
+        for impossible, legal in zip(twins, rare):
             rows, groups = [], []
-            for number, (impossible, scores) in enumerate(
-                [(1, s) for s in twin_scores] + [(0, s) for s in rare_scores]
-            ):
-                for place in range(1, scores.shape[1]):
-                    own, first = over_shared(scores, place)
-                    rows.append((*(own - first if matched else np.nanmax(scores[:, place], -1)), impossible))
-                groups += [number] * (scores.shape[1] - 1)
+            for number, scores in enumerate([*impossible, *legal]):
+                found = clip_scores(scores, matched)
+                rows += [(*row, number < len(impossible)) for row in found]
+                groups += [number] * len(found)
             values.append((np.asarray(rows), np.asarray(groups)))
         (rows, groups), (others, _) = values
         main = [auroc_rows(rows[:, [score, -1]]) for score in range(len(SCORES))]
@@ -1864,45 +1724,29 @@ def surprise_auroc(twins, rare, sizes):
     return figures
 
 
-def surprise_figures(subjects, cfg, shares, sizes, seed, workers, progress):
-    """Pairwise accuracy for every twin, and AUROC of impossible clips against rare legal branches -> (figures, curves)."""
+def surprise_figures(study, shares):
+    """Pairwise accuracy for every twin, AUROC of impossible clips against rare legal branches -> (figures, curves)."""
+    cfg, sizes, seed = study.cfg, study.sizes, study.seed
     groups = twin_groups(seed, cfg, sizes.twin_scenes)
-    results = surprise_of(subjects, groups, sizes, workers, progress, "surprise: impossible twins", seed)
-    pairs = {twin: [[] for _ in subjects] for twin in V.TWIN_KINDS}
+    results = surprise_of(study, groups, "surprise: impossible twins", seed)
+    pairs = {twin: [[] for _ in study.subjects] for twin in V.TWIN_KINDS}
     for which, result in enumerate(results):
         for jobs, scores in zip(groups, result):
             for place, job in enumerate(jobs[1:], 1):
                 pairs[job.twin][which].append(pair_accuracy(*over_shared(scores, place)))
-    figures, curves = {}, {"surprise": {}}
+    figures, curves = {}, {}
     for twin, by_subject in pairs.items():
         main, untrained = (np.asarray(rows).reshape(-1, len(SCORES)) for rows in by_subject)
-        values = main.mean(0)
-        beside = {
-            **dict(zip(SCORES[1:], values[1:].tolist())),
-            "untrained encoder": float(untrained[:, 0].mean()),
-            "chance": 0.5,
-        }
-        figures[f"surprise_{twin}"] = make_figure(
-            f"surprise_{twin}", values[0], bootstrap(main[:, 0], np.mean, num=sizes.resamples), len(main), beside
-        )
-        curves["surprise"][twin] = {
-            SCORES[0]: float(values[0]),
-            SCORES[-1]: float(values[-1]),
-            "untrained encoder": beside["untrained encoder"],
-        }
-    if not shares["fork"]:
-        return figures, curves
-    rare = surprise_of(
-        subjects,
-        rare_groups(seed, cfg, sizes.rare_scenes),
-        sizes,
-        workers,
-        progress,
-        "surprise: rare branches",
-        seed + 10**6,
-    )
-    figures |= surprise_auroc(results, rare, sizes)
-    return figures, curves
+        means = dict(zip(SCORES, main.mean(0).tolist()))
+        beside = {"untrained encoder": float(untrained[:, 0].mean())}
+        curves[twin] = {SCORES[0]: means.pop(SCORES[0]), SCORES[-1]: means[SCORES[-1]], **beside}
+        beside = {**means, **beside, "chance": 0.5}
+        figures |= measured(f"surprise_{twin}", main[:, 0], np.mean, beside, sizes.resamples)
+    if shares["fork"]:
+        rare = rare_groups(seed, cfg, sizes.rare_scenes)
+        rare = surprise_of(study, rare, "surprise: rare branches", seed + 10**6)
+        figures |= surprise_auroc(results, rare, sizes)
+    return figures, {"surprise": curves}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1911,262 +1755,192 @@ def surprise_figures(subjects, cfg, shares, sizes, seed, workers, progress):
 
 
 def fit_jobs(seed, cfg, sizes, kinds):
-    """Clips that fit spaces and probes: forks with two siblings of each branch, as many stopping as passing cars, and one clip of each other scene -> [Job]."""
+    """Clips that fit spaces and probes: forks, each branch twice, stopping and passing cars, the rest -> [Job]."""
     jobs = []
     for place, kind in enumerate(kinds):
         for number in range(sizes.fit_forks if kind == "fork" else sizes.fit_clips):
-            scene_seed = set_seed(seed, "fit", place * 10**6 + number)
+            scene_seed, futures = set_seed(seed, "fit", place * 10**6 + number), [0]
             if kind == "fork":
-                futures = [s for side in (-1, 1) for s in futures_where(scene_seed, cfg, kind, "choice", side, 2)]
-            else:
-                futures = (
-                    futures_where(scene_seed, cfg, kind, "stops", bool(number % 2), 1) if kind == "occluder" else [0]
-                )
+                futures = both_branches(scene_seed, cfg)
+            elif kind == "occluder":
+                futures = futures_where(scene_seed, cfg, kind, "stops", bool(number % 2), 1)
             jobs += [Job(scene_seed, future, kind) for future in futures]
     return jobs
 
 
 def fork_groups(seed, cfg, sizes):
-    """Test forks: at even odds `siblings` natural futures and more until each branch has two; at the other odds two of each -> groups for `measure`."""
+    """Test forks: `siblings` natural futures at even odds, two of each branch at least and at other odds -> groups."""
     groups = []
     for scene_seed in fork_seeds(seed, "forks", cfg, 0.5, sizes.fork_scenes):
-        futures = list(range(sizes.siblings))
-        more = [
-            s
-            for side in (-1, 1)
-            for s in futures_where(scene_seed, cfg, "fork", "choice", side, 2)
-            if s >= sizes.siblings
-        ]
-        groups.append((0.5, [Job(scene_seed, s, "fork") for s in futures + more], sizes.siblings))
+        more = [s for s in both_branches(scene_seed, cfg) if s >= sizes.siblings]
+        groups.append((0.5, [Job(scene_seed, s, "fork") for s in (*range(sizes.siblings), *more)], sizes.siblings))
     for odds in sorted(set(V.FORK_ODDS) - {0.5}):
         for scene_seed in fork_seeds(seed, "signs", cfg, odds, sizes.sign_scenes):
-            futures = [s for side in (-1, 1) for s in futures_where(scene_seed, cfg, "fork", "choice", side, 2)]
-            groups.append((odds, [Job(scene_seed, s, "fork") for s in futures], 0))
+            groups.append((odds, [Job(scene_seed, s, "fork") for s in both_branches(scene_seed, cfg)], 0))
     return groups
 
 
-def pick(tasks, names, rows=slice(None)):
-    """Some tasks of Tasks, on some rows."""
-    values, classes = (
-        {name: column[rows] for name, column in columns.items() if name in names}
-        for columns in (tasks.values, tasks.classes)
-    )
-    return Tasks(values, classes, tasks.num_classes, tasks.groups[rows])
-
-
 def fit_readings(subject, latents, tasks, sizes):
-    """Fit everything that is read from SOON latents: probes, the branch space, the pooled space. Sets subject.probes and its readings."""
+    """Fit all that is read from SOON latents, probes, branch space, pooled space: sets subject.probes and readings."""
     rows = latents.soon.flatten(1)
     subject.probes = fit_probes(rows, tasks, sizes.components)
     maps = dict(subject.probes)
     if "branch" in tasks.classes and (tasks.classes["branch"] >= 0).any():
         forks = tasks.classes["branch"] >= 0
-        gate = fit_probes(rows[torch.from_numpy(forks)], pick(tasks, ("branch",), forks), sizes.components)
+        gate = fit_probes(rows[torch.from_numpy(forks)], tasks.pick(("branch",), forks), sizes.components)
         maps |= {"gate": gate["branch"], "axes": branch_map(latents.soon, latents.labels)}
     maps["pooled"] = pooled_map(latents)
     subject.set_readings(maps)
 
 
-def gate_figure(readings, subjects, sizes):
-    """Accuracy of the branch probe on the real futures of test forks, beside the untrained encoder -> figure."""
+def gate_figures(readings, subjects, sizes):
+    """Accuracy of the branch probe on the real futures of test forks, beside the untrained encoder -> figures."""
     values = []
     for subject, own in zip(subjects, readings):
         column = subject.columns["gate"]
         values.append(np.array([(r.real[:, column].argmax(1) == (r.side > 0)).mean() for r in own]))
-    return make_figure(
-        "branch_gate",
-        values[0].mean(),
-        bootstrap(values[0], np.mean, num=sizes.resamples),
-        len(values[0]),
-        {"untrained encoder": float(values[1].mean()), "chance": 0.5},
-    )
+    beside = {"untrained encoder": float(values[1].mean()), "chance": 0.5}
+    return measured("branch_gate", values[0], np.mean, beside, sizes.resamples)
 
 
-def odds_figures(subjects, shares, sizes, seed, workers, progress):
+def odds_figures(study, shares):
     """Everything that is held against known odds, for the kinds that the run's mix has -> (figures, curves)."""
-    main, cfg, figures, curves = subjects[0], subjects[0].cfg, {}, {}
-    two = ("model", "mean + noise")
+    main, cfg, sizes, seed = study.main, study.cfg, study.sizes, study.seed
+    figures, curves, two = {}, {}, ("model", "mean + noise")
     if shares["fork"]:
-        readings = measure(subjects, fork_groups(seed, cfg, sizes), sizes, workers, progress, "forks", seed)
-        figures["branch_gate"] = gate_figure(readings, subjects, sizes)
-        own, untrained = (choose(r, subject.columns["axes"]) for r, subject in zip(readings, subjects))
+        readings = measure(study, study.subjects, fork_groups(seed, cfg, sizes), "forks", seed)
+        figures |= gate_figures(readings, study.subjects, sizes)
+        own, untrained = (choose(r, subject.columns["axes"]) for r, subject in zip(readings, study.subjects))
         for reading in untrained:
             reading.samples["mean + noise"] = reading.samples["model"]
-        figures |= fork_figures(
-            own, sizes, {"untrained encoder": untrained, "shuffled targets": None, "mean + noise": None}
-        )
-        curves |= fork_curves(own, ("model", "mean + noise", "shuffled targets"))
+        controls = {"untrained encoder": untrained, "shuffled targets": None, "mean + noise": None}
+        figures |= fork_figures(own, sizes, controls)
+        curves |= fork_curves(own, (*two, "shuffled targets"))
     if shares["brake"]:
-        seeds = [set_seed(seed, "brake", number) for number in range(sizes.brake_scenes)]
-        groups = [
-            (0, [Job(s, future, "brake") for future in range(sizes.brake_siblings)], sizes.brake_siblings)
-            for s in seeds
-        ]
-        readings = measure(subjects[:1], groups, sizes, workers, progress, "braking cars", seed + 1, two)[0]
+        num, groups = sizes.brake_siblings, []
+        for scene_seed in (set_seed(seed, "brake", number) for number in range(sizes.brake_scenes)):
+            groups.append((0, [Job(scene_seed, future, "brake") for future in range(num)], num))
+        readings = measure(study, [main], groups, "braking cars", seed + 1, two)[0]
         more, curve = gap_figures(readings, main.columns["lead_gap"], cfg, sizes)
         figures, curves = figures | more, curves | curve
-    for kind in ("steady", "lane", "occluder"):
+    for kind, reading in (("steady", "mover_u"), ("lane", "lane"), ("occluder", "stops")):
         if not shares[kind]:
             continue
         groups = [(0, [Job(set_seed(seed, kind, number), 0, kind)], 1) for number in range(sizes.kind_scenes)]
-        readings = measure(
-            subjects[:1], groups, sizes, workers, progress, f"{kind} scenes", seed + 2, None if kind == "lane" else two
-        )[0]
-        if kind == "steady" and "mover_u" in main.columns:
-            figures |= steady_figures(readings, main.columns["mover_u"], cfg, sizes)
-        elif kind == "lane" and "lane" in main.columns:
-            more, curve = lane_figures(readings, main.columns["lane"], cfg, sizes)
+        readings = measure(study, [main], groups, f"{kind} scenes", seed + 2, None if kind == "lane" else two)[0]
+        column = main.columns.get(reading)
+        if column is None:
+            continue
+        if kind == "steady":
+            figures |= steady_figures(readings, column, cfg, sizes)
+        elif kind == "occluder":
+            figures |= occluder_figures(readings, column, sizes)
+        else:
+            more, curve = lane_figures(readings, column, cfg, sizes)
             figures, curves = figures | more, curves | curve
-        elif kind == "occluder" and "stops" in main.columns:
-            figures |= occluder_figures(readings, main.columns["stops"], sizes)
     return figures, curves
 
 
-def clip_figures(subjects, meter, fit, test, fit_pixels, test_pixels, fit_tasks, tasks, sizes, seed, progress):
-    """Figures of mixed test clips, of scenes or videos: skill, retrieval, sampling, gauges, probes -> (figures, curves)."""
-    progress.stage("scores")
-    figures, skill = skill_figures(meter, subjects, tasks.groups, sizes.resamples)
-    side = subjects[0].reduce.side
-    figures |= retrieval_figures(test[0], side[0] * side[1], tasks.groups, sizes.resamples)
-    more, curves = sampling_figures(meter, subjects[0].columns["pooled"], test[0], tasks.groups, sizes.resamples)
-    figures |= more | gauge_figures(meter, subjects)
+def clip_figures(study, meter, fit, test, pixels, fit_tasks, tasks):
+    """Figures of mixed test clips of scenes or videos: skill, retrieval, sampling, gauges, probes -> (figures, curves).
+
+    fit, test: the subjects' Latents; pixels: the pixel rows of both.
+    """
+    study.progress.stage("scores")
+    resamples, side = study.sizes.resamples, study.main.reduce.side
+    figures, skill = skill_figures(study, meter, tasks.groups)
+    figures |= retrieval_figures(test[0], side[0] * side[1], tasks.groups, resamples)
+    more, curves = sampling_figures(meter, test[0], tasks.groups)
+    figures |= more | gauge_figures(meter)
     if tasks.names():
-        places = probe_predictions(
-            subjects, fit, test, fit_pixels, test_pixels, fit_tasks, tasks, meter, sizes, seed, progress
-        )
-        figures |= probe_figures(places, tasks, sizes.resamples)
+        places = probe_predictions(study, fit, test, pixels, fit_tasks, tasks, meter)
+        figures |= probe_figures(places, tasks, resamples)
     return figures, {"skill": skill, **curves}
 
 
-def scene_evaluation(subjects, sizes, seed, workers, progress):
+def scene_evaluation(study):
     """All figures on built-in scenes -> (figures, curves, what was measured on)."""
-    main, cfg, bad = subjects[0], subjects[0].cfg, {}
+    main, cfg, sizes, seed, bad = study.main, study.cfg, study.sizes, study.seed, {}
     shares = dict(zip(V.SCENE_KINDS, V.mix_shares(cfg.scene_mix)))
-    kinds = [kind for kind, share in shares.items() if share]
-    jobs = fit_jobs(seed, cfg, sizes, kinds)
-    clips = SceneJobs(
-        [jobs[i] for i in np.random.default_rng(0).permutation(len(jobs))], cfg
-    )  # mixed: the first ones choose channels and fit a flow net
-    fit, fit_pixels = collect(subjects, stream(clips, sizes, workers, progress, "fitting scenes"), bad, flow_clips=1024)
+    jobs = fit_jobs(seed, cfg, sizes, [kind for kind, share in shares.items() if share])
+    order = np.random.default_rng(0).permutation(len(jobs))  # mixed: the first ones choose channels and fit a flow net
+    batches = study.stream(SceneJobs([jobs[i] for i in order], cfg), "fitting scenes")
+    fit, fit_pixels = collect(study.subjects, batches, bad, flow_clips=1024)
     fit_tasks = make_tasks(fit[0].labels, cfg, V.SCENE_MANEUVERS, True)
-    progress.stage("spaces and probes", 2)
-    for subject, latents in zip(subjects, fit):
+    study.progress.stage("spaces and probes", 2)
+    for subject, latents in zip(study.subjects, fit):
         fit_readings(subject, latents, fit_tasks, sizes)
-        progress.step()
-    progress.stage("flow net on shuffled targets")
-    main.flows |= {
-        "mean + noise": ResidualNoise(main.model.space),
-        "shuffled targets": train_shuffled(main, fit[0], sizes, seed),
-    }
-    figures, curves = odds_figures(subjects, shares, sizes, seed, workers, progress)
-    meter = Meter(subjects, sizes, seed)
-    jobs = [Job(set_seed(seed, "mix", number), 0) for number in range(sizes.mix_clips)]
-    test, test_pixels = collect(
-        subjects, stream(SceneJobs(jobs, cfg), sizes, workers, progress, "mixed scenes"), bad, meter=meter
-    )
+        study.progress.step()
+    study.progress.stage("flow net on shuffled targets")
+    main.flows["mean + noise"] = ResidualNoise(main.model.space)
+    main.flows["shuffled targets"] = train_shuffled(main, fit[0], sizes, seed)
+    figures, curves = odds_figures(study, shares)
+    meter, jobs = Meter(study), [Job(set_seed(seed, "mix", number), 0) for number in range(sizes.mix_clips)]
+    batches = study.stream(SceneJobs(jobs, cfg), "mixed scenes")
+    test, test_pixels = collect(study.subjects, batches, bad, meter=meter)
     tasks = make_tasks(test[0].labels, cfg, V.SCENE_MANEUVERS, True)
-    both = [
-        name
-        for name in (*SIGNALS, "maneuver", "branch")
-        if name != "mover_u" and name in fit_tasks.names() and name in tasks.names()
-    ]
-    more, curve = clip_figures(
-        subjects,
-        meter,
-        fit,
-        test,
-        fit_pixels,
-        test_pixels,
-        pick(fit_tasks, both),
-        pick(tasks, both),
-        sizes,
-        seed,
-        progress,
-    )
+    both = ({*SIGNALS, "maneuver", "branch"} - {"mover_u"}) & {*fit_tasks.names()} & {*tasks.names()}
+    pixels = fit_pixels, test_pixels
+    more, curve = clip_figures(study, meter, fit, test, pixels, fit_tasks.pick(both), tasks.pick(both))
     figures, curves = figures | more, curves | curve
     if shares["steady"]:
-        more, curve = surprise_figures(subjects, cfg, shares, sizes, seed, workers, progress)
+        more, curve = surprise_figures(study, shares)
         figures, curves = figures | more, curves | curve
     return figures, curves, {"kind": "scenes", "scene_mix": cfg.scene_mix, "first_seed": EVAL_SEED + seed * 10**12}
 
 
-def video_evaluation(subjects, sizes, source, split, seed, workers, progress):
+def unreadable(source, which, bad):
+    """UserError for a set of files of which none can be decoded; bad: {file: reason}."""
+    first = "; ".join(next(iter(bad.items())))
+    return V.UserError(f"data_root {source.root}: no {which} file can be decoded; the first: {first}")
+
+
+def video_evaluation(study, source, split):
     """Figures on real videos: everything that needs no known odds -> (figures, curves, what was measured on)."""
-    main, cfg, bad = subjects[0], subjects[0].cfg, {}
+    main, cfg, sizes, bad = study.main, study.cfg, study.sizes, {}
     dataset = source.dataset(cfg, "val")
     if split == "all":
         dataset.videos = source.train + [video for video in source.val if source.held_out]
-    fit_files = source.dataset(cfg, "bank")
-    clips = VideoClips(fit_files, min(sizes.fit_videos, 32 * len(fit_files.videos)))
-    fit, fit_pixels = collect(subjects, stream(clips, sizes, workers, progress, "training videos"), bad)
+    batches = study.stream(VideoClips(source.dataset(cfg, "bank"), sizes.fit_videos), "training videos")
+    fit, fit_pixels = collect(study.subjects, batches, bad)
     if fit is None:
-        raise V.UserError(
-            f"data_root {source.root}: no training file can be decoded; the first: {'; '.join(next(iter(bad.items())))}"
-        )
+        raise unreadable(source, "training", bad)
     maneuvers = V.maneuver_names(source.train + source.val, source.root)
     fit_tasks = make_tasks(fit[0].labels, cfg, maneuvers, False)
-    for subject, latents in zip(subjects, fit):
+    for subject, latents in zip(study.subjects, fit):
         fit_readings(subject, latents, fit_tasks, sizes)
     main.flows["mean + noise"] = ResidualNoise(main.model.space)
-    meter, clips = Meter(subjects, sizes, seed), VideoClips(dataset, min(sizes.mix_clips, 32 * len(dataset.videos)))
-    test, test_pixels = collect(subjects, stream(clips, sizes, workers, progress, "test videos"), bad, meter=meter)
+    meter, batches = Meter(study), study.stream(VideoClips(dataset, sizes.mix_clips), "test videos")
+    test, test_pixels = collect(study.subjects, batches, bad, meter=meter)
     if test is None:
-        raise V.UserError(
-            f"data_root {source.root}: no {split} file can be decoded; the first: {'; '.join(next(iter(bad.items())))}"
-        )
+        raise unreadable(source, split, bad)
     tasks = make_tasks(test[0].labels, cfg, maneuvers, False)
     if split == "all":  # probes are tested on files that they were not fitted on
         seen = np.array([label["file"] < len(source.train) for label in test[0].labels])
         for column in (*tasks.values.values(), *tasks.classes.values()):
             column[seen] = math.nan if column.dtype.kind == "f" else -1
-    both = [name for name in fit_tasks.names() if name in tasks.names() and name in main.probes]
-    figures, curves = clip_figures(
-        subjects,
-        meter,
-        fit,
-        test,
-        fit_pixels,
-        test_pixels,
-        pick(fit_tasks, both),
-        pick(tasks, both),
-        sizes,
-        seed,
-        progress,
-    )
-    return (
-        figures,
-        curves,
-        {
-            "kind": "videos",
-            "root": source.root,
-            "split": split,
-            "files": len(dataset.videos),
-            "clips": len(test[0].labels),
-            "held_out": source.held_out and split == "val",
-            "bad_files": bad,
-        },
-    )
+    both, pixels = {*fit_tasks.names()} & {*tasks.names()} & {*main.probes}, (fit_pixels, test_pixels)
+    figures, curves = clip_figures(study, meter, fit, test, pixels, fit_tasks.pick(both), tasks.pick(both))
+    data = {"kind": "videos", "root": source.root, "split": split, "files": len(dataset.videos)}
+    data |= {"clips": len(test[0].labels), "held_out": source.held_out and split == "val", "bad_files": bad}
+    return figures, curves, data
 
 
 def controls_must_fail(figures):
-    """Which of the figures made to catch a control it fails -> {control: {tests, failed, passed}}; passed says that it fails at least one."""
+    """Which figures made to catch a control it fails -> {control: {tests, failed, passed}}; passed: at least one."""
     verdicts = {}
     for control, names in CONTROL_TESTS.items():
-        tested = {
-            name: figures[name]["controls"][control]
-            for name in names
-            if control in figures.get(name, {}).get("controls", {})
-        }
-        met = {name: meets(value, THRESHOLDS[name]) for name, value in tested.items()}
-        met = {name: ok for name, ok in met.items() if ok is not None}
-        if met:
-            failed = [name for name, ok in met.items() if not ok]
-            verdicts[control] = {"tests": list(met), "failed": failed, "passed": bool(failed)}
+        beside = {name: figures[name]["controls"] for name in names if name in figures}
+        met = {name: meets(own[control], THRESHOLDS[name]) for name, own in beside.items() if control in own}
+        tests = [name for name, ok in met.items() if ok is not None]
+        if tests:
+            failed = [name for name in tests if not met[name]]
+            verdicts[control] = {"tests": tests, "failed": failed, "passed": bool(failed)}
     return verdicts
 
 
 def without_nan(value):
-    """The same nested value with every number that is not finite replaced by None, arrays and numpy numbers as plain ones."""
+    """The same nested value with None for every number that is not finite, numpy's numbers as plain ones."""
     if isinstance(value, dict):
         return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -2176,81 +1950,71 @@ def without_nan(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}  # module -> what pip calls it, where the two differ
+
+
+def need(*modules):
+    """UserError with the command that installs them when modules of the extra `eval` are missing."""
+    missing = [PACKAGES.get(name, name) for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise V.UserError(f'{", ".join(missing)} not installed: pip install "vjepa-auto-v2[eval]"')
+
+
 def evaluate(model, sizes=FULL, source=None, split="val", seed=0, num_workers=2, progress=None):
-    """Measure a WorldModel on its device -> the content of evaluation.json, less the checkpoint's path and step.
+    """Measure a world model on its device -> the content of evaluation.json, less the checkpoint's path and step.
 
     source: a V.DataSource of real videos; built-in scenes without one. Global random state is left as it was.
     """
     progress, device = progress or Progress(quiet=True), model.image_mean.device
-    if importlib.util.find_spec("sklearn") is None:
-        raise V.UserError('scikit-learn is not installed: pip install "vjepa-auto-v2[eval]"')
+    need("sklearn")
     model.eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
-        fresh = V.VJepaAutoV2(model.cfg).to(device).eval()
-        subjects = [
-            Subject(model, device),
-            Subject(fresh, device, steps=1),
-        ]  # a fresh flow net returns the point forecast in any number of steps
-        if source is None:
-            figures, curves, data = scene_evaluation(subjects, sizes, seed, num_workers, progress)
-        else:
-            figures, curves, data = video_evaluation(subjects, sizes, source, split, seed, num_workers, progress)
+        fresh = type(model)(model.cfg).to(device).eval()
+        process = own_precision(model, device)
+        # a fresh flow net returns the point forecast in any number of steps
+        subjects = [Subject(model, process), Subject(fresh, process, steps=1)]
+        study = Study(subjects, sizes, seed, num_workers, progress)
+        found = scene_evaluation(study) if source is None else video_evaluation(study, source, split)
+    figures, curves, data = found
     progress.close()
     judged = [figure["passed"] for figure in figures.values() if figure["passed"] is not None]
-    report = {
-        "data": data,
-        "seed": seed,
-        "sizes": asdict(sizes),
-        "figures": figures,
-        "controls_must_fail": controls_must_fail(figures),
-        "curves": curves,
-        "summary": f"{sum(judged)} of {len(judged)} thresholds met",
-    }
-    return without_nan(report)
+    report = {"data": data, "seed": seed, "sizes": asdict(sizes), "figures": figures}
+    report |= {"controls_must_fail": controls_must_fail(figures), "curves": curves}
+    return without_nan({**report, "summary": f"{sum(judged)} of {len(judged)} thresholds met"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 11  Page: evaluation.json's content -> one HTML file
 # ---------------------------------------------------------------------------------------------------------------------
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#777777",
-    "#222222",
-)  # told apart by most colour-blind readers
+# told apart by most colour-blind readers
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#222222")
 STYLE = """
-body { font: 16px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 0 auto;
+  padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-td, th { text-align: left; padding: .25rem .5rem .25rem 0; border-bottom: 1px solid #eee; vertical-align: top; overflow-wrap: anywhere; }
+td, th { text-align: left; padding: .25rem .5rem .25rem 0; border-bottom: 1px solid #eee; vertical-align: top;
+  overflow-wrap: anywhere; }
 .num { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .met { color: #00734f; font-weight: 600; } .missed { color: #b03a00; font-weight: 600; } .plain { color: #666; }
-.figure { margin: 1rem 0; } .figure h3 { font-size: 1rem; margin: 0; } .figure p { margin: .2rem 0; } .beside { color: #555; font-size: .88rem; }
+.figure { margin: 1rem 0; } .figure h3 { font-size: 1rem; margin: 0; } .figure p { margin: .2rem 0; }
+.beside { color: #555; font-size: .88rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.2rem; }
-figure { margin: 0 0 1rem; } figcaption { font-size: .88rem; color: #444; } svg { width: 100%; height: auto; } img { max-width: 100%; height: auto; }
+figure { margin: 0 0 1rem; } figcaption { font-size: .88rem; color: #444; }
+svg { width: 100%; height: auto; } img { max-width: 100%; height: auto; }
 .wide { overflow-x: auto; } .wide img { min-width: 44rem; }
 .key { display: inline-block; margin-right: .8rem; font-size: .85rem; white-space: nowrap; }
 .key i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
 """
-NAMED = {
-    "model": "#0072B2",
-    "sampled share": "#0072B2",
-    "best of k, model": "#0072B2",
-    "real futures": "#222222",
-    "true odds": "#222222",
-    "mean + noise": "#E69F00",
-    "best of k, mean + noise": "#E69F00",
-    "point forecast": "#009E73",
-    "point forecast's place": "#009E73",
-    "shuffled targets": "#CC79A7",
-    "untrained encoder": "#777777",
-}  # the same thing has the same colour in every chart
+NAMED = {  # the same thing has the same colour in every chart
+    **dict.fromkeys(("model", "sampled share", "best of k, model"), "#0072B2"),
+    **dict.fromkeys(("real futures", "true odds"), "#222222"),
+    **dict.fromkeys(("mean + noise", "best of k, mean + noise"), "#E69F00"),
+    **dict.fromkeys(("point forecast", "point forecast's place"), "#009E73"),
+    **{"shuffled targets": "#CC79A7", "untrained encoder": "#777777"},
+}
 CHART = (52, 392, 10, 218)  # left, right, top, bottom of the axes inside 400 x 256 units
 
 
@@ -2271,9 +2035,8 @@ def nice_ticks(low, high, count=5):
     raw = (high - low) / count
     unit = 10 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)
-    return [
-        round(step * number, 10) for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(step * number, 10) for number in range(first, last + 1)]
 
 
 def svg_line(x1, y1, x2, y2, colour, dashed=False):
@@ -2291,23 +2054,16 @@ def svg_text(x, y, text, anchor="middle", size=11, turned=False):
 def chart_frame(x_range, y_range, x_ticks, x_label, y_label):
     """Axes of a chart -> (SVG parts, (x0, x_scale, y0, y_scale)): a value v stands at x0 + v * x_scale."""
     left, right, top, bottom = CHART
-    x_scale, y_scale = (
-        (right - left) / max(x_range[1] - x_range[0], 1e-12),
-        (bottom - top) / max(y_range[1] - y_range[0], 1e-12),
-    )
-    x0, y0, parts = (
-        left - x_range[0] * x_scale,
-        bottom + y_range[0] * y_scale,
-        [svg_line(left, bottom, right, bottom, "#999")],
-    )
+    x_scale = (right - left) / max(x_range[1] - x_range[0], 1e-12)
+    y_scale = (bottom - top) / max(y_range[1] - y_range[0], 1e-12)
+    x0, y0 = left - x_range[0] * x_scale, bottom + y_range[0] * y_scale
+    parts = [svg_line(left, bottom, right, bottom, "#999")]
     for tick in nice_ticks(*y_range):
         y = y0 - tick * y_scale
         parts += [svg_line(left, y, right, y, "#eee"), svg_text(left - 5, y + 4, f"{tick:g}", "end")]
     parts += [svg_text(x0 + place * x_scale, bottom + 15, text) for place, text in x_ticks]
-    parts += [
-        svg_text((left + right) / 2, 250, x_label, size=12),
-        svg_text(13, (top + bottom) / 2, y_label, size=12, turned=True),
-    ]
+    parts.append(svg_text((left + right) / 2, 250, x_label, size=12))
+    parts.append(svg_text(13, (top + bottom) / 2, y_label, size=12, turned=True))
     return parts, (x0, x_scale, y0, -y_scale)
 
 
@@ -2319,12 +2075,16 @@ def colours_of(names):
 
 def figure_tag(parts, names, caption):
     """SVG parts, the names of its series and a caption as one <figure>."""
-    keys = "".join(
-        f'<span class="key"><i style="background:{colour}"></i>{safe(name)}</span>'
-        for name, colour in zip(names, colours_of(names))
-    )
+    colours, keys = colours_of(names), ""
+    for name, colour in zip(names, colours):
+        keys += f'<span class="key"><i style="background:{colour}"></i>{safe(name)}</span>'
     picture = f'<svg viewBox="0 0 400 256" role="img" aria-label="{safe(caption)}">{"".join(parts)}</svg>'
     return f"<figure>{picture}<div>{keys}</div><figcaption>{safe(caption)}</figcaption></figure>"
+
+
+def known_values(series):
+    """All values of series {name: [y]} that are known -> list."""
+    return [value for values in series.values() for value in values if value is not None]
 
 
 def line_chart(x, series, labels, caption, diagonal=False, level=None, steps=False, log_x=False):
@@ -2332,52 +2092,38 @@ def line_chart(x, series, labels, caption, diagonal=False, level=None, steps=Fal
 
     diagonal: dashed y = x; level: dashed height; steps: the outline of a histogram; log_x: equal steps per doubling.
     """
-    known = [value for values in series.values() for value in values if value is not None]
-    known += [0, 1] if diagonal else [] if level is None else [level]
+    known = known_values(series) + ([0, 1] if diagonal else [] if level is None else [level])
     low, high = min(0.0, *known), max(known)
     places = [math.log2(value) for value in x] if log_x else list(x)
-    ticks = (
-        [(place, f"{value:g}") for place, value in zip(places, x)]
-        if len(x) <= 10
-        else [(tick, f"{tick:g}") for tick in nice_ticks(min(x), max(x))]
-    )
-    x_range = (0, 1) if diagonal else (min(places), max(places))
+    marks = zip(places, x) if len(x) <= 10 else ((tick, tick) for tick in nice_ticks(min(x), max(x)))
+    ticks, x_range = [(place, f"{mark:g}") for place, mark in marks], (0, 1) if diagonal else (min(places), max(places))
     parts, (x0, x_scale, y0, y_scale) = chart_frame(x_range, (low, high + 0.05 * (high - low)), ticks, *labels)
     if diagonal:
         parts.append(svg_line(x0, y0, x0 + x_scale, y0 + y_scale, "#999", True))
     if level is not None:
         parts.append(svg_line(CHART[0], y0 + level * y_scale, CHART[1], y0 + level * y_scale, "#999", True))
     for colour, values in zip(colours_of(series), series.values()):
-        points = [
-            (x0 + place * x_scale, y0 + value * y_scale) for place, value in zip(places, values) if value is not None
-        ]
-        corners = (
-            [(a, y) for (left, y), (right, _) in zip(points, points[1:]) for a in (left, right)] if steps else points
-        )
-        parts.append(
-            f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in corners)}"/>'
-        )
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in (() if steps else points)]
+        points = [(x0 + place * x_scale, y0 + y * y_scale) for place, y in zip(places, values) if y is not None]
+        dots = [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in points]
+        if steps:
+            points, dots = [(a, y) for (left, y), (right, _) in zip(points, points[1:]) for a in (left, right)], []
+        corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+        parts += [f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{corners}"/>', *dots]
     return figure_tag(parts, series, caption)
 
 
 def bar_chart(categories, series, y_label, caption, level=None):
     """Groups of bars, one per category, one bar per series {name: [y]} -> <figure>. level: dashed height."""
-    known = [value for values in series.values() for value in values if value is not None] + (
-        [level] if level is not None else []
-    )
-    ticks = [(number + 0.5, name) for number, name in enumerate(categories)]
-    parts, (x0, x_scale, y0, y_scale) = chart_frame(
-        (0, len(categories)), (min(0.0, *known), 1.05 * max(known)), ticks, "", y_label
-    )
+    known = known_values(series) + ([] if level is None else [level])
+    ticks, y_range = [(n + 0.5, name) for n, name in enumerate(categories)], (min(0.0, *known), 1.05 * max(known))
+    parts, (x0, x_scale, y0, y_scale) = chart_frame((0, len(categories)), y_range, ticks, "", y_label)
     width = 0.8 / len(series)
     for place, (colour, values) in enumerate(zip(colours_of(series), series.values())):
         for number, value in enumerate(values):
             if value is not None:
                 x, (top, bottom) = x0 + (number + 0.1 + place * width) * x_scale, sorted((y0 + value * y_scale, y0))
-                parts.append(
-                    f'<rect x="{x:.1f}" y="{top:.1f}" width="{width * x_scale * 0.92:.1f}" height="{bottom - top:.1f}" fill="{colour}"/>'
-                )
+                shape = f'width="{width * x_scale * 0.92:.1f}" height="{bottom - top:.1f}"'
+                parts.append(f'<rect x="{x:.1f}" y="{top:.1f}" {shape} fill="{colour}"/>')
     if level is not None:
         parts.append(svg_line(CHART[0], y0 + level * y_scale, CHART[1], y0 + level * y_scale, "#333", True))
     return figure_tag(parts, series, caption)
@@ -2389,27 +2135,20 @@ def fork_charts(curves):
         return []
     told, places = curves["calibration"], dict(curves["branch_coordinate"])
     edges, series = places.pop("edges"), {"sampled share": told["share"], "point forecast's place": told["point"]}
+    labels = ("true odds of the right branch", "share to the right")
+    caption = "Calibration over the five signs: samples belong on the dashed line."
+    odds = line_chart(told["odds"], series, labels, caption, diagonal=True)
+    outlines = {name: [*values, values[-1]] for name, values in places.items()}
+    caption = "Even forks: real futures stand at 0 and 1, and so must samples; mean + noise fills the middle."
     return [
-        line_chart(
-            told["odds"],
-            series,
-            ("true odds of the right branch", "share to the right"),
-            "Calibration over the five signs: samples belong on the dashed line.",
-            diagonal=True,
-        ),
-        line_chart(
-            edges,
-            {name: [*values, values[-1]] for name, values in places.items()},
-            ("place between the branches (0 left, 1 right)", "share"),
-            "Even forks: real futures stand at 0 and 1, and so must samples; mean + noise fills the middle.",
-            steps=True,
-        ),
+        odds,
+        line_chart(edges, outlines, ("place between the branches (0 left, 1 right)", "share"), caption, steps=True),
     ]
 
 
 def charts(curves):
     """All charts that the curves allow -> list of <figure>."""
-    skill, found = dict(curves["skill"]), []
+    skill, best, found = dict(curves["skill"]), dict(curves["best_of_k"]), []
     caption = "Point skill per tubelet: above 0 the forecast beats the reference."
     found.append(line_chart(skill.pop("tubelet"), skill, ("SOON tubelet", "error saved"), caption, level=0))
     found += fork_charts(curves)
@@ -2419,32 +2158,18 @@ def charts(curves):
             bins = shares.pop("bin")
             caption = f"Rank of the truth among samples in {what}: flat is right, a U too narrow, a hill too wide."
             found.append(bar_chart(bins, shares, "share", caption, level=1 / len(bins)))
-    best = dict(curves["best_of_k"])
     caption = "Best of K samples, and mean of K: the model's best should fall below that of mean + noise."
     found.append(line_chart(best.pop("k"), best, ("K", "error"), caption, log_x=True))
     if "surprise" in curves:
         twins, rows = [twin.replace("_", " ") for twin in curves["surprise"]], list(curves["surprise"].values())
         series = {name: [row[name] for row in rows] for name in rows[0]}
-        found.append(
-            bar_chart(
-                twins,
-                series,
-                "accuracy",
-                "Telling impossible from possible twins: the dashed line is chance.",
-                level=0.5,
-            )
-        )
+        caption = "Telling impossible from possible twins: the dashed line is chance."
+        found.append(bar_chart(twins, series, "accuracy", caption, level=0.5))
     for kind, shares in curves.get("lane_odds", {}).items():
         told = [float(p) for p in kind.removeprefix("odds ").split(" / ")]
         series = {"true odds": told, "sampled share": shares["model"], "mean + noise": shares["mean + noise"]}
-        found.append(
-            bar_chart(
-                ("left", "keep", "right"),
-                series,
-                "share",
-                f"Lane scenes with {kind} of left / keep / right ({shares['n']} scenes).",
-            )
-        )
+        caption = f"Lane scenes with {kind} of left / keep / right ({shares['n']} scenes)."
+        found.append(bar_chart(("left", "keep", "right"), series, "share", caption))
     return found
 
 
@@ -2458,20 +2183,14 @@ def fork_strip(cfg, seed):
     shown = np.linspace(0, end - 1, min(end, 8)).round().astype(int)
     for side in (-1, 1):
         frames, _ = V.scene(scene_seed, futures_where(scene_seed, cfg, "fork", "choice", side, 1)[0], drawn, "fork")
-        rows.append(
-            np.concatenate(
-                [
-                    np.pad(frames[t], ((3, 3), (3, 3), (0, 0)), constant_values=255 if t >= cfg.now_frames else 120)
-                    for t in shown
-                ],
-                1,
-            )
-        )
+        greys = [255 if t >= cfg.now_frames else 120 for t in shown]
+        framed = [np.pad(frames[t], ((3, 3), (3, 3), (0, 0)), constant_values=grey) for t, grey in zip(shown, greys)]
+        rows.append(np.concatenate(framed, 1))
     Image.fromarray(np.concatenate(rows)).save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     caption = (
-        f"One present, two futures at odds 0.5: the first {int((shown < cfg.now_frames).sum())} pictures of each row (grey border) are NOW "
-        "and equal bit for bit; then SOON, left branch above, right branch below."
+        f"One present, two futures at odds 0.5: the first {int((shown < cfg.now_frames).sum())} pictures of each row "
+        "(grey border) are NOW and equal bit for bit; then SOON, left branch above, right branch below."
     )
     picture = f'<img alt="two futures of one fork" src="data:image/png;base64,{data}">'
     return f'<figure><div class="wide">{picture}</div><figcaption>{safe(caption)}</figcaption></figure>'
@@ -2482,19 +2201,21 @@ def figure_card(name, figure):
     interval = f" [{short(figure['interval'][0])}, {short(figure['interval'][1])}]" if figure["interval"] else ""
     beside = "; ".join(f"{control} {short(value)}" for control, value in figure["controls"].items())
     return (
-        f'<div class="figure" id="{safe(name)}"><h3>{safe(name)}: {short(figure["value"])}{interval}</h3><p>{safe(figure["reading"])}</p>'
+        f'<div class="figure" id="{safe(name)}"><h3>{safe(name)}: {short(figure["value"])}{interval}</h3>'
+        f"<p>{safe(figure['reading'])}</p>"
         + (f'<p class="beside">Beside it: {safe(beside)}.</p>' if beside else "")
         + f'<p class="beside">n = {figure["n"]}</p></div>'
     )
+
+
+VERDICTS = {True: ("met", "&#10003; met"), False: ("missed", "&#10007; missed"), None: ("plain", "")}
 
 
 def summary_table(figures):
     """Figures with a threshold, then the rest -> <table>."""
     rows = []
     for name, figure in sorted(figures.items(), key=lambda item: item[1]["expect"] is None):
-        word, mark = {True: ("met", "&#10003; met"), False: ("missed", "&#10007; missed"), None: ("plain", "")}[
-            figure["passed"]
-        ]
+        word, mark = VERDICTS[figure["passed"]]
         rows.append(
             f'<tr><td><a href="#{safe(name)}">{safe(name)}</a></td><td class="num">{short(figure["value"])}</td>'
             f'<td class="num">{safe(figure["expect"] or "")}</td><td class="num {word}">{mark}</td></tr>'
@@ -2506,9 +2227,9 @@ def control_table(verdicts):
     """Which tests every control fails -> <table>."""
     rows = []
     for control, verdict in verdicts.items():
-        word, mark = (
-            ("met", "&#10003; fails, as it must") if verdict["passed"] else ("missed", "&#10007; passes everything")
-        )
+        word, mark = "missed", "&#10007; passes everything"
+        if verdict["passed"]:
+            word, mark = "met", "&#10003; fails, as it must"
         failed = f"{len(verdict['failed'])} of {len(verdict['tests'])}: {', '.join(verdict['failed'])}"
         rows.append(f'<tr><td>{safe(control)}</td><td class="{word}">{mark}</td><td>{safe(failed)}</td></tr>')
     return f"<table>{''.join(rows)}</table>"
@@ -2518,19 +2239,20 @@ def write_page(report, cfg, path):
     """The report as one self-contained HTML file."""
     where = {"scenes": "built-in scenes that no training saw", "videos": "real videos"}[report["data"]["kind"]]
     strip = fork_strip(cfg, report["seed"]) if "branch_coordinate" in report["curves"] else ""
+    controls = f"<h2>Controls that must fail</h2>{control_table(report['controls_must_fail'])}"
     body = [
         f"<h1>Evaluation: {safe(report['summary'])}</h1>",
         f"<p>Checkpoint {safe(report.get('checkpoint', ''))}, step {safe(report.get('step', ''))}, on {where}. "
-        "Intervals are 95 % bootstrap intervals over scenes or files. A figure says little alone: read it with what stands beside it.</p>",
+        "Intervals are 95 % bootstrap intervals over scenes or files. A figure says little alone: read it with what "
+        "stands beside it.</p>",
         f"<h2>Summary</h2>{summary_table(report['figures'])}",
-        f"<h2>Controls that must fail</h2>{control_table(report['controls_must_fail'])}"
-        if report["controls_must_fail"]
-        else "",
+        controls if report["controls_must_fail"] else "",
         f'<h2>Charts</h2>{strip}<div class="charts">{"".join(charts(report["curves"]))}</div>',
         f"<h2>Every figure</h2>{''.join(figure_card(name, figure) for name, figure in report['figures'].items())}",
     ]
     page = (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Evaluation</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>"
     )
     V.write_own(path, lambda handle: handle.write(f"{page}<!-- {V.MARK} -->\n".encode()))
@@ -2543,20 +2265,14 @@ def write_page(report, cfg, path):
 
 def parse(argv):
     """Command line -> namespace."""
-    parser = argparse.ArgumentParser(
-        description="Measure a checkpoint and write evaluation.json and evaluation.html.", allow_abbrev=False
-    )
+    path = dict(default="", type=os.path.expanduser)
+    about = "Measure a checkpoint and write evaluation.json and evaluation.html."
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, type=os.path.expanduser, help="checkpoint file of VJepa_AUTO_V2.py")
-    parser.add_argument(
-        "--data_root",
-        default="",
-        type=os.path.expanduser,
-        help="real videos (folder, video or list) instead of built-in scenes",
-    )
-    parser.add_argument(
-        "--split", choices=("val", "all"), default="val", help="with --data_root: held-out files, or all of them [val]"
-    )
-    parser.add_argument("--out", default="", type=os.path.expanduser, help="folder to write into [the run's folder]")
+    parser.add_argument("--data_root", **path, help="real videos (folder, video or list) instead of built-in scenes")
+    split = "with --data_root: held-out files, or all of them [val]"
+    parser.add_argument("--split", choices=("val", "all"), default="val", help=split)
+    parser.add_argument("--out", **path, help="folder to write into [the run's folder]")
     parser.add_argument("--quick", action="store_true", help="a fifth of the scenes: wide intervals, about a minute")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     parser.add_argument("--seed", type=int, default=0, help="other scenes, other samples [0]")
@@ -2565,6 +2281,29 @@ def parse(argv):
     if args.seed < 0 or args.num_workers < 0:
         parser.error("--seed and --num_workers must not be negative")
     return args
+
+
+def open_checkpoint(path, device):
+    """A checkpoint -> (model on the device, its config, {step, data}); data: kind and root of what it learned from."""
+    if not os.path.lexists(path):
+        raise V.UsageError(f"ckpt {path}: no such checkpoint")
+    try:
+        model, cfg = V.load_model(path, V.choose_device(device, 0))
+    except (RuntimeError, KeyError) as error:  # names or shapes of the weights differ
+        why = str(error).strip().splitlines()[0]
+        raise V.UserError(f"ckpt {path}: made by another version of VJepa_AUTO_V2.py ({why})") from error
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return model, cfg, {"step": int(state["step"]), "data": state["data"]}
+
+
+def open_videos(cfg, root):
+    """Videos under a root: folder, video or list -> (V.DataSource, config that names them). UsageError for none."""
+    cfg = replace(cfg, data_root=root, missing_data="error")
+    videos = V.list_data(cfg)
+    source = V.open_data(V.VJepaAutoV2, cfg, videos, True, None)
+    for note in V.data_notes(cfg, videos, source):
+        V.say(note, sys.stderr)
+    return source, cfg
 
 
 def run_folder(checkpoint):
@@ -2587,37 +2326,20 @@ def print_table(report):
 
 def run(args, sizes):
     """Load, measure, write, print -> exit code."""
-    state = V.load_checkpoint(args.ckpt)
-    step = int(state["step"])
-    del state
-    try:
-        model, cfg = V.load_model(args.ckpt, V.choose_device(args.device, 0))
-    except (RuntimeError, KeyError) as error:
-        raise V.UserError(
-            f"checkpoint {args.ckpt}: does not fit this version of the model ({str(error).splitlines()[0]})"
-        ) from error
+    model, cfg, about = open_checkpoint(args.ckpt, args.device)
     source = None
     if args.data_root:
-        cfg = model.cfg = replace(cfg, data_root=args.data_root, missing_data="error")
-        videos = V.list_data(cfg)
-        source = V.open_data(V.VJepaAutoV2, cfg, videos, True, None)
-        for note in V.data_notes(cfg, videos, source):
-            V.say(note, sys.stderr)
+        source, cfg = open_videos(cfg, args.data_root)
+        model.cfg = cfg
     elif cfg.data_root:
-        V.say(
-            "note: this run learned from videos; without --data_root it is measured on built-in scenes, "
-            "which it never saw",
-            sys.stderr,
-        )
+        note = "note: this run learned from videos; without --data_root it is measured on built-in scenes, "
+        V.say(note + "which it never saw", sys.stderr)
     out = Path(args.out) if args.out else run_folder(args.ckpt)
     out.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    report = {
-        "checkpoint": str(args.ckpt),
-        "step": step,
-        **evaluate(model, sizes, source, args.split, args.seed, args.num_workers, Progress()),
-    }
-    report["seconds"] = round(time.perf_counter() - began, 1)
+    progress = Progress()
+    report = {"checkpoint": str(args.ckpt), "step": about["step"]}
+    report |= evaluate(model, sizes, source, args.split, args.seed, args.num_workers, progress)
+    report["seconds"] = round(progress.seconds, 1)
     V.write_report(out / "evaluation.json", report)
     write_page(report, cfg, out / "evaluation.html")
     print_table(report)

@@ -2,10 +2,10 @@
 
     python tools/futures.py --ckpt runs/x/checkpoints/ckpt_final.pt [--clip FILE] [--num_samples 8] [--minutes 3]
 
-A small decoder is trained for --minutes on frozen target latents of the run's own data (built-in scenes that no run ever
-trains on, or the run's training videos) and kept beside the checkpoint. It learns only to look: the world model is not
-changed, and how well the decoder sees is printed beside two pictures that need no model. Written to --out (default: the
-run's folder / futures):
+A small decoder is trained for --minutes on frozen target latents of the run's own data (built-in scenes that no run
+ever trains on, or the run's training videos) and kept beside the checkpoint. It learns only to look: the world model is
+not changed, and how well the decoder sees is printed beside two pictures that need no model. Written to --out (default:
+the run's folder / futures):
 
     rollout.mp4   truth, decoded true latents (the ceiling), point forecast and sampled futures side by side, NOW first
     frames.png    the same as a grid, one file per clip (frames_2.png, ...)
@@ -16,16 +16,18 @@ run's folder / futures):
 A video of your own is shown with --clip FILE [--start SECONDS]. Where it ends inside SOON there is no truth to show.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
+
 import copy
 import hashlib
-import importlib.util
 import io
 import math
 import os
 import pickle
-import shutil
 import sys
-import time
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -35,18 +37,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 0)]
 
-import VJepa_AUTO_V2 as V  # noqa: E402
+import evaluate as E
+
+import VJepa_AUTO_V2 as V
 
 # Scene seeds that no training run reaches, one range per purpose: to train the decoder, to judge it, to show.
 TRAIN_SEED, JUDGE_SEED, SHOW_SEED = 10**16 + 10**12, 10**16 + 2 * 10**12, 10**16 + 3 * 10**12
 RECIPE = 1  # counted up when the decoder or its training changes: older caches are then not used
 POOL_CLIPS, POOL_BYTES, JUDGE_CLIPS = 4096, 2**30, 64
 LEARNING_RATE = 6e-3  # of the decoder
-LATENT_NOISE = (
-    0.1  # deviation of the noise on latents in training, per clip |N(0, 1)| times this (RAE, arXiv 2510.11690)
-)
+LATENT_NOISE = 0.1  # deviation of the noise on latents in training, per clip |N(0, 1)| times this (RAE, 2510.11690)
 FAN_SAMPLES, FAN_SCENES = 64, 12  # samples per scene, scenes per sign
 SIGNS = (0.1, 0.3, 0.5, 0.7, 0.9)
 BETWEEN = (0.25, 0.75)  # places on the line from the left branch (0) to the right one (1) that belong to neither
@@ -55,52 +57,16 @@ VGG_LAYERS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3
 # Okabe and Ito's colours, which the colour-blind tell apart
 INK, QUIET, PAPER = (34, 34, 34), (120, 120, 120), (255, 255, 255)
 COLOURS = {
-    "truth": INK,
-    "ceiling": QUIET,
-    "point": (0, 158, 115),
-    "sample": (0, 114, 178),
-    "left": (0, 114, 178),
-    "right": (213, 94, 0),
-    "between": (150, 150, 150),
+    **dict(truth=INK, ceiling=QUIET, point=(0, 158, 115), sample=(0, 114, 178)),
+    **dict(left=(0, 114, 178), right=(213, 94, 0), between=(150, 150, 150)),
 }
-
-
-class Bar:
-    """Progress of one stage on stderr: one line that rewrites itself on a terminal, elsewhere only the line at the end."""
-
-    def __init__(self, title):
-        self.title, self.width, self.began = title, 0, time.perf_counter()
-
-    @property
-    def seconds(self):
-        return time.perf_counter() - self.began
-
-    def show(self, share, text=""):
-        if V.is_terminal(sys.stderr):
-            filled = round(24 * min(share, 1.0))
-            line = f"{self.title} [{'#' * filled}{'.' * (24 - filled)}] {V.describe_time(self.seconds)} {text}"
-            line = line[: shutil.get_terminal_size().columns - 1]
-            V.emit("\r" + line.ljust(self.width), sys.stderr)
-            self.width = len(line)
-
-    def close(self, text):
-        V.emit("\r" + " " * self.width + "\r" if self.width else "", sys.stderr)
-        V.say(f"{self.title}: {text}, {V.describe_time(self.seconds)}", sys.stderr)
 
 
 # -- what the decoder learns from
 
 
-def shrink(frames, height, width):
-    """uint8 [T, H, W, 3] -> uint8 [T, height, width, 3] by area averages, as the video readers scale; the same size comes back as it is."""
-    if frames.shape[1:3] == (height, width):
-        return frames
-    picture = F.interpolate(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), size=(height, width), mode="area")
-    return picture.round().byte().permute(0, 2, 3, 1).numpy()
-
-
 def lateral_path(labels):
-    """Metres to the right of where the road would have led straight on, from speed and yaw rate of a scene's labels -> float [T]."""
+    """Metres to the right of straight on, from speed and yaw rate of a scene's labels -> float [T]."""
     step = 1 / labels["fps"]
     yaw_rate, speed = np.array(labels["yaw_rate"]), np.array(labels["speed"])
     heading = np.concatenate([[0], np.cumsum((yaw_rate[1:] + yaw_rate[:-1]) / 2 * step)])
@@ -114,41 +80,36 @@ def tubelet_means(values, cfg):
 
 
 def render(cfg, scene_seed, future_seed=0, kind=""):
-    """A built-in scene at the model's size, drawn as large as the run's own files are -> (uint8 [T, H, W, 3], labels)."""
-    frames, labels = V.scene(scene_seed, future_seed, cfg, kind)
-    return shrink(frames, cfg.height, cfg.width), labels
+    """A built-in scene as the model sees it -> (uint8 [T, H, W, 3], labels)."""
+    clip, labels = E.scene_pictures(E.Job(scene_seed, future_seed, kind), cfg)
+    return clip.permute(0, 2, 3, 1).numpy(), labels
 
 
 class PoolClips(torch.utils.data.Dataset):
-    """Clip i of a stream -> dict: frames uint8 [T, 3, H, W], lateral [soon_t] (nan for videos), branch, readable.
+    """Clip i of a stream -> (frames uint8 [T, 3, H, W], lateral [soon_t], nan for videos, branch, readable).
 
     source None: built-in scenes, every second one a fork where the run has forks, since fan.png reads them.
     """
 
     def __init__(self, cfg, source, stream):
-        self.cfg, self.videos = cfg, source and source.dataset(cfg, stream)
+        self.cfg, self.dataset = cfg, source and source.dataset(cfg, stream)
         self.first = JUDGE_SEED if stream == "val" else TRAIN_SEED
         self.has_forks = V.mix_shares(cfg.scene_mix)[V.SCENE_KINDS.index("fork")] > 0
 
     def __getitem__(self, index):
-        cfg, lateral, branch, readable = self.cfg, np.full(self.cfg.soon_frames // self.cfg.tubelet_t, np.nan), 0, True
-        if self.videos is None:
+        cfg = self.cfg
+        if self.dataset is None:
             frames, labels = render(cfg, self.first + index, kind="fork" if self.has_forks and index % 2 else "")
-            lateral, branch = tubelet_means(lateral_path(labels), cfg), labels["branch"]
-        else:
-            frames, number, _, _, _ = self.videos.decode(index, cfg.height, cfg.width)
-            readable = number >= 0
-        return {
-            "frames": torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))),
-            "lateral": torch.from_numpy(lateral).float(),
-            "branch": torch.tensor(branch),
-            "readable": torch.tensor(readable),
-        }
+            lateral = torch.from_numpy(tubelet_means(lateral_path(labels), cfg)).float()
+            return E.as_frames(frames), lateral, torch.tensor(labels["branch"]), torch.tensor(True)
+        frames, number, _, _, _ = self.dataset.decode(index, cfg.height, cfg.width)
+        lateral = torch.full((cfg.soon_frames // cfg.tubelet_t,), math.nan)
+        return E.as_frames(frames), lateral, torch.tensor(0), torch.tensor(number >= 0)
 
 
 @dataclass
 class Pool:
-    """Encoded clips, NOW and SOON: frames uint8 [n, T, 3, H, W], latents fp16 [n, t, h, w, D], points [n, M, D] or empty, labels."""
+    """Encoded NOW and SOON: frames uint8 [n, T, 3, H, W], latents fp16 [n, t, h, w, D], points [n, M, D], labels."""
 
     frames: torch.Tensor
     latents: torch.Tensor
@@ -158,57 +119,39 @@ class Pool:
 
     def soon(self, cfg):
         """-> (true frames uint8 [n, soon_frames, 3, H, W], true latents fp32 [n, M, D])."""
-        return self.frames[:, cfg.now_frames :], self.latents[:, cfg.now_frames // cfg.tubelet_t :].flatten(
-            1, 3
-        ).float()
-
-
-@torch.no_grad()
-def point_forecast(model, clip):
-    """Normalised clip -> (NOW context [B, K, D], point forecast of SOON [B, M, D])."""
-    context = model.encode_now(model.online.tokenizer(clip[:, : model.cfg.now_frames]))
-    return context, model.predict_soon(context).float()
+        latents = self.latents[:, cfg.now_frames // cfg.tubelet_t :].flatten(1, 3)
+        return self.frames[:, cfg.now_frames :], latents.float()
 
 
 @torch.no_grad()
 def fill_pool(model, source, stream, seconds, most, num_workers=0, least=8):
-    """Encode clips until the time is up or there are enough, at least `least` -> Pool on the CPU. Held-out clips get their point forecasts too.
-
-    UserError when none of the source's files can be decoded.
-    """
-    cfg, device = model.cfg, model.image_mean.device
+    """Encode clips until the time is up or there are enough, at least `least` -> Pool on the CPU. Held-out clips get
+    their point forecasts too. UserError when none of the source's files can be decoded."""
+    cfg, device, held_out = model.cfg, model.image_mean.device, stream == "val"
     seen, tubelets = cfg.now_frames + cfg.soon_frames, (cfg.now_frames + cfg.soon_frames) // cfg.tubelet_t
-    most = max(
-        least, min(most, POOL_BYTES // (seen * 3 * cfg.height * cfg.width + 2 * tubelets * cfg.sites * cfg.enc_dim))
-    )
-    clips, numbers = PoolClips(cfg, source, stream), range(most)
-    batches = [numbers[first : first + 4] for first in range(0, most, 4)]
-    loader = V.ClipLoader(
-        clips,
-        batches,
-        num_workers,
-        timeout_s=cfg.decode_timeout_s,
-        files=clips.videos,
-        collate_fn=torch.utils.data.default_collate,
-        batch_bytes=V.batch_bytes(cfg, 4),
-    )
-    bar, rows, count = Bar("encode held-out clips" if stream == "val" else "encode clips"), [], 0
-    for batch in loader:
-        if not batch["readable"].all():
+    clip_bytes = seen * 3 * cfg.height * cfg.width + 2 * tubelets * cfg.sites * cfg.enc_dim
+    most = max(least, min(most, POOL_BYTES // clip_bytes))
+    name, rows, count = "encode held-out clips" if held_out else "encode clips", [], 0
+    collate = torch.utils.data.default_collate
+    bar, loader = E.Bar(), E.open_loader(PoolClips(cfg, source, stream), most, 4, num_workers, collate)
+    for frames, lateral, branch, readable in loader:
+        if not readable.all():
             raise V.UserError(f"data_root {source.root}: none of its files can be decoded")
-        clip = model.normalise(batch["frames"].to(device))
-        targets = model.make_targets(clip)[:, : tubelets * cfg.sites]
-        points = point_forecast(model, clip)[1] if stream == "val" else targets.new_zeros(len(targets), 0)
-        latents = targets.reshape(-1, tubelets, *cfg.grid[1:], cfg.enc_dim)
-        rows.append(
-            (batch["frames"][:, :seen].clone(), latents.half().cpu(), points.cpu(), batch["lateral"], batch["branch"])
-        )
-        count += len(clip)
-        bar.show(max(bar.seconds / seconds, count / most), f"{count} clips")
+        shown = frames.to(device)
+        if held_out:
+            _, point, targets = model.see(shown)
+        else:
+            targets = model.make_targets(model.normalise(shown))
+            point = targets.new_zeros(len(frames), 0)
+        latents = targets[:, : tubelets * cfg.sites].reshape(-1, tubelets, *cfg.grid[1:], cfg.enc_dim)
+        points = point[:, : cfg.soon_tokens].cpu()
+        rows.append((frames[:, :seen].clone(), latents.half().cpu(), points, lateral, branch))
+        count += len(frames)
+        bar.show(max(bar.seconds / seconds, count / most), f"{name}: {count}")
         if bar.seconds > seconds and count >= least:
             break
     loader.close()
-    bar.close(f"{count} of them")
+    bar.close(f"{name}: {count} of them, {V.describe_time(bar.seconds)}")
     return Pool(*(torch.cat(parts) for parts in zip(*rows)))
 
 
@@ -227,7 +170,7 @@ def prime_factors(number):
 
 
 class ConvBlock(nn.Module):
-    """Residual block over [B, C, t, h, w]: a spatial 3 x 3 convolution, then one over three steps of time or again over space."""
+    """Residual block over [B, C, t, h, w]: a spatial 3 x 3 convolution, then one over three steps of time, or space."""
 
     def __init__(self, width, over_time):
         super().__init__()
@@ -259,7 +202,7 @@ class Grow(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Target latents [B, t, h, w, D] -> pictures [B, t * tubelet_t, 3, H, W] in units of 0 to 1 (not cut off at the ends).
+    """Target latents [B, t, h, w, D] -> pictures [B, t * tubelet_t, 3, H, W] in units of 0 to 1, not cut off there.
 
     Tokens first look at their neighbours in space and time, then every tubelet unfolds into its frames, which grow to
     full size step by step. All layers overlap the borders of tokens, so no seams appear.
@@ -277,12 +220,10 @@ class PixelDecoder(nn.Module):
             out = max(16, now // 16 * 8)
             steps += [Grow(now, out, factor), ConvBlock(out, over_time=False)]
             now = out
-        self.rise = nn.Sequential(*steps)
-        self.last = Grow(now, 3, factors[-1])
+        self.rise, self.last = nn.Sequential(*steps), Grow(now, 3, factors[-1])
+        # at the library's own scale nothing was learned for 100 steps
         for layer in (self.stem, self.unfold, *(step.conv for step in steps if isinstance(step, Grow))):
-            nn.init.kaiming_normal_(
-                layer.weight, nonlinearity="linear"
-            )  # at the library's own scale nothing was learned for 100 steps
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
             nn.init.zeros_(layer.bias)
 
     def forward(self, latents):
@@ -308,9 +249,8 @@ class Perceptual(nn.Module):
 
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_Weights.IMAGENET1K_V1.url).name
         if not path.is_file():
-            raise V.UserError(
-                f"perceptual: the VGG16 weights are not at {path}; put them there, or leave --perceptual out"
-            )
+            advice = "put them there, or leave --perceptual out"
+            raise V.UserError(f"perceptual: the VGG16 weights are not at {path}; {advice}")
         self.layers = make_layers(cfgs["D"], batch_norm=False)[: max(VGG_LAYERS) + 1]
         weights = torch.load(path, map_location="cpu", weights_only=True)
         self.layers.load_state_dict({name: weights[f"features.{name}"] for name in self.layers.state_dict()})
@@ -325,16 +265,13 @@ class Perceptual(nn.Module):
         for number, layer in enumerate(self.layers):
             both = layer(both)
             if number in VGG_LAYERS:
-                features = F.normalize(both, dim=1)
-                loss = loss + l1(*features.chunk(2))
+                loss = loss + l1(*F.normalize(both, dim=1).chunk(2))
         return loss
 
 
 def picture_loss(pictures, truth):
-    """L1 of pixels plus L1 of differences between neighbours at three scales, which keeps edges sharp. [n, 3, H, W] each -> scalar.
-
-    Pixels that stand out from their surroundings count up to five times: cars and markings are few beside sky and road.
-    """
+    """L1 of pixels plus L1 of differences between neighbours at three scales, which keeps edges sharp. [n, 3, H, W]
+    each -> scalar. Pixels that stand out from their surroundings count up to five times: cars and markings are few."""
     detail = (truth - F.avg_pool2d(truth, 9, 1, 4, count_include_pad=False)).abs().amax(1, keepdim=True)
     loss = ((1 + 4 * (detail / 0.2).clamp_max(1)) * (pictures - truth).abs()).mean()
     for _ in range(3):
@@ -346,25 +283,23 @@ def picture_loss(pictures, truth):
 
 
 def train_decoder(decoder, pool, cfg, seconds, max_steps=math.inf, perceptual=None, seed=0):
-    """Train on noisy latents of the pool until the time or the steps are spent -> (EMA of the decoder in eval mode, steps done).
+    """Train on noisy latents of the pool until time or steps are spent -> (its EMA in eval mode, steps done).
 
     The learning rate falls to zero with the larger spent share. A batch is a few tubelets of each of some clips. The
     precision is what the run's --amp means on this machine.
     """
     device, slow = decoder.place.device, copy.deepcopy(decoder).eval().requires_grad_(False)
-    process = V.Process(0, 1, device, None)
-    process.amp_dtype, _ = V.choose_precision(cfg, process)
+    process = E.own_precision(model, device)
     if process.amp_dtype == torch.float16:  # would need a loss scaler
         process.amp_dtype = None
     tubelets, dt = pool.latents.shape[1], cfg.tubelet_t
     window = min(4, tubelets)
     batch_size = int(np.clip(2**17 // (window * dt * cfg.height * cfg.width), 2, 16)) if device.type == "cpu" else 16
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    generator, bar, step, share = torch.Generator().manual_seed(seed), Bar("train decoder"), 0, 0.0
+    generator, bar, step, share = torch.Generator().manual_seed(seed), E.Bar(), 0, 0.0
     while step == 0 or share < 1:
-        optimizer.param_groups[0]["lr"] = (
-            LEARNING_RATE * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * share))
-        )
+        rate = LEARNING_RATE * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * share))
+        optimizer.param_groups[0]["lr"] = rate
         rows = torch.randint(len(pool.latents), (batch_size,), generator=generator)
         first = int(torch.randint(tubelets - window + 1, (), generator=generator))
         latents = pool.latents[rows, first : first + window].to(device).float()
@@ -380,25 +315,26 @@ def train_decoder(decoder, pool, cfg, seconds, max_steps=math.inf, perceptual=No
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(
-            list(slow.parameters()), list(decoder.parameters()), 1 - min(0.99, (1 + step) / (10 + step))
-        )
+        follow = 1 - min(0.99, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(slow.parameters()), list(decoder.parameters()), follow)
         step += 1
         share = max(bar.seconds / seconds, step / max_steps)
         if step % 10 == 0:
-            bar.show(share, f"step {step} loss {float(loss.detach()):.4f}")
-    bar.close(f"{step} steps")
+            bar.show(share, f"train decoder: step {step} loss {float(loss.detach()):.4f}")
+    bar.close(f"train decoder: {step} steps, {V.describe_time(bar.seconds)}")
     return slow, step
+
+
+def soon_grid(cfg):
+    """Token grid of SOON (t, h, w)."""
+    return (cfg.soon_frames // cfg.tubelet_t, *cfg.grid[1:])
 
 
 @torch.no_grad()
 def decode_soon(decoder, latents, cfg):
     """SOON latents [n, M, D] in (t, h, w) order -> uint8 [n, soon_frames, H, W, 3] on the CPU."""
-    grid = (cfg.soon_frames // cfg.tubelet_t, *cfg.grid[1:])
-    pictures = [
-        decoder(part.to(decoder.place.device).float().reshape(-1, *grid, cfg.enc_dim)).cpu()
-        for part in latents.split(4)
-    ]
+    shape, device = (-1, *soon_grid(cfg), cfg.enc_dim), decoder.place.device
+    pictures = [decoder(part.to(device).float().reshape(shape)).cpu() for part in latents.split(4)]
     return (torch.cat(pictures).clamp(0, 1) * 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
 
 
@@ -434,15 +370,13 @@ def probe_features(soon, cfg):
 
 
 def ridge(features, values):
-    """Ridge regression [n, d], [n] -> weights [d + 1], the last one the constant; its strength is the best on a quarter left out."""
+    """Ridge regression [n, d], [n] -> weights [d + 1], constant last; the strength is best on a left-out quarter."""
     mean, centre, n = features.double().mean(0), values.double().mean(), len(features)
     x, y, fit = features.double() - mean, values.double() - centre, torch.arange(n) % 4 > 0
-    strengths = 10.0 ** torch.arange(-4, 3) * x.square().sum() / n
+    strengths, errors = 10.0 ** torch.arange(-4, 3) * x.square().sum() / n, []
     u, s, v = torch.linalg.svd(x[fit], full_matrices=False)
-    errors = [
-        ((x[~fit] @ (v.T @ (s / (s**2 + strength) * (u.T @ y[fit]))) - y[~fit]).square().mean())
-        for strength in strengths
-    ]
+    for strength in strengths:
+        errors.append((x[~fit] @ (v.T @ (s / (s**2 + strength) * (u.T @ y[fit]))) - y[~fit]).square().mean())
     strength = strengths[int(torch.stack(errors).argmin())]
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     weights = v.T @ (s / (s**2 + strength) * (u.T @ y))
@@ -455,10 +389,8 @@ def read_lateral(weights, soon, cfg):
 
 
 def fit_readings(pool, held_out, cfg):
-    """What fan.png needs, fitted on real latents -> dict of tensors: the probe of lateral displacement where the clips are scenes, and a plane.
-
-    The probe comes with its R2 and the share of held-out forks whose branch it tells.
-    """
+    """What fan.png needs, fitted on real latents -> dict of tensors: a plane, and where the clips are scenes the probe
+    of lateral displacement, with its R2 and the share of held-out forks whose branch it tells."""
     soon = pool.soon(cfg)[1]
     pooled = soon.mean(1)
     mean = pooled.mean(0)
@@ -475,9 +407,10 @@ def fit_readings(pool, held_out, cfg):
 
 
 def branch_shares(last, left, right):
-    """Lateral places [K] of samples at the end of SOON, true places of the two branches -> (share right, share between, names [K]).
+    """Lateral places [K] of samples at the end of SOON, true places of the two branches -> (share right, share between,
+    names [K]).
 
-    A sample belongs to the branch on whose side of the middle it lies; between are those nearer to the middle than to a branch.
+    A sample belongs to the branch on whose side of the middle it lies; between are those nearer to the middle.
     """
     place = (np.asarray(last) - left) / (right - left)
     between = (place > BETWEEN[0]) & (place < BETWEEN[1])
@@ -486,7 +419,7 @@ def branch_shares(last, left, right):
 
 
 def true_branches(cfg, scene_seed):
-    """A fork scene's two true futures -> {-1: lateral [soon_t], 1: lateral [soon_t]}, the first of each that its odds bring."""
+    """A fork scene's two true futures -> {-1: lateral [soon_t], 1: lateral [soon_t]}, the first of each that comes."""
     small, found = replace(cfg, image_size=(16, 16), scene_size=0), {}  # labels do not depend on the size drawn
     for future_seed in range(1000):
         _, labels = V.scene(scene_seed, future_seed, small, "fork")
@@ -500,7 +433,7 @@ def true_branches(cfg, scene_seed):
 
 
 def decoder_key(model, step, origin):
-    """Hash of what a decoder hangs on: step and weights of the target encoder and point forecast, data, and this tool's recipe -> 16 letters."""
+    """Hash of what a decoder hangs on: step, weights that make latents and forecast, data, recipe -> 16 letters."""
     digest = hashlib.sha256(f"{RECIPE} {step} {origin}".encode())
     for part in (model.target, model.online, model.predictor):
         for name, value in part.state_dict().items():
@@ -510,7 +443,7 @@ def decoder_key(model, step, origin):
 
 
 def read_cache(path, key, cfg, device):
-    """The decoder that lies at a path -> (decoder, its saved dict), or (None, why not). A file made for other weights is refused."""
+    """The decoder at a path -> (decoder, its saved dict), or (None, why not), as for one made for other weights."""
     if not path.is_file():
         return None, ""
     try:
@@ -525,7 +458,7 @@ def read_cache(path, key, cfg, device):
 
 
 def get_decoder(model, source, path, key, minutes, num_workers, perceptual, seed):
-    """The cached decoder if it fits and was trained as long as is asked for now, else a new one -> (decoder, dict with report and readings)."""
+    """The cached decoder if it fits and was trained long enough, else a new one -> (decoder, its saved dict)."""
     cfg, device = model.cfg, model.image_mean.device
     decoder, saved = read_cache(path, key, cfg, device)
     if decoder is not None and saved["minutes"] >= minutes:
@@ -535,23 +468,14 @@ def get_decoder(model, source, path, key, minutes, num_workers, perceptual, seed
         V.say(f"decoder: {path} was trained for {saved['minutes']:g} min only: trained anew", sys.stderr)
     elif saved:
         V.say(f"decoder: {saved}: trained anew", sys.stderr)
-    seconds = 60 * minutes
+    seconds, width = 60 * minutes, 96 if device.type == "cpu" else 192
     held_out = fill_pool(model, source, "val", 0.08 * seconds, JUDGE_CLIPS, num_workers)
     pool = fill_pool(model, source, "train", 0.27 * seconds, POOL_CLIPS, num_workers, least=16)
     torch.manual_seed(seed)
-    width = 96 if device.type == "cpu" else 192
-    decoder, _ = train_decoder(
-        PixelDecoder(cfg, width).to(device), pool, cfg, 0.65 * seconds, perceptual=perceptual, seed=seed
-    )
-    saved = {
-        "key": key,
-        "width": width,
-        "minutes": minutes,
-        "decoder": decoder.state_dict(),
-        "readings": fit_readings(pool, held_out, cfg),
-        "made_by": V.MARK,
-        "report": judge_decoder(decoder, pool, held_out, cfg),
-    }
+    fresh = PixelDecoder(cfg, width).to(device)
+    decoder, _ = train_decoder(fresh, pool, cfg, 0.65 * seconds, perceptual=perceptual, seed=seed)
+    saved = {"key": key, "width": width, "minutes": minutes, "decoder": decoder.state_dict(), "made_by": V.MARK}
+    saved |= {"readings": fit_readings(pool, held_out, cfg), "report": judge_decoder(decoder, pool, held_out, cfg)}
     try:
         V.write_own(path, lambda handle: torch.save(saved, handle))
     except OSError as error:
@@ -564,7 +488,7 @@ def get_decoder(model, source, path, key, minutes, num_workers, perceptual, seed
 
 @dataclass
 class Exhibit:
-    """One clip to show. true and true_pictures are None where the file ends inside SOON; names holds the branch of each sample at a fork."""
+    """One clip to show. true, true_pictures: None where the file ends in SOON; names: branch of samples at a fork."""
 
     title: str
     frames: np.ndarray  # uint8 [T, H, W, 3]: NOW, and SOON where it is known
@@ -591,45 +515,36 @@ def scene_title(odds):
         return f"Lead car: it brakes within SOON with {odds['brake_in_soon']:.0%}"
     if odds["kind"] == "lane":
         return f"Lane change: left {odds['left']:.0%}, keep {odds['keep']:.0%}, right {odds['right']:.0%}"
-    return (
-        f"A car passes behind a truck: it stops there with {odds['stops']:.0%}"
-        if odds["kind"] == "occluder"
-        else "Steady: nothing uncertain happens"
-    )
+    if odds["kind"] == "occluder":
+        return f"A car passes behind a truck: it stops there with {odds['stops']:.0%}"
+    return "Steady: nothing uncertain happens"
+
+
+SHOWN_ODDS = {  # kind -> key and values of the odds of its first, second and third scene
+    "fork": ("right", (0.5, 0.9, 0.1)),
+    "lane": ("left", (0.8, 0.1, 0.0)),
+    "brake": ("hazard", (1.0, 0.2, 1.0)),
+}
 
 
 def pick_scenes(cfg, seed):
-    """Three built-in scenes worth looking at, of kinds that the run trains on -> [(scene_seed, kind)]. A fork of p = 0.5 comes first."""
+    """Three built-in scenes of kinds that the run trains on -> [(scene_seed, kind)], an even fork first."""
     shares = dict(zip(V.SCENE_KINDS, V.mix_shares(cfg.scene_mix)))
     kinds = [kind for kind in ("fork", "lane", "brake", "occluder", "steady") if shares[kind] > 0]
-    first, chosen = SHOW_SEED + 1000 * seed, []
+    first, chosen = SHOW_SEED + 1000 * seed, {}
     for kind in (kinds * 3)[:3]:
-        wanted = {
-            "fork": ("right", (0.5, 0.9, 0.1)),
-            "lane": ("left", (0.8, 0.1, 0.0)),
-            "brake": ("hazard", (1.0, 0.2, 1.0)),
-        }.get(kind)
-        number = sum(kind == other for _, other in chosen)
-        taken = {scene_seed for scene_seed, _ in chosen}
-        chosen.append(
-            (
-                next(
-                    s
-                    for s in range(first, first + 1000)
-                    if s not in taken
-                    and (
-                        wanted is None
-                        or math.isclose(V.scene_odds(s, cfg, kind)[wanted[0]], wanted[1][number], abs_tol=1e-9)
-                    )
-                ),
-                kind,
-            )
-        )
-    return chosen
+        key, wanted = SHOWN_ODDS.get(kind, ("", ()))
+        number = list(chosen.values()).count(kind)
+        for scene_seed in range(first, first + 1000):
+            odds = V.scene_odds(scene_seed, cfg, kind)
+            if scene_seed not in chosen and (not key or math.isclose(odds[key], wanted[number], abs_tol=1e-9)):
+                chosen[scene_seed] = kind
+                break
+    return list(chosen.items())
 
 
 def clip_window(path, start, cfg):
-    """Read a user's video from `start` seconds on -> uint8 [T, H, W, 3], T the longest of the whole window, NOW + SOON and NOW that the file holds."""
+    """A user's video from `start` s on -> uint8 [T, H, W, 3], T the longest of all, NOW + SOON, NOW that it holds."""
     if not os.path.isfile(path):
         raise V.UsageError(f"clip {path}: no such file")
     try:
@@ -638,17 +553,16 @@ def clip_window(path, start, cfg):
         duration, native_fps = V.video_timing(path, plan)
     except (V.BadFile, *V.DECODE_ERRORS) as error:
         raise V.UserError(f"clip {path}: cannot be opened ({getattr(error, 'strerror', None) or error})") from error
-    num_frames = cfg.num_frames  # without clip_fps the frames are spread over the whole file
+    num_frames, room = cfg.num_frames, 0.0  # without clip_fps the frames are spread over the whole file
     if cfg.clip_fps:
         lengths = (cfg.num_frames, cfg.now_frames + cfg.soon_frames, cfg.now_frames)
         fitting = [length for length in lengths if start + length / cfg.clip_fps <= duration + 0.5 / native_fps]
         if not fitting:
-            raise V.UserError(
-                f"clip {path}: {duration:.2f} s long, NOW needs {cfg.now_frames / cfg.clip_fps:.2f} s from {start:g} s on (--start)"
-            )
+            needed = f"NOW needs {cfg.now_frames / cfg.clip_fps:.2f} s from {start:g} s on (--start)"
+            raise V.UserError(f"clip {path}: {duration:.2f} s long, {needed}")
         num_frames = fitting[0]
-    room = duration - num_frames / cfg.clip_fps if cfg.clip_fps else 0.0
-    plan = V.replace(plan, num_frames=num_frames, u_start=min(start / room, 1.0) if room > 0 else 0.0)
+        room = duration - num_frames / cfg.clip_fps
+    plan = replace(plan, num_frames=num_frames, u_start=min(start / room, 1.0) if room > 0 else 0.0)
     try:
         return V.read_frames(path, plan, cfg.decoder)
     except V.BadFile as error:
@@ -658,51 +572,39 @@ def clip_window(path, start, cfg):
 @torch.no_grad()
 def make_exhibit(model, decoder, frames, title, num_samples, seed):
     """frames uint8 [T, H, W, 3], T at least NOW -> Exhibit with all latents on the CPU."""
-    cfg, device = model.cfg, model.image_mean.device
-    clip = model.normalise(torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))[None].to(device))
-    M, seen = cfg.soon_tokens, cfg.now_frames + cfg.soon_frames
-    context, point = point_forecast(model, clip)
-    samples = model.sample_futures(context, num_samples, generator=torch.Generator(device).manual_seed(seed))[0, :, :M]
-    targets = model.make_targets(clip)[0]  # [L, D], of what there is
-    true = targets[cfg.now_tokens : cfg.now_tokens + M] if len(frames) >= seen else None
-    return Exhibit(
-        title,
-        frames[:seen],
-        cfg.clip_fps,
-        targets[: cfg.now_tokens].mean(0).cpu(),
-        None if true is None else true.cpu(),
-        point[0].cpu(),
-        samples.cpu(),
-        None if true is None else decode_soon(decoder, true[None], cfg)[0],
-        decode_soon(decoder, point, cfg)[0],
-        decode_soon(decoder, samples, cfg),
-    )
+    cfg, device, M = model.cfg, model.image_mean.device, model.cfg.soon_tokens
+    context, point, targets = model.see(E.as_frames(frames)[None].to(device))
+    generator, point, targets = torch.Generator(device).manual_seed(seed), point[0, :M], targets[0]
+    samples = model.sample_futures(context, num_samples, generator=generator)[0, :, :M]
+    true, pictures, now = None, None, targets[: cfg.now_tokens].mean(0)
+    if len(frames) >= cfg.now_frames + cfg.soon_frames:
+        true = targets[cfg.now_tokens : cfg.now_tokens + M].cpu()
+        pictures = decode_soon(decoder, true[None], cfg)[0]
+    latents = (now.cpu(), true, point.cpu(), samples.cpu())
+    pictures = (pictures, decode_soon(decoder, point[None], cfg)[0], decode_soon(decoder, samples, cfg))
+    return Exhibit(title, frames[: cfg.now_frames + cfg.soon_frames], cfg.clip_fps, *latents, *pictures)
 
 
 def gather_exhibits(model, decoder, source, readings, args):
     """The clips to show: the user's, or three built-in scenes, or three held-out videos -> [Exhibit]."""
-    cfg, shown = model.cfg, []
+    cfg, shown, how = model.cfg, [], (args.num_samples, args.seed)
     if args.clip:
         frames = clip_window(args.clip, args.start, cfg)
         if len(frames) < cfg.now_frames + cfg.soon_frames:
             V.say(f"clip {args.clip}: ends inside SOON, so there is no truth to show beside the forecast")
-        return [make_exhibit(model, decoder, frames, os.path.basename(args.clip), args.num_samples, args.seed)]
+        return [make_exhibit(model, decoder, frames, os.path.basename(args.clip), *how)]
     if source is not None:
         data = source.dataset(cfg, "val")
         for index in range(min(3, len(source.val))):
             frames, number, _, _, _ = data.decode(index + 3 * args.seed, cfg.height, cfg.width)
-            shown.append(make_exhibit(model, decoder, frames, data.videos[number].name, args.num_samples, args.seed))
+            shown.append(make_exhibit(model, decoder, frames, data.videos[number].name, *how))
         return shown
     for scene_seed, kind in pick_scenes(cfg, args.seed):
         frames, _ = render(cfg, scene_seed, 0, kind)
-        exhibit = make_exhibit(
-            model, decoder, frames, scene_title(V.scene_odds(scene_seed, cfg, kind)), args.num_samples, args.seed
-        )
+        exhibit = make_exhibit(model, decoder, frames, scene_title(V.scene_odds(scene_seed, cfg, kind)), *how)
         if kind == "fork" and "probe" in readings:
-            truth = true_branches(cfg, scene_seed)
-            exhibit.names = branch_shares(
-                read_lateral(readings["probe"], exhibit.samples, cfg)[:, -1], truth[-1][-1], truth[1][-1]
-            )[2]
+            truth, read = true_branches(cfg, scene_seed), read_lateral(readings["probe"], exhibit.samples, cfg)
+            exhibit.names = branch_shares(read[:, -1], truth[-1][-1], truth[1][-1])[2]
         shown.append(exhibit)
     return shown
 
@@ -718,11 +620,6 @@ def font(size):
     return ImageFont.load_default(size)
 
 
-def save_png(image, path):
-    """A Pillow image as PNG, whole or not at all."""
-    V.save_picture(image, path)
-
-
 def scaled(picture, size):
     """uint8 [H, W, 3] -> Pillow image of size (width, height), smooth."""
     from PIL import Image
@@ -736,19 +633,38 @@ def panel_size(cfg, side):
     return 2 * round(cfg.width * grow / 2), 2 * round(cfg.height * grow / 2)
 
 
+def new_page(width, height, title):
+    """A blank page with a title -> (image, drawing tools)."""
+    from PIL import Image, ImageDraw
+
+    page = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(page)
+    draw.text((12, 10), title, fill=INK, font=font(19))
+    return page, draw
+
+
+def draw_label(draw, y, height, title, colour, below):
+    """The name of a row at its left end; what follows a comma stands below it, in the colour `below`."""
+    name, _, side = title.partition(", ")
+    draw.rectangle((12, y, 17, y + height - 1), fill=colour)
+    draw.text((25, y + height / 2 - (18 if side else 9)), name, fill=INK, font=font(14))
+    draw.text((25, y + height / 2), side, fill=below, font=font(14))
+
+
 def panels(exhibit, now_frames):
-    """What is shown of a clip, in order -> [(title, colour, pictures [soon_frames, H, W, 3])]. Without truth its two panels are left out."""
+    """What is shown of a clip, in order -> [(title, colour, pictures [soon_frames, H, W, 3])]; truth where known."""
     rows = []
     if exhibit.true is not None:
-        rows += [
-            ("Truth", COLOURS["truth"], exhibit.frames[now_frames:]),
-            ("Truth, decoded", COLOURS["ceiling"], exhibit.true_pictures),
-        ]
+        rows.append(("Truth", COLOURS["truth"], exhibit.frames[now_frames:]))
+        rows.append(("Truth, decoded", COLOURS["ceiling"], exhibit.true_pictures))
     rows.append(("Point forecast", COLOURS["point"], exhibit.point_pictures))
     for number, pictures in enumerate(exhibit.sample_pictures):
         name = exhibit.names[number] if exhibit.names else ""
         rows.append((f"Sample {number + 1}" + f", {name}" * bool(name), COLOURS[name or "sample"], pictures))
     return rows
+
+
+UNIT = {name: tuple(value / 255 for value in colour) for name, colour in COLOURS.items()}  # for matplotlib
 
 
 def counted(names):
@@ -770,25 +686,18 @@ def draw_panel(draw, page, place, size, title, colour, picture, badge):
 
 
 def draw_notes(draw, x, y, width, exhibit, now_frames):
-    """The text in the free field of a rollout page, wrapped to its width: what was seen, what is shown, what the samples say."""
-    seen = f"The model has seen NOW: {now_frames} frames" + (
-        f", {now_frames / exhibit.fps:g} s." if exhibit.fps else "."
-    )
+    """The text in the free part of a rollout page: what was seen, what is shown, what the samples say."""
+    seconds = f", {now_frames / exhibit.fps:g} s" if exhibit.fps else ""
     shown = "All but the truth are decoded from latents."
     if exhibit.true is None:
         shown = "What came next is not known: all pictures after NOW are decoded from latents."
-    for text in (seen, shown, f"{len(exhibit.samples)} samples: {counted(exhibit.names)}" if exhibit.names else ""):
-        line = ""
-        for word in [*text.split(), ""]:
-            if line and (not word or draw.textlength(f"{line} {word}", font=font(15)) > width):
-                draw.text((x, y), line, fill=INK, font=font(15))
-                line, y = "", y + 20
-            line = f"{line} {word}".strip()
-        y += 8
+    said = f"{len(exhibit.samples)} samples: {counted(exhibit.names)}" if exhibit.names else ""
+    for text in (f"The model has seen NOW: {now_frames} frames{seconds}.", shown, said):
+        y = 8 + V.draw_text(draw, text, (x, y), width, font(15), 20, INK)
 
 
 def rollout_page(exhibit, frame, cfg):
-    """One picture of rollout.mp4: all panels at frame `frame` of NOW + SOON -> uint8 [H, W, 3]. Truth and forecast above, samples below."""
+    """One picture of rollout.mp4, all panels at a frame of NOW + SOON, samples below -> uint8 [H, W, 3]."""
     from PIL import Image, ImageDraw
 
     shown, size, gap, head = panels(exhibit, cfg.now_frames), panel_size(cfg, 208), 14, 62
@@ -817,7 +726,7 @@ def rollout_page(exhibit, frame, cfg):
 
 
 def write_rollout(path, exhibits, cfg):
-    """rollout.mp4: one clip after the other, each with a short stay on its last picture; 4 to 8 pictures per second, at least 6 s."""
+    """rollout.mp4: clip after clip with a short stay on each last picture; 4 to 8 pictures per second, at least 6 s."""
     pages = []
     for exhibit in exhibits:
         clip = [rollout_page(exhibit, frame, cfg) for frame in range(cfg.now_frames + cfg.soon_frames)]
@@ -835,78 +744,59 @@ def even_picks(count, most):
 
 
 def draw_frames(exhibit, cfg):
-    """frames.png: rows truth, decoded truth, point forecast, samples; columns the last two NOW frames and up to eight of SOON -> image."""
-    from PIL import Image, ImageDraw
-
+    """frames.png: rows truth, decoded truth, forecast, samples; columns two NOW, up to eight SOON frames -> image."""
     shown, size, gap, label, top = panels(exhibit, cfg.now_frames), panel_size(cfg, 104), 5, 138, 68
     columns = [frame for frame in (-2, -1) if frame >= -cfg.now_frames] + even_picks(cfg.soon_frames, 8)
     extra = 12  # between NOW and SOON
-    page = Image.new(
-        "RGB", (label + len(columns) * (size[0] + gap) + extra + 8, top + len(shown) * (size[1] + gap) + 8), PAPER
-    )
-    draw = ImageDraw.Draw(page)
-    draw.text((12, 10), exhibit.title, fill=INK, font=font(19))
+    wide = label + len(columns) * (size[0] + gap) + extra + 8
+    page, draw = new_page(wide, top + len(shown) * (size[1] + gap) + 8, exhibit.title)
     for number, frame in enumerate(columns):
         x = label + number * (size[0] + gap) + extra * (frame >= 0)
         head = ("NOW " if frame < 0 else "") + exhibit.time_of(frame)
         draw.text((x + (size[0] - draw.textlength(head, font=font(13))) / 2, top - 22), head, fill=INK, font=font(13))
-        for row, (title, colour, pictures) in enumerate(shown):
-            y = top + row * (size[1] + gap)
-            page.paste(scaled(pictures[frame] if frame >= 0 else exhibit.frames[cfg.now_frames + frame], size), (x, y))
-            if number == 0:
-                name, _, side = title.partition(", ")
-                draw.rectangle((12, y, 17, y + size[1] - 1), fill=colour)
-                draw.text((25, y + size[1] / 2 - (18 if side else 9)), name, fill=INK, font=font(14))
-                draw.text(
-                    (25, y + size[1] / 2), side, fill=colour if exhibit.names and row > 2 else QUIET, font=font(14)
-                )
+        for row, (_, _, pictures) in enumerate(shown):
+            picture = pictures[frame] if frame >= 0 else exhibit.frames[cfg.now_frames + frame]
+            page.paste(scaled(picture, size), (x, top + row * (size[1] + gap)))
+    for row, (title, colour, _) in enumerate(shown):
+        below = colour if exhibit.names and row > 2 else QUIET
+        draw_label(draw, top + row * (size[1] + gap), size[1], title, colour, below)
     return page
 
 
 def latent_colours(fitted, shown, cfg):
-    """First three principal components of fitted [M, D] as red, green and blue, the same mapping for shown [n, M, D] -> uint8 [n, t, h, w, 3]."""
+    """Principal components of fitted [M, D] as colours of shown [n, M, D] -> uint8 [n, t, h, w, 3]."""
     mean = fitted.mean(0)
     basis = torch.linalg.svd(fitted - mean, full_matrices=False).Vh[:3].T
     basis = F.pad(basis, (0, 3 - basis.shape[1]))
     own = (fitted - mean) @ basis
     low, high = own.quantile(0.02, 0), own.quantile(0.98, 0)
     unit = ((shown - mean) @ basis - low) / (high - low).clamp_min(1e-6)
-    grid = (cfg.soon_frames // cfg.tubelet_t, *cfg.grid[1:])
-    return (unit.clamp(0, 1) * 255).round().byte().reshape(len(shown), *grid, 3).numpy()
+    return (unit.clamp(0, 1) * 255).round().byte().reshape(len(shown), *soon_grid(cfg), 3).numpy()
 
 
 def draw_latents(exhibit, cfg, most_samples=4):
     """latents.png: principal components as colours, left, beside the pixels of the same tubelets, right -> image."""
-    from PIL import Image, ImageDraw
+    from PIL import Image
 
     shown = [row for row in panels(exhibit, cfg.now_frames) if row[0] != "Truth, decoded"][: 2 + most_samples]
     latents = ([] if exhibit.true is None else [exhibit.true]) + [exhibit.point, *exhibit.samples]
-    fitted = exhibit.point if exhibit.true is None else exhibit.true
-    colours = latent_colours(fitted, torch.stack(latents[: len(shown)]), cfg)
+    colours = latent_colours(latents[0], torch.stack(latents[: len(shown)]), cfg)
     picks, size, gap, label, top = even_picks(cfg.soon_frames // cfg.tubelet_t, 6), panel_size(cfg, 104), 5, 138, 94
     half = len(picks) * (size[0] + gap)
-    page = Image.new("RGB", (label + 2 * half + 30, top + len(shown) * (size[1] + gap) + 8), PAPER)
-    draw = ImageDraw.Draw(page)
-    draw.text((12, 10), exhibit.title, fill=INK, font=font(19))
+    page, draw = new_page(label + 2 * half + 30, top + len(shown) * (size[1] + gap) + 8, exhibit.title)
     of_what = "the point forecast" if exhibit.true is None else "the true latents"
     draw.text((label, 42), f"Latents: three principal components of {of_what}", fill=QUIET, font=font(14))
     draw.text((label + half + 20, 42), "Pixels: first frame of the same tubelets", fill=QUIET, font=font(14))
     for column, tubelet in enumerate(picks):
-        for offset in (0, half + 20):
-            x = label + offset + column * (size[0] + gap)
-            draw.text(
-                (x + size[0] / 2 - 24, top - 24), exhibit.time_of(tubelet * cfg.tubelet_t), fill=INK, font=font(13)
-            )
-        for row, (title, colour, pictures) in enumerate(shown):
-            x, y = label + column * (size[0] + gap), top + row * (size[1] + gap)
-            block = Image.fromarray(colours[row, tubelet]).resize(size, Image.Resampling.NEAREST)
-            page.paste(block, (x, y))
+        x, time = label + column * (size[0] + gap), exhibit.time_of(tubelet * cfg.tubelet_t)
+        for left in (x, x + half + 20):
+            draw.text((left + size[0] / 2 - 24, top - 24), time, fill=INK, font=font(13))
+        for row, (_, _, pictures) in enumerate(shown):
+            y, block = top + row * (size[1] + gap), Image.fromarray(colours[row, tubelet])
+            page.paste(block.resize(size, Image.Resampling.NEAREST), (x, y))
             page.paste(scaled(pictures[tubelet * cfg.tubelet_t], size), (x + half + 20, y))
-            if column == 0:
-                name, _, side = title.partition(", ")
-                draw.rectangle((12, y, 17, y + size[1] - 1), fill=colour)
-                draw.text((25, y + size[1] / 2 - (18 if side else 9)), name, fill=INK, font=font(14))
-                draw.text((25, y + size[1] / 2), side, fill=colour, font=font(14))
+    for row, (title, colour, _) in enumerate(shown):
+        draw_label(draw, top + row * (size[1] + gap), size[1], title, colour, colour)
     return page
 
 
@@ -915,39 +805,31 @@ def draw_latents(exhibit, cfg, most_samples=4):
 
 @torch.no_grad()
 def sample_fans(model, readings, seed, num_samples, num_scenes):
-    """Sampled futures of num_scenes fork scenes of every sign, read by the probe -> {odds of right: [fan, one dict per scene]}.
+    """Sampled futures of num_scenes fork scenes of every sign, read by the probe -> {odds of right: [fan, one dict per
+    scene]}.
 
     A fan holds samples [K, soon_t], point [soon_t] and truth {-1, 1: [soon_t]} in metres to the right, the shares of
     `branch_shares` and the last NOW frame.
     """
-    cfg, device = model.cfg, model.image_mean.device
-    first, fans, bar = SHOW_SEED + 10**9 + 10**5 * seed, {sign: [] for sign in SIGNS}, Bar("sample fans")
+    cfg, device, probe, M = model.cfg, model.image_mean.device, readings["probe"], model.cfg.soon_tokens
+    first, fans, bar = SHOW_SEED + 10**9 + 10**5 * seed, {sign: [] for sign in SIGNS}, E.Bar()
     for scene_seed in range(first, first + 10**4):
         sign = V.scene_odds(scene_seed, cfg, "fork")["right"]
         if len(fans[sign]) == num_scenes:
             continue
-        frames, _ = render(cfg, scene_seed, 0, "fork")
-        now = torch.from_numpy(np.ascontiguousarray(frames[: cfg.now_frames].transpose(0, 3, 1, 2)))[None].to(device)
-        context, point = point_forecast(model, model.normalise(now))
+        now = render(cfg, scene_seed, 0, "fork")[0][: cfg.now_frames]
+        context, point, _ = model.see(E.as_frames(now)[None].to(device))
         generator = torch.Generator(device).manual_seed(seed * 10**6 + scene_seed % 10**6)
-        samples = model.sample_futures(context, num_samples, generator=generator)[0, :, : cfg.soon_tokens].cpu()
-        read, truth = read_lateral(readings["probe"], samples, cfg).numpy(), true_branches(cfg, scene_seed)
+        samples = model.sample_futures(context, num_samples, generator=generator)[0, :, :M].cpu()
+        read, truth = read_lateral(probe, samples, cfg).numpy(), true_branches(cfg, scene_seed)
         right, between, names = branch_shares(read[:, -1], truth[-1][-1], truth[1][-1])
-        fans[sign].append(
-            {
-                "samples": read,
-                "point": read_lateral(readings["probe"], point.cpu(), cfg)[0].numpy(),
-                "truth": truth,
-                "right": right,
-                "between": between,
-                "names": names,
-                "now": frames[cfg.now_frames - 1],
-            }
-        )
-        bar.show(sum(map(len, fans.values())) / (num_scenes * len(SIGNS)))
+        fan = dict(samples=read, truth=truth, right=right, between=between, names=names, now=now[-1])
+        fans[sign].append({**fan, "point": read_lateral(probe, point[:, :M].cpu(), cfg)[0].numpy()})
+        bar.show(sum(map(len, fans.values())) / (num_scenes * len(SIGNS)), "sample fans")
         if all(len(rows) == num_scenes for rows in fans.values()):
             break
-    bar.close(f"{num_scenes} scenes for each of {len(SIGNS)} signs, {num_samples} samples each")
+    each = f"{num_scenes} scenes for each of {len(SIGNS)} signs, {num_samples} samples each"
+    bar.close(f"sample fans: {each}, {V.describe_time(bar.seconds)}")
     return fans
 
 
@@ -959,34 +841,19 @@ def share_summary(rows):
 
 
 def plot_fan(axes, fan, sign, cfg, big):
-    """One fan from above: sideways metres against seconds ahead, samples thin, true branches thick, point forecast dashed."""
-    unit = [tuple(value / 255 for value in COLOURS[name]) for name in ("left", "between", "right")]
-    colour = dict(zip(("left", "between", "right"), unit))
-    step = cfg.tubelet_t / (cfg.clip_fps or 4.0)
-    seconds = (np.arange(len(fan["point"])) + 0.5) * step + 0.5 / (cfg.clip_fps or 4.0)
-    up, zero = np.concatenate([[0], seconds]), np.zeros(1)
-    for side, name in ((-1, "left"), (1, "right")):
-        axes.plot(
-            np.concatenate([zero, fan["truth"][side]]),
-            up,
-            color=colour[name],
-            alpha=0.3,
-            linewidth=11 if big else 7,
-            solid_capstyle="round",
-        )
-    for path, name in zip(fan["samples"], fan["names"]):
-        axes.plot(np.concatenate([zero, path]), up, color=colour[name], alpha=0.55, linewidth=0.9)
-    axes.plot(
-        np.concatenate([zero, fan["point"]]),
-        up,
-        color=tuple(value / 255 for value in COLOURS["point"]),
-        linestyle="--",
-        linewidth=2.2,
-    )
+    """One fan from above: metres sideways against seconds, samples thin, true branches thick, point forecast dashed."""
+    fps = cfg.clip_fps or 4.0
+    seconds = (np.arange(len(fan["point"])) + 0.5) * (cfg.tubelet_t / fps) + 0.5 / fps
+    up, paths = np.concatenate([[0], seconds]), []
+    wide = dict(alpha=0.3, linewidth=11 if big else 7, solid_capstyle="round")
+    paths += [(fan["truth"][side], name, wide) for side, name in ((-1, "left"), (1, "right"))]
+    paths += [(path, name, dict(alpha=0.55, linewidth=0.9)) for path, name in zip(fan["samples"], fan["names"])]
+    paths.append((fan["point"], "point", dict(linestyle="--", linewidth=2.2)))
+    for path, name, style in paths:
+        axes.plot(np.concatenate([np.zeros(1), path]), up, color=UNIT[name], **style)
     truth = max(abs(fan["truth"][side][-1]) for side in (-1, 1))
-    reach = 1.15 * max(
-        truth, min(float(np.quantile(np.abs(fan["samples"]), 0.99)), 2 * truth)
-    )  # a model that knows nothing may draw far outside
+    # a model that knows nothing may draw far outside
+    reach = 1.15 * max(truth, min(float(np.quantile(np.abs(fan["samples"]), 0.99)), 2 * truth))
     axes.set_xlim(-reach, reach)
     axes.set_ylim(0, seconds[-1] * 1.04)
     axes.spines[["top", "right"]].set_visible(False)
@@ -999,20 +866,10 @@ def plot_fan(axes, fan, sign, cfg, big):
 
 
 def plot_shares(axes, fans):
-    """Bars of the share of samples on the right branch per sign, with standard errors over scenes, against the true odds."""
-    signs, rows = list(fans), [share_summary(fan) for fan in fans.values()]
-    places = np.arange(len(signs))
-    axes.bar(
-        places,
-        [row[0] for row in rows],
-        0.62,
-        color=tuple(value / 255 for value in COLOURS["right"]),
-        alpha=0.85,
-        label="share of samples",
-        yerr=[row[1] for row in rows],
-        capsize=4,
-        error_kw={"linewidth": 1.4},
-    )
+    """Bars of the share of samples on the right branch per sign, with errors over scenes, against the true odds."""
+    signs, (shares, errors, _) = list(fans), zip(*(share_summary(fan) for fan in fans.values()))
+    places, look = np.arange(len(signs)), dict(color=UNIT["right"], alpha=0.85, label="share of samples")
+    axes.bar(places, list(shares), 0.62, yerr=list(errors), capsize=4, error_kw={"linewidth": 1.4}, **look)
     axes.hlines(signs, places - 0.42, places + 0.42, color="black", linewidth=2.5, label="true odds")
     axes.set_xticks(places, [f"{sign:.0%}" for sign in signs])
     axes.set_ylim(0, 1.05)
@@ -1023,184 +880,144 @@ def plot_shares(axes, fans):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_fan(path, fans, readings, cfg):
-    """fan.png for built-in scenes: the fan at even odds, the shares, and a fan for every other sign."""
+def new_figure(width, height):
+    """An empty matplotlib figure that needs no display. Sides in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure, path):
+    """A matplotlib figure as PNG with the MARK."""
+    V.write_own(path, lambda handle: figure.savefig(handle, format="png", dpi=120, metadata={"Software": V.MARK}))
+
+
+LEGEND = (  # name, colour, and how its line looks
+    ("true branch", "between", dict(linewidth=7, linestyle="-", alpha=0.4)),
+    ("sample, left", "left", dict(linewidth=1.5, linestyle="-", alpha=1)),
+    ("sample, right", "right", dict(linewidth=1.5, linestyle="-", alpha=1)),
+    ("sample, between", "between", dict(linewidth=1.5, linestyle="-", alpha=1)),
+    ("point forecast", "point", dict(linewidth=2.2, linestyle="--", alpha=1)),
+)
+
+
+def draw_fan(path, fans, readings, cfg):
+    """fan.png for built-in scenes: the fan at even odds, the shares, and a fan for every other sign."""
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(13, 9.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 9.4)
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.35, 1))
     big, bars = upper.subplots(1, 2, width_ratios=(1.25, 1))
     plot_fan(big, fans[0.5][0], 0.5, cfg, True)
     big.set_xlabel("metres to the right of straight on")
     big.set_ylabel("seconds after NOW")
     plot_shares(bars, fans)
-    colours = {name: tuple(value / 255 for value in colour) for name, colour in COLOURS.items()}
-    entries = [
-        ("true branch", colours["between"], 7, "-"),
-        ("sample, left", colours["left"], 1.5, "-"),
-        ("sample, right", colours["right"], 1.5, "-"),
-        ("sample, between", colours["between"], 1.5, "-"),
-        ("point forecast", colours["point"], 2.2, "--"),
-    ]
-    big.legend(
-        [
-            Line2D([], [], color=colour, linewidth=width, linestyle=style, alpha=0.4 if width > 5 else 1)
-            for _, colour, width, style in entries
-        ],
-        [entry[0] for entry in entries],
-        frameon=False,
-        loc="lower right",
-        fontsize=9,
-    )
+    lines = [Line2D([], [], color=UNIT[colour], **look) for _, colour, look in LEGEND]
+    big.legend(lines, [name for name, _, _ in LEGEND], frameon=False, loc="lower right", fontsize=9)
     small = lower.subplots(1, len(SIGNS) - 1, sharey=True)
     for axes, sign in zip(small, [sign for sign in SIGNS if sign != 0.5]):
         plot_fan(axes, fans[sign][0], sign, cfg, False)
     small[0].set_ylabel("seconds after NOW")
     between = np.mean([share_summary(rows)[2] for rows in fans.values()])
-    lower.supxlabel(
-        f"{len(fans[0.5][0]['samples'])} samples per scene, {len(fans[0.5])} scenes per sign; {between:.0%} of samples lie between the branches.\n"
-        f"Places are read from latents by a linear probe: R2 {float(readings['probe_r2']):.2f}, branch of real futures told in "
-        f"{float(readings['branch_told']):.0%} of held-out forks.",
-        fontsize=10,
+    num_samples, num_scenes = len(fans[0.5][0]["samples"]), len(fans[0.5])
+    told, r2 = float(readings["branch_told"]), float(readings["probe_r2"])
+    caption = (
+        f"{num_samples} samples per scene, {num_scenes} scenes per sign; {between:.0%} of samples lie between the "
+        f"branches.\nPlaces are read from latents by a linear probe: R2 {r2:.2f}, branch of real futures told in "
+        f"{told:.0%} of held-out forks."
     )
-    V.write_own(path, lambda handle: figure.savefig(handle, format="png", dpi=120, metadata={"Software": V.MARK}))
+    lower.supxlabel(caption, fontsize=10)
+    save_figure(figure, path)
 
 
 def draw_plane(path, exhibits, readings):
-    """fan.png for videos: pooled SOON latents in the plane of the run's own futures, with NOW, truth, point forecast and samples."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * len(exhibits) + 0.6, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    """fan.png for videos: pooled SOON latents in the plane of the run's own futures: NOW, truth, forecast, samples."""
+    figure = new_figure(5.2 * len(exhibits) + 0.6, 5.4)
     mean, basis, bank = (readings[name].float() for name in ("mean", "basis", "bank"))
-    colours = {name: tuple(value / 255 for value in colour) for name, colour in COLOURS.items()}
     for axes, exhibit in zip(figure.subplots(1, len(exhibits), squeeze=False)[0], exhibits):
-        now, point, samples = (
-            (pooled - mean) @ basis for pooled in (exhibit.now, exhibit.point.mean(0), exhibit.samples.mean(1))
-        )
+        pooled = (exhibit.now, exhibit.point.mean(0), exhibit.samples.mean(1))
+        now, point, samples = ((latents - mean) @ basis for latents in pooled)
         axes.scatter(*bank.T.numpy(), s=9, color="0.85", label="futures of other clips")
         for sample in samples:
-            axes.plot(*zip(now.tolist(), sample.tolist()), color=colours["sample"], linewidth=0.7, alpha=0.5)
-        axes.scatter(*samples.T.numpy(), s=34, color=colours["sample"], label="samples", zorder=3)
+            axes.plot(*zip(now.tolist(), sample.tolist()), color=UNIT["sample"], linewidth=0.7, alpha=0.5)
+        axes.scatter(*samples.T.numpy(), s=34, color=UNIT["sample"], label="samples", zorder=3)
         axes.scatter(*now.tolist(), s=70, marker="s", color="black", label="NOW", zorder=4)
-        axes.scatter(*point.tolist(), s=80, marker="D", color=colours["point"], label="point forecast", zorder=4)
+        axes.scatter(*point.tolist(), s=80, marker="D", color=UNIT["point"], label="point forecast", zorder=4)
         if exhibit.true is not None:
-            axes.scatter(
-                *((exhibit.true.mean(0) - mean) @ basis).tolist(),
-                s=190,
-                marker="*",
-                color=colours["right"],
-                label="truth",
-                zorder=5,
-            )
+            true = ((exhibit.true.mean(0) - mean) @ basis).tolist()
+            axes.scatter(*true, s=190, marker="*", color=UNIT["right"], label="truth", zorder=5)
         axes.set_title(exhibit.title, fontsize=11)
         axes.set_xlabel("first principal component of SOON")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("second principal component of SOON")
     figure.axes[0].legend(frameon=False, fontsize=9)
-    V.write_own(path, lambda handle: figure.savefig(handle, format="png", dpi=120, metadata={"Software": V.MARK}))
+    save_figure(figure, path)
 
 
 # -- the command
 
 
+LIMITS = {
+    "num_samples": (1, 64),
+    "minutes": (0.001, 10**4),
+    "start": (0, 10**7),
+    "seed": (0, 10**4),
+    "num_workers": (0, 64),
+}
+
+
 def parse_arguments(argv):
     """Flags -> namespace. UsageError in one line."""
-    parser = V.ArgumentParser(
-        description="Pictures of what a world model expects: decoded forecasts and sampled futures.", allow_abbrev=False
-    )
-    parser.add_argument("--ckpt", required=True, type=os.path.expanduser, help="checkpoint of a run")
-    parser.add_argument(
-        "--clip", default="", type=os.path.expanduser, help="show this video instead of clips of the run's own data"
-    )
-    parser.add_argument("--start", type=float, default=0.0, help="where the clip's window begins, in seconds [0]")
-    parser.add_argument(
-        "--data_root",
-        default="",
-        type=os.path.expanduser,
-        help="folder, video or list that the decoder is trained on; default the run's own data",
-    )
-    parser.add_argument("--num_samples", type=int, default=8, help="sampled futures shown per clip [8]")
-    parser.add_argument("--out", default="", type=os.path.expanduser, help="output folder [the run's folder / futures]")
-    parser.add_argument(
-        "--minutes", type=float, default=3.0, help="time for the decoder: a third for clips, the rest for training [3]"
-    )
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that read or draw clips [2]")
-    parser.add_argument(
-        "--perceptual", action="store_true", help="add a VGG16 loss; its weights must lie in torchvision's cache"
-    )
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    parser.add_argument(
-        "--seed", type=int, default=0, help="which scenes or clips are shown, and the noise of the samples [0]"
-    )
+    about = "Pictures of what a world model expects: decoded forecasts and sampled futures."
+    parser = V.ArgumentParser(description=about, allow_abbrev=False)
+    path, flag = dict(default="", type=os.path.expanduser), parser.add_argument
+    flag("--ckpt", required=True, type=os.path.expanduser, help="checkpoint of a run")
+    flag("--clip", **path, help="show this video instead of clips of the run's own data")
+    flag("--start", type=float, default=0.0, help="where the clip's window begins, in seconds [0]")
+    flag("--data_root", **path, help="folder, video or list to train the decoder on; default the run's own data")
+    flag("--num_samples", type=int, default=8, help="sampled futures shown per clip [8]")
+    flag("--out", **path, help="output folder [the run's folder / futures]")
+    minutes = "time for the decoder: a third for clips, the rest for training [3]"
+    flag("--minutes", type=float, default=3.0, help=minutes)
+    flag("--num_workers", type=int, default=2, help="processes that read or draw clips [2]")
+    flag("--perceptual", action="store_true", help="add a VGG16 loss; its weights must lie in torchvision's cache")
+    flag("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    flag("--seed", type=int, default=0, help="which scenes or clips are shown, and the noise of the samples [0]")
     args = parser.parse_args(argv)
-    for name, low, high in (
-        ("num_samples", 1, 64),
-        ("minutes", 0.001, 10**4),
-        ("start", 0, 10**7),
-        ("seed", 0, 10**4),
-        ("num_workers", 0, 64),
-    ):
+    for name, (low, high) in LIMITS.items():
         if not low <= getattr(args, name) <= high:
             raise V.UsageError(f"{name} = {getattr(args, name)}: must lie in {low} to {high} (--{name})")
-    missing = [
-        name
-        for name, module in (("pillow", "PIL"), ("matplotlib", "matplotlib"))
-        if importlib.util.find_spec(module) is None
-    ]
-    if missing:
-        raise V.UsageError(f"pictures need {' and '.join(missing)}: pip install 'vjepa-auto-v2[eval]'")
+    E.need("PIL", "matplotlib")
     return args
 
 
 def open_source(cfg, data, data_root):
-    """What the decoder learns from -> DataSource, None for built-in scenes. `data` is the checkpoint's own note of kind and root."""
+    """What the decoder learns from -> DataSource, None for built-in scenes. data: kind and root of the run's own."""
     if not data_root and data["kind"] in ("scenes", "render"):
         return None
     if not data_root and data["kind"] == "random":
         raise V.UserError("data_root: this run was trained on random pixels; give videos to look at (--data_root)")
     root = data_root or data["root"]
     if not os.path.exists(root):
-        raise V.UsageError(
-            f"data_root {root}: no such file or folder"
-            + ("" if data_root else ", the run's videos are gone; say where they are (--data_root)")
-        )
-    videos = V.find_videos(root, cfg.video_glob)
-    if not videos:
-        raise V.UsageError(f"data_root {root}: {V.nothing_found(cfg, videos)}")
-    train, val = V.split_readable(cfg, videos)
-    return V.DataSource("videos", root, train or videos, val or videos, [], bool(train) and bool(val))
+        gone = "" if data_root else ", the run's videos are gone; say where they are (--data_root)"
+        raise V.UsageError(f"data_root {root}: no such file or folder{gone}")
+    return E.open_videos(cfg, root)[0]
 
 
 def open_run(args):
     """-> (model on its device, DataSource or None, cache file, its key)."""
-    if not os.path.isfile(args.ckpt):
-        raise V.UsageError(f"ckpt {args.ckpt}: no such file")
-    device = V.choose_device(args.device, 0)
-    try:
-        model, cfg = V.load_model(args.ckpt, device)
-    except RuntimeError as error:  # names or shapes of the weights differ
-        raise V.UserError(
-            f"ckpt {args.ckpt}: made by another version of VJepa_AUTO_V2.py ({str(error).strip().splitlines()[0]})"
-        ) from error
+    model, cfg, about = E.open_checkpoint(args.ckpt, args.device)
     if not cfg.lambda_flow:
         raise V.UserError(f"ckpt {args.ckpt}: trained with lambda_flow 0, it has no sampled futures to show")
-    state = torch.load(args.ckpt, map_location="cpu", weights_only=True, mmap=True)
-    data = state["data"]
-    source = open_source(cfg, data, args.data_root)
-    if data["kind"] == "render":  # such runs draw scenes at the model's own size
-        model.cfg = cfg = replace(cfg, scene_size=0)
+    source = open_source(cfg, about["data"], args.data_root)
     if args.clip and source is None:
-        V.say(
-            "note: the decoder is trained on built-in scenes; for your own videos give them as --data_root too",
-            sys.stderr,
-        )
+        note = "note: the decoder is trained on built-in scenes; for your own videos give them as --data_root too"
+        V.say(note, sys.stderr)
     origin = "scenes" if source is None else os.path.abspath(source.root)
-    key = decoder_key(model, state["step"], origin + " perceptual" * args.perceptual)
+    key = decoder_key(model, about["step"], origin + " perceptual" * args.perceptual)
     return model, source, Path(args.ckpt).resolve().parent / f"decoder_{key}.pt", key
 
 
@@ -1216,8 +1033,7 @@ def show(args):
     """Open the run, get a decoder, write the pictures -> their paths."""
     model, source, cache, key = open_run(args)
     perceptual = Perceptual().to(model.image_mean.device) if args.perceptual else None
-    folder = Path(args.ckpt).resolve().parent
-    out = Path(args.out or (folder.parent if folder.name == "checkpoints" else folder) / "futures")
+    out = Path(args.out) if args.out else E.run_folder(args.ckpt) / "futures"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1232,9 +1048,9 @@ def show(args):
     write_rollout(paths[0], exhibits, cfg)
     for number, exhibit in enumerate(exhibits):
         paths.append(out / ("frames.png" if number == 0 else f"frames_{number + 1}.png"))
-        save_png(draw_frames(exhibit, cfg), paths[-1])
+        V.save_picture(draw_frames(exhibit, cfg), paths[-1])
     paths += [out / "latents.png", out / "fan.png"]
-    save_png(draw_latents(exhibits[0], cfg), paths[-2])
+    V.save_picture(draw_latents(exhibits[0], cfg), paths[-2])
     if args.clip or "probe" not in readings:
         draw_plane(paths[-1], exhibits, readings)
     else:

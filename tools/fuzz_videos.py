@@ -2,27 +2,32 @@
 
     python tools/fuzz_videos.py --num 1000 --seed 0 --out fuzz.json
 
-Two H.264 mp4 files are made (one by V.write_video with its index at the end; one with B-frames, an index at the front and short
-GOPs). Mutation i takes file and mutator in turn and draws the rest from (seed, i). A forked child, a new one every 25 readings,
-reads each under a wall-clock limit and a limit on its address space, first by V.read_frames with the project's options
-(`ours`), then the way a short script would do it with the decoder's defaults (`defaults`).
+Two H.264 mp4 files are made (one by V.write_video with its index at the end; one with B-frames, an index at the front
+and short GOPs). Mutation i takes file and mutator in turn and draws the rest from (seed, i). A forked child, a new one
+every 25 readings, reads each under a wall-clock limit and a limit on its address space, first by V.read_frames with the
+project's options (`ours`), then the way a short script would do it with the decoder's defaults (`defaults`).
 
 Outcome of one reading:
 
     right      the same bytes as from the intact file, by the same reader and the same plan
     refused    V.BadFile (`defaults`: an error of the decoder or of plain Python code that meets what it returns)
-    silent     frames without any error, of which at least one byte differs from the intact file's: damaged pictures, and
-               pictures of other moments where the damage is in the file's time tables
+    silent     frames without any error, of which at least one byte differs from the intact file's: damaged pictures,
+               and pictures of other moments where the damage is in the file's time tables
     other      ours only: an exception that is not BadFile, which would end a run
     crash      the child died of a signal
     hang       no answer within --timeout seconds
 
-`seen` counts those silent clips in which some picture is off by more than VISIBLE grey levels on average. `opened` counts mutants
-during whose reading another file of the folder was opened (Linux' inotify). `peak_mb` is the largest resident memory that a
-reading added. The pipe is not given to `defaults`, whose open would never return. With `--reader decord` a file that decord
-cannot open goes on to PyAV, as in a run. Exit code 0 when `ours` shows no crash, no hang, no other exception and opened no
-other file.
+`seen` counts those silent clips in which some picture is off by more than VISIBLE grey levels on average. `opened`
+counts mutants during whose reading another file of the folder was opened (Linux' inotify). `peak_mb` is the largest
+resident memory that a reading added. The pipe is not given to `defaults`, whose open would never return. With `--reader
+decord` a file that decord cannot open goes on to PyAV, as in a run. Exit code 0 when `ours` shows no crash, no hang, no
+other exception and opened no other file.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
 
 import argparse
 import ctypes
@@ -42,7 +47,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import VJepa_AUTO_V2 as V  # noqa: E402
+import VJepa_AUTO_V2 as V
 
 SIZE, FPS, NUM_FRAMES = 96, 12, 60  # of the files that are mutated: pixels, frames per second, frames
 PLAN = V.ClipPlan(num_frames=12, fps=6.0, height=64, width=64, u_start=0.0, scale=1.0, ratio=1.0, u_x=0.5, u_y=0.5)
@@ -89,7 +94,8 @@ def write_sources(folder):
 
 
 def write_bait(folder):
-    """Put the files that playlists point to into a folder: other pictures than the sources', and as a .ts the same bytes again."""
+    """Put the files that playlists point to into a folder: other pictures than the sources', and as a .ts the same
+    bytes again."""
     path = Path(folder) / f"{BAIT}.mp4"
     V.write_video(path, moving_picture(np.random.default_rng(99)), FPS)
     path.with_suffix(".ts").write_bytes(path.read_bytes())
@@ -205,8 +211,8 @@ def playlist(data, rng):
         f"#EXTM3U\n#EXTINF:5,\n{BAIT}.mp4\n",
         f"file '{BAIT}.mp4'\n",
         f"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 4000 RTP/AVP 96\na={BAIT}.mp4\n",
-        f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet><Representation>'
-        f"<BaseURL>{BAIT}.mp4</BaseURL></Representation></AdaptationSet></Period></MPD>\n",
+        '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet>'
+        f"<Representation><BaseURL>{BAIT}.mp4</BaseURL></Representation></AdaptationSet></Period></MPD>\n",
     )
     return forms[rng.integers(len(forms))].encode()
 
@@ -236,7 +242,8 @@ MUTATORS = {  # name -> (function, suffixes of which one is drawn)
 
 
 def write_mutant(folder, sources, seed, number):
-    """Mutation `number` of a seed -> (mutator's name, name of the intact file, path of the mutant, plan of the clip to read)."""
+    """Mutation `number` of a seed -> (mutator's name, name of the intact file, path of the mutant, plan of the clip to
+    read)."""
     rng = np.random.default_rng([seed, number])
     name = list(MUTATORS)[number % len(MUTATORS)]
     source = list(sources)[number // len(MUTATORS) % len(sources)]
@@ -313,7 +320,8 @@ def judge(way, reader, path, plan, intact):
 
 
 def serve(pipe, limit_mb):
-    """In the forked child: limit the address space, then read what the pipe names and send back (outcome, detail, off, peak in MB)."""
+    """In the forked child: limit the address space, then read what the pipe names and send back (outcome, detail, off,
+    peak in MB)."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limit = int((memory_mb("VmSize") + limit_mb) * 1e6)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -330,7 +338,8 @@ def serve(pipe, limit_mb):
 
 
 class Child:
-    """A forked process that reads files, one at a time. After `lifetime` of them, or when it died or hung, the next one takes over."""
+    """A forked process that reads files, one at a time. After `lifetime` of them, or when it died or hung, the next one
+    takes over."""
 
     def __init__(self, timeout_s, limit_mb, lifetime=25):
         self.timeout_s, self.limit_mb, self.lifetime, self.left, self.process = timeout_s, limit_mb, lifetime, 0, None
@@ -402,7 +411,8 @@ class OpenWatch:
 
 
 def fuzz(num, seed, reader, timeout_s=10.0, limit_mb=1000.0, ways=tuple(WAYS)):
-    """Write and read `num` mutants -> [dict(number, mutator, source, way, outcome, detail, off, peak_mb, seconds, opened)]."""
+    """Write and read `num` mutants -> [dict(number, mutator, source, way, outcome, detail, off, peak_mb, seconds,
+    opened)]."""
     rows = []
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as folder:
         sources = write_sources(home)

@@ -1,14 +1,21 @@
 """Write built-in driving scenes as videos with annotations and a split, or draw a contact sheet of them.
 
-    python tools/make_scenes.py --out DIR --num N --size S --seed K [--num_frames 20] [--now_frames 4] [--soon_frames 8] [--fps 4]
+    python tools/make_scenes.py --out DIR --num N --size S --seed K [--num_frames 20] [--now_frames 4]
+                                [--soon_frames 8] [--fps 4]
                                 [--mix default|fork_only|fork=3,brake=1] [--siblings n] [--workers 2]
     python tools/make_scenes.py --sheet FILE.png
 
-Written under --out: videos/*.mp4, annotations/*.json (labels of `scene`), split.json (the files that training will hold out)
-and scenes.json (the settings). Scene i is the one that training with the same seed writes or renders itself. With --siblings n every
-scene has n futures, scene_<i>_future_<k>, whose NOW frames are bit-identical. The same command goes on where it was
-interrupted; a folder with other settings or other contents is refused, and no file that stands there is overwritten.
+Written under --out: videos/*.mp4, annotations/*.json (labels of `scene`), split.json (the files that training will hold
+out) and scenes.json (the settings). Scene i is the one that training with the same seed writes or renders itself. With
+--siblings n every scene has n futures, scene_<i>_future_<k>, whose NOW frames are bit-identical. The same command goes
+on where it was interrupted; a folder with other settings or other contents is refused, and no file that stands there is
+overwritten.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
 
 import argparse
 import json
@@ -25,7 +32,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import VJepa_AUTO_V2 as V  # noqa: E402
+import VJepa_AUTO_V2 as V
 
 SHEET_ROWS = (  # kind, scene number, future seeds that show the wanted choice, title
     ("fork", "choice", 1, "fork, white sign: right 0.5"),
@@ -107,12 +114,13 @@ def write_all(folder, cfg, args):
         for k in range(args.siblings)
     ]
     began, shown = time.perf_counter(), V.is_terminal(sys.stderr)
-    try:  # an executor, not a Pool: that puts a new process in the place of a dead one and waits for ever for its scenes
+    # an executor, not a Pool: that puts a new process in the place of a dead one and waits for ever for its scenes
+    try:
         with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
             for count, _ in enumerate(pool.map(write_one, jobs, chunksize=8), 1):
                 if shown:
-                    bar = f"{'#' * round(24 * count / len(jobs)):.<24}"
-                    V.emit(f"\r[{bar}] {count}/{len(jobs)} scenes" + ("" if count < len(jobs) else "\n"), sys.stderr)
+                    bar = V.progress_bar(count / len(jobs), f"{count}/{len(jobs)} scenes")
+                    V.emit("\r" + bar + ("" if count < len(jobs) else "\n"), sys.stderr)
     except BrokenProcessPool as error:
         raise V.UserError(
             "a writing process was killed (out of memory?); the same command goes on, fewer --workers need less"

@@ -1,37 +1,44 @@
-"""How much of a recorded drive's steering frozen features tell: probes on a checkpoint's target encoder, next to their controls.
+"""How much of a recorded drive's steering frozen features tell: probes on a checkpoint's target encoder, and controls.
 
     python tools/probe_drive.py --ckpt CKPT --drive TUB [--signal steer] [--fps 20] [--out DIR] [--gap_s 5] [--folds 5]
     python tools/probe_drive.py --drive TUB [--fps 20] --export DIR
 
 TUB is a Donkeycar tub, new form (manifest.json, catalogs, images/) or old (record_<n>.json beside the pictures). Every
 record ends a window of NOW frames and one of NOW + SOON frames, taken at the checkpoint's clip_fps by the records' time
-stamps (--fps replaces stamps that are not the camera's). The label of both is the signal at the window's last picture: the
-features have seen what the driver had seen when the command was given, and nothing later; both windows answer one question.
+stamps (--fps replaces stamps that are not the camera's). The label of both is the signal at the window's last picture:
+the features have seen what the driver had seen when the command was given, and nothing later; both windows answer one
+question.
 
-Drives are cut into --folds blocks of time. Each is predicted by probes fitted on the others, less every window that comes
-within --gap_s seconds of it: neighbouring pictures are nearly equal, and a random split would reward remembering them.
+Drives are cut into --folds blocks of time. Each is predicted by probes fitted on the others, less every window that
+comes within --gap_s seconds of it: neighbouring pictures are nearly equal, and a random split would reward remembering
+them.
 
-    linear      ridge on the leading 128 principal components of all tokens, its strength chosen inside the training blocks
+    linear      ridge on the leading 128 principal components of all tokens, its strength chosen in training blocks
     attentive   one learned query attends to all tokens, then an MLP; a fixed number of epochs
 
-Rows: trained (the checkpoint), untrained (same config, fresh weights, several seeds), pixels and pixels_grey (the same probes on
-frames pooled to 16 x 16), shuffled (trained features, training labels permuted), mean (of the training labels), persistence
-(the signal one clip frame earlier: no camera knows it, it stands there as a reference). Mean absolute error and R2 of all
-held-out predictions, with 95 % intervals of a bootstrap over blocks of --block_s seconds, and the paired difference of every
-row to `trained`.
+Rows: trained (the checkpoint), untrained (same config, fresh weights, several seeds), pixels and pixels_grey (the same
+probes on frames pooled to 16 x 16), shuffled (trained features, training labels permuted), mean (of the training
+labels), persistence (the signal one clip frame earlier: no camera knows it, it stands there as a reference). Mean
+absolute error and R2 of all held-out predictions, with 95 % intervals of a bootstrap over blocks of --block_s seconds,
+and the paired difference of every row to `trained`.
 Written under --out: probe_drive.json. Printed: the same as a table.
 
---export cuts the drive at pauses and every --segment_s seconds into DIR/videos/*.mp4 with DIR/annotations/*.json (per-frame
-`steer`, + = right, and `throttle`, in the tub's own units, -1 to 1), which the script trains on and tools/evaluate.py reads.
-Between two files cut from one stretch --gap_s seconds are left out, so that a held-out file continues no training file.
+--export cuts the drive at pauses and every --segment_s seconds into DIR/videos/*.mp4 with DIR/annotations/*.json
+(per-frame `steer`, + = right, and `throttle`, in the tub's own units, -1 to 1), which the script trains on and
+tools/evaluate.py reads. Between two files cut from one stretch --gap_s seconds are left out, so that a held-out file
+continues no training file.
 """
 
-import importlib.util
+import signal
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
+
 import json
 import os
-import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +46,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 0)]
 
-import VJepa_AUTO_V2 as V  # noqa: E402
+import evaluate as E
+
+import VJepa_AUTO_V2 as V
 
 SIGNALS = {"steer": "user/angle", "throttle": "user/throttle"}
 IMAGE_KEY = "cam/image_array"
-SESSION_PAUSE_S = (
-    60.0  # put between two recordings of one tub when --fps replaces the time stamps: no window spans them
-)
+SESSION_PAUSE_S = 60.0  # between two recordings of one tub when --fps replaces the time stamps: no window spans it
 FASTEST_CAMERA = 125.0  # pictures per second; time stamps closer than that are those of a conversion
 MAX_SIDE = 8  # token grids wider than this are pooled before they are probed, so that a long drive fits in memory
 COMPONENTS = 128  # principal components that ridge sees; between 64 and 256 a trial drive's scores hardly moved
@@ -60,7 +67,7 @@ DRAWS = 2000  # of the bootstrap
 
 @dataclass(frozen=True)
 class Drive:
-    """A recorded drive, ordered in time: picture files, seconds since the first, and one value per picture of every signal."""
+    """A recorded drive, ordered in time: picture files, seconds since the first, one value of every signal for each."""
 
     paths: list
     times: np.ndarray
@@ -72,37 +79,21 @@ class Drive:
         return float(1 / np.median(np.diff(self.times)))
 
 
-def bar(stage, done, total):
-    """Progress on stderr: a line rewritten in place on a terminal, elsewhere one line when a stage is complete."""
-    if V.is_terminal(sys.stderr):
-        filled = round(24 * done / max(total, 1))
-        text = f"[{'#' * filled}{'.' * (24 - filled)}] {done}/{total} {stage}"[: shutil.get_terminal_size().columns - 1]
-        V.emit("\r\033[K" + text + ("\n" if done >= total else ""), sys.stderr)
-    elif done >= total:
-        V.say(f"{stage}: {total}", sys.stderr)
-
-
-def need(*modules):
-    """UserError with the command that installs them when modules of the extra `eval` are missing."""
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise V.UserError(f'{", ".join(missing)} not installed: pip install "vjepa-auto-v2[eval]"')
-
-
 # -- the drive
 
 
 def parse_lines(path):
     """A file of JSON objects or lists, one per line -> list. UserError names the line that is none."""
-    rows = []
     try:
-        for number, line in enumerate(V.read_text(path, V.MAX_LIST_BYTES).splitlines(), 1):
-            if line.strip():
-                rows.append(V.parse_json(line, float))
-    except (OSError, UnicodeDecodeError) as error:
+        lines = V.read_text(path, V.MAX_LIST_BYTES).splitlines()
+    except (OSError, ValueError) as error:
         raise V.UserError(f"drive {path}: cannot be read ({error})") from error
-    except (ValueError, RecursionError) as error:
-        raise V.UserError(f"drive {path}: line {number} is not JSON ({V.one_line(error)})") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [V.parse_json(line, float)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise V.UserError(f"drive {path}: line {number} is not JSON ({V.one_line(error)})") from error
     return rows
 
 
@@ -118,39 +109,32 @@ def tub_records(folder):
         found = [(row.get("_index", number), folder / "images", row) for number, row in enumerate(rows)]
         found = [entry for entry in found if entry[0] not in deleted]
     else:
-        numbered = sorted(
-            (int(path.stem[7:]), path) for path in folder.glob("record_*.json") if path.stem[7:].isdigit()
-        )
+        paths = [path for path in folder.glob("record_*.json") if path.stem[7:].isdigit()]
+        numbered = sorted((int(path.stem[7:]), path) for path in paths)
         found = [(number, folder, row) for number, path in numbered for row in parse_lines(path)]
     if len(found) < 2:
+        forms = "manifest.json or record_<n>.json"
         raise V.UserError(
-            f"drive {folder}: no Donkeycar tub with two records or more (manifest.json or record_<n>.json); unpack an archive first"
+            f"drive {folder}: no Donkeycar tub with two records or more ({forms}); unpack an archive first"
         )
     return sorted(found, key=lambda entry: entry[0])
 
 
 def record_times(folder, records, fps):
-    """Seconds of every record since the first: by its number when fps is given, else by the tub's time stamps -> float64 [n]."""
+    """Seconds of every record since the first, by its number when fps is given, else by time stamps -> float64 [n]."""
     if fps:
-        sessions = {
-            name: order for order, name in enumerate(dict.fromkeys(row.get("_session_id") for _, _, row in records))
-        }
-        return np.array(
-            [
-                (number - records[0][0]) / fps + SESSION_PAUSE_S * sessions[row.get("_session_id")]
-                for number, _, row in records
-            ]
-        )
+        names = [row.get("_session_id") for _, _, row in records]
+        order = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        paused = [SESSION_PAUSE_S * order[name] for name in names]
+        return np.array([(number - records[0][0]) / fps + pause for (number, _, _), pause in zip(records, paused)])
     stamps = [row.get("_timestamp_ms", row.get("milliseconds")) for _, _, row in records]
     if any(not isinstance(stamp, (int, float)) for stamp in stamps):
         raise V.UserError(f"drive {folder}: records without time stamps; give the camera's rate with --fps")
     times = (np.array(stamps, np.float64) - stamps[0]) / 1000
     steps = np.diff(times)
     if steps.min() <= 0 or 1 / np.median(steps) > FASTEST_CAMERA:
-        raise V.UserError(
-            f"drive {folder}: time stamps {1000 * np.median(steps):.3g} ms apart, smallest step {1000 * steps.min():.3g} ms: "
-            "not those of a camera; give its rate with --fps"
-        )
+        apart = f"{1000 * np.median(steps):.3g} ms apart, smallest step {1000 * steps.min():.3g} ms"
+        raise V.UserError(f"drive {folder}: time stamps {apart}: not those of a camera; give its rate with --fps")
     return times
 
 
@@ -159,25 +143,20 @@ def read_tub(folder, fps=0.0):
     folder = Path(folder)
     if not folder.is_dir():
         raise V.UsageError(f"drive {folder}: no such folder")
-    records = tub_records(folder)
-    paths, signals = [], {name: [] for name in SIGNALS}
+    records, keys = tub_records(folder), ", ".join((IMAGE_KEY, *SIGNALS.values()))
+    paths, signals = [], []
     for number, place, row in records:
-        values = [row.get(key) if isinstance(row, dict) else None for key in (IMAGE_KEY, *SIGNALS.values())]
-        if not isinstance(values[0], str) or any(
-            not isinstance(value, (int, float)) or not np.isfinite(value) for value in values[1:]
-        ):
-            raise V.UserError(
-                f"drive {folder}: record {number} lacks one of {IMAGE_KEY}, {', '.join(SIGNALS.values())}"
-            )
-        paths.append(place / values[0])
-        for name, value in zip(SIGNALS, values[1:]):
-            signals[name].append(float(value))
+        name, *values = [row.get(key) if isinstance(row, dict) else None for key in keys.split(", ")]
+        numbers = all(isinstance(value, (int, float)) and np.isfinite(value) for value in values)
+        if not isinstance(name, str) or not numbers:
+            raise V.UserError(f"drive {folder}: record {number} lacks one of {keys}")
+        paths.append(place / name)
+        signals.append(values)
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise V.UserError(f"drive {folder}: {len(missing)} pictures missing, the first is {missing[0].name}")
-    return Drive(
-        paths, record_times(folder, records, fps), {name: np.array(values) for name, values in signals.items()}
-    )
+    signals = dict(zip(SIGNALS, np.array(signals, np.float64).T))
+    return Drive(paths, record_times(folder, records, fps), signals)
 
 
 def read_picture(path):
@@ -197,10 +176,9 @@ def read_pictures(drive, numbers, cfg):
 
     plan = V.ClipPlan(1, 0.0, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5)
     pictures = {}
-    for done, number in enumerate(numbers, 1):
+    for number in E.counted(numbers, "pictures"):
         frame = av.VideoFrame.from_ndarray(read_picture(drive.paths[number]), format="rgb24")
         pictures[int(number)] = np.ascontiguousarray(V.pyav_picture(frame, plan, 1.0))
-        bar("pictures", done, len(numbers))
     return pictures
 
 
@@ -226,9 +204,9 @@ def cut_windows(times, clip_fps, num_frames, stride=1):
 
 
 def time_folds(begin, end, num_folds, gap_s):
-    """Contiguous test blocks -> [(train [n], test [m])] window numbers. begin, end: seconds of the windows' first and last picture.
+    """Contiguous test blocks -> [(train [n], test [m])] window numbers. begin, end: seconds of first and last pictures.
 
-    A window trains only if its whole span lies more than gap_s before or after the span of all test windows of the block.
+    A window trains only if its whole span lies more than gap_s before or after that of all test windows of the block.
     """
     folds = []
     for test in np.array_split(np.arange(len(begin)), num_folds):
@@ -239,9 +217,9 @@ def time_folds(begin, end, num_folds, gap_s):
 
 
 def inner_folds(train, begin, end):
-    """Folds inside training windows, for choices that must not see the held-out block -> [(fit, held)] positions in `train`.
+    """Folds inside training windows, for choices that must not see the held-out block -> [(fit, held)] of `train`.
 
-    They share no picture, but keep no gap: a choice that profits from neighbours costs the report nothing but sharpness.
+    They share no picture, but keep no gap: a choice that profits from neighbours costs nothing but sharpness.
     """
     return [(fit, held) for fit, held in time_folds(begin[train], end[train], 4, 0.0) if len(fit)]
 
@@ -249,14 +227,11 @@ def inner_folds(train, begin, end):
 def check_folds(folds, begin, end, args):
     """UserError when a fold is left with too little to fit on, or the drive with too little to choose on."""
     least = min((len(train) for train, _ in folds), default=0)
-    if (
-        len(folds) < args.folds
-        or least < LEAST_TRAIN
-        or min(len(inner_folds(train, begin, end)) for train, _ in folds) < 2
-    ):
+    enough = len(folds) == args.folds and least >= LEAST_TRAIN
+    if not enough or min(len(inner_folds(train, begin, end)) for train, _ in folds) < 2:
         raise V.UserError(
-            f"drive too short: {least} training windows in the smallest of {args.folds} folds, {LEAST_TRAIN} needed, in two stretches or more; "
-            f"lower --gap_s ({args.gap_s:g}), raise --folds, or lower --stride"
+            f"drive too short: {least} training windows in the smallest of {args.folds} folds, {LEAST_TRAIN} needed, "
+            f"in two stretches or more; lower --gap_s ({args.gap_s:g}), raise --folds, or lower --stride"
         )
 
 
@@ -265,27 +240,20 @@ def check_folds(folds, begin, end, args):
 
 def pool_tokens(tokens, grid):
     """Tokens [B, L, D] of a (t, h, w) grid -> [B, L', D], each tubelet pooled to at most MAX_SIDE x MAX_SIDE sites."""
-    t, h, w = grid
-    if max(h, w) <= MAX_SIDE:
-        return tokens
-    size = [-(-side // -(-side // MAX_SIDE)) for side in (h, w)]  # side / ceil(side / MAX_SIDE), rounded up
-    maps = tokens.view(-1, h, w, tokens.shape[-1]).permute(0, 3, 1, 2)  # [B * t, D, h, w]
-    pooled = F.adaptive_avg_pool2d(maps, size)
-    return pooled.flatten(2).transpose(1, 2).reshape(len(tokens), -1, tokens.shape[-1])
+    side = tuple(-(-length // -(-length // MAX_SIDE)) for length in grid[1:])  # length / ceil(length / MAX_SIDE), up
+    return E.pool_sites(tokens, grid[1:], side)
 
 
 @torch.no_grad()
 def encoder_features(model, pictures, windows, batch_size, name):
     """Target-encoder tokens of every window -> float32 [n, L', D] on the CPU."""
-    cfg, features = model.cfg, []
-    grid = (windows.shape[1] // cfg.tubelet_t, *cfg.grid[1:])
+    grid, features = (windows.shape[1] // model.cfg.tubelet_t, *model.cfg.grid[1:]), []
     device = next(model.parameters()).device
-    for start in range(0, len(windows), batch_size):
-        part = windows[start : start + batch_size]
+    parts = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
+    for part in E.counted(parts, f"{name}, {windows.shape[1]} frames, batches"):
         frames = torch.from_numpy(np.stack([[pictures[int(number)] for number in row] for row in part])).to(device)
         tokens = model.make_targets(model.normalise(frames.permute(0, 1, 4, 2, 3)))  # [B, L, D]
         features.append(pool_tokens(tokens, grid).float().cpu())
-        bar(f"{name}, {windows.shape[1]} frames", min(start + batch_size, len(windows)), len(windows))
     return torch.cat(features)
 
 
@@ -293,10 +261,8 @@ def pixel_features(pictures, windows, tubelet_t):
     """Frames pooled to 16 x 16, cut into tubelets of 2 x 2 pooled pixels -> float32 [n, L', tubelet_t * 12]."""
     numbers = sorted(pictures)
     stack = torch.from_numpy(np.stack([pictures[number] for number in numbers])).permute(0, 3, 1, 2)
-    small = torch.cat(
-        [F.adaptive_avg_pool2d(part.float() / 255, POOLED) for part in stack.split(256)]
-    )  # [m, 3, 16, 16]
-    clips = small[torch.from_numpy(np.searchsorted(numbers, windows))]  # [n, T, 3, 16, 16]
+    small = [F.adaptive_avg_pool2d(part.float() / 255, POOLED) for part in stack.split(256)]
+    clips = torch.cat(small)[torch.from_numpy(np.searchsorted(numbers, windows))]  # [n, T, 3, 16, 16]
     n, T, half = len(clips), windows.shape[1], POOLED // 2
     clips = clips.view(n, T // tubelet_t, tubelet_t, 3, half, 2, half, 2).permute(0, 1, 4, 6, 2, 3, 5, 7)
     return clips.reshape(n, T // tubelet_t * half**2, tubelet_t * 12)
@@ -305,45 +271,35 @@ def pixel_features(pictures, windows, tubelet_t):
 # -- probes
 
 
-class AttentiveProbe(nn.Module):
-    """One block: a learned query attends to tokens [B, N, D] with learned positions, then an MLP -> one number [B]."""
+class DriveProbe(nn.Module):
+    """Tokens [B, N, D] with learned positions, read by an attentive probe of one query -> one number [B]."""
 
     def __init__(self, num_tokens, dim, width=64, num_heads=4):
         super().__init__()
         self.inner, self.position = nn.Linear(dim, width), nn.Parameter(torch.zeros(num_tokens, width))
-        self.query, self.cross = nn.Parameter(torch.zeros(1, 1, width)), V.CrossAttention(width, width, num_heads)
-        self.norm, self.norm2, self.mlp, self.out = (
-            nn.LayerNorm(width),
-            nn.LayerNorm(width),
-            V.MLP(width, 4 * width),
-            nn.Linear(width, 1),
-        )
+        self.probe = E.AttentiveProbe(torch.zeros(1, width), [1], num_heads)
         V.init_weights(self)
         nn.init.trunc_normal_(self.position, std=0.02)
-        nn.init.trunc_normal_(self.query, std=0.02)
+        nn.init.trunc_normal_(self.probe.queries, std=0.02)
 
     def forward(self, tokens):
-        context = self.norm(self.inner(tokens) + self.position)  # [B, N, width]
-        x = self.query.expand(len(tokens), -1, -1)
-        x = x + self.cross(x, *self.cross.project(context))  # [B, 1, width]
-        x = x + self.mlp(self.norm2(x))
-        return self.out(x)[:, 0, 0]
+        return self.probe(self.inner(tokens) + self.position)[0][:, 0]
 
 
 def attentive_probe(features, labels, folds, args, device, name):
     """Held-out predictions of an attentive probe that is fitted per fold -> float64 [n]."""
     predictions = np.full(len(labels), np.nan)
-    for fold, (train, test) in enumerate(folds, 1):
+    for fold, (train, test) in enumerate(E.counted(folds, f"{name}, attentive, folds"), 1):
         torch.manual_seed(args.seed * 1000 + fold)
         x, order = features[train], np.random.default_rng([args.seed, fold])
         mean, std = x.mean((0, 1)), x.std((0, 1)).clamp(min=1e-6)
         y = torch.from_numpy((labels[train] - labels[train].mean()) / labels[train].std()).float()
-        probe = AttentiveProbe(*features.shape[1:]).to(device)
-        steps = args.epochs * -(-len(train) // 64)
+        probe, num_batches = DriveProbe(*features.shape[1:]).to(device), -(-len(train) // 64)
+        steps = max(args.epochs * num_batches, 2)
         optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(steps, 2), pct_start=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
         for _ in range(args.epochs):
-            for rows in np.array_split(order.permutation(len(train)), -(-len(train) // 64)):
+            for rows in np.array_split(order.permutation(len(train)), num_batches):
                 loss = F.mse_loss(probe(((x[rows] - mean) / std).to(device)), y[rows].to(device))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -352,12 +308,11 @@ def attentive_probe(features, labels, folds, args, device, name):
         with torch.no_grad():
             parts = [probe(((part - mean) / std).to(device)).cpu() for part in features[test].split(256)]
         predictions[test] = torch.cat(parts).double().numpy() * labels[train].std() + labels[train].mean()
-        bar(f"{name}, attentive, folds", fold, len(folds))
     return predictions
 
 
 def choose_alpha(x, y, inner):
-    """The ridge strength with the least mean squared error over inner folds [(fit, held)], all strengths fitted at once."""
+    """The ridge strength with the least mean squared error over inner folds [(fit, held)], all fitted at once."""
     from sklearn.linear_model import Ridge
 
     errors = np.zeros(len(ALPHAS))
@@ -387,9 +342,8 @@ def linear_probe(features, labels, folds, begin, end, shuffle_seed=None):
         x_train, x_test, y = x_train / size, pca.transform(gram[np.ix_(test, train)]) / size, labels[train]
         if shuffle_seed is not None:
             y = np.random.default_rng([shuffle_seed, fold]).permutation(y)
-        predictions[test] = (
-            Ridge(choose_alpha(x_train, y, inner_folds(train, begin, end))).fit(x_train, y).predict(x_test)
-        )
+        alpha = choose_alpha(x_train, y, inner_folds(train, begin, end))
+        predictions[test] = Ridge(alpha).fit(x_train, y).predict(x_test)
     return predictions
 
 
@@ -397,7 +351,7 @@ def linear_probe(features, labels, folds, begin, end, shuffle_seed=None):
 
 
 def block_sums(predictions, labels, blocks):
-    """Per block of time: count, absolute and squared errors (means over the S rows of predictions [S, n]), labels, their squares -> [5, b]."""
+    """Per block: count, absolute and squared errors, means over predictions [S, n], labels, their squares -> [5, b]."""
     errors = predictions - labels
     columns = (np.ones_like(labels), np.abs(errors).mean(0), np.square(errors).mean(0), labels, labels**2)
     return np.stack([np.bincount(blocks, column) for column in columns])
@@ -415,38 +369,32 @@ def interval(values):
 
 
 def score_rows(rows, labels, blocks, seed):
-    """Add mae, r2, their intervals and the paired difference to `trained` to rows that hold predictions [S, n]. In place."""
+    """Add mae, r2, their intervals and the difference to `trained` to rows that hold predictions [S, n]. In place."""
     num_blocks = int(blocks.max()) + 1
     picks = np.random.default_rng(seed).integers(0, num_blocks, (DRAWS, num_blocks))
     counts = np.stack([np.bincount(pick, minlength=num_blocks) for pick in picks], 1).astype(float)  # [b, DRAWS]
-    trained = {}
+    trained, every = {}, []
     for row in rows:
         sums = block_sums(row["predictions"], labels, blocks)
-        mae, r2 = scores_of(sums.sum(1))
-        draws_mae, draws_r2 = scores_of(sums @ counts)
-        row.update(mae=float(mae), mae_interval=interval(draws_mae), r2=float(r2), r2_interval=interval(draws_r2))
+        (mae, r2), draws = scores_of(sums.sum(1)), scores_of(sums @ counts)
+        row.update(mae=float(mae), mae_interval=interval(draws[0]), r2=float(r2), r2_interval=interval(draws[1]))
         if len(row["predictions"]) > 1:
-            row["per_seed"] = [
-                dict(zip(("mae", "r2"), map(float, scores_of(block_sums(one[None], labels, blocks).sum(1)))))
-                for one in row["predictions"]
-            ]
+            each = [scores_of(block_sums(one[None], labels, blocks).sum(1)) for one in row["predictions"]]
+            row["per_seed"] = [{"mae": float(own[0]), "r2": float(own[1])} for own in each]
         if row["features"] == "trained":
-            trained[row["probe"], row["window"]] = draws_mae, draws_r2
-        row["draws"] = draws_mae, draws_r2
-    for row in rows:
+            trained[row["probe"], row["window"]] = draws
+        every.append(draws)
+    for row, draws in zip(rows, every):
         base = trained.get((row["probe"], row["window"]))
         if base and row["features"] != "trained":
-            row["mae_above_trained"], row["r2_above_trained"] = (
-                interval(own - ours) for own, ours in zip(row["draws"], base)
-            )
-        row.pop("draws")
+            row["mae_above_trained"], row["r2_above_trained"] = (interval(own - ours) for own, ours in zip(draws, base))
 
 
 # -- the report
 
 
 def feature_rows(name, makers, windows, labels, folds, spans, args, device):
-    """Probe features of several seeds by every probe and window -> rows with predictions [S, n]. makers: seed's window -> features."""
+    """Features by every probe and window -> rows with predictions [S, n]. makers: for each seed, window -> features."""
     rows = []
     for window, records in windows.items():
         predictions = {probe: [] for probe in args.probes}
@@ -459,48 +407,44 @@ def feature_rows(name, makers, windows, labels, folds, spans, args, device):
             if name == "trained" and "linear" in args.probes:
                 shuffled = linear_probe(features, labels, folds, *spans, shuffle_seed=args.seed)
                 rows.append(dict(features="shuffled", probe="linear", window=window, predictions=shuffled[None]))
-        rows += [
-            dict(features=name, probe=probe, window=window, predictions=np.stack(value))
-            for probe, value in predictions.items()
-        ]
+        for probe, value in predictions.items():
+            rows.append(dict(features=name, probe=probe, window=window, predictions=np.stack(value)))
     return rows
 
 
-def untrained_model(cfg, seed, device):
+def encoded(pictures, batch_size, name, make_model, records):
+    """Features of windows by the target encoder of the model that `make_model` makes."""
+    return encoder_features(make_model(), pictures, records, batch_size, name)
+
+
+def untrained_model(model, seed):
     """A fresh model of the same config: what its architecture alone makes of the pictures."""
     torch.manual_seed(seed)
-    return V.VJepaAutoV2(cfg).to(device).eval()
+    return type(model)(model.cfg).to(next(model.parameters()).device).eval()
 
 
 def all_rows(model, drive, windows, labels, folds, spans, args):
     """Every row of the report, with predictions [S, n]."""
-    device, cfg = next(model.parameters()).device, model.cfg
-    every = windows["now+soon"]
+    device, cfg, every = next(model.parameters()).device, model.cfg, windows["now+soon"]
     pictures = read_pictures(drive, np.unique(every), cfg)
-    common = (windows, labels, folds, spans, args, device)
-    rows = feature_rows(
-        "trained", [lambda records: encoder_features(model, pictures, records, args.batch_size, "trained")], *common
-    )
-    fresh = [
-        lambda records, seed=seed: encoder_features(
-            untrained_model(cfg, seed, device), pictures, records, args.batch_size, f"untrained, seed {seed}"
-        )
-        for seed in range(args.untrained_seeds)
-    ]
-    if fresh:
-        rows += feature_rows("untrained", fresh, *common)
-    rows += feature_rows("pixels", [lambda records: pixel_features(pictures, records, cfg.tubelet_t)], *common)
-    grey = {
-        number: np.repeat(picture.mean(2, keepdims=True).astype(np.uint8), 3, 2) for number, picture in pictures.items()
+    grey = {n: np.repeat(p.mean(2, keepdims=True).astype(np.uint8), 3, 2) for n, p in pictures.items()}
+    read, seeds = partial(encoded, pictures, args.batch_size), range(args.untrained_seeds)
+    sources = {
+        "trained": [partial(read, "trained", lambda: model)],
+        "untrained": [partial(read, f"untrained, seed {s}", partial(untrained_model, model, s)) for s in seeds],
+        "pixels": [partial(pixel_features, pictures, tubelet_t=cfg.tubelet_t)],
+        "pixels_grey": [partial(pixel_features, grey, tubelet_t=cfg.tubelet_t)],
     }
-    rows += feature_rows("pixels_grey", [lambda records: pixel_features(grey, records, cfg.tubelet_t)], *common)
+    rows = []
+    for name, makers in sources.items():
+        if makers:
+            rows += feature_rows(name, makers, windows, labels, folds, spans, args, device)
     mean = np.full(len(labels), np.nan)
     for train, test in folds:
         mean[test] = labels[train].mean()
-    rows.append(dict(features="mean", probe="", window="", predictions=mean[None]))
-    rows.append(
-        dict(features="persistence", probe="", window="", predictions=drive.signals[args.signal][every[:, -2]][None])
-    )
+    before = drive.signals[args.signal][every[:, -2]]
+    for name, predictions in (("mean", mean), ("persistence", before)):
+        rows.append(dict(features=name, probe="", window="", predictions=predictions[None]))
     return rows
 
 
@@ -511,25 +455,20 @@ def print_table(report):
         f"deviation {report['deviation']:.3f}, {report['folds']} folds, "
         f"gap {report['gap_s']:g} s, {report['blocks']} blocks of {report['block_s']:g} s"
     )
-    V.say(
-        f"{'features':<13}{'probe':<11}{'window':<10}{'MAE':>7}  {'95 %':<16}{'R2':>7}  {'95 %':<18}"
-        f"{'R2 less that of trained':<18}"
-    )
+    head = ("features", "probe", "window", "MAE", "95 %", "R2", "95 %", "R2 less that of trained")
+    line = "{:<13}{:<11}{:<10}{:>7}  {:<16}{:>7}  {:<18}{:<18}".format
+    V.say(line(*head))
     for row in report["rows"]:
-        mae, r2, above = (
-            "[{:.3f}, {:.3f}]".format(*row[key]) if key in row else ""
-            for key in ("mae_interval", "r2_interval", "r2_above_trained")
-        )
-        V.say(
-            f"{row['features']:<13}{row['probe']:<11}{row['window']:<10}{row['mae']:>7.3f}  {mae:<16}"
-            f"{row['r2']:>7.3f}  {r2:<18}{above:<18}"
-        )
+        keys = ("mae_interval", "r2_interval", "r2_above_trained")
+        mae, r2, above = ("[{:.3f}, {:.3f}]".format(*row[key]) if key in row else "" for key in keys)
+        names = (row["features"], row["probe"], row["window"])
+        V.say(line(*names, f"{row['mae']:.3f}", mae, f"{row['r2']:.3f}", r2, above))
 
 
 def probe(args):
     """Checkpoint and drive -> report, printed and written to --out."""
-    need("sklearn", "PIL")
-    model, cfg = V.load_model(args.ckpt, V.choose_device(args.device, 0))
+    E.need("sklearn", "PIL")
+    model, cfg, _ = E.open_checkpoint(args.ckpt, args.device)
     clip_fps = args.clip_fps or cfg.clip_fps
     if not clip_fps:
         raise V.UsageError("clip_fps 0 of this checkpoint has no time step; give one with --clip_fps")
@@ -541,39 +480,23 @@ def probe(args):
     folds = time_folds(begin, end, args.folds, args.gap_s)
     check_folds(folds, begin, end, args)
     if min(labels[train].std() for train, _ in folds) < 1e-6:
-        raise V.UserError(
-            f"drive {args.drive}: {args.signal} does not change in one of the training folds, nothing can be learned"
-        )
+        still = f"{args.signal} does not change in one of the training folds, nothing can be learned"
+        raise V.UserError(f"drive {args.drive}: {still}")
     blocks = np.unique(np.floor((end - end[0]) / args.block_s), return_inverse=True)[1]
-    if blocks.max() < 4:
-        raise V.UserError(
-            f"drive too short: {blocks.max() + 1} blocks of {args.block_s:g} s for the bootstrap, 5 needed; lower --block_s"
-        )
+    num_blocks = int(blocks.max()) + 1
+    if num_blocks < 5:
+        found = f"{num_blocks} blocks of {args.block_s:g} s for the bootstrap"
+        raise V.UserError(f"drive too short: {found}, 5 needed; lower --block_s")
     rows = all_rows(model, drive, windows, labels, folds, (begin, end), args)
     rows.sort(key=lambda row: ROWS.index(row["features"]))
     score_rows(rows, labels, blocks, args.seed)
     for row in rows:
         row.pop("predictions")
-    report = dict(
-        ckpt=str(args.ckpt),
-        drive=str(args.drive),
-        signal=args.signal,
-        windows=len(labels),
-        drive_fps=drive.fps,
-        clip_fps=clip_fps,
-        now_frames=cfg.now_frames,
-        soon_frames=cfg.soon_frames,
-        folds=args.folds,
-        gap_s=args.gap_s,
-        block_s=args.block_s,
-        stride=args.stride,
-        blocks=int(blocks.max()) + 1,
-        deviation=float(labels.std()),
-        epochs=args.epochs,
-        seed=args.seed,
-        train_windows=[len(train) for train, _ in folds],
-        rows=rows,
-    )
+    report = dict(ckpt=str(args.ckpt), drive=str(args.drive), signal=args.signal, windows=len(labels))
+    report |= dict(drive_fps=drive.fps, clip_fps=clip_fps, now_frames=cfg.now_frames, soon_frames=cfg.soon_frames)
+    report |= dict(folds=args.folds, gap_s=args.gap_s, block_s=args.block_s, stride=args.stride, blocks=num_blocks)
+    report |= dict(deviation=float(labels.std()), epochs=args.epochs, seed=args.seed)
+    report |= dict(train_windows=[len(train) for train, _ in folds], rows=rows)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     V.write_report(Path(args.out) / "probe_drive.json", report)
     print_table(report)
@@ -584,7 +507,7 @@ def probe(args):
 
 
 def cut_segments(drive, segment_s, gap_s):
-    """The drive at an even frame rate, cut at pauses and every segment_s seconds -> [record numbers [T]], gap_s left out after each cut."""
+    """The drive at an even frame rate, cut at pauses and every segment_s, gap_s left out -> [record numbers [T]]."""
     times, step = drive.times, 1 / drive.fps
     pauses = np.flatnonzero(np.diff(times) > 1.5 * step) + 1
     segments = []
@@ -600,7 +523,7 @@ def cut_segments(drive, segment_s, gap_s):
 
 def export(args):
     """Write the drive as videos and annotations that the script trains on -> number of files."""
-    need("PIL")
+    E.need("PIL")
     drive, folder = read_tub(args.drive, args.fps), Path(args.export)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise V.UserError(f"export {folder}: is not empty; choose another --export")
@@ -609,94 +532,56 @@ def export(args):
         raise V.UserError(f"drive {args.drive}: no stretch of two records or more without a pause")
     for name in ("videos", "annotations"):
         (folder / name).mkdir(parents=True)
-    for number, records in enumerate(segments, 1):
+    units = dict.fromkeys(SIGNALS, "share of full deflection; steer + = right")
+    for number, records in enumerate(E.counted(segments, "videos"), 1):
         pictures = [read_picture(drive.paths[record]) for record in records]
         if len({picture.shape for picture in pictures}) > 1:
             raise V.UserError(f"drive {args.drive}: pictures of different sizes in one stretch cannot become one video")
         V.write_video(folder / "videos" / f"drive_{number:04d}.mp4", np.stack(pictures), drive.fps)
-        signals = {name: values[records].round(6).tolist() for name, values in drive.signals.items()}
-        about = {
-            "fps": drive.fps,
-            "first_record": int(records[0]),
-            "units": dict.fromkeys(SIGNALS, "share of full deflection; steer + = right"),
-            **signals,
-        }
+        about = {"fps": drive.fps, "first_record": int(records[0]), "units": units}
+        about |= {name: values[records].round(6).tolist() for name, values in drive.signals.items()}
         (folder / "annotations" / f"drive_{number:04d}.json").write_text(json.dumps(about))
-        bar("videos", number, len(segments))
     V.say(f"{len(segments)} videos with annotations in {folder}; train on them with --data_root {folder}")
     return len(segments)
 
 
 def build_parser():
     """Flags of the tool."""
-    parser = V.ArgumentParser(
-        prog="probe_drive.py",
-        description="Probe frozen features for the steering of a recorded drive.",
-        allow_abbrev=False,
+    about = "Probe frozen features for the steering of a recorded drive."
+    parser = V.ArgumentParser(prog="probe_drive.py", description=about, allow_abbrev=False)
+    flag, path, probes = parser.add_argument, os.path.expanduser, ("linear", "attentive")
+    instead = "write the drive as videos/ and annotations/ instead of probing"
+    apart = "seconds kept free on both sides of a held-out block, or between exported files [5]"
+    flag("--drive", required=True, type=path, help="folder of a Donkeycar tub")
+    flag("--ckpt", default="", type=path, help="checkpoint to probe")
+    flag("--export", default="", type=path, metavar="DIR", help=instead)
+    flag("--out", default="runs/probe_drive", type=path, help="folder of probe_drive.json [runs/probe_drive]")
+    flag("--signal", default="steer", choices=tuple(SIGNALS), help="what is predicted [steer]")
+    flag("--fps", type=float, default=0.0, help="pictures per second of the drive; 0 = by its time stamps [0]")
+    flag("--clip_fps", type=float, default=0.0, help="frames per second of a window; 0 = the checkpoint's [0]")
+    flag("--stride", type=int, default=1, help="records between the ends of two windows [1]")
+    flag("--folds", type=int, default=5, help="blocks of time, each predicted from the others [5]")
+    flag("--gap_s", type=float, default=5.0, help=apart)
+    flag("--block_s", type=float, default=5.0, help="seconds of a block of the bootstrap [5]")
+    flag("--probes", nargs="+", default=[*probes], choices=probes, help="probes to fit [both]")
+    flag("--epochs", type=int, default=40, help="epochs of the attentive probe [40]")
+    flag("--untrained_seeds", type=int, default=3, help="fresh encoders to compare with [3]")
+    flag("--batch_size", type=int, default=32, help="windows encoded at once [32]")
+    flag(
+        "--device",
+        default="auto",
+        choices=V.merged(V.VJepaAutoV2Config, "CHOICES")["device"],
+        help="where to compute [auto]",
     )
-    parser.add_argument("--drive", required=True, type=os.path.expanduser, help="folder of a Donkeycar tub")
-    parser.add_argument("--ckpt", default="", type=os.path.expanduser, help="checkpoint to probe")
-    parser.add_argument(
-        "--export",
-        default="",
-        type=os.path.expanduser,
-        metavar="DIR",
-        help="write the drive as videos/ and annotations/ instead of probing",
-    )
-    parser.add_argument(
-        "--out",
-        default="runs/probe_drive",
-        type=os.path.expanduser,
-        help="folder of probe_drive.json [runs/probe_drive]",
-    )
-    parser.add_argument("--signal", default="steer", choices=tuple(SIGNALS), help="what is predicted [steer]")
-    parser.add_argument(
-        "--fps", type=float, default=0.0, help="pictures per second of the drive; 0 = by its time stamps [0]"
-    )
-    parser.add_argument(
-        "--clip_fps", type=float, default=0.0, help="frames per second of a window; 0 = the checkpoint's [0]"
-    )
-    parser.add_argument("--stride", type=int, default=1, help="records between the ends of two windows [1]")
-    parser.add_argument("--folds", type=int, default=5, help="blocks of time, each predicted from the others [5]")
-    parser.add_argument(
-        "--gap_s",
-        type=float,
-        default=5.0,
-        help="seconds kept free on both sides of a held-out block, or between exported files [5]",
-    )
-    parser.add_argument("--block_s", type=float, default=5.0, help="seconds of a block of the bootstrap [5]")
-    parser.add_argument(
-        "--probes",
-        nargs="+",
-        default=["linear", "attentive"],
-        choices=("linear", "attentive"),
-        help="probes to fit [both]",
-    )
-    parser.add_argument("--epochs", type=int, default=40, help="epochs of the attentive probe [40]")
-    parser.add_argument("--untrained_seeds", type=int, default=3, help="fresh encoders to compare with [3]")
-    parser.add_argument("--batch_size", type=int, default=32, help="windows encoded at once [32]")
-    parser.add_argument("--device", default="auto", choices=V.merged(V.VJepaAutoV2Config, "CHOICES")["device"], help="where to compute [auto]")
-    parser.add_argument("--seed", type=int, default=0, help="of the attentive probe, the shuffle and the bootstrap [0]")
-    parser.add_argument("--segment_s", type=float, default=15.0, help="seconds of an exported file [15]")
+    flag("--seed", type=int, default=0, help="of the attentive probe, the shuffle and the bootstrap [0]")
+    flag("--segment_s", type=float, default=15.0, help="seconds of an exported file [15]")
     return parser
 
 
 def check_flags(args):
     """UsageError for a value out of range, or for a missing --ckpt."""
-    least = {
-        "fps": 0,
-        "clip_fps": 0,
-        "stride": 1,
-        "folds": 2,
-        "gap_s": 0,
-        "block_s": 0.1,
-        "epochs": 1,
-        "untrained_seeds": 0,
-        "batch_size": 1,
-        "seed": 0,
-        "segment_s": 0.5,
-    }
-    for name, low in least.items():
+    least = dict(fps=0, clip_fps=0, stride=1, folds=2, gap_s=0, block_s=0.1, epochs=1, untrained_seeds=0, batch_size=1)
+    for name, low in {**least, "seed": 0, "segment_s": 0.5}.items():
         value = getattr(args, name)
         if not np.isfinite(value) or value < low:
             raise V.UsageError(f"{name} = {value}: must be {low} or above (--{name})")

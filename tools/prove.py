@@ -2,15 +2,21 @@
 
     python tools/prove.py --out records/proof --seeds 1337 1338 1339
 
-For every seed: `VJepa_AUTO_V2.py --preset proof --seed SEED`, then `tools/evaluate.py` on its last checkpoint. Flags that are
-not named here go to the training script as they are (`--steps 100 --flow_fit_clips 500`). Written under --out:
+For every seed: `VJepa_AUTO_V2.py --preset proof --seed SEED`, then `tools/evaluate.py` on its last checkpoint. Flags
+that are not named here go to the training script as they are (`--steps 100 --flow_fit_clips 500`). Written under --out:
 
     seed_<SEED>/config.json, train.log, metrics.jsonl, evaluation.json    the record of one run
     summary.json, summary.md    every figure: threshold, mean, standard deviation and n over the seeds, how many met it
 
-Checkpoints and pages stay in --run_dir, outside the record. A run that was interrupted goes on where it stopped; a seed whose
-record is complete is not run again. Exit code 0 says that the record is complete, not that every threshold was met.
+Checkpoints and pages stay in --run_dir, outside the record. A run that was interrupted goes on where it stopped; a seed
+whose record is complete is not run again. Exit code 0 says that the record is complete, not that every threshold was
+met.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
 
 import argparse
 import json
@@ -26,13 +32,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import VJepa_AUTO_V2 as V  # noqa: E402
+import VJepa_AUTO_V2 as V
 
 RECORD = ("config.json", "train.log", "metrics.jsonl", "evaluation.json")
 
 
 def run(command):
-    """Run a command with this Python from the project's root, its output passed through -> seconds. SystemExit with its code when it fails."""
+    """Run a command with this Python from the project's root, its output passed through -> seconds. SystemExit with its
+    code when it fails."""
     V.say("+ python " + " ".join(map(str, command)))
     began = time.perf_counter()
     code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode
@@ -56,12 +63,8 @@ def prove_seed(seed, run_dir, record, preset, flags, quick):
         if there.exists() and (there.is_dir() or there.read_bytes() != (run_dir / name).read_bytes()):
             V.move_aside(record / name)
         shutil.copyfile(run_dir / name, record / name)
-    spent = {
-        "train_s": round(train_s, 1),
-        "evaluate_s": round(evaluate_s, 1),
-        "cores": len(os.sched_getaffinity(0)),
-        "machine": platform.machine(),
-    }
+    spent = {"train_s": round(train_s, 1), "evaluate_s": round(evaluate_s, 1)}
+    spent |= {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
     times.write_text(json.dumps(spent))
     return spent
 
@@ -92,36 +95,31 @@ def table(summary, times):
         mean, std = (number(row[key]) if row[key] is not None else "" for key in ("mean", "std"))
         met = f"{row['met']} of {row['n']}" if row["expect"] else ""
         lines.append(f"| {name} | {row['expect'] or ''} | {mean} | {std} | {row['n']} | {met} |")
-    spent = ", ".join(
-        f"seed {seed}: {value['train_s'] / 60:.1f} min training + {value['evaluate_s'] / 60:.1f} min evaluation on {value['cores']} cores"
-        for seed, value in times.items()
-    )
-    return "\n".join([*lines, "", f"Time: {spent}.", ""])
+    spent = []
+    for seed, value in times.items():
+        train, evaluate = (f"{value[key] / 60:.1f} min" for key in ("train_s", "evaluate_s"))
+        spent.append(f"seed {seed}: {train} training + {evaluate} evaluation on {value['cores']} cores")
+    return "\n".join([*lines, "", f"Time: {', '.join(spent)}.", ""])
 
 
 def main(argv=None):
     """Command line -> exit code."""
     parser = argparse.ArgumentParser(description="Train and evaluate the proof run over seeds.", allow_abbrev=False)
     parser.add_argument("--out", required=True, type=os.path.expanduser, help="folder of the record")
-    parser.add_argument(
-        "--run_dir",
-        default="",
-        type=os.path.expanduser,
-        help="folder of the runs themselves; default runs/<name of --out>",
-    )
+    runs = "folder of the runs themselves; default runs/<name of --out>"
+    parser.add_argument("--run_dir", default="", type=os.path.expanduser, help=runs)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338, 1339])
     parser.add_argument("--preset", default="proof")
     parser.add_argument("--quick", action="store_true", help="the short evaluation")
     args, flags = parser.parse_known_args(argv)
     out = Path(args.out).resolve()
     runs = Path(args.run_dir).resolve() if args.run_dir else ROOT / "runs" / out.name
-    times = {
-        seed: prove_seed(seed, runs / f"seed_{seed}", out / f"seed_{seed}", args.preset, flags, args.quick)
-        for seed in args.seeds
-    }
-    summary = summarise(
-        {seed: json.loads((out / f"seed_{seed}" / "evaluation.json").read_text()) for seed in args.seeds}
-    )
+    times, evaluations = {}, {}
+    for seed in args.seeds:
+        record = out / f"seed_{seed}"
+        times[seed] = prove_seed(seed, runs / f"seed_{seed}", record, args.preset, flags, args.quick)
+        evaluations[seed] = json.loads((record / "evaluation.json").read_text())
+    summary = summarise(evaluations)
     V.write_report(out / "summary.json", {"seeds": args.seeds, "flags": flags, "times": times, "figures": summary})
     V.write_own(out / "summary.md", lambda handle: handle.write(f"{table(summary, times)}<!-- {V.MARK} -->\n".encode()))
     V.emit(table(summary, times) + "\n", sys.stdout)

@@ -37,7 +37,10 @@ def config_table():
 
 def glossary_table():
     """One row per logged key: `key`, meaning -> the whole glossary as text."""
-    rows = [f"| `{key}` | {cell(meaning)} |" for key, meaning in {**V.log_keys(V.VJepaAutoV2), **V.val_keys(V.VJepaAutoV2)}.items()]
+    rows = [
+        f"| `{key}` | {cell(meaning)} |"
+        for key, meaning in {**V.log_keys(V.VJepaAutoV2), **V.val_keys(V.VJepaAutoV2)}.items()
+    ]
     return "\n".join(["| key | meaning |", "|---|---|", *rows])
 
 
