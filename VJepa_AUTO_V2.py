@@ -3202,8 +3202,9 @@ class World(nn.Module):
         """FLOP of a training step on one sample, forward and backward -> {part: FLOP}, {} where nobody counted."""
         return {}
 
-    def typical_part(self):
-        """(a new module, an input for it), on which autocast is timed against fp32."""
+    @staticmethod
+    def typical_part(cfg, device):
+        """(a new module, an input for it) on the CPU, on which autocast is timed against fp32 on the device."""
         return nn.Linear(512, 512), torch.randn(256, 512)
 
     # -- checkpoints
@@ -4168,9 +4169,9 @@ class VJepaAutoV2(World):
     def flops(self):
         return flops_per_clip(self.cfg)
 
-    def typical_part(self):
-        """An encoder block with at most 128 tokens: on a CPU about a GFLOP is enough to tell."""
-        cfg, device = self.cfg, self.queue.device
+    @staticmethod
+    def typical_part(cfg, device):
+        """An encoder block, on a CPU for at most 128 tokens: about a GFLOP is enough there to tell."""
         num_tokens, num_clips = cfg.now_tokens, cfg.batch_size
         if device.type == "cpu":
             num_tokens = min(num_tokens, 128)
@@ -4511,7 +4512,7 @@ def part_pass(part, values, dtype):
     loss.backward()
 
 
-def amp_cost(world, device, dtype):
+def amp_cost(world, cfg, device, dtype):
     """Time of a training pass under autocast over its time in fp32, tried on a typical part of a world.
 
     A product of 128 x 128 comes first: a CPU without bf16 instructions takes 30 times as long for it, which is known
@@ -4521,23 +4522,23 @@ def amp_cost(world, device, dtype):
     plain, half = fastest([partial(torch.mm, matrix, matrix) for matrix in (square, square.to(dtype))], device)
     if device.type == "cpu" and half > EMULATED * plain:
         return half / plain
-    part, values = (thing.to(device) for thing in world.typical_part())
+    part, values = (thing.to(device) for thing in world.typical_part(cfg, device))
     plain, half = fastest([partial(part_pass, part, values, kind) for kind in (None, dtype)], device)
     return half / plain
 
 
-def choose_precision(world, process, saved=""):
+def choose_precision(world, cfg, process, saved=""):
     """Autocast only where it is no slower than fp32 on this machine -> (amp dtype or None, the reason in words).
 
     The slowest rank decides for all. `saved` is the precision of the checkpoint that the run goes on from: it stays
     unless the other one is clearly faster here, so that a resumed run computes the same bits. The draws of the global
     generator differ from run to run after this: seed it afterwards.
     """
-    if (dtype := amp_dtype(world.cfg, process.device)) is None:
+    if (dtype := amp_dtype(cfg, process.device)) is None:
         return None, ""
     name, kind = PRECISIONS[dtype], {"cpu": "CPU", "cuda": "GPU"}.get(process.device.type, process.device.type)
     try:
-        cost = amp_cost(world, process.device, dtype)
+        cost = amp_cost(world, cfg, process.device, dtype)
     except TypeError:  # what Metal says where it has no bf16 at all
         cost = math.inf
     cost = max(process.collect(cost))
@@ -6586,7 +6587,7 @@ def run_world(world, run, overrides, argv, videos):
     # -- model
     log.stage = "building the model and timing a pass on noise"
     wrapped = build_world(world, run)
-    process.amp_dtype, reason = choose_precision(run.world, process, state["precision"] if state else "")
+    process.amp_dtype, reason = choose_precision(world, cfg, process, state["precision"] if state else "")
     run.scaler = torch.amp.GradScaler(process.device.type, enabled=process.amp_dtype == torch.float16)
     seconds, told = rehearse(run, wrapped)
     torch.manual_seed(cfg.seed + 1 + process.rank)  # dropout differs between ranks, weights do not

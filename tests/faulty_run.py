@@ -63,7 +63,7 @@ def take_step(phase, batches, step):
 
 
 PLAIN_STEP, V.take_step = V.take_step, take_step
-V.amp_cost = lambda world, device, dtype: 0.5  # --amp means bf16 in these tests, however slow this CPU is at it
+V.amp_cost = lambda *_: 0.5  # --amp means bf16 in these tests, however slow this CPU is at it
 
 if __name__ == "__main__":
     sys.exit(V.main())

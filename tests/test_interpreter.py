@@ -26,7 +26,7 @@ untouched = state() == before
 print("imported", flush=True), print("imported", file=sys.stderr, flush=True)
 
 began = time.process_time()
-dtype, reason = V.choose_precision(V.VJepaAutoV2(V.preset_config("tiny")), V.Process(0, 1, torch.device("cpu"), None))
+dtype, reason = V.choose_precision(V.VJepaAutoV2, V.preset_config("tiny"), V.Process(0, 1, torch.device("cpu"), None))
 answer = dict(untouched=untouched, dtype=str(dtype), reason=reason, seconds=time.process_time() - began)
 print(json.dumps(answer), flush=True)
 

@@ -123,18 +123,18 @@ def test_fp16_only_where_the_device_lacks_bf16(monkeypatch):
 )
 def test_amp_only_where_it_is_not_slower(monkeypatch, cost, saved, expected, words):
     """--amp counts only where the trial found it no slower; a checkpoint's precision stays unless clearly wrong."""
-    monkeypatch.setattr(V, "amp_cost", lambda world, device, dtype: cost)
-    dtype, reason = V.choose_precision(V.VJepaAutoV2(small_config(amp=True)), cpu_process(), saved)
+    monkeypatch.setattr(V, "amp_cost", lambda *_: cost)
+    dtype, reason = V.choose_precision(V.VJepaAutoV2, small_config(amp=True), cpu_process(), saved)
     assert dtype == expected and words in reason
-    assert V.choose_precision(V.VJepaAutoV2(small_config(amp=False)), cpu_process(), saved) == (None, "")
+    assert V.choose_precision(V.VJepaAutoV2, small_config(amp=False), cpu_process(), saved) == (None, "")
 
 
 def test_the_slowest_rank_decides_for_all(monkeypatch):
     """All ranks compute in one precision. Seen red with each rank's own trial deciding."""
-    monkeypatch.setattr(V, "amp_cost", lambda world, device, dtype: 0.3)
+    monkeypatch.setattr(V, "amp_cost", lambda *_: 0.3)
     process = cpu_process(rank=0, world_size=2)
     process.collect = lambda cost: [cost, 20.0]
-    assert V.choose_precision(V.VJepaAutoV2(small_config(amp=True)), process)[0] is None
+    assert V.choose_precision(V.VJepaAutoV2, small_config(amp=True), process)[0] is None
 
 
 def test_the_trial_sees_what_autocast_costs(monkeypatch):
@@ -144,7 +144,7 @@ def test_the_trial_sees_what_autocast_costs(monkeypatch):
         V.time.sleep(0.02 if dtype else 0.005)
 
     monkeypatch.setattr(V, "part_pass", pretend)
-    cost = V.amp_cost(V.VJepaAutoV2(small_config()), torch.device("cpu"), torch.float32)
+    cost = V.amp_cost(V.VJepaAutoV2, small_config(), torch.device("cpu"), torch.float32)
     assert 2 < cost < 8  # fp32 as its own "autocast": products cost the same
 
 

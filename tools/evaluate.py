@@ -1058,10 +1058,10 @@ class ResidualNoise(nn.Module):
         return self.space.gaussian(x_tau)
 
 
-def own_precision(model, device):
+def own_precision(cfg, device):
     """A process of one rank that computes in what the run's --amp means on this device."""
     process = V.Process(0, 1, device, None)
-    process.amp_dtype, _ = V.choose_precision(model, process)
+    process.amp_dtype, _ = V.choose_precision(V.VJepaAutoV2, cfg, process)
     return process
 
 
@@ -1971,7 +1971,7 @@ def evaluate(model, sizes=FULL, source=None, split="val", seed=0, num_workers=2,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         fresh = type(model)(model.cfg).to(device).eval()
-        process = own_precision(model, device)
+        process = own_precision(model.cfg, device)
         # a fresh flow net returns the point forecast in any number of steps
         subjects = [Subject(model, process), Subject(fresh, process, steps=1)]
         study = Study(subjects, sizes, seed, num_workers, progress)

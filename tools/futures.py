@@ -289,7 +289,7 @@ def train_decoder(decoder, pool, cfg, seconds, max_steps=math.inf, perceptual=No
     precision is what the run's --amp means on this machine.
     """
     device, slow = decoder.place.device, copy.deepcopy(decoder).eval().requires_grad_(False)
-    process = E.own_precision(model, device)
+    process = E.own_precision(cfg, device)
     if process.amp_dtype == torch.float16:  # would need a loss scaler
         process.amp_dtype = None
     tubelets, dt = pool.latents.shape[1], cfg.tubelet_t
