@@ -117,7 +117,24 @@ class Stopped(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 # One dataclass drives a run: VJepaAutoV2Config. What it shares with other worlds (worlds/) stands in the two above it.
 
-ImageSize = int | tuple  # the type of a field that takes one number or H,W
+SCENE_KINDS = ("fork", "brake", "lane", "occluder", "steady")
+SCENE_MIXES = {"default": "fork=3,brake=2,lane=2,occluder=1,steady=2", "fork_only": "fork=1"}
+
+
+def mix_shares(scene_mix):
+    """A value of scene_mix -> share of every kind in SCENE_KINDS, summing to 1. ValueError when it cannot be read."""
+    shares = dict.fromkeys(SCENE_KINDS, 0.0)
+    for part in SCENE_MIXES.get(scene_mix, scene_mix).split(","):
+        kind, _, weight = part.partition("=")
+        if kind.strip() not in shares:
+            raise ValueError(f"{kind.strip()!r} is not one of {', '.join((*SCENE_MIXES, *SCENE_KINDS))}")
+        shares[kind.strip()] = float(weight)
+    total = sum(shares.values())
+    if not (0 < total < math.inf) or min(shares.values()) < 0:
+        raise ValueError("shares must be zero or above, one of them above")
+    return [share / total for share in shares.values()]
+
+
 # fmt: off
 
 
@@ -188,13 +205,18 @@ class RunConfig:
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
 
     def rules(self):
-        """Rules that ranges and choices cannot say -> list of messages. Called when every value is in its own range."""
-        wanted = (("out_dir", "name a folder"), ("resume", "be auto, never or a checkpoint file"))
-        problems = [refusal(self, name, f"must {what}") for name, what in wanted if not getattr(self, name).strip()]
+        """What ranges and choices cannot say -> list of (field, rule it breaks). Every value is in its own range by then."""
+        wanted = (("out_dir", "must name a folder"), ("resume", "must be auto, never or a checkpoint file"))
+        problems = [(name, rule) for name, rule in wanted if not getattr(self, name).strip()]
         unknown = sorted({t for t in self.track.split(",") if t} - {"tensorboard", "wandb"})
         if unknown:
-            problems.append(refusal(self, "track", f"{one_line(', '.join(unknown))} is not one of tensorboard, wandb"))
+            problems.append(("track", f"{', '.join(unknown)} is not one of tensorboard, wandb"))
         return problems
+
+    def in_order(self, *pairs):
+        """The rule broken by pairs of fields of which the first exceeds the second, as in `rules`."""
+        over = [(low, high) for low, high in pairs if getattr(self, low) > getattr(self, high)]
+        return [(low, f"must not exceed {high} = {getattr(self, high)}") for low, high in over]
 
     @property
     def warmup(self) -> int:
@@ -206,7 +228,7 @@ class ClipConfig(RunConfig):
     """What every world needs that learns from clips of videos, or from the built-in scenes."""
 
     # -- clips
-    image_size: ImageSize = 224  # pixels, one number or H,W
+    image_size: int | tuple = 224  # pixels, one number or H,W
     num_frames: int = 84  # frames per clip = now + soon + eventually
     now_frames: int = 4  # what is seen; the built-in scenes branch after it
     soon_frames: int = 16  # near future
@@ -248,15 +270,15 @@ class ClipConfig(RunConfig):
     def rules(self):
         problems = super().rules()
         if not 1 <= min(self.height, self.width) <= max(self.height, self.width) <= 8192:
-            problems.append(refusal(self, "image_size", "must lie in 1 to 8192"))
+            problems.append(("image_size", "must lie in 1 to 8192"))
         if self.num_frames < self.now_frames + self.soon_frames:
             least = self.now_frames + self.soon_frames
-            problems.append(refusal(self, "num_frames", f"must be at least now + soon frames = {least}"))
+            problems.append(("num_frames", f"must be at least now + soon frames = {least}"))
         try:
             mix_shares(self.scene_mix)
         except ValueError as error:
-            problems.append(refusal(self, "scene_mix", one_line(error)))
-        return problems + not_in_order(self, ("crop_scale_min", "crop_scale_max"), ("crop_ratio_min", "crop_ratio_max"))
+            problems.append(("scene_mix", str(error)))
+        return problems + self.in_order(("crop_scale_min", "crop_scale_max"), ("crop_ratio_min", "crop_ratio_max"))
 
 
 @dataclass
@@ -421,48 +443,43 @@ class VJepaAutoV2Config(ClipConfig):
             return problems
         parts = self.now_frames + self.soon_frames + self.eventually_frames
         if self.num_frames != parts:
-            problems.append(refusal(self, "num_frames", f"must equal now + soon + eventually frames = {parts}"))
+            problems.append(("num_frames", f"must equal now + soon + eventually frames = {parts}"))
         for name in ("now_frames", "soon_frames", "eventually_frames"):
             if getattr(self, name) % self.tubelet_t:
-                problems.append(refusal(self, name, f"must be divisible by tubelet_t = {self.tubelet_t}"))
+                problems.append((name, f"must be divisible by tubelet_t = {self.tubelet_t}"))
         for side in dict.fromkeys((self.height, self.width)):
             if side % self.patch:
-                problems.append(refusal(self, "image_size", f"{side} must be divisible by patch = {self.patch}"))
+                problems.append(("image_size", f"{side} must be divisible by patch = {self.patch}"))
         for name, heads in (("enc_dim", "num_heads"), ("pred_dim", "num_heads"), ("flow_dim", "flow_heads")):
             width, count = getattr(self, name), getattr(self, heads)
             if width % count:
-                problems.append(refusal(self, name, f"must be divisible by {heads} = {count}"))
+                problems.append((name, f"must be divisible by {heads} = {count}"))
             elif name != "flow_dim" and self.pos_embed == "rope" and (width // count < 6 or width // count % 2):
                 rule = f"rope needs an even number of channels per head, at least 6, not {width // count}"
-                problems.append(refusal(self, name, rule))
+                problems.append((name, rule))
             if width % 2:
-                problems.append(refusal(self, name, "must be even, the position code pairs sine and cosine"))
-        problems += not_in_order(self, ("aspect_min", "aspect_max"))
+                problems.append((name, "must be even, the position code pairs sine and cosine"))
+        problems += self.in_order(("aspect_min", "aspect_max"))
         if not problems and self.sites < 2:
-            problems.append(refusal(self, "image_size", f"needs at least 2 patches of {self.patch} to mask one"))
+            problems.append(("image_size", f"needs at least 2 patches of {self.patch} to mask one"))
         if not problems and self.flow_chunks > self.eventually_tubelets:
             rule = f"only {self.eventually_tubelets} EVENTUALLY tubelets to chunk"
-            problems.append(refusal(self, "flow_chunks", rule))
+            problems.append(("flow_chunks", rule))
         if not self.flow_joint and not problems and self.flow_pool > min(self.grid[1:]):
-            problems.append(refusal(self, "flow_pool", f"exceeds the {self.grid[1]} x {self.grid[2]} token grid"))
+            problems.append(("flow_pool", f"exceeds the {self.grid[1]} x {self.grid[2]} token grid"))
         span = (self.soon_tokens + self.flow_chunks) * self.enc_dim if self.flow_joint else self.enc_dim
         if not problems and self.flow_rank > span:
-            problems.append(refusal(self, "flow_rank", f"exceeds the {span} numbers that a direction spans"))
+            problems.append(("flow_rank", f"exceeds the {span} numbers that a direction spans"))
         if self.soon_fit_steps and not self.flow_fit_clips:
             rule = "the flow phase fits SOON, and flow_fit_clips = 0 leaves it out"
-            problems.append(refusal(self, "soon_fit_steps", rule, "flow_fit_clips"))
+            problems.append(("soon_fit_steps", rule))
         if self.lambda_vjepa + self.lambda_soon + self.lambda_eventually + self.lambda_supcon <= 0:
             rule = "at least one of vjepa, soon, eventually, supcon must train the encoder"
-            problems.append(refusal(self, "lambda_vjepa", rule))
+            problems.append(("lambda_vjepa", rule))
         return problems
 
 
 # fmt: on
-
-
-def preset_config(preset, **overrides):
-    """The config of a named preset with some fields replaced, for use from Python."""
-    return VJepaAutoV2Config(**{**merged(VJepaAutoV2Config, "PRESETS")[preset], "preset": preset, **overrides})
 
 
 def merged(Config, table):
@@ -470,34 +487,9 @@ def merged(Config, table):
     return {key: value for cls in reversed(Config.__mro__) for key, value in vars(cls).get(table, {}).items()}
 
 
-def refusal(cfg, name, rule, flag=""):
-    """The message of a broken rule: field, value, rule and the flag to change."""
-    value = getattr(cfg, name)
-    return f"{name} = {shown(value) if isinstance(value, str) else value}: {rule} (--{flag or name})"
-
-
-def not_in_order(cfg, *pairs):
-    """Messages for the pairs of fields of which the first exceeds the second."""
-    over = [(low, high) for low, high in pairs if getattr(cfg, low) > getattr(cfg, high)]
-    return [refusal(cfg, low, f"must not exceed {high} = {getattr(cfg, high)}") for low, high in over]
-
-
-SCENE_KINDS = ("fork", "brake", "lane", "occluder", "steady")
-SCENE_MIXES = {"default": "fork=3,brake=2,lane=2,occluder=1,steady=2", "fork_only": "fork=1"}
-
-
-def mix_shares(scene_mix):
-    """A value of scene_mix -> share of every kind in SCENE_KINDS, summing to 1. ValueError when it cannot be read."""
-    shares = dict.fromkeys(SCENE_KINDS, 0.0)
-    for part in SCENE_MIXES.get(scene_mix, scene_mix).split(","):
-        kind, _, weight = part.partition("=")
-        if kind.strip() not in shares:
-            raise ValueError(f"{kind.strip()!r} is not one of {', '.join((*SCENE_MIXES, *SCENE_KINDS))}")
-        shares[kind.strip()] = float(weight)
-    total = sum(shares.values())
-    if not (0 < total < math.inf) or min(shares.values()) < 0:
-        raise ValueError("shares must be zero or above, one of them above")
-    return [share / total for share in shares.values()]
+def preset_config(preset, **overrides):
+    """The config of a named preset with some fields replaced, for use from Python."""
+    return VJepaAutoV2Config(**{**merged(VJepaAutoV2Config, "PRESETS")[preset], "preset": preset, **overrides})
 
 
 MAX_LINE = 4000  # characters of a message or of a line of the log
@@ -594,6 +586,23 @@ def describe_time(seconds):
     return f"{seconds:.0f} s"
 
 
+def refusal(cfg, name, rule):
+    """The message of a broken rule: field, value, rule and the flag to change."""
+    value = getattr(cfg, name)
+    return f"{name} = {shown(value) if isinstance(value, str) else value}: {one_line(rule)} (--{name})"
+
+
+@lru_cache(maxsize=8)
+def field_types(Config):
+    """{field: int, float, str, bool or int | tuple} of a config class. TypeError for a field of any other type."""
+    hints = typing.get_type_hints(Config)
+    types = {entry.name: hints[entry.name] for entry in fields(Config)}
+    for name, kind in types.items():
+        if kind not in (int, float, str, bool, int | tuple):
+            raise TypeError(f"{Config.__name__}.{name}: a field is an int, float, str, bool or int | tuple, not {kind}")
+    return types
+
+
 def type_problems(cfg):
     """Fields of another type than their own, and texts that no log line or path should hold -> list of messages."""
     problems = []
@@ -623,20 +632,10 @@ def value_problems(cfg):
 
 def validate_config(cfg):
     """Raise UsageError naming every field that breaks a rule, its value, the rule and the flag to change."""
-    problems = type_problems(cfg) or value_problems(cfg) or cfg.rules()
+    broken = type_problems(cfg) or value_problems(cfg)
+    problems = broken or [refusal(cfg, name, rule) for name, rule in cfg.rules()]
     if problems:
         raise UsageError("config: " + "; ".join(problems))
-
-
-@lru_cache(maxsize=8)
-def field_types(Config):
-    """{field: int, float, str, bool or ImageSize} of a config class. TypeError for a field of any other type."""
-    hints = typing.get_type_hints(Config)
-    types = {entry.name: hints[entry.name] for entry in fields(Config)}
-    for name, kind in types.items():
-        if kind not in (int, float, str, bool, ImageSize):
-            raise TypeError(f"{Config.__name__}.{name}: a field is an int, float, str, bool or ImageSize, not {kind}")
-    return types
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -675,7 +674,7 @@ def parse_image_size(text):
 def coerce(kind, name, value, source):
     """Bring a value from a config file to a field's type. UsageError names the field, the value and the source."""
     if not fits(kind, value):
-        wanted = "a number or a pair of numbers" if kind == ImageSize else f"of type {kind.__name__}"
+        wanted = "a number or a pair of numbers" if kind == int | tuple else f"of type {kind.__name__}"
         raise UsageError(f"{source}: {name} = {shown(value)} must be {wanted}")
     if kind is float:
         return float(value)
@@ -863,7 +862,7 @@ def build_parser(world):
         if types[entry.name] is bool:
             parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
         else:
-            kind = parse_image_size if types[entry.name] == ImageSize else types[entry.name]
+            kind = parse_image_size if types[entry.name] == int | tuple else types[entry.name]
             parser.add_argument(*flags, type=kind, metavar=entry.name.upper(), **options)
     return parser
 
@@ -3092,8 +3091,480 @@ def open_loader(source, cfg, stream, sampler, num_workers, pin_memory=False, sto
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9  World: what the loop asks of a model
+# 9  Process: ranks, device, precision, seeds
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+# a signal that comes again within these seconds is the same request, told to launcher and ranks or to a whole group
+REPEAT_S = 10.0
+
+
+class StopFlag:
+    """Remembers that something asked the run to stop, for whoever waits or works for long; `saved` is the step up to
+    which everything is on the disk. Much later, a second signal ends at once. Under torchrun the death of the launcher
+    counts as well: nobody would end its ranks. A SIGHUP that nohup has switched off stays off.
+    """
+
+    def __init__(self, signals=STOP_SIGNALS):
+        self.signal_name, self.since, self.saved, self.previous = "", 0.0, 0, {}
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        if threading.current_thread() is threading.main_thread():  # Python gives signals to no other thread
+            for number in signals:
+                if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):
+                    self.previous[number] = signal.signal(number, self.handle)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # those since the program's first line come now
+
+    @property
+    def reason(self):
+        """What asked, "" while nothing has."""
+        orphaned = self.launcher is not None and os.getppid() != self.launcher
+        return self.signal_name or ("the death of its launcher" if orphaned else "")
+
+    def asked(self):
+        """Whether to stop."""
+        return bool(self.reason)
+
+    def handle(self, number, frame):
+        """Called by Python between two instructions of whatever runs."""
+        name = signal.Signals(number).name
+        if not self.signal_name:
+            self.signal_name, self.since = name, time.monotonic()
+        elif time.monotonic() - self.since > REPEAT_S:
+            text = f"{name} after {self.signal_name}: ended at once, nothing is saved since step {self.saved}\n"
+            with suppress(OSError):  # not print: the signal may have come in the middle of one
+                os.write(2, text.encode())
+            os._exit(128 + number)
+
+    def restore(self, ignore=False):
+        """Give the signals back, or switch them off: a launcher that repeats one must not change the exit code."""
+        for number, handler in self.previous.items():
+            signal.signal(number, signal.SIG_IGN if ignore else handler)
+
+
+class StoppedTogether(Stopped):
+    """A stop of which all ranks know: whoever catches it need not tell the others, who have left the same work."""
+
+
+@dataclass
+class Process:
+    """Who this process is and what it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    amp_dtype: torch.dtype | None  # None: fp32
+    store: object = None  # the key-value store behind the process group
+    stop: StopFlag = field(default_factory=partial(StopFlag, ()))  # what a signal sets; by default none does
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def reduce(self, values, dtype, op):
+        """One all-reduce of a list of numbers -> list."""
+        tensor = torch.tensor(values, dtype=dtype, device=self.device if self.device.type == "cuda" else "cpu")
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
+
+    def mean(self, values):
+        """Mean over ranks of a list of floats -> list of floats."""
+        if self.world_size == 1:
+            return list(map(float, values))
+        return [value / self.world_size for value in self.reduce(values, torch.float64, dist.ReduceOp.SUM)]
+
+    def any(self, *flags):
+        """Whether each flag is set on at least one rank -> list of bools, the same on all ranks."""
+        flags = list(map(bool, flags))
+        if self.world_size == 1:
+            return flags  # twice a step: nothing that a GPU would have to be waited for
+        return list(map(bool, self.reduce(flags, torch.int64, dist.ReduceOp.MAX)))
+
+    def collect(self, thing):
+        """Gather one Python object per rank -> list in rank order."""
+        things = [thing] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(things, thing)
+        return things
+
+    def stop_together(self, mine=False):
+        """StoppedTogether on all ranks when one of them was asked to stop, or has met a Stopped (`mine`)."""
+        if self.any(mine or self.stop.asked())[0]:
+            raise StoppedTogether
+
+    def together(self, work, *args):
+        """A piece of work without collectives, done by every rank -> its result; StoppedTogether where a stop came
+        before or in it."""
+        result, met = None, self.stop.asked()
+        try:
+            result = None if met else work(*args)
+        except StoppedTogether:
+            raise
+        except Stopped:
+            met = True
+        self.stop_together(met)
+        return result
+
+    def in_step(self, loader):
+        """The batches of a loader, over which all ranks walk until one is asked to stop (StoppedTogether)."""
+        try:
+            for _ in range(len(loader)):
+                yield self.together(next, loader)
+        finally:
+            loader.close()
+
+    def silent_ranks(self, seconds=3.0):
+        """After a failed collective: the ranks that do not report it within a few seconds, dead or hung -> list."""
+        deadline, silent = time.monotonic() + seconds, [0]
+        with suppress(dist.DistError):  # the store is gone, and rank 0 that held it
+            self.store.set(f"failed/{self.rank}", "1")
+            while silent := [rank for rank in range(self.world_size) if not self.store.check([f"failed/{rank}"])]:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.1)
+        return silent
+
+    def leave(self, seconds=10.0):
+        """Wait until every rank is through its last collective: one that is gone resets connections from which another has
+        still to read, and that one would call a finished run lost."""
+        deadline = time.monotonic() + seconds
+        with suppress(dist.DistError):  # rank 0 held the store and has gone, having seen all of us
+            self.store.set(f"done/{self.rank}", "1")
+            while not all(self.store.check([f"done/{rank}"]) for rank in range(self.world_size)):
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.02)
+
+
+def choose_device(name, local_rank):
+    """`auto` takes cuda, then mps, then cpu; a device that is asked for and absent is an error, never replaced."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(kind for kind in has if has[kind]) if name == "auto" else name
+    if not has[name]:
+        why = {"cuda": "this machine has no usable CUDA device", "mps": "not available on this machine"}[name]
+        raise UsageError(f"device = {name}: {why}; use --device cpu or --device auto")
+    if name != "cuda":
+        return torch.device(name)
+    if local_rank >= (here := torch.cuda.device_count()):
+        raise UsageError(f"device = cuda: local rank {local_rank} but {here} GPUs here; lower --nproc_per_node")
+    return torch.device(name, local_rank)
+
+
+PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # amp_dtype -> its name in checkpoints
+EMULATED = 4.0  # products that take so many times as long as in fp32 are done by other instructions
+
+
+def amp_dtype(cfg, device):
+    """The type to try under --amp: bf16, or fp16 on CUDA cards that only emulate bf16. None without --amp."""
+    if not cfg.amp:
+        return None
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def fastest(calls, device, rounds=3):
+    """Seconds of each call: the best of some rounds, taken in turn after one round that does not count -> list."""
+    seconds = [math.inf] * len(calls)
+    for number in range(rounds + 1):
+        for place, call in enumerate(calls):
+            began = time.perf_counter()
+            call()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            if number:
+                seconds[place] = min(seconds[place], time.perf_counter() - began)
+    return seconds
+
+
+def part_pass(part, values, dtype):
+    """One pass of a module forward and back, under autocast where a dtype is given."""
+    with torch.autocast(values.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = part(values).square().mean()
+    loss.backward()
+
+
+def amp_cost(world, cfg, device, dtype):
+    """Time of a training pass under autocast over its time in fp32, tried on a typical part of a world.
+
+    A product of 128 x 128 comes first: a CPU without bf16 instructions takes 30 times as long for it, which is known
+    after milliseconds.
+    """
+    square = torch.ones(128, 128, device=device)
+    plain, half = fastest([partial(torch.mm, matrix, matrix) for matrix in (square, square.to(dtype))], device)
+    if device.type == "cpu" and half > EMULATED * plain:
+        return half / plain
+    part, values = (thing.to(device) for thing in world.typical_part(cfg, device))
+    plain, half = fastest([partial(part_pass, part, values, kind) for kind in (None, dtype)], device)
+    return half / plain
+
+
+def choose_precision(world, cfg, process, saved=""):
+    """Autocast only where it is no slower than fp32 on this machine -> (amp dtype or None, the reason in words).
+
+    The slowest rank decides for all. `saved` is the precision of the checkpoint that the run goes on from: it stays
+    unless the other one is clearly faster here, so that a resumed run computes the same bits. The draws of the global
+    generator differ from run to run after this: seed it afterwards.
+    """
+    if (dtype := amp_dtype(cfg, process.device)) is None:
+        return None, ""
+    name, kind = PRECISIONS[dtype], {"cpu": "CPU", "cuda": "GPU"}.get(process.device.type, process.device.type)
+    try:
+        cost = amp_cost(world, cfg, process.device, dtype)
+    except TypeError:  # what Metal says where it has no bf16 at all
+        cost = math.inf
+    cost = max(process.collect(cost))
+    if cost <= {name: 1.5, "fp32": 1 / 1.5}.get(saved, 1.0):
+        return dtype, f"{cost:.2g} of the time of fp32 on this {kind}"
+    if cost > EMULATED and kind == "CPU":
+        return None, f"this CPU has no {name} instructions, {name} would take {cost:.0f} times as long"
+    return None, f"{name} would take {cost:.2g} times as long on this {kind}"
+
+
+def read_count(name, default, least, most):
+    """A whole number in the environment, set by torchrun or a user. UsageError when it is none or out of range."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
+        rule = f"must be a whole number from {least} to {most}; torchrun sets it for every process"
+        raise UsageError(f"environment: {name} = {shown(text)} {rule}")
+    return int(text)
+
+
+def restart_count():
+    """How often torchrun has started this run again."""
+    return read_count("TORCHELASTIC_RESTART_COUNT", 0, 0, 10**9 - 1)
+
+
+def rounds_of_wait(what, deadline, stop, pause_s):
+    """Generator of the rounds of a wait between ranks, one at least and none after the deadline. Stopped on a signal;
+    what is waited for is said whenever nothing was said for SILENCE_S."""
+    spoken = time.monotonic()
+    while True:
+        if stop.asked():
+            raise Stopped
+        if time.monotonic() - spoken >= SILENCE_S:
+            say(f"at work: waiting for {what}, {deadline - time.monotonic():.0f} s more")
+            spoken = time.monotonic()
+        yield
+        if time.monotonic() > deadline:
+            return
+        time.sleep(pause_s)
+
+
+def reach(address, port, deadline, stop):
+    """Wait until something listens. UserError after the deadline; Stopped on a signal: the store would hear none."""
+    place, reason = f"{address} port {port}", ""
+    for _ in rounds_of_wait(f"rank 0 at {place}", deadline, stop, 0.2):
+        try:
+            return socket.create_connection((address, port), timeout=1.0).close()
+        except OSError as error:
+            reason = reason_of(error)
+    cure = "start it there, or correct MASTER_ADDR and MASTER_PORT"
+    raise UserError(f"rank 0 does not answer at {place} ({reason}): {cure}")
+
+
+def open_store(rank, world_size, timeout_s, stop):
+    """Wait until all ranks are there -> the key-value store through which they find each other, under a prefix of this
+    attempt. UserError names the ranks that are absent after timeout_s.
+
+    torchrun serves one store for all its restarts, and a restarted rank would read addresses that dead ranks left in
+    it. The count of restarts is the same for all ranks of one node only: several nodes need the launcher's own switch
+    (README).
+    """
+    env, deadline, absent = os.environ, time.monotonic() + timeout_s, range(world_size)
+    if not (address := env.get("MASTER_ADDR")):
+        rule = "but MASTER_ADDR, where rank 0 is met, is not set; torchrun sets both"
+        raise UsageError(f"environment: WORLD_SIZE = {world_size}, {rule}")
+    port, served = read_count("MASTER_PORT", "", 1, 65535), env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    one_node = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")
+    number, limit, hosts = None if served else world_size, timedelta(seconds=timeout_s), not served and rank == 0
+    try:
+        if not hosts:
+            reach(address, port, deadline, stop)
+        store = dist.TCPStore(address, port, number, hosts, limit, wait_for_workers=False)
+        store = dist.PrefixStore(f"attempt_{restart_count() if one_node else 'any'}", store)
+        store.set(f"here/{rank}", "1")
+        for _ in rounds_of_wait(f"the other ranks of {world_size}", deadline, stop, 0.05):
+            absent = [other for other in absent if not store.check([f"here/{other}"])]
+            if not absent:
+                return store
+    except dist.DistError as error:
+        why = f"{flat(error)[:200]}); rank 0 may be gone, or the port in use"
+        raise UserError(f"ranks cannot meet at {address} port {port} ({why}") from error
+    who = f"rank {', '.join(map(str, absent))} of {world_size}"
+    raise UserError(f"{who} did not come within dist_timeout_s = {timeout_s:g} s; start all of them, on all nodes")
+
+
+def identify_process(cfg, stop):
+    """Torchrun's environment -> Process with its device, not yet joined to its peers. UsageError for what cannot be."""
+    world_size = read_count("WORLD_SIZE", 1, 1, 10**6)
+    rank = read_count("RANK", 0 if world_size == 1 else "", 0, world_size - 1)
+    device = choose_device(cfg.device, read_count("LOCAL_RANK", 0, 0, world_size - 1))
+    return Process(rank, world_size, device, None, stop=stop)
+
+
+def join_ranks(process, cfg):
+    """Join the process group once all ranks are there. UserError names absent ones; Stopped where a signal comes."""
+    rank, world_size, gpu = process.rank, process.world_size, process.device if process.device.type == "cuda" else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    if world_size > 1:
+        process.store = open_store(rank, world_size, cfg.dist_timeout_s, process.stop)
+        own = dict(store=process.store, rank=rank, world_size=world_size, device_id=gpu)
+        dist.init_process_group("gloo" if gpu is None else "nccl", timeout=timedelta(seconds=cfg.dist_timeout_s), **own)
+    torch.set_float32_matmul_precision("high")
+
+
+def fingerprint(model):
+    """Order-free integer sums over the bits of all parameters and buffers, of any type -> list, equal on two ranks when the
+    weights are."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    values = (value.detach().reshape(-1) for value in model.state_dict().values())
+    return [int(value.view(whole[value.element_size()]).sum(dtype=torch.int64)) for value in values]
+
+
+def digest(thing):
+    """Short hash of a JSON-like value, for comparing it over ranks."""
+    return hashlib.sha256(json.dumps(thing, default=str).encode()).hexdigest()[:16]
+
+
+def check_ranks(process, **parts):
+    """UserError naming ranks whose values differ from rank 0's: said at once, not as a hang or a slow divergence."""
+    of_ranks = process.collect(parts)
+    for name in parts:
+        odd = [str(rank) for rank, other in enumerate(of_ranks) if other[name] != of_ranks[0][name]]
+        if odd:
+            told = f"ranks disagree: {name.replace('_', ' ')} of rank {', '.join(odd)} differs from rank 0's"
+            raise UserError(f"{told}; start all ranks with the same code, flags and data, from the same checkpoint")
+
+
+def failed_collective(error):
+    """Whether an exception is how a collective reports a peer that is gone or a timeout."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+
+
+def autocast(process):
+    """The autocast context of a forward pass; does nothing in fp32."""
+    dtype = process.amp_dtype
+    return torch.autocast(process.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+@contextmanager
+def spare_threads(num_busy):
+    """Compute with `num_busy` CPU threads fewer (one at least): where loader workers fill the cores, threads that share
+    them wait for each other. Two workers on two cores: frozen encoders take 34 s with two threads, 23 s with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before - num_busy))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def to_device(batch, device):
+    """Tensors of a batch on the device, `bad` left out."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items() if key != "bad"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10  Files: written whole, and never over what somebody else put there
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class GuardedFile:
+    """A file open for writing that keeps the SHA-256 of what went into it, and the error of the disk, which torch.save
+    hides behind its own."""
+
+    def __init__(self, handle):
+        self.handle, self.sha256, self.error, self.flush = handle, hashlib.sha256(), None, handle.flush
+
+    def write(self, data):
+        try:
+            self.handle.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha256.update(data)
+        return len(data)
+
+
+def sync_folder(folder):
+    """Make renames in a folder durable."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def write_atomic(path, write, announce=None):
+    """Write through a temporary file, fsync, rename, fsync of the folder: the old or the new file is whole at any time.
+
+    `write` gets the open file; `announce`, if given, path and SHA-256 of the temporary one before it is renamed.
+    OSError when the disk refuses.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as raw:
+            handle = GuardedFile(raw)
+            try:
+                write(handle)
+            except RuntimeError:  # how torch.save reports that a write failed
+                if handle.error is None:
+                    raise
+                raise handle.error from None
+            raw.flush()
+            os.fsync(raw.fileno())
+        if announce is not None:
+            announce(temporary, handle.sha256.hexdigest())
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):  # the error above tells more
+            temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def previous_folder(folder):
+    """A new folder previous_<k> for what a run no longer goes on from."""
+    aside = next(name for k in itertools.count(1) if not os.path.lexists(name := Path(folder) / f"previous_{k}"))
+    aside.mkdir()
+    return aside
+
+
+# Stands in every result that is written under a fixed name: what proves a file to be the project's own.
+MARK = "VJepa_AUTO_V2"
+
+
+def move_aside(path):
+    """Move somebody's file, which is never overwritten, into a new previous_<k> beside it, and say so."""
+    aside = previous_folder(path.parent) / path.name
+    os.rename(path, aside)
+    say(f"note: {path} was not written by a run; it now stands in {aside.parent}", sys.stderr)
+
+
+def write_own(path, write):
+    """write_atomic for a result under a fixed name, which bears the MARK. Another file of that name is moved aside."""
+    path = Path(path)
+    if os.path.lexists(path) and not (path.is_file() and MARK.encode() in path.read_bytes()):
+        move_aside(path)
+    write_atomic(path, write)
+
+
+def write_report(path, values):
+    """A dict of plain values -> JSON file with the MARK in it, by write_own. NaN is refused: ValueError."""
+    text = json.dumps({"made_by": MARK, **values}, indent=1, allow_nan=False) + "\n"
+    write_own(path, lambda handle: handle.write(text.encode()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 11  World: what the loop asks of a model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def param_group(cfg, name, parameters, lr=None):
+    """An optimizer group: weight decay where it is called `decay`, peak learning rate cfg.lr where none is given."""
+    decay = cfg.weight_decay if name == "decay" else 0.0
+    return dict(params=parameters, name=name, weight_decay=decay, peak_lr=cfg.lr if lr is None else lr, lr=0.0)
 
 
 class World(nn.Module):
@@ -3238,12 +3709,6 @@ class World(nn.Module):
         raise NotImplementedError
 
 
-def param_group(cfg, name, parameters, lr=None):
-    """An optimizer group: weight decay where it is called `decay`, peak learning rate cfg.lr where none is given."""
-    decay = cfg.weight_decay if name == "decay" else 0.0
-    return dict(params=parameters, name=name, weight_decay=decay, peak_lr=cfg.lr if lr is None else lr, lr=0.0)
-
-
 class Fit(World):
     """Steps on latents that frozen networks made, after training: a world for the loop, which draws its own batches.
 
@@ -3281,7 +3746,7 @@ class Fit(World):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9  Blocks: position code, attention, MLP
+# 12  Blocks: position code, attention, MLP
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3455,7 +3920,7 @@ class PositionCode(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10  Tokenizer and encoder: clip -> tokens -> context
+# 13  Tokenizer and encoder: clip -> tokens -> context
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3500,7 +3965,7 @@ class Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11  Predictor: context + masked positions -> predicted targets
+# 14  Predictor: context + masked positions -> predicted targets
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3533,7 +3998,7 @@ class Predictor(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 12  Outcome head: context -> outcome embedding
+# 15  Outcome head: context -> outcome embedding
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3557,7 +4022,7 @@ class OutcomeHead(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 13  Flow: context + noise -> future latents
+# 16  Flow: context + noise -> future latents
 # ---------------------------------------------------------------------------------------------------------------------
 # A future is [F, D]: all SOON tokens, then `flow_chunks` means over equal stretches of EVENTUALLY. The point forecast
 # says what NOW tells; FutureSpace holds the rest, the residual, in its leading directions; FlowNet samples there.
@@ -3799,7 +4264,7 @@ def sample_flow(flow, projected, noise, num_steps, shift):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 14  Losses and collapse gauges
+# 17  Losses and collapse gauges
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3890,10 +4355,369 @@ def gather_rows(rows, world_size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 15  Model: batch -> dict of losses (online + EMA target)
+# 18  Schedules and clipping: step -> learning rate, EMA momentum
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lr_at(step, cfg, peak):
+    """Linear warm-up, then a cosine that reaches min_lr (at the same ratio for every group) at the last step."""
+    if step < cfg.warmup:
+        return peak * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(cfg.steps - 1 - cfg.warmup, 1)
+    floor = min(cfg.min_lr / cfg.lr, 1.0) if cfg.lr else 0.0
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def ema_momentum_at(step, cfg):
+    """Target momentum, linear from ema_momentum to ema_momentum_end where that is set."""
+    end = cfg.ema_momentum_end or cfg.ema_momentum
+    return cfg.ema_momentum + (end - cfg.ema_momentum) * step / max(cfg.steps - 1, 1)
+
+
+def flow_momentum_at(step, cfg):
+    """Momentum of the flow EMA: short at first, so that sampling follows the young net."""
+    return min(cfg.flow_ema, (1 + step) / (10 + step))
+
+
+def clip_gradients(optimizer, cfg):
+    """Clip each optimizer group on its own, `decay` and `no_decay` as one, so that no gradient shrinks another's -> {grad_norm
+    and NAME_grad_norm: norm before clipping}."""
+    sides = {"grad_norm": []}
+    for group in optimizer.param_groups:
+        name = "grad_norm" if group["name"] in ("decay", "no_decay") else f"{group['name']}_grad_norm"
+        sides.setdefault(name, []).extend(p.grad for p in group["params"] if p.grad is not None)
+    norms = {}
+    for name, grads in sides.items():
+        norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        if cfg.grad_clip and grads:
+            torch._foreach_mul_(grads, (cfg.grad_clip / (norms[name] + 1e-6)).clamp_max(1.0).to(grads[0].device))
+    return norms
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 19  Flow phase: frozen latents -> SOON predictor and flow net
+# ---------------------------------------------------------------------------------------------------------------------
+# After the last step of training the encoders stand still, so latents are made once and seen often. First a copy of the
+# predictor learns SOON alone, then the flow net what that forecast leaves open. A clip costs a small part of a step here.
+
+
+@torch.no_grad()
+def cache_latents(model, run):
+    """Frozen latents of this rank's clips, those after the last step's -> (contexts [n, K, D], futures [n, F, D]) on the CPU."""
+    cfg, process, size, began = model.cfg, run.process, 4 * model.cfg.batch_size, time.perf_counter()
+    kept = torch.bfloat16 if cfg.amp else torch.float32
+    num_batches = math.ceil(cfg.flow_fit_clips / (size * process.world_size))
+    sampler = StepSampler(run.progress.consumed, num_batches, size, process.rank, process.world_size)
+    cached = None
+    loader = open_loader(run.source, cfg, "train", sampler, cfg.num_workers, stopping=process.stop.asked)
+    with spare_threads(cfg.num_workers):
+        for number, batch in enumerate(process.in_step(loader)):
+            with autocast(process):
+                clip = model.normalise(batch["frames"].to(process.device))
+                now = model.online.tokenizer(clip[:, : cfg.now_frames])
+                parts = model.encode_now(now), model.future_target(model.make_targets(clip))
+            if cached is None:  # taken whole: joining pieces in the end would need the memory twice
+                cached = tuple(torch.empty((num_batches * size, *part.shape[1:]), dtype=kept) for part in parts)
+            for whole, part in zip(cached, parts):
+                whole[number * size : (number + 1) * size] = part
+            run.log.bar(number + 1, num_batches, "latents for the flow phase", "latents for the flow phase: batch")
+    num_clips, took = len(cached[0]) * process.world_size, describe_time(time.perf_counter() - began)
+    run.log.line(f"flow phase: latents of {num_clips} clips in {took}")
+    return cached
+
+
+@torch.no_grad()
+def residual_rows(model, contexts, futures, process):
+    """What the point forecast leaves open of cached futures [n, F, D] -> rows of the space [n, N, span] on the device."""
+    context = contexts.to(process.device).float()
+    with autocast(process):
+        residual = futures.to(process.device).float() - model.forecast(context, model.predict_soon(context))
+    with full_precision(residual):
+        return model.space.pool(residual)
+
+
+def flow_coordinates(model, contexts, futures, process, is_fitted):
+    """Coordinates y [n, N, k] of all residuals on the CPU; the space is fitted to the first 2,048 clips over all ranks
+    unless it was."""
+    size = 4 * model.cfg.batch_size
+    parts = [slice(begin, begin + size) for begin in range(0, len(contexts), size)]
+    if not is_fitted:
+        few = parts[: math.ceil(2048 / (size * process.world_size))]
+        rows = [residual_rows(model, contexts[part], futures[part], process) for part in few]
+        model.space.fit(model.gather(torch.cat(rows)))
+        model.agree_on_space()
+    ys = []
+    for part in parts:
+        rows = residual_rows(model, contexts[part], futures[part], process)
+        with full_precision(rows):
+            ys.append(model.space.encode(rows).cpu())
+    return torch.cat(ys)
+
+
+class SoonFit(Fit):
+    """A copy of the predictor learns the SOON tokens of cached clips with the loss of training."""
+
+    KEYS = {"loss_soon": "SOON on cached latents"}
+
+    def __init__(self, model, run, before):
+        if model.soon_predictor is None:
+            model.split_soon_predictor()
+        latents = cache_latents(model, run)
+        super().__init__(model, "soon", model.cfg.soon_fit_steps, model.cfg.soon_fit_batch, len(latents[0]))
+        self.latents = latents
+
+    def batch(self, step=None):
+        contexts, futures = self.latents
+        chosen = torch.arange(self.kept, len(contexts))[:512]
+        if step is not None:
+            chosen = torch.randint(self.kept, (self.cfg.soon_fit_batch,), generator=self.rng(step))
+        return {"context": contexts[chosen], "soon": futures[chosen, : self.cfg.soon_tokens]}
+
+    def forward(self, batch):
+        loss = l1_loss(self.model.predict_soon(batch["context"].float()), batch["soon"])
+        return {"loss_total": loss, "loss_soon": loss}, {}, {}
+
+
+class FlowFit(Fit):
+    """The flow net learns the residuals of cached clips, each step with fresh noise and times, and its EMA follows."""
+
+    KEYS = {"loss_flow": "squared velocity error on cached latents; held out: that of the EMA"}
+
+    def __init__(self, model, run, before):
+        contexts, futures = before.latents if before else cache_latents(model, run)
+        super().__init__(model, "flow", model.cfg.flow_fit_steps, model.cfg.flow_fit_batch, len(contexts))
+        goes_on = run.progress.after > sum(steps for name, steps in model.phases() if name != "flow")
+        self.contexts, self.y = contexts, flow_coordinates(model, contexts, futures, run.process, goes_on)
+        if not goes_on:
+            model.flow_ema.load_state_dict(model.flow.state_dict())
+        share = f"{float(model.space.explained):.0%} of the residual in {model.cfg.flow_rank} directions"
+        run.log.line(f"flow phase: {share}; {model.cfg.flow_fit_steps} steps")
+
+    def batch(self, step=None):
+        cfg, rng = self.cfg, torch.Generator().manual_seed(self.cfg.seed) if step is None else self.rng(step)
+        chosen = torch.arange(self.kept, len(self.y))[:512]
+        if step is not None:
+            chosen = torch.randint(self.kept, (cfg.flow_fit_batch,), generator=rng)
+        shape = (len(chosen), cfg.flow_draws)
+        noise = torch.randn((*shape, *self.y.shape[1:]), generator=rng)  # [b, R, N, k]
+        tau = shifted_tau(torch.randn(shape, generator=rng), cfg.tau_shift)  # [b, R]
+        return {"context": self.contexts[chosen], "y": self.y[chosen], "noise": noise, "tau": tau}
+
+    def forward(self, batch):
+        flow = self.model.flow if torch.is_grad_enabled() else self.model.flow_ema
+        y = batch["y"][:, None].expand_as(batch["noise"])
+        loss = velocity_loss(flow, flow.project(batch["context"].float()), y, batch["noise"], batch["tau"])
+        return {"loss_total": loss, "loss_flow": loss}, {}, {}
+
+    @torch.no_grad()
+    def after_step(self, carries, step):
+        slow, fast = list(self.model.flow_ema.parameters()), list(self.model.flow.parameters())
+        torch._foreach_lerp_(slow, fast, 1 - flow_momentum_at(step, self.cfg))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 20  Picture: sampled futures -> futures.png and a verdict
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def flow_spread(model, context, future, num_samples=8):
+    """Deviation among sampled futures over the deviation of real futures from the forecast. [B, K, D], [B, F, D] -> float."""
+    generator = torch.Generator(context.device).manual_seed(0)
+    samples = model.sample_futures(context, num_samples, generator=generator)  # [B, S, F, D]
+    residual = future - model.forecast(context, model.predict_soon(context))
+    return float(samples.std(1).square().mean().sqrt() / residual.square().mean().sqrt())
+
+
+def verdict(metrics, cfg):
+    """One sentence about a run's health from its last evaluation."""
+    skill, rank, across = metrics["val_soon_skill"], metrics["val_effective_rank"], metrics["val_target_std_clips"]
+    std, what = (
+        (across, "across clips") if math.isfinite(across) else (metrics["val_target_std"], "(one held-out clip)")
+    )
+    collapsed = std < 0.2 or rank < 0.05 * cfg.enc_dim
+    health = "COLLAPSED: lower lr, raise ema_momentum or warm up longer" if collapsed else "no sign of collapse"
+    moves = f"{'' if skill > 0 else 'no '}better than a world that stands still"
+    moves = "nothing moves in the held-out clips" if math.isnan(skill) else moves
+    return (
+        f"soon_skill {skill:.2f} ({moves}), sampled futures spread {metrics['val_flow_spread']:.2f} of real ones, "
+        f"effective rank {rank:.1f} of {cfg.enc_dim}, target std {what} {std:.2f}: {health}"
+    )
+
+
+@torch.no_grad()
+def encode_bank(model, source, process, num_clips, deadline):
+    """Real futures to look samples up in, as many as the deadline allows -> (futures [n, F * D] on the CPU, sample
+    numbers in the `bank` stream, file numbers, clips read)."""
+    cfg, size = model.cfg, min(model.cfg.batch_size, num_clips)
+    sampler = StepSampler(0, math.ceil(num_clips / size), size, 0, 1)
+    futures, numbers, files = [], [], []
+    loader = open_loader(source, cfg, "bank", sampler, min(cfg.num_workers, 2), stopping=process.stop.asked)
+    for batch in loader:
+        if process.stop.asked():  # rank 0 alone is here, the others learn of it afterwards
+            raise Stopped
+        with autocast(process):
+            targets = model.make_targets(model.normalise(batch["frames"].to(process.device)))
+        usable = (batch["file"] >= 0).tolist()
+        futures.append(model.future_target(targets)[torch.tensor(usable)].flatten(1).cpu())
+        numbers += [int(number) for number, ok in zip(batch["index"], usable) if ok]
+        files += [int(number) for number, ok in zip(batch["file"], usable) if ok]
+        if time.monotonic() > deadline:
+            break
+    loader.close()
+    return torch.cat(futures), numbers, files, size * loader.delivered
+
+
+def draw_text(draw, text, place, width, font, step, fill="black"):
+    """Text from a place (x, y) on, wrapped to a width, lines a step apart, all in pixels -> y below its last line."""
+    (x, y), line = place, ""
+    for word in [*text.split(), ""]:
+        if line and (not word or draw.textlength(f"{line} {word}", font=font) > width):
+            draw.text((x, y), line, fill=fill, font=font)
+            line, y = "", y + step
+        line = f"{line} {word}".strip()
+    return y
+
+
+def picture_canvas(num_blocks, num_samples, columns, side, caption):
+    """Blank page and drawing tools for futures.png -> (image, draw, font, height of one block)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    block_h = (1 + num_samples) * (side[0] + 4) + 30
+    image = Image.new("RGB", (130 + columns * (side[1] + 4) + 20, num_blocks * block_h + 86), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    draw_text(draw, caption, (12, num_blocks * block_h + 12), image.width - 24, font, 18)
+    return image, draw, font, block_h
+
+
+def picture_rows(model, data, bank, process, number, side, num_samples):
+    """The rows of one val clip: the clip itself, then for each sampled future the nearest real clip in latent space
+    -> [(title, uint8 frames [T, *side, 3])]. The clip's own file never answers for a sample."""
+    cfg, (futures, bank_numbers, bank_files, _) = model.cfg, bank
+    frames, file, _, _, _ = data["val"].decode(number, *side)
+    seen = data["val"].decode(number, cfg.height, cfg.width)[0]
+    clip = torch.from_numpy(np.ascontiguousarray(seen.transpose(0, 3, 1, 2)))
+    generator = torch.Generator(process.device).manual_seed(number)
+    samples = model.sample_futures(clip[None].to(process.device), num_samples, generator=generator)[0].flatten(1).cpu()
+    own = data["val"].videos[file].name
+    other = torch.tensor([data["bank"].videos[file].name != own for file in bank_files])
+    other = other if other.any() else torch.ones_like(other)  # a single file has only itself to show
+    nearest = torch.cdist(samples, futures).masked_fill(~other, float("inf")).argmin(1).tolist()
+    found = [data["bank"].decode(bank_numbers[entry], *side)[0] for entry in nearest]
+    return [("truth", frames), *((f"sample {k}: nearest", clip) for k, clip in enumerate(found, 1))]
+
+
+def save_picture(image, path):
+    """Write a PNG that bears the MARK."""
+    from PIL import PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", MARK)
+    write_own(path, partial(image.save, format="PNG", optimize=True, pnginfo=info))
+
+
+@torch.no_grad()
+def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, num_samples=4):
+    """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames
+    of the nearest real clip, with the verdict under them -> what was left out for want of time, "" for nothing. One
+    clip is drawn at least, the others while `seconds` last, of which the search may take two fifths."""
+    from PIL import Image
+
+    cfg, began = model.cfg, time.monotonic()
+    data = {stream: source.dataset(cfg, stream) for stream in ("val", "bank")}
+    budget = (2e15 if process.device.type == "cuda" else 2e13) / model.flops()["target"]
+    wanted = int(min(max(budget, 16), 256))
+    bank = encode_bank(model, source, process, wanted, began + 0.4 * seconds)
+    grow = max(1, round(96 / min(cfg.height, cfg.width)))
+    side = cfg.height * grow, cfg.width * grow
+    now = sorted({0, cfg.now_frames - 1})
+    soon = np.unique(np.linspace(0, cfg.soon_frames - 1, 5).round().astype(int)) + cfg.now_frames
+    blocks = []
+    while len(blocks) < num_clips and (not blocks or time.monotonic() < began + seconds):
+        blocks.append(picture_rows(model, data, bank, process, len(blocks), side, num_samples))
+    columns, caption = len(now) + len(soon), verdict(metrics, cfg)
+    image, draw, font, block_h = picture_canvas(len(blocks), num_samples, columns, side, caption)
+    for block, rows in enumerate(blocks):
+        for row, (title, pictures) in enumerate(rows):
+            y = block * block_h + 24 + row * (side[0] + 4)
+            draw.text((12, y + side[0] // 2 - 8), title, fill="black", font=font)
+            for column, frame in enumerate([*now, *soon]):
+                if row and column < len(now):
+                    continue
+                x = 130 + column * (side[1] + 4) + (12 if column >= len(now) else 0)
+                image.paste(Image.fromarray(np.ascontiguousarray(pictures[frame])), (x, y))
+                if row == 0:
+                    title = f"NOW {frame + 1}" if column < len(now) else f"SOON {frame + 1 - cfg.now_frames}"
+                    draw.text(
+                        (x, y - 18), title, fill="black", font=font
+                    )  # frames, not seconds: short files are sampled denser
+    save_picture(image, path)
+    if len(blocks) == num_clips and bank[-1] >= wanted:
+        return ""
+    return f"its {seconds:.0f} s were over after {len(blocks)} of {num_clips} clips and a search among {bank[-1]} of {wanted}"
+
+
+def show_futures(model, run, values, seconds):
+    """Draw futures.png in at most about so many seconds; a full disk does not turn it into an error."""
+    path, log = Path(run.cfg.out_dir) / "futures.png", run.log
+    log.stage = "drawing futures.png"
+    try:
+        cut = draw_futures(model, run.source, run.process, values, path, seconds)
+    except OSError as error:
+        log.line(f"WARNING: {path} could not be written ({error.strerror})")
+    else:
+        log.line(f"picture: {path}" + (f"; {cut}" if cut else ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 21  Model: batch -> dict of losses (online + EMA target)
 # ---------------------------------------------------------------------------------------------------------------------
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as V-JEPA 2 normalises
+
+
+def block_flops(num_tokens, dim, mlp_ratio):
+    """Forward FLOP of one transformer block: four projections, the MLP, scores and their product with the values."""
+    return 2 * num_tokens * dim * dim * (4 + 2 * mlp_ratio) + 4 * num_tokens**2 * dim
+
+
+def flops_per_clip(cfg):
+    """Multiply-adds times two of one training step on one clip, forward and backward, by module -> {name: FLOP}."""
+    D, P, L, ratio = cfg.enc_dim, cfg.pred_dim, cfg.num_tokens, cfg.mlp_ratio
+    kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES]
+    tokenizer = 2 * L * D * 3 * cfg.tubelet_t * cfg.patch**2
+    online = (
+        cfg.mask_draws * sum(cfg.enc_depth * block_flops(k, D, ratio) for k in kept)
+        + cfg.enc_depth * block_flops(cfg.now_tokens, D, ratio)
+        + tokenizer
+    )
+    predictor = cfg.pred_depth * (
+        cfg.mask_draws * len(kept) * block_flops(L, P, ratio) + block_flops(cfg.now_tokens + cfg.soon_tokens, P, ratio)
+    )
+    W, N, R = cfg.flow_dim, cfg.flow_tokens, cfg.flow_draws
+    mixing = (
+        0
+        if cfg.flow_joint
+        else R * N * 2 * W * W * 6 + 4 * cfg.now_tokens * W * D + 4 * R * N * (cfg.now_tokens + N) * W
+    )
+    flow = cfg.flow_depth * (R * N * 2 * W * W * 8 + mixing) + 2 * cfg.now_tokens * D * W * cfg.flow_joint
+    again = 4 if cfg.grad_checkpoint else 3
+    return {
+        "online": again * online,
+        "target": cfg.enc_depth * block_flops(L, D, ratio) + tokenizer,
+        "predictor": again * predictor,
+        "flow": 3 * flow * bool(cfg.lambda_flow),
+    }
+
+
+def memory_estimate_gb(cfg, num_parameters):
+    """Weights, gradients, AdamW state and saved activations of a micro-step -> GB. 53 bytes per token, channel and block
+    under autocast (70 in fp32) were measured with saved-tensor hooks; checkpointing keeps one input per block."""
+    kept = cfg.mask_draws * sum(family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES) + cfg.now_tokens
+    filled = 2 * cfg.mask_draws * cfg.num_tokens + cfg.now_tokens + cfg.soon_tokens
+    per_value = 5 if cfg.grad_checkpoint else 53 if cfg.amp else 70
+    values = kept * cfg.enc_dim * cfg.enc_depth + filled * cfg.pred_dim * cfg.pred_depth
+    return (num_parameters * 16 + cfg.batch_size * values * per_value) / 1e9
 
 
 class VJepaAutoV2(World):
@@ -4246,545 +5070,6 @@ class VJepaAutoV2(World):
         return point[:, None] + residual
 
 
-def block_flops(num_tokens, dim, mlp_ratio):
-    """Forward FLOP of one transformer block: four projections, the MLP, scores and their product with the values."""
-    return 2 * num_tokens * dim * dim * (4 + 2 * mlp_ratio) + 4 * num_tokens**2 * dim
-
-
-def flops_per_clip(cfg):
-    """Multiply-adds times two of one training step on one clip, forward and backward, by module -> {name: FLOP}."""
-    D, P, L, ratio = cfg.enc_dim, cfg.pred_dim, cfg.num_tokens, cfg.mlp_ratio
-    kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES]
-    tokenizer = 2 * L * D * 3 * cfg.tubelet_t * cfg.patch**2
-    online = (
-        cfg.mask_draws * sum(cfg.enc_depth * block_flops(k, D, ratio) for k in kept)
-        + cfg.enc_depth * block_flops(cfg.now_tokens, D, ratio)
-        + tokenizer
-    )
-    predictor = cfg.pred_depth * (
-        cfg.mask_draws * len(kept) * block_flops(L, P, ratio) + block_flops(cfg.now_tokens + cfg.soon_tokens, P, ratio)
-    )
-    W, N, R = cfg.flow_dim, cfg.flow_tokens, cfg.flow_draws
-    mixing = (
-        0
-        if cfg.flow_joint
-        else R * N * 2 * W * W * 6 + 4 * cfg.now_tokens * W * D + 4 * R * N * (cfg.now_tokens + N) * W
-    )
-    flow = cfg.flow_depth * (R * N * 2 * W * W * 8 + mixing) + 2 * cfg.now_tokens * D * W * cfg.flow_joint
-    again = 4 if cfg.grad_checkpoint else 3
-    return {
-        "online": again * online,
-        "target": cfg.enc_depth * block_flops(L, D, ratio) + tokenizer,
-        "predictor": again * predictor,
-        "flow": 3 * flow * bool(cfg.lambda_flow),
-    }
-
-
-def memory_estimate_gb(cfg, num_parameters):
-    """Weights, gradients, AdamW state and saved activations of a micro-step -> GB. 53 bytes per token, channel and block
-    under autocast (70 in fp32) were measured with saved-tensor hooks; checkpointing keeps one input per block."""
-    kept = cfg.mask_draws * sum(family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES) + cfg.now_tokens
-    filled = 2 * cfg.mask_draws * cfg.num_tokens + cfg.now_tokens + cfg.soon_tokens
-    per_value = 5 if cfg.grad_checkpoint else 53 if cfg.amp else 70
-    values = kept * cfg.enc_dim * cfg.enc_depth + filled * cfg.pred_dim * cfg.pred_depth
-    return (num_parameters * 16 + cfg.batch_size * values * per_value) / 1e9
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 16  Schedules and clipping: step -> learning rate, EMA momentum
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def lr_at(step, cfg, peak):
-    """Linear warm-up, then a cosine that reaches min_lr (at the same ratio for every group) at the last step."""
-    if step < cfg.warmup:
-        return peak * (step + 1) / cfg.warmup
-    progress = (step - cfg.warmup) / max(cfg.steps - 1 - cfg.warmup, 1)
-    floor = min(cfg.min_lr / cfg.lr, 1.0) if cfg.lr else 0.0
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
-def ema_momentum_at(step, cfg):
-    """Target momentum, linear from ema_momentum to ema_momentum_end where that is set."""
-    end = cfg.ema_momentum_end or cfg.ema_momentum
-    return cfg.ema_momentum + (end - cfg.ema_momentum) * step / max(cfg.steps - 1, 1)
-
-
-def flow_momentum_at(step, cfg):
-    """Momentum of the flow EMA: short at first, so that sampling follows the young net."""
-    return min(cfg.flow_ema, (1 + step) / (10 + step))
-
-
-def clip_gradients(optimizer, cfg):
-    """Clip each optimizer group on its own, `decay` and `no_decay` as one, so that no gradient shrinks another's -> {grad_norm
-    and NAME_grad_norm: norm before clipping}."""
-    sides = {"grad_norm": []}
-    for group in optimizer.param_groups:
-        name = "grad_norm" if group["name"] in ("decay", "no_decay") else f"{group['name']}_grad_norm"
-        sides.setdefault(name, []).extend(p.grad for p in group["params"] if p.grad is not None)
-    norms = {}
-    for name, grads in sides.items():
-        norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-        if cfg.grad_clip and grads:
-            torch._foreach_mul_(grads, (cfg.grad_clip / (norms[name] + 1e-6)).clamp_max(1.0).to(grads[0].device))
-    return norms
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 17  Process: ranks, device, precision, seeds
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# a signal that comes again within these seconds is the same request, told to launcher and ranks or to a whole group
-REPEAT_S = 10.0
-
-
-class StopFlag:
-    """Remembers that something asked the run to stop, for whoever waits or works for long; `saved` is the step up to
-    which everything is on the disk. Much later, a second signal ends at once. Under torchrun the death of the launcher
-    counts as well: nobody would end its ranks. A SIGHUP that nohup has switched off stays off.
-    """
-
-    def __init__(self, signals=STOP_SIGNALS):
-        self.signal_name, self.since, self.saved, self.previous = "", 0.0, 0, {}
-        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        if threading.current_thread() is threading.main_thread():  # Python gives signals to no other thread
-            for number in signals:
-                if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):
-                    self.previous[number] = signal.signal(number, self.handle)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # those since the program's first line come now
-
-    @property
-    def reason(self):
-        """What asked, "" while nothing has."""
-        orphaned = self.launcher is not None and os.getppid() != self.launcher
-        return self.signal_name or ("the death of its launcher" if orphaned else "")
-
-    def asked(self):
-        """Whether to stop."""
-        return bool(self.reason)
-
-    def handle(self, number, frame):
-        """Called by Python between two instructions of whatever runs."""
-        name = signal.Signals(number).name
-        if not self.signal_name:
-            self.signal_name, self.since = name, time.monotonic()
-        elif time.monotonic() - self.since > REPEAT_S:
-            text = f"{name} after {self.signal_name}: ended at once, nothing is saved since step {self.saved}\n"
-            with suppress(OSError):  # not print: the signal may have come in the middle of one
-                os.write(2, text.encode())
-            os._exit(128 + number)
-
-    def restore(self, ignore=False):
-        """Give the signals back, or switch them off: a launcher that repeats one must not change the exit code."""
-        for number, handler in self.previous.items():
-            signal.signal(number, signal.SIG_IGN if ignore else handler)
-
-
-class StoppedTogether(Stopped):
-    """A stop of which all ranks know: whoever catches it need not tell the others, who have left the same work."""
-
-
-@dataclass
-class Process:
-    """Who this process is and what it computes on."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    amp_dtype: torch.dtype | None  # None: fp32
-    store: object = None  # the key-value store behind the process group
-    stop: StopFlag = field(default_factory=partial(StopFlag, ()))  # what a signal sets; by default none does
-
-    @property
-    def is_main(self):
-        return self.rank == 0
-
-    def reduce(self, values, dtype, op):
-        """One all-reduce of a list of numbers -> list."""
-        tensor = torch.tensor(values, dtype=dtype, device=self.device if self.device.type == "cuda" else "cpu")
-        dist.all_reduce(tensor, op)
-        return tensor.tolist()
-
-    def mean(self, values):
-        """Mean over ranks of a list of floats -> list of floats."""
-        if self.world_size == 1:
-            return list(map(float, values))
-        return [value / self.world_size for value in self.reduce(values, torch.float64, dist.ReduceOp.SUM)]
-
-    def any(self, *flags):
-        """Whether each flag is set on at least one rank -> list of bools, the same on all ranks."""
-        flags = list(map(bool, flags))
-        if self.world_size == 1:
-            return flags  # twice a step: nothing that a GPU would have to be waited for
-        return list(map(bool, self.reduce(flags, torch.int64, dist.ReduceOp.MAX)))
-
-    def collect(self, thing):
-        """Gather one Python object per rank -> list in rank order."""
-        things = [thing] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(things, thing)
-        return things
-
-    def stop_together(self, mine=False):
-        """StoppedTogether on all ranks when one of them was asked to stop, or has met a Stopped (`mine`)."""
-        if self.any(mine or self.stop.asked())[0]:
-            raise StoppedTogether
-
-    def together(self, work, *args):
-        """A piece of work without collectives, done by every rank -> its result; StoppedTogether where a stop came
-        before or in it."""
-        result, met = None, self.stop.asked()
-        try:
-            result = None if met else work(*args)
-        except StoppedTogether:
-            raise
-        except Stopped:
-            met = True
-        self.stop_together(met)
-        return result
-
-    def in_step(self, loader):
-        """The batches of a loader, over which all ranks walk until one is asked to stop (StoppedTogether)."""
-        try:
-            for _ in range(len(loader)):
-                yield self.together(next, loader)
-        finally:
-            loader.close()
-
-    def silent_ranks(self, seconds=3.0):
-        """After a failed collective: the ranks that do not report it within a few seconds, dead or hung -> list."""
-        deadline, silent = time.monotonic() + seconds, [0]
-        with suppress(dist.DistError):  # the store is gone, and rank 0 that held it
-            self.store.set(f"failed/{self.rank}", "1")
-            while silent := [rank for rank in range(self.world_size) if not self.store.check([f"failed/{rank}"])]:
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.1)
-        return silent
-
-
-def choose_device(name, local_rank):
-    """`auto` takes cuda, then mps, then cpu; a device that is asked for and absent is an error, never replaced."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(kind for kind in has if has[kind]) if name == "auto" else name
-    if not has[name]:
-        why = {"cuda": "this machine has no usable CUDA device", "mps": "not available on this machine"}[name]
-        raise UsageError(f"device = {name}: {why}; use --device cpu or --device auto")
-    if name != "cuda":
-        return torch.device(name)
-    if local_rank >= (here := torch.cuda.device_count()):
-        raise UsageError(f"device = cuda: local rank {local_rank} but {here} GPUs here; lower --nproc_per_node")
-    return torch.device(name, local_rank)
-
-
-PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # amp_dtype -> its name in checkpoints
-EMULATED = 4.0  # products that take so many times as long as in fp32 are done by other instructions
-
-
-def amp_dtype(cfg, device):
-    """The type to try under --amp: bf16, or fp16 on CUDA cards that only emulate bf16. None without --amp."""
-    if not cfg.amp:
-        return None
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
-
-
-def fastest(calls, device, rounds=3):
-    """Seconds of each call: the best of some rounds, taken in turn after one round that does not count -> list."""
-    seconds = [math.inf] * len(calls)
-    for number in range(rounds + 1):
-        for place, call in enumerate(calls):
-            began = time.perf_counter()
-            call()
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            if number:
-                seconds[place] = min(seconds[place], time.perf_counter() - began)
-    return seconds
-
-
-def part_pass(part, values, dtype):
-    """One pass of a module forward and back, under autocast where a dtype is given."""
-    with torch.autocast(values.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        loss = part(values).square().mean()
-    loss.backward()
-
-
-def amp_cost(world, cfg, device, dtype):
-    """Time of a training pass under autocast over its time in fp32, tried on a typical part of a world.
-
-    A product of 128 x 128 comes first: a CPU without bf16 instructions takes 30 times as long for it, which is known
-    after milliseconds.
-    """
-    square = torch.ones(128, 128, device=device)
-    plain, half = fastest([partial(torch.mm, matrix, matrix) for matrix in (square, square.to(dtype))], device)
-    if device.type == "cpu" and half > EMULATED * plain:
-        return half / plain
-    part, values = (thing.to(device) for thing in world.typical_part(cfg, device))
-    plain, half = fastest([partial(part_pass, part, values, kind) for kind in (None, dtype)], device)
-    return half / plain
-
-
-def choose_precision(world, cfg, process, saved=""):
-    """Autocast only where it is no slower than fp32 on this machine -> (amp dtype or None, the reason in words).
-
-    The slowest rank decides for all. `saved` is the precision of the checkpoint that the run goes on from: it stays
-    unless the other one is clearly faster here, so that a resumed run computes the same bits. The draws of the global
-    generator differ from run to run after this: seed it afterwards.
-    """
-    if (dtype := amp_dtype(cfg, process.device)) is None:
-        return None, ""
-    name, kind = PRECISIONS[dtype], {"cpu": "CPU", "cuda": "GPU"}.get(process.device.type, process.device.type)
-    try:
-        cost = amp_cost(world, cfg, process.device, dtype)
-    except TypeError:  # what Metal says where it has no bf16 at all
-        cost = math.inf
-    cost = max(process.collect(cost))
-    if cost <= {name: 1.5, "fp32": 1 / 1.5}.get(saved, 1.0):
-        return dtype, f"{cost:.2g} of the time of fp32 on this {kind}"
-    if cost > EMULATED and kind == "CPU":
-        return None, f"this CPU has no {name} instructions, {name} would take {cost:.0f} times as long"
-    return None, f"{name} would take {cost:.2g} times as long on this {kind}"
-
-
-def read_count(name, default, least, most):
-    """A whole number in the environment, set by torchrun or a user. UsageError when it is none or out of range."""
-    text = os.environ.get(name, str(default))
-    if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
-        rule = f"must be a whole number from {least} to {most}; torchrun sets it for every process"
-        raise UsageError(f"environment: {name} = {shown(text)} {rule}")
-    return int(text)
-
-
-def restart_count():
-    """How often torchrun has started this run again."""
-    return read_count("TORCHELASTIC_RESTART_COUNT", 0, 0, 10**9 - 1)
-
-
-def rounds_of_wait(what, deadline, stop, pause_s):
-    """Generator of the rounds of a wait between ranks, one at least and none after the deadline. Stopped on a signal;
-    what is waited for is said whenever nothing was said for SILENCE_S."""
-    spoken = time.monotonic()
-    while True:
-        if stop.asked():
-            raise Stopped
-        if time.monotonic() - spoken >= SILENCE_S:
-            say(f"at work: waiting for {what}, {deadline - time.monotonic():.0f} s more")
-            spoken = time.monotonic()
-        yield
-        if time.monotonic() > deadline:
-            return
-        time.sleep(pause_s)
-
-
-def reach(address, port, deadline, stop):
-    """Wait until something listens. UserError after the deadline; Stopped on a signal: the store would hear none."""
-    place, reason = f"{address} port {port}", ""
-    for _ in rounds_of_wait(f"rank 0 at {place}", deadline, stop, 0.2):
-        try:
-            return socket.create_connection((address, port), timeout=1.0).close()
-        except OSError as error:
-            reason = reason_of(error)
-    cure = "start it there, or correct MASTER_ADDR and MASTER_PORT"
-    raise UserError(f"rank 0 does not answer at {place} ({reason}): {cure}")
-
-
-def open_store(rank, world_size, timeout_s, stop):
-    """Wait until all ranks are there -> the key-value store through which they find each other, under a prefix of this
-    attempt. UserError names the ranks that are absent after timeout_s.
-
-    torchrun serves one store for all its restarts, and a restarted rank would read addresses that dead ranks left in
-    it. The count of restarts is the same for all ranks of one node only: several nodes need the launcher's own switch
-    (README).
-    """
-    env, deadline, absent = os.environ, time.monotonic() + timeout_s, range(world_size)
-    if not (address := env.get("MASTER_ADDR")):
-        rule = "but MASTER_ADDR, where rank 0 is met, is not set; torchrun sets both"
-        raise UsageError(f"environment: WORLD_SIZE = {world_size}, {rule}")
-    port, served = read_count("MASTER_PORT", "", 1, 65535), env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    one_node = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")
-    number, limit, hosts = None if served else world_size, timedelta(seconds=timeout_s), not served and rank == 0
-    try:
-        if not hosts:
-            reach(address, port, deadline, stop)
-        store = dist.TCPStore(address, port, number, hosts, limit, wait_for_workers=False)
-        store = dist.PrefixStore(f"attempt_{restart_count() if one_node else 'any'}", store)
-        store.set(f"here/{rank}", "1")
-        for _ in rounds_of_wait(f"the other ranks of {world_size}", deadline, stop, 0.05):
-            absent = [other for other in absent if not store.check([f"here/{other}"])]
-            if not absent:
-                return store
-    except dist.DistError as error:
-        why = f"{flat(error)[:200]}); rank 0 may be gone, or the port in use"
-        raise UserError(f"ranks cannot meet at {address} port {port} ({why}") from error
-    who = f"rank {', '.join(map(str, absent))} of {world_size}"
-    raise UserError(f"{who} did not come within dist_timeout_s = {timeout_s:g} s; start all of them, on all nodes")
-
-
-def identify_process(cfg, stop):
-    """Torchrun's environment -> Process with its device, not yet joined to its peers. UsageError for what cannot be."""
-    world_size = read_count("WORLD_SIZE", 1, 1, 10**6)
-    rank = read_count("RANK", 0 if world_size == 1 else "", 0, world_size - 1)
-    device = choose_device(cfg.device, read_count("LOCAL_RANK", 0, 0, world_size - 1))
-    return Process(rank, world_size, device, None, stop=stop)
-
-
-def join_ranks(process, cfg):
-    """Join the process group once all ranks are there. UserError names absent ones; Stopped where a signal comes."""
-    rank, world_size, gpu = process.rank, process.world_size, process.device if process.device.type == "cuda" else None
-    if gpu is not None:
-        torch.cuda.set_device(gpu)
-    if world_size > 1:
-        process.store = open_store(rank, world_size, cfg.dist_timeout_s, process.stop)
-        own = dict(store=process.store, rank=rank, world_size=world_size, device_id=gpu)
-        dist.init_process_group("gloo" if gpu is None else "nccl", timeout=timedelta(seconds=cfg.dist_timeout_s), **own)
-    torch.set_float32_matmul_precision("high")
-
-
-def fingerprint(model):
-    """Order-free integer sums over the bits of all parameters and buffers, of any type -> list, equal on two ranks when the
-    weights are."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    values = (value.detach().reshape(-1) for value in model.state_dict().values())
-    return [int(value.view(whole[value.element_size()]).sum(dtype=torch.int64)) for value in values]
-
-
-def digest(thing):
-    """Short hash of a JSON-like value, for comparing it over ranks."""
-    return hashlib.sha256(json.dumps(thing, default=str).encode()).hexdigest()[:16]
-
-
-def check_ranks(process, **parts):
-    """UserError naming ranks whose values differ from rank 0's: said at once, not as a hang or a slow divergence."""
-    of_ranks = process.collect(parts)
-    for name in parts:
-        odd = [str(rank) for rank, other in enumerate(of_ranks) if other[name] != of_ranks[0][name]]
-        if odd:
-            told = f"ranks disagree: {name.replace('_', ' ')} of rank {', '.join(odd)} differs from rank 0's"
-            raise UserError(f"{told}; start all ranks with the same code, flags and data, from the same checkpoint")
-
-
-def failed_collective(error):
-    """Whether an exception is how a collective reports a peer that is gone or a timeout."""
-    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error).lower()
-
-
-def autocast(process):
-    """The autocast context of a forward pass; does nothing in fp32."""
-    dtype = process.amp_dtype
-    return torch.autocast(process.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-
-
-@contextmanager
-def spare_threads(num_busy):
-    """Compute with `num_busy` CPU threads fewer (one at least): where loader workers fill the cores, threads that share
-    them wait for each other. Two workers on two cores: frozen encoders take 34 s with two threads, 23 s with one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before - num_busy))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def to_device(batch, device):
-    """Tensors of a batch on the device, `bad` left out."""
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items() if key != "bad"}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 18  Files: written whole, and never over what somebody else put there
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class GuardedFile:
-    """A file open for writing that keeps the SHA-256 of what went into it, and the error of the disk, which torch.save
-    hides behind its own."""
-
-    def __init__(self, handle):
-        self.handle, self.sha256, self.error, self.flush = handle, hashlib.sha256(), None, handle.flush
-
-    def write(self, data):
-        try:
-            self.handle.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        self.sha256.update(data)
-        return len(data)
-
-
-def sync_folder(folder):
-    """Make renames in a folder durable."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def write_atomic(path, write, announce=None):
-    """Write through a temporary file, fsync, rename, fsync of the folder: the old or the new file is whole at any time.
-
-    `write` gets the open file; `announce`, if given, path and SHA-256 of the temporary one before it is renamed.
-    OSError when the disk refuses.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as raw:
-            handle = GuardedFile(raw)
-            try:
-                write(handle)
-            except RuntimeError:  # how torch.save reports that a write failed
-                if handle.error is None:
-                    raise
-                raise handle.error from None
-            raw.flush()
-            os.fsync(raw.fileno())
-        if announce is not None:
-            announce(temporary, handle.sha256.hexdigest())
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):  # the error above tells more
-            temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def previous_folder(folder):
-    """A new folder previous_<k> for what a run no longer goes on from."""
-    aside = next(name for k in itertools.count(1) if not os.path.lexists(name := Path(folder) / f"previous_{k}"))
-    aside.mkdir()
-    return aside
-
-
-# Stands in every result that is written under a fixed name: what proves a file to be the project's own.
-MARK = "VJepa_AUTO_V2"
-
-
-def move_aside(path):
-    """Move somebody's file, which is never overwritten, into a new previous_<k> beside it, and say so."""
-    aside = previous_folder(path.parent) / path.name
-    os.rename(path, aside)
-    say(f"note: {path} was not written by a run; it now stands in {aside.parent}", sys.stderr)
-
-
-def write_own(path, write):
-    """write_atomic for a result under a fixed name, which bears the MARK. Another file of that name is moved aside."""
-    path = Path(path)
-    if os.path.lexists(path) and not (path.is_file() and MARK.encode() in path.read_bytes()):
-        move_aside(path)
-    write_atomic(path, write)
-
-
-def write_report(path, values):
-    """A dict of plain values -> JSON file with the MARK in it, by write_own. NaN is refused: ValueError."""
-    text = json.dumps({"made_by": MARK, **values}, indent=1, allow_nan=False) + "\n"
-    write_own(path, lambda handle: handle.write(text.encode()))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 22  Checkpoint: state of a run <-> file
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4928,9 +5213,24 @@ def find_world(saved):
 
 
 CHECKPOINT_FORMAT = 3  # 3: any world, steps after training; 2: VJepaAutoV2 alone
+# fmt: off
 LOOP_KEYS = (
-    "format step after consumed seconds skipped cfg world frozen opt phase_opt scaler rng world_size precision data source"
-).split()
+    "format", "step", "after", "consumed", "seconds", "skipped", "cfg", "world", "frozen", "opt", "phase_opt", "scaler", "rng",
+    "world_size", "precision", "data", "source",
+)
+# fmt: on
+
+
+def frozen_hashes(world):
+    """SHA-256 of the weights of every FROZEN child -> {name: hash}."""
+    hashes = {}
+    for name in world.FROZEN:
+        digest = hashlib.sha256()
+        for key, value in getattr(world, name).state_dict().items():
+            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode() + raw.numpy().tobytes())
+        hashes[name] = digest.hexdigest()
+    return hashes
 
 
 def checkpoint_state(run):
@@ -4957,18 +5257,6 @@ def checkpoint_state(run):
     if taken := own.keys() & snapshot.keys():
         raise ValueError(f"{type(world).__name__}.snapshot: the loop itself uses the name {min(taken)}")
     return {**own, **snapshot}
-
-
-def frozen_hashes(world):
-    """SHA-256 of the weights of every FROZEN child -> {name: hash}."""
-    hashes = {}
-    for name in world.FROZEN:
-        digest = hashlib.sha256()
-        for key, value in getattr(world, name).state_dict().items():
-            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode() + raw.numpy().tobytes())
-        hashes[name] = digest.hexdigest()
-    return hashes
 
 
 def checkpoint_files(out_dir):
@@ -5083,6 +5371,17 @@ def compare_optimizer(found, optimizer, name="opt"):
         )
 
 
+def phase_at(phases, after):
+    """Which of the phases [(name, steps)] the step number `after` after training belongs to -> (name, steps before it);
+    ("", all of them) when they are done."""
+    begin = 0
+    for name, steps in phases:
+        if after < begin + steps:
+            return name, begin
+        begin += steps
+    return "", begin
+
+
 def check_insides(state, world):
     """ValueError, or whatever else wrong types lead to, unless a checkpoint holds what one of its own config holds."""
     model, optimizer = checkpoint_template(world, json.dumps(asdict(saved_config(state, world))))
@@ -5123,17 +5422,6 @@ def check_insides(state, world):
         torch.Generator().set_state(rng["torch"])
         if rng["cuda"] is not None and rng["cuda"].dtype != torch.uint8:
             raise ValueError("rng: not bytes")
-
-
-def phase_at(phases, after):
-    """Which of the phases [(name, steps)] the step number `after` after training belongs to -> (name, steps before it);
-    ("", all of them) when they are done."""
-    begin = 0
-    for name, steps in phases:
-        if after < begin + steps:
-            return name, begin
-        begin += steps
-    return "", begin
 
 
 def upgrade(state):
@@ -5254,7 +5542,7 @@ def load_model(path, device="cpu", world=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 20  Log and folder: what a run says, and where it writes
+# 23  Log and folder: what a run says, and where it writes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5674,281 +5962,6 @@ def peak_memory_gb(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 21  Evaluation: model -> metrics, picture
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def flow_spread(model, context, future, num_samples=8):
-    """Deviation among sampled futures over the deviation of real futures from the forecast. [B, K, D], [B, F, D] -> float."""
-    generator = torch.Generator(context.device).manual_seed(0)
-    samples = model.sample_futures(context, num_samples, generator=generator)  # [B, S, F, D]
-    residual = future - model.forecast(context, model.predict_soon(context))
-    return float(samples.std(1).square().mean().sqrt() / residual.square().mean().sqrt())
-
-
-def verdict(metrics, cfg):
-    """One sentence about a run's health from its last evaluation."""
-    skill, rank, across = metrics["val_soon_skill"], metrics["val_effective_rank"], metrics["val_target_std_clips"]
-    std, what = (
-        (across, "across clips") if math.isfinite(across) else (metrics["val_target_std"], "(one held-out clip)")
-    )
-    collapsed = std < 0.2 or rank < 0.05 * cfg.enc_dim
-    health = "COLLAPSED: lower lr, raise ema_momentum or warm up longer" if collapsed else "no sign of collapse"
-    moves = f"{'' if skill > 0 else 'no '}better than a world that stands still"
-    moves = "nothing moves in the held-out clips" if math.isnan(skill) else moves
-    return (
-        f"soon_skill {skill:.2f} ({moves}), sampled futures spread {metrics['val_flow_spread']:.2f} of real ones, "
-        f"effective rank {rank:.1f} of {cfg.enc_dim}, target std {what} {std:.2f}: {health}"
-    )
-
-
-@torch.no_grad()
-def encode_bank(model, source, process, num_clips, deadline):
-    """Real futures to look samples up in, as many as the deadline allows -> (futures [n, F * D] on the CPU, sample
-    numbers in the `bank` stream, file numbers, clips read)."""
-    cfg, size = model.cfg, min(model.cfg.batch_size, num_clips)
-    sampler = StepSampler(0, math.ceil(num_clips / size), size, 0, 1)
-    futures, numbers, files = [], [], []
-    loader = open_loader(source, cfg, "bank", sampler, min(cfg.num_workers, 2), stopping=process.stop.asked)
-    for batch in loader:
-        if process.stop.asked():  # rank 0 alone is here, the others learn of it afterwards
-            raise Stopped
-        with autocast(process):
-            targets = model.make_targets(model.normalise(batch["frames"].to(process.device)))
-        usable = (batch["file"] >= 0).tolist()
-        futures.append(model.future_target(targets)[torch.tensor(usable)].flatten(1).cpu())
-        numbers += [int(number) for number, ok in zip(batch["index"], usable) if ok]
-        files += [int(number) for number, ok in zip(batch["file"], usable) if ok]
-        if time.monotonic() > deadline:
-            break
-    loader.close()
-    return torch.cat(futures), numbers, files, size * loader.delivered
-
-
-def draw_text(draw, text, place, width, font, step, fill="black"):
-    """Text from a place (x, y) on, wrapped to a width, lines a step apart, all in pixels -> y below its last line."""
-    (x, y), line = place, ""
-    for word in [*text.split(), ""]:
-        if line and (not word or draw.textlength(f"{line} {word}", font=font) > width):
-            draw.text((x, y), line, fill=fill, font=font)
-            line, y = "", y + step
-        line = f"{line} {word}".strip()
-    return y
-
-
-def picture_canvas(num_blocks, num_samples, columns, side, caption):
-    """Blank page and drawing tools for futures.png -> (image, draw, font, height of one block)."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    block_h = (1 + num_samples) * (side[0] + 4) + 30
-    image = Image.new("RGB", (130 + columns * (side[1] + 4) + 20, num_blocks * block_h + 86), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    draw_text(draw, caption, (12, num_blocks * block_h + 12), image.width - 24, font, 18)
-    return image, draw, font, block_h
-
-
-def picture_rows(model, data, bank, process, number, side, num_samples):
-    """The rows of one val clip: the clip itself, then for each sampled future the nearest real clip in latent space
-    -> [(title, uint8 frames [T, *side, 3])]. The clip's own file never answers for a sample."""
-    cfg, (futures, bank_numbers, bank_files, _) = model.cfg, bank
-    frames, file, _, _, _ = data["val"].decode(number, *side)
-    seen = data["val"].decode(number, cfg.height, cfg.width)[0]
-    clip = torch.from_numpy(np.ascontiguousarray(seen.transpose(0, 3, 1, 2)))
-    generator = torch.Generator(process.device).manual_seed(number)
-    samples = model.sample_futures(clip[None].to(process.device), num_samples, generator=generator)[0].flatten(1).cpu()
-    own = data["val"].videos[file].name
-    other = torch.tensor([data["bank"].videos[file].name != own for file in bank_files])
-    other = other if other.any() else torch.ones_like(other)  # a single file has only itself to show
-    nearest = torch.cdist(samples, futures).masked_fill(~other, float("inf")).argmin(1).tolist()
-    found = [data["bank"].decode(bank_numbers[entry], *side)[0] for entry in nearest]
-    return [("truth", frames), *((f"sample {k}: nearest", clip) for k, clip in enumerate(found, 1))]
-
-
-def save_picture(image, path):
-    """Write a PNG that bears the MARK."""
-    from PIL import PngImagePlugin
-
-    info = PngImagePlugin.PngInfo()
-    info.add_text("Software", MARK)
-    write_own(path, partial(image.save, format="PNG", optimize=True, pnginfo=info))
-
-
-@torch.no_grad()
-def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, num_samples=4):
-    """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames
-    of the nearest real clip, with the verdict under them -> what was left out for want of time, "" for nothing. One
-    clip is drawn at least, the others while `seconds` last, of which the search may take two fifths."""
-    from PIL import Image
-
-    cfg, began = model.cfg, time.monotonic()
-    data = {stream: source.dataset(cfg, stream) for stream in ("val", "bank")}
-    budget = (2e15 if process.device.type == "cuda" else 2e13) / flops_per_clip(cfg)["target"]
-    wanted = int(min(max(budget, 16), 256))
-    bank = encode_bank(model, source, process, wanted, began + 0.4 * seconds)
-    grow = max(1, round(96 / min(cfg.height, cfg.width)))
-    side = cfg.height * grow, cfg.width * grow
-    now = sorted({0, cfg.now_frames - 1})
-    soon = np.unique(np.linspace(0, cfg.soon_frames - 1, 5).round().astype(int)) + cfg.now_frames
-    blocks = []
-    while len(blocks) < num_clips and (not blocks or time.monotonic() < began + seconds):
-        blocks.append(picture_rows(model, data, bank, process, len(blocks), side, num_samples))
-    columns, caption = len(now) + len(soon), verdict(metrics, cfg)
-    image, draw, font, block_h = picture_canvas(len(blocks), num_samples, columns, side, caption)
-    for block, rows in enumerate(blocks):
-        for row, (title, pictures) in enumerate(rows):
-            y = block * block_h + 24 + row * (side[0] + 4)
-            draw.text((12, y + side[0] // 2 - 8), title, fill="black", font=font)
-            for column, frame in enumerate([*now, *soon]):
-                if row and column < len(now):
-                    continue
-                x = 130 + column * (side[1] + 4) + (12 if column >= len(now) else 0)
-                image.paste(Image.fromarray(np.ascontiguousarray(pictures[frame])), (x, y))
-                if row == 0:
-                    title = f"NOW {frame + 1}" if column < len(now) else f"SOON {frame + 1 - cfg.now_frames}"
-                    draw.text(
-                        (x, y - 18), title, fill="black", font=font
-                    )  # frames, not seconds: short files are sampled denser
-    save_picture(image, path)
-    if len(blocks) == num_clips and bank[-1] >= wanted:
-        return ""
-    return f"its {seconds:.0f} s were over after {len(blocks)} of {num_clips} clips and a search among {bank[-1]} of {wanted}"
-
-
-def show_futures(model, run, values, seconds):
-    """Draw futures.png in at most about so many seconds; a full disk does not turn it into an error."""
-    path, log = Path(run.cfg.out_dir) / "futures.png", run.log
-    log.stage = "drawing futures.png"
-    try:
-        cut = draw_futures(model, run.source, run.process, values, path, seconds)
-    except OSError as error:
-        log.line(f"WARNING: {path} could not be written ({error.strerror})")
-    else:
-        log.line(f"picture: {path}" + (f"; {cut}" if cut else ""))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 19  Flow phase: frozen latents -> SOON predictor and flow net
-# ---------------------------------------------------------------------------------------------------------------------
-# After the last step of training the encoders stand still, so latents are made once and seen often. First a copy of the
-# predictor learns SOON alone, then the flow net what that forecast leaves open. A clip costs a small part of a step here.
-
-
-@torch.no_grad()
-def cache_latents(model, run):
-    """Frozen latents of this rank's clips, those after the last step's -> (contexts [n, K, D], futures [n, F, D]) on the CPU."""
-    cfg, process, size, began = model.cfg, run.process, 4 * model.cfg.batch_size, time.perf_counter()
-    kept = torch.bfloat16 if cfg.amp else torch.float32
-    num_batches = math.ceil(cfg.flow_fit_clips / (size * process.world_size))
-    sampler = StepSampler(run.progress.consumed, num_batches, size, process.rank, process.world_size)
-    cached = None
-    loader = open_loader(run.source, cfg, "train", sampler, cfg.num_workers, stopping=process.stop.asked)
-    with spare_threads(cfg.num_workers):
-        for number, batch in enumerate(process.in_step(loader)):
-            with autocast(process):
-                clip = model.normalise(batch["frames"].to(process.device))
-                now = model.online.tokenizer(clip[:, : cfg.now_frames])
-                parts = model.encode_now(now), model.future_target(model.make_targets(clip))
-            if cached is None:  # taken whole: joining pieces in the end would need the memory twice
-                cached = tuple(torch.empty((num_batches * size, *part.shape[1:]), dtype=kept) for part in parts)
-            for whole, part in zip(cached, parts):
-                whole[number * size : (number + 1) * size] = part
-            run.log.bar(number + 1, num_batches, "latents for the flow phase", "latents for the flow phase: batch")
-    num_clips, took = len(cached[0]) * process.world_size, describe_time(time.perf_counter() - began)
-    run.log.line(f"flow phase: latents of {num_clips} clips in {took}")
-    return cached
-
-
-@torch.no_grad()
-def residual_rows(model, contexts, futures, process):
-    """What the point forecast leaves open of cached futures [n, F, D] -> rows of the space [n, N, span] on the device."""
-    context = contexts.to(process.device).float()
-    with autocast(process):
-        residual = futures.to(process.device).float() - model.forecast(context, model.predict_soon(context))
-    with full_precision(residual):
-        return model.space.pool(residual)
-
-
-def flow_coordinates(model, contexts, futures, process, is_fitted):
-    """Coordinates y [n, N, k] of all residuals on the CPU; the space is fitted to the first 2,048 clips over all ranks
-    unless it was."""
-    size = 4 * model.cfg.batch_size
-    parts = [slice(begin, begin + size) for begin in range(0, len(contexts), size)]
-    if not is_fitted:
-        few = parts[: math.ceil(2048 / (size * process.world_size))]
-        rows = [residual_rows(model, contexts[part], futures[part], process) for part in few]
-        model.space.fit(model.gather(torch.cat(rows)))
-        model.agree_on_space()
-    ys = []
-    for part in parts:
-        rows = residual_rows(model, contexts[part], futures[part], process)
-        with full_precision(rows):
-            ys.append(model.space.encode(rows).cpu())
-    return torch.cat(ys)
-
-
-class SoonFit(Fit):
-    """A copy of the predictor learns the SOON tokens of cached clips with the loss of training."""
-
-    KEYS = {"loss_soon": "SOON on cached latents"}
-
-    def __init__(self, model, run, before):
-        if model.soon_predictor is None:
-            model.split_soon_predictor()
-        latents = cache_latents(model, run)
-        super().__init__(model, "soon", model.cfg.soon_fit_steps, model.cfg.soon_fit_batch, len(latents[0]))
-        self.latents = latents
-
-    def batch(self, step=None):
-        contexts, futures = self.latents
-        chosen = torch.arange(self.kept, len(contexts))[:512]
-        if step is not None:
-            chosen = torch.randint(self.kept, (self.cfg.soon_fit_batch,), generator=self.rng(step))
-        return {"context": contexts[chosen], "soon": futures[chosen, : self.cfg.soon_tokens]}
-
-    def forward(self, batch):
-        loss = l1_loss(self.model.predict_soon(batch["context"].float()), batch["soon"])
-        return {"loss_total": loss, "loss_soon": loss}, {}, {}
-
-
-class FlowFit(Fit):
-    """The flow net learns the residuals of cached clips, each step with fresh noise and times, and its EMA follows."""
-
-    KEYS = {"loss_flow": "squared velocity error on cached latents; held out: that of the EMA"}
-
-    def __init__(self, model, run, before):
-        contexts, futures = before.latents if before else cache_latents(model, run)
-        super().__init__(model, "flow", model.cfg.flow_fit_steps, model.cfg.flow_fit_batch, len(contexts))
-        goes_on = run.progress.after > sum(steps for name, steps in model.phases() if name != "flow")
-        self.contexts, self.y = contexts, flow_coordinates(model, contexts, futures, run.process, goes_on)
-        if not goes_on:
-            model.flow_ema.load_state_dict(model.flow.state_dict())
-        share = f"{float(model.space.explained):.0%} of the residual in {model.cfg.flow_rank} directions"
-        run.log.line(f"flow phase: {share}; {model.cfg.flow_fit_steps} steps")
-
-    def batch(self, step=None):
-        cfg, rng = self.cfg, torch.Generator().manual_seed(self.cfg.seed) if step is None else self.rng(step)
-        chosen = torch.arange(self.kept, len(self.y))[:512]
-        if step is not None:
-            chosen = torch.randint(self.kept, (cfg.flow_fit_batch,), generator=rng)
-        shape = (len(chosen), cfg.flow_draws)
-        noise = torch.randn((*shape, *self.y.shape[1:]), generator=rng)  # [b, R, N, k]
-        tau = shifted_tau(torch.randn(shape, generator=rng), cfg.tau_shift)  # [b, R]
-        return {"context": self.contexts[chosen], "y": self.y[chosen], "noise": noise, "tau": tau}
-
-    def forward(self, batch):
-        flow = self.model.flow if torch.is_grad_enabled() else self.model.flow_ema
-        y = batch["y"][:, None].expand_as(batch["noise"])
-        loss = velocity_loss(flow, flow.project(batch["context"].float()), y, batch["noise"], batch["tau"])
-        return {"loss_total": loss, "loss_flow": loss}, {}, {}
-
-    @torch.no_grad()
-    def after_step(self, carries, step):
-        slow, fast = list(self.model.flow_ema.parameters()), list(self.model.flow.parameters())
-        torch._foreach_lerp_(slow, fast, 1 - flow_momentum_at(step, self.cfg))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # 24  Steps: resume, rehearse, update, log, evaluate, save
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -5974,6 +5987,20 @@ class Run:
     def mark(self):
         """What stands before every log line when the data are not the user's."""
         return "" if self.source.kind == "videos" else f"data:{self.source.kind} "
+
+
+class FitBatches:
+    """The batches of a Fit from a step on, as the loop takes them from a loader."""
+
+    def __init__(self, fit, step):
+        self.fit, self.step = fit, step
+
+    def __next__(self):
+        self.step += 1
+        return {**self.fit.batch(self.step - 1), "bad": []}
+
+    def close(self):
+        """There is nothing to close."""
 
 
 class Phase:
@@ -6009,20 +6036,6 @@ class Phase:
     def is_due(self, every):
         """Whether something done every so many steps is done now; the end of a phase has its own saving and evaluation."""
         return bool(every) and 0 < self.step < self.cfg.steps and self.step % every == 0
-
-
-class FitBatches:
-    """The batches of a Fit from a step on, as the loop takes them from a loader."""
-
-    def __init__(self, fit, step):
-        self.fit, self.step = fit, step
-
-    def __next__(self):
-        self.step += 1
-        return {**self.fit.batch(self.step - 1), "bad": []}
-
-    def close(self):
-        """There is nothing to close."""
 
 
 REHEARSAL_S = 10.0  # a pass longer than this is not made just to time it
@@ -6101,21 +6114,6 @@ def open_run(world, cfg, process, log):
     return state, path
 
 
-def build_world(world, run):
-    """The world of a run with its optimizer, on the device -> what the loop calls: itself, or DDP around it."""
-    cfg, process = run.cfg, run.process
-    torch.manual_seed(cfg.seed)
-    run.world = world(cfg, process.rank, process.world_size).to(process.device).train()
-    drifting = [name for name, module in run.world.named_modules() if has_drifting_statistics(module)]
-    if process.world_size > 1 and drifting:
-        cure = "use GroupNorm or LayerNorm, or SyncBatchNorm on GPUs"
-        raise UserError(f"{drifting[0]} is a BatchNorm that learns, and its statistics drift apart over ranks; {cure}")
-    run.optimizer = run.world.optimizer()
-    if cfg.compile:
-        run.world.compile(dynamic=False)
-    return wrap(run.world, process)
-
-
 def has_drifting_statistics(module):
     """Whether a module keeps statistics of the batches of its own rank."""
     is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
@@ -6134,6 +6132,21 @@ def wrap(world, process):
         )
 
 
+def build_world(world, run):
+    """The world of a run with its optimizer, on the device -> what the loop calls: itself, or DDP around it."""
+    cfg, process = run.cfg, run.process
+    torch.manual_seed(cfg.seed)
+    run.world = world(cfg, process.rank, process.world_size).to(process.device).train()
+    drifting = [name for name, module in run.world.named_modules() if has_drifting_statistics(module)]
+    if process.world_size > 1 and drifting:
+        cure = "use GroupNorm or LayerNorm, or SyncBatchNorm on GPUs"
+        raise UserError(f"{drifting[0]} is a BatchNorm that learns, and its statistics drift apart over ranks; {cure}")
+    run.optimizer = run.world.optimizer()
+    if cfg.compile:
+        run.world.compile(dynamic=False)
+    return wrap(run.world, process)
+
+
 def noise_like(value):
     """Noise in the shape of a tensor of a sample; whole numbers other than bytes stay as they are."""
     if value.dtype == torch.uint8:
@@ -6150,6 +6163,11 @@ def noise_batch(run, num_samples):
         drawn = run.world.draw(run.cfg, "train", index)
         samples.append({**sample, **drawn, "file": torch.tensor(0), "index": torch.tensor(index), "bad": []})
     return collate(samples)
+
+
+def for_step(batch, step, device):
+    """A loader's batch on the device, `step` beside its samples, `bad` left out."""
+    return {**to_device(batch, device), "step": torch.full((), step, dtype=torch.int64, device=device)}
 
 
 def throw_away_pass(run, wrapped, batch):
@@ -6214,11 +6232,6 @@ def save_run(run, final=False, must=False):
         if must or run.folder.taken:
             raise UserError(f"{text}; make room and run the same command again") from error
         log.line(f"WARNING: {text}, the next try is in {cfg.ckpt_every} steps")
-
-
-def for_step(batch, step, device):
-    """A loader's batch on the device, `step` beside its samples, `bad` left out."""
-    return {**to_device(batch, device), "step": torch.full((), step, dtype=torch.int64, device=device)}
 
 
 def take_step(phase, batches, step):
@@ -6423,12 +6436,23 @@ def skip_step(phase, batches, is_mine, in_a_row):
         raise UserError(f"{in_a_row} steps in a row were not finite; {cure}")
 
 
+def log_step(phase, record, clock, is_first):
+    """Log a record, and once the time left -> what the progress bar shows of it."""
+    log = phase.run.log
+    log.record(record, phase.run.mark)
+    if is_first and math.isfinite(clock.seconds_per_step):
+        left = describe_time(clock.seconds_per_step * (phase.cfg.steps - phase.step))
+        log.line(f"{clock.seconds_per_step:.3g} s per step: {left} to go")
+    chosen = [key for key in ("loss_total", "soon_skill", "clips_per_s") if key in record]
+    return " ".join(f"{key}:{format_number(record[key])}" for key in chosen)
+
+
 def train_phase(phase):
     """The steps of a phase that are left, with log, evaluations and checkpoints -> whether a stop ended it before its last."""
     run, cfg, world = phase.run, phase.cfg, phase.world
     process, log, progress, folder = run.process, run.log, run.progress, run.folder
     log.stage = f"step {progress.total + 1} of {cfg.steps + progress.total - phase.step} has begun"
-    clock, bad, last, stopping, timed, skipped_in_row = Clock(), [], {}, False, False, 0
+    clock, bad, last, stopping, timed, skipped_in_row = Clock(), [], "", False, False, 0
     first_step = phase.step + 1
     world.train()
     loader = phase.batches()
@@ -6462,19 +6486,13 @@ def train_phase(phase):
         phase.advance()
         progress.seconds = time.perf_counter() - run.began
         clock.tick(waited)
-        shown_last = " ".join(f"{key}:{format_number(value)}" for key, value in last.items())
-        what = f"{phase.name} step" if phase.name else "step"
-        log.bar(phase.step, cfg.steps, f"{describe_time(progress.seconds)} {shown_last}", what)
+        log.bar(phase.step, cfg.steps, f"{describe_time(progress.seconds)} {last}", f"{phase.name} step".strip())
         # -- log
         if phase.step in (first_step, cfg.steps) or phase.step % cfg.log_every == 0 or stopping:
             clock.close()
             looks = [world.look(batch, carry) for batch, carry in zip(batches, carries)]
-            record = log_values(phase, metrics, looks, clock)
-            log.record(record, run.mark)
-            if not timed and math.isfinite(clock.seconds_per_step):
-                timed, left = True, describe_time(clock.seconds_per_step * (cfg.steps - phase.step))
-                log.line(f"{clock.seconds_per_step:.3g} s per step: {left} to go")
-            last = {key: record[key] for key in ("loss_total", "soon_skill", "clips_per_s") if key in record}
+            last = log_step(phase, log_values(phase, metrics, looks, clock), clock, not timed)
+            timed = timed or math.isfinite(clock.seconds_per_step)
         # -- evaluate and save
         pause = time.perf_counter()
         is_last_of_fit = phase.name and phase.step == cfg.steps
@@ -6546,6 +6564,12 @@ def run_phases(run, wrapped, phase_opt):
     return stopped
 
 
+def report(run, values, seconds):
+    """The world's own report, on rank 0."""
+    if run.process.is_main:
+        run.world.eval().report(run, values, seconds)
+
+
 def finish(run):
     """After ckpt_final.pt: evaluate on held-out data, report -> exit code. StoppedTogether on a signal."""
     cfg, world, log, seconds = run.cfg, run.world, run.log, max(END_S, 0.01 * run.progress.seconds)
@@ -6561,12 +6585,6 @@ def finish(run):
     took = describe_time(run.progress.seconds)
     log.line(f"done: {run.progress.total} steps in {took}; checkpoint {cfg.out_dir}/checkpoints/ckpt_final.pt")
     return EXIT_OK
-
-
-def report(run, values, seconds):
-    """The world's own report, on rank 0."""
-    if run.process.is_main:
-        run.world.eval().report(run, values, seconds)
 
 
 def run_world(world, run, overrides, argv, videos):
@@ -6647,7 +6665,9 @@ def train(cfg, overrides=None, argv=(), stop=None, world=VJepaAutoV2):
             else:
                 code = end_early(stop, folder, say, "while it waited for its ranks")
             folder.status("finished" if code == EXIT_OK else "stopped", code)
-            return code
+        if process.store is not None:
+            process.leave()
+        return code
     except RuntimeError as error:
         if process.world_size == 1 or not failed_collective(error):
             raise
