@@ -1,4 +1,4 @@
-"""Damaged, hostile and very many files: nothing crashes, hangs, fills the memory or opens a file that was not asked for."""
+"""Damaged, hostile and very many files: nothing crashes, hangs, fills the memory or opens a file not asked for."""
 
 import importlib.util
 import json
@@ -58,7 +58,7 @@ def outcome_of(path, intact=None, reader="auto", timeout_s=60.0, plan=Z.PLAN):
 
 
 def write_coded_by(codec, path, frames, options=None, gop=15):
-    """Frames uint8 [T, H, W, 3] through any encoder at Z.FPS -> path. Skips the test where the encoder is not built in."""
+    """Frames uint8 [T, H, W, 3] through any encoder at Z.FPS -> path. Skips the test without this encoder."""
     import av
 
     if codec not in av.codecs_available:
@@ -71,7 +71,7 @@ def write_coded_by(codec, path, frames, options=None, gop=15):
         for picture in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-    # SVT-AV1 makes a root caller a real-time thread for good: CPU threads of torch that spin at that priority starve each other
+    # SVT-AV1 makes a root caller a real-time thread for good: CPU threads of torch that spin there starve each other
     os.sched_setscheduler(0, *policy)
     return path
 
@@ -81,8 +81,9 @@ def write_coded_by(codec, path, frames, options=None, gop=15):
 
 @needs_inotify
 def test_a_few_mutations():
-    """Four mutants of each kind: no crash, hang, foreign exception or other file opened; memory bounded; scripts and pipes refused,
-    intact files under a wrong extension read right. Seen red with `raise error` in place of BadFile at the end of read_pyav."""
+    """Four mutants of each kind: no crash, hang, foreign exception or other file opened; memory bounded; scripts and
+    pipes refused, intact files under a wrong extension read right. Seen red with `raise error` in place of BadFile at
+    the end of read_pyav."""
     rows = Z.fuzz(NUM_FEW, seed=1, reader="pyav", ways=("ours",))
     assert len(rows) == NUM_FEW and Z.passed(rows), [row for row in rows if not Z.passed([row])]
     assert count(rows, mutator="playlist", outcome="refused") == count(rows, mutator="fifo", outcome="refused") == 4
@@ -93,7 +94,8 @@ def test_a_few_mutations():
 @needs_inotify
 @pytest.mark.slow
 def test_a_thousand_mutations():
-    """As above, 1000 mutants of another seed; of those whose pictures were damaged at most one in five comes out silently wrong."""
+    """As above, 1000 mutants of another seed; of those whose pictures were damaged at most one in five comes out
+    silently wrong."""
     rows = Z.fuzz(1000, seed=2, reader="pyav", ways=("ours",))
     assert len(rows) == 1000 and Z.passed(rows), [row for row in rows if not Z.passed([row])]
     assert all(row["outcome"] == "refused" for row in rows if row["mutator"] in ("playlist", "fifo"))
@@ -106,7 +108,7 @@ def test_a_thousand_mutations():
 @needs_inotify
 @pytest.mark.slow
 def test_strict_options_catch_what_the_defaults_show():
-    """Of clips whose coded bits were flipped, PyAV's defaults show at least twice as many silently wrong as our reader."""
+    """Of clips with flipped coded bits, PyAV's defaults show at least twice as many silently wrong as our reader."""
     rows = Z.fuzz(20 * len(Z.MUTATORS), seed=3, reader="pyav")
     flipped = [row for row in rows if row["mutator"] in ("flipped bits", "flipped media bits")]
     silent = {way: count(flipped, way=way, outcome="silent") for way in Z.WAYS}
@@ -114,9 +116,9 @@ def test_strict_options_catch_what_the_defaults_show():
 
 
 def test_mutants_depend_on_seed_and_number_alone(tmp_path, sources):
-    """The same numbers give the same bytes, names and plans, other numbers others; every mutator changes what it says."""
+    """The same numbers give the same bytes, names and plans, other numbers others; mutators change what they say."""
     made = []
-    for attempt in range(2):
+    for _attempt in range(2):
         for number in range(2 * len(Z.MUTATORS)):
             name, source, path, plan = Z.write_mutant(tmp_path, sources, 7, number)
             made.append((name, source, path.name, plan, b"" if name == "fifo" else path.read_bytes()))
@@ -177,7 +179,8 @@ def test_the_fuzz_sees_what_it_looks_for(monkeypatch, sources, reading, outcome)
 
 
 def test_exit_code_and_report(monkeypatch, tmp_path, capsys):
-    """0 for refused, right and silent; 1 for a crash, a hang, another exception, or another file opened; failures of `defaults` are only counted."""
+    """0 for refused, right and silent; 1 for a crash, a hang, another exception, or another file opened; failures of
+    `defaults` are only counted."""
     good = dict(
         number=3,
         mutator="cut",
@@ -213,8 +216,9 @@ def test_exit_code_and_report(monkeypatch, tmp_path, capsys):
 
 @needs_inotify
 def test_playlists_open_nothing_but_themselves(tmp_path):
-    """Every form of script, under four names: refused, and no other file of the folder is opened. Control: PyAV's defaults do open
-    what an ffconcat script names, and the watch sees it. Seen red with format_whitelist left out of open_pyav."""
+    """Every form of script, under four names: refused, and no other file of the folder is opened. Control: PyAV's
+    defaults do open what an ffconcat script names, and the watch sees it. Seen red with format_whitelist left out of
+    open_pyav."""
     Z.write_bait(tmp_path)
     watch = Z.OpenWatch(tmp_path)
     forms = {Z.playlist(b"", np.random.default_rng(seed)) for seed in range(60)}
@@ -266,8 +270,8 @@ def test_awkward_files_of_other_projects(reader):
 def test_bug_patches_welcome(tmp_path, sources):
     """A feature that FFmpeg does not know is a bad file.
 
-    Symptom: the run ends with av.error.PatchWelcomeError. Trigger: an mdhd box of version 127, as one damaged byte makes it.
-    Cause: that error and a few others derive from FFmpegError alone, none of the classes that were caught.
+    Symptom: the run ends with av.error.PatchWelcomeError. Trigger: an mdhd box of version 127, as one damaged byte
+    makes it. Cause: that error and a few others derive from FFmpegError alone, none of the classes that were caught.
     """
     data = bytearray(sources["plain"].read_bytes())
     (box,) = [box for box in Z.find_boxes(bytes(data)) if box[0] == "moov/trak/mdia/mdhd"]
@@ -308,8 +312,8 @@ def patched(data, box_name, offset, value):
 def test_damaged_geometry_is_refused(tmp_path, sources):
     """A display matrix of zeros, one that turns by 45 degrees, and pixels 42 times as wide as high.
 
-    Symptom: the clip came out turned by a quarter (a matrix of zeros has the rotation -2**31) or as a thin cut of the frame.
-    """
+    Symptom: the clip came out turned by a quarter (a matrix of zeros has the rotation -2**31) or as a thin cut of the
+    frame."""
     data = sources["plain"].read_bytes()
     matrix = 48  # offset in tkhd: 16.16 fixed point, rows of three; then width and height
     zeros, turned = data, data
@@ -359,9 +363,8 @@ def test_huge_frames_are_refused_unseen(tmp_path):
 def test_bug_frames_left_out_that_were_asked_for(tmp_path, codec, options):
     """Seeking and leaving frames out changes no pixel, whatever the codec.
 
-    Symptom: AV1 windows that do not start at the file's beginning showed some frames twice and left out their neighbours. Cause:
-    dav1d takes skip_frame from the first packet it gets and keeps to it.
-    """
+    Symptom: AV1 windows that do not start at the file's beginning showed some frames twice and left out their
+    neighbours. Cause: dav1d takes skip_frame from the first packet it gets and keeps to it."""
     path = write_coded_by(codec, tmp_path / "coded.mp4", Z.moving_picture(np.random.default_rng(1)), options)
     for u_start in (0.3, 0.6, 1.0):
         plan = replace(Z.PLAN, u_start=u_start)
@@ -371,9 +374,8 @@ def test_bug_frames_left_out_that_were_asked_for(tmp_path, codec, options):
 def test_bug_entered_between_key_frames(tmp_path):
     """A file whose list of key frames is lost gives the same frames as with it.
 
-    Symptom: grey ghosts, 28 levels off. Trigger: MPEG-4 part 2 without its stss box, so that every packet counts as a key frame.
-    Cause: the seek landed between key frames, and that decoder starts there without a word.
-    """
+    Symptom: grey ghosts, 28 levels off. Trigger: MPEG-4 part 2 without its stss box, so that every packet counts as a
+    key frame. Cause: the seek landed between key frames, and that decoder starts there without a word."""
     path = write_coded_by("mpeg4", tmp_path / "coded.mp4", Z.moving_picture(np.random.default_rng(1)))
     data = path.read_bytes()
     assert data.count(b"stss") == 1
@@ -384,8 +386,8 @@ def test_bug_entered_between_key_frames(tmp_path):
 
 
 def test_hidden_key_frame_needs_no_second_reading(tmp_path, sources, monkeypatch):
-    """A file cut without coding anew hides its key frame behind its edit list, and shows from a later frame on: it is sound and
-    read in one go. Seen red when entering it at its very start counted as landing between key frames."""
+    """A file cut without coding anew hides its key frame behind its edit list, and shows from a later frame on: it is
+    sound and read in one go. Seen red when entering it at its very start counted as landing between key frames."""
     frame_ticks = 1024  # of 1 / 12288 s, at 12 frames per second
     (tmp_path / "cut.mp4").write_bytes(
         patched(sources["plain"].read_bytes(), "moov/trak/edts/elst", 20, 3 * frame_ticks)
@@ -428,8 +430,9 @@ def ring(signum, frame):
 
 
 def test_symlink_loops_end(tmp_path):
-    """Twelve folders that all link to each other, to themselves and to the root, and two links that only name each other: every
-    file once, under the first name that leads to it. Seen red (still walking) with the set of visited folders left out."""
+    """Twelve folders that all link to each other, to themselves and to the root, and two links that only name each
+    other: every file once, under the first name that leads to it. Seen red (still walking) with the set of visited
+    folders left out."""
     for number in range(12):
         (tmp_path / f"f{number:02d}").mkdir()
         (tmp_path / f"f{number:02d}" / f"own_{number:02d}.mp4").write_bytes(b"")
@@ -454,7 +457,7 @@ def test_symlink_loops_end(tmp_path):
 
 @pytest.mark.slow
 def test_a_hundred_thousand_files(tmp_path):
-    """100,000 files in 100 folders are listed, split and ready to be read in under 10 s of CPU time (a busy machine counts less)."""
+    """100,000 files in 100 folders are listed, split and ready in under 10 s of CPU time (a busy machine's counts)."""
     for folder in range(100):
         (tmp_path / f"drive_{folder:03d}").mkdir()
         for number in range(1000):
@@ -462,7 +465,7 @@ def test_a_hundred_thousand_files(tmp_path):
     cfg = small_config(data_root=str(tmp_path), val_fraction=0.1)
     begin = time.process_time()
     videos = V.list_data(cfg)
-    source = V.open_data(cfg, videos, True, lambda: None)
+    source = V.open_data(V.VJepaAutoV2, cfg, videos, True, lambda: None)
     seconds = time.process_time() - begin
     print(f"100,000 files listed and split in {seconds:.1f} s of CPU time")
     shutil.rmtree(tmp_path)  # pytest would keep them for three runs

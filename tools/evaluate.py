@@ -2187,7 +2187,7 @@ def evaluate(model, sizes=FULL, source=None, split="val", seed=0, num_workers=2,
     model.eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
-        fresh = V.WorldModel(model.cfg).to(device).eval()
+        fresh = V.VJepaAutoV2(model.cfg).to(device).eval()
         subjects = [
             Subject(model, device),
             Subject(fresh, device, steps=1),
@@ -2600,7 +2600,7 @@ def run(args, sizes):
     if args.data_root:
         cfg = model.cfg = replace(cfg, data_root=args.data_root, missing_data="error")
         videos = V.list_data(cfg)
-        source = V.open_data(cfg, videos, True, None)
+        source = V.open_data(V.VJepaAutoV2, cfg, videos, True, None)
         for note in V.data_notes(cfg, videos, source):
             V.say(note, sys.stderr)
     elif cfg.data_root:

@@ -469,7 +469,7 @@ def feature_rows(name, makers, windows, labels, folds, spans, args, device):
 def untrained_model(cfg, seed, device):
     """A fresh model of the same config: what its architecture alone makes of the pictures."""
     torch.manual_seed(seed)
-    return V.WorldModel(cfg).to(device).eval()
+    return V.VJepaAutoV2(cfg).to(device).eval()
 
 
 def all_rows(model, drive, windows, labels, folds, spans, args):
@@ -675,7 +675,7 @@ def build_parser():
     parser.add_argument("--epochs", type=int, default=40, help="epochs of the attentive probe [40]")
     parser.add_argument("--untrained_seeds", type=int, default=3, help="fresh encoders to compare with [3]")
     parser.add_argument("--batch_size", type=int, default=32, help="windows encoded at once [32]")
-    parser.add_argument("--device", default="auto", choices=V.CHOICES["device"], help="where to compute [auto]")
+    parser.add_argument("--device", default="auto", choices=V.merged(V.VJepaAutoV2Config, "CHOICES")["device"], help="where to compute [auto]")
     parser.add_argument("--seed", type=int, default=0, help="of the attentive probe, the shuffle and the bootstrap [0]")
     parser.add_argument("--segment_s", type=float, default=15.0, help="seconds of an exported file [15]")
     return parser
