@@ -1669,7 +1669,8 @@ class HeldSignals:
     def __enter__(self):
         in_main = threading.current_thread() is threading.main_thread()  # nobody else may set handlers
         held = [number for number in STOP_SIGNALS if in_main and callable(signal.getsignal(number))]
-        self.heard, self.previous = [], {number: signal.signal(number, self.hear) for number in held}
+        self.heard = []  # there before the first handler is
+        self.previous = {number: signal.signal(number, self.hear) for number in held}
 
     def __exit__(self, kind, error, trace):
         for number, handler in self.previous.items():
