@@ -953,7 +953,7 @@ def walk_folder(root, closed):
         try:
             info = os.stat(folder := os.path.join(root, parent)[:-1] or "/")
             entries = [] if (info.st_dev, info.st_ino) in visited else list(os.scandir(folder))
-        except OSError as error:  # no permission, gone meanwhile, or deeper than a path may be long
+        except OSError as error:  # closed, gone meanwhile, or deeper than a path may be long
             if not parent:
                 raise UsageError(f"data_root {one_line(root)}: cannot be read ({error.strerror})") from error
             closed.append(f"{error.strerror}: {parent[:-1]}")
@@ -999,8 +999,8 @@ def count_suffixes(names):
 
 
 def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
-    """Walk a folder -> Listing, sorted by name, of the files with a known suffix that match the glob, one name each.
-    Names that begin with a dot do not count: they are hidden, or macOS's twins of other files."""
+    """Walk a folder -> Listing by name of the files with a known suffix that match the glob, one name each. Names with
+    a dot in front do not count: they are hidden, or macOS's twins of other files."""
     matches, found, others, closed = glob_pattern(video_glob).match, [], [], []
     below = "videos/" if os.path.basename(root) == "videos" else ""  # a glob may name that folder or not
     for parent, entry in walk_folder(root, closed):
@@ -1053,10 +1053,10 @@ def text_readings(line, header):
     if header:
         cells = csv_cells(line, header[0])
         named = [[cells[column] if column < len(cells) else "" for column in header[1:]]]
-    for separator in SEPARATORS:
-        if separator in line:
-            split.append([cell.strip().strip('"') for cell in line.rsplit(separator, 1)])
-            quoted += [cells[:2] for cells in [csv_cells(line, separator)] if len(cells) > 1]
+    for separator in (separator for separator in SEPARATORS if separator in line):
+        split.append([cell.strip().strip('"') for cell in line.rsplit(separator, 1)])
+        quoted.append(csv_cells(line, separator)[:2])
+    quoted = [pair for pair in quoted if len(pair) == 2]
     return [pair for pair in named + (quoted + split if '"' in line else split + quoted) if pair[0]]
 
 
@@ -1089,7 +1089,7 @@ def listed_video(readings, folder, is_comment):
 def read_list(path):
     """A csv, txt or jsonl list, blank lines, comments (#) and a header left out -> Listing in its order. UsageError
     names a line that is not understood."""
-    folder, found, header, first = os.path.dirname(os.path.abspath(path)), [], None, True
+    folder, found, header = os.path.dirname(os.path.abspath(path)), [], None
     try:
         text = read_text(path, MAX_LIST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
@@ -1100,9 +1100,8 @@ def read_list(path):
         if not line or as_json and is_comment:
             continue
         try:
-            if first and not as_json and not is_comment:
-                first = False
-                header = None if os.path.isfile(os.path.join(folder, line)) else list_header(line)
+            if header is None and not as_json and not is_comment:
+                header = not os.path.isfile(os.path.join(folder, line)) and list_header(line) or ()
                 if header:
                     continue
             readings = [json_reading(line)] if as_json else text_readings(line, header)
@@ -1116,7 +1115,7 @@ def read_list(path):
 
 
 def find_videos(data_root, video_glob, suffixes=VIDEO_SUFFIXES):
-    """Folder (its videos/ if it has one), list file or single video -> Listing. UsageError if the path is absent."""
+    """Folder (its videos/ if it has one), list or single video -> Listing. UsageError for any other path."""
     if not os.path.exists(data_root):
         hint = "give a folder of videos, or leave --data_root out for built-in scenes"
         raise UsageError(f"data_root {data_root}: no such file or folder; {hint}")
@@ -1172,8 +1171,7 @@ def read_annotation(data_root, video):
                 check_annotation(annotation)
                 return annotation
         except (OSError, ValueError, RecursionError) as error:
-            absent = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # no file can have a name that is too long
-            if getattr(error, "errno", None) not in absent:
+            if getattr(error, "errno", None) not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
                 raise BadFile(f"annotation {one_line(os.path.basename(name))}: {one_line(reason_of(error))}") from error
     return {}
 
@@ -1182,16 +1180,16 @@ def read_annotation(data_root, video):
 # 4  Decoding: video, plan -> frames
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Demuxers that may open a file: a playlist script named .mp4 would otherwise make FFmpeg read other files.
+# Demuxers that may open a file: a playlist named .mp4 would otherwise make FFmpeg read other files.
 CONTAINER_WHITELIST = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,hevc,h264,asf,flv,mpeg,ogg"
 DECODERS = {"auto": ("pyav", "decord"), "pyav": ("pyav", "decord"), "decord": ("decord", "pyav")}
 # What FFmpeg's bindings raise on damaged files besides their own errors (seen while fuzzing).
 DECODE_ERRORS = (OSError, ValueError, LookupError, EOFError, AttributeError, MemoryError, RuntimeError, ArithmeticError)
-MAX_PIXELS = 2**26  # of a frame, stored or scaled: more is refused instead of filling the memory; 8K has half of it
-RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times at all and cannot be rewound
+MAX_PIXELS = 2**26  # of a frame, stored or scaled, twice 8K: more would fill the memory
+RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times and cannot be rewound
 RAW_FPS = 25.0  # frames per second of a bare stream of which nobody says anything
-LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC no frame is overtaken by more than 16
-MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further than this has lost what lay between
+LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC at most 16 overtake a frame
+MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further has lost what lay between
 SKIPPING_CODECS = ("h264", "hevc")  # they obey skip_frame by the packet; dav1d the first packet's for the whole file
 
 
@@ -1267,10 +1265,8 @@ def check_regular(path):
         info = os.stat(path)
     except OSError as error:
         raise BadFile(f"cannot be read ({error.strerror})") from error
-    if not stat.S_ISREG(info.st_mode):
-        raise BadFile("not a regular file")
-    if info.st_size == 0:
-        raise BadFile("empty file (0 bytes)")
+    if not stat.S_ISREG(info.st_mode) or info.st_size == 0:
+        raise BadFile("empty file (0 bytes)" if stat.S_ISREG(info.st_mode) else "not a regular file")
 
 
 def open_pyav(path):
@@ -1413,7 +1409,7 @@ def end_of_stream(stamp, number):
 
 @lru_cache(maxsize=1024)
 def count_packets(stamp):
-    """Number of pictures of a raw stream, from its first key frame on."""
+    """Pictures of a raw stream from its first key frame on -> their number."""
     with open_pyav(stamp[0]) as container:
         return sum(packet.size > 0 for packet in from_key(container.demux(video=0)))
 
@@ -1482,8 +1478,8 @@ def orientation(frame):
     """
     from av.sidedata.sidedata import SideDataContainer
 
-    # frame.side_data would tie the frame to itself: it would wait for the garbage collector, which hangs for ever where
-    # the threads of the frame's scaler are no longer there, after a fork
+    # frame.side_data would tie the frame to itself until the garbage collector comes, which hangs for ever in a fork,
+    # where the threads of the frame's scaler are not
     data = SideDataContainer(frame).get("DISPLAYMATRIX")
     if data is None:
         return False, 1, 1
@@ -1508,8 +1504,8 @@ def pyav_picture(frame, plan, pixel_aspect):
 
 
 def is_wanted(packet, near, line, times):
-    """Whether a packet's frame is on screen at a requested time: from its own presentation time to the next of `near`,
-    the known ones in order. One not known yet makes that longer: a frame too many is decoded, never one too few."""
+    """Whether a packet's frame is on screen at a requested time: from its presentation time to the next of `near`,
+    those known, in order. One not known yet makes that longer: a frame too many is decoded, never one too few."""
     place = bisect.bisect_left(near, packet.pts)
     if place == 0 or near[place - 1] < line.start:
         return True  # the first picture also stands for whatever is asked for before it
@@ -1544,7 +1540,7 @@ def pyav_frames(stream, times, fast, line, packets):
 
 
 def pyav_walk(container, stream, plan, fast):
-    """Decode forward and keep the frame shown at each requested time -> uint8 [T, H, W, 3]."""
+    """Decode forward and keep the frame on screen at each requested time -> uint8 [T, H, W, 3]."""
     line, packets = time_line(container, stream, plan, fast)
     times, aspect = frame_times(plan, line.duration, line.fps), float(stream.sample_aspect_ratio or 1)
     fast = fast and not line.in_order
@@ -1578,7 +1574,7 @@ def pyav_walk(container, stream, plan, fast):
         shown, before, shown_end = frame, now, now + length
     if shown is None:
         raise BadFile("no frame could be decoded")
-    slack = 1.0 + 2 / line.fps  # containers round their length; a whole missing second is a truncated file
+    slack = 1.0 + 2 / line.fps  # containers round their length; a missing second is a cut file
     if times[-1] > shown_end + slack and line.duration * line.fps >= plan.num_frames:
         raise BadFile(f"ends at {shown_end:.2f} s, its header promises {line.duration:.2f} s")
     return np.stack(frames + [pyav_picture(shown, plan, aspect)] * (len(times) - len(frames)))
@@ -1678,7 +1674,8 @@ class HeldSignals:
     def __enter__(self):
         in_main = threading.current_thread() is threading.main_thread()  # nobody else may set handlers
         held = [number for number in STOP_SIGNALS if in_main and callable(signal.getsignal(number))]
-        self.heard, self.previous = [], {number: signal.signal(number, self.hear) for number in held}
+        self.heard = []  # there before the first handler is
+        self.previous = {number: signal.signal(number, self.hear) for number in held}
 
     def __exit__(self, kind, error, trace):
         for number, handler in self.previous.items():
@@ -1688,7 +1685,7 @@ class HeldSignals:
 
 
 def end_without(parent):
-    """End this process within a second of its parent's death, which no signal may tell: run in a thread."""
+    """End this process within a second of its parent's death, which no signal tells: run in a thread."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(EXIT_ERROR)
@@ -1698,7 +1695,7 @@ def do_apart(parent, pipe, work, *args):
     """Life of a process of told_apart: sends what `work` gives, then None unless it was a BadFile."""
     threading.Thread(target=end_without, args=(parent,), daemon=True).start()
     with suppress(BadFile):
-        for value in work(*args):
+        for value in work(*args) or ():
             pipe.send(value)
         pipe.send(None)
     os._exit(0)
@@ -1722,6 +1719,11 @@ def told_apart(seconds, work, *args):
         process.kill()
         process.join()
     return values[: len(values) - done], done
+
+
+def small_clip(cfg, video):
+    """Decode a small clip of a video, for told_apart."""
+    read_frames(video.path, ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5), cfg.decoder)
 
 
 def guessed_names(root, videos):
