@@ -22,7 +22,7 @@ FOOTAGE = Path(os.environ.get("VJEPA_TEST_DATA", ROOT.parent / "shared" / "data"
 
 
 def __getattr__(name):
-    """`from conftest import V` imports the script, and torch with it: the process that deals out the tests is spared that."""
+    """`from conftest import V` imports the script, and torch with it: the process that deals out tests is spared it."""
     if name == "V":
         return importlib.import_module("VJepa_AUTO_V2")
     raise AttributeError(name)

@@ -1,6 +1,6 @@
 """The real command with faults planted from outside: `python faulty_run.py FLAGS`, under torchrun as well.
 
-Environment: FAULTS, a JSON list of [kind, rank, step, attempt]; TRACE, a folder that receives one JSON line per rank and step:
+Environment: FAULTS, a JSON list of [kind, rank, step, attempt]; TRACE, a folder for one JSON line per rank and step:
 loss, gradient norm and a checksum of all weights as exact text, and the sample numbers.
 """
 
@@ -41,19 +41,19 @@ def strike(kind, model, batches):
         raise SystemExit(f"unknown fault {kind}")
 
 
-def take_step(model, wrapped, optimizer, scaler, batches, step, cfg, process):
+def take_step(phase, batches, step):
     """The step of the script, with the faults of this rank, step and attempt before it and a trace line after it."""
     for kind, rank, at, attempt in json.loads(os.environ.get("FAULTS", "[]")):
         if (rank, at, attempt) == (RANK, step, ATTEMPT):
-            strike(kind, model, batches)
-    metrics, carries, finite = PLAIN_STEP(model, wrapped, optimizer, scaler, batches, step, cfg, process)
+            strike(kind, phase.world, batches)
+    metrics, carries, finite = PLAIN_STEP(phase, batches, step)
     if "TRACE" in os.environ:
         row = {
             "step": step,
             "rank": RANK,
             "loss": float(metrics["loss_total"]).hex(),
             "norm": float(metrics["grad_norm"]).hex(),
-            "weights": V.digest(V.fingerprint(model)),
+            "weights": V.digest(V.fingerprint(phase.world)),
             "samples": [number for batch in batches for number in batch["index"].tolist()],
             "files": [number for batch in batches for number in batch["file"].tolist()],
         }
@@ -63,7 +63,7 @@ def take_step(model, wrapped, optimizer, scaler, batches, step, cfg, process):
 
 
 PLAIN_STEP, V.take_step = V.take_step, take_step
-V.amp_cost = lambda cfg, device, dtype: 0.5  # --amp means bf16 in these tests, however slow this CPU is at it
+V.amp_cost = lambda world, device, dtype: 0.5  # --amp means bf16 in these tests, however slow this CPU is at it
 
 if __name__ == "__main__":
     sys.exit(V.main())

@@ -23,7 +23,7 @@ def run(capsys, tmp_path, **overrides):
 
 
 def one_line(err):
-    """Check that stderr is a single error line -> that line. What the decoder's C++ side prints about a file does not count."""
+    """Check that stderr is a single error line -> that line. What the decoder's C++ side prints does not count."""
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err, err
     return err
 
@@ -116,7 +116,7 @@ def mixed_folder(scene_folder, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_files_are_named_counted_and_replaced(capsys, tmp_path, mixed_folder, workers):
-    """Exit 0; every bad file once in bad_files.jsonl with its reason; the count stands in the records. Seen red with BadFile ignored."""
+    """Exit 0; bad files once in bad_files.jsonl with a reason; records hold the count. Seen red: BadFile ignored."""
     code, out, err = run(
         capsys, tmp_path, data_root=str(mixed_folder), steps=8, val_clips=4, val_fraction=0.3, num_workers=workers
     )
@@ -189,7 +189,7 @@ def test_another_file_is_held_out_when_the_held_out_one_is_bad(capsys, tmp_path,
         and len(train) + len(val) == len(videos)
     )
     code, _, err = run(capsys, tmp_path, data_root=str(folder))
-    assert (code, err) == (0, "") and {entry for entry in bad_files(tmp_path / "run")} >= {video.name for video in bad}
+    assert (code, err) == (0, "") and set(bad_files(tmp_path / "run")) >= {video.name for video in bad}
 
 
 def test_list_with_absent_files(capsys, tmp_path, scene_folder):
@@ -285,7 +285,7 @@ HOWS = [
 
 @pytest.mark.parametrize("how", HOWS)
 def test_corrupt_checkpoint(capsys, tmp_path, finished, scene_folder, how):
-    """One line naming the file, no fresh start from zero, nothing executed, no other file harmed. Seen red with weights_only=False."""
+    """One line with the file, no start from zero, nothing executed, no file harmed. Seen red: weights_only=False."""
     folder = shutil.copytree(finished, tmp_path / "run")
     path = folder / "checkpoints/ckpt_final.pt"
     spoil(path, how, tmp_path / "ran")
@@ -396,7 +396,8 @@ def test_out_of_memory_tells_what_to_lower(capsys, tmp_path, scene_folder, monke
 
 
 def test_a_bug_is_not_taken_for_lack_of_memory(capsys, tmp_path, scene_folder, monkeypatch):
-    """A RuntimeError that says nothing of memory, and its subclasses, end in a traceback. Seen red with every subclass of RuntimeError called out of memory."""
+    """A RuntimeError that says nothing of memory, and its subclasses, end in a traceback. Seen red with every subclass
+    of RuntimeError called out of memory."""
 
     def broken(*rest):
         raise NotImplementedError("no such operator")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import V, random_batch, small_config
-from training import cpu_process, new_model, train_steps
+from training import new_model, new_phase, train_steps
 
 
 def test_thirty_steps_on_one_batch_cut_the_losses():
@@ -15,7 +15,7 @@ def test_thirty_steps_on_one_batch_cut_the_losses():
     """
     cfg = small_config(batch_size=4, steps=30, warmup_steps=0, lr=3e-3, ema_momentum=0.9995, outcome_queue=0)
     model, batch = new_model(cfg), random_batch(cfg, 4)
-    history, _ = train_steps(model, cfg, lambda step: [batch], 30)
+    history, _ = train_steps(model, lambda step: [batch], 30)
     first, last = history[0], history[-1]
     assert last["loss_vjepa"] < 0.75 * first["loss_vjepa"]
     assert last["loss_soon"] < 0.75 * first["loss_soon"]
@@ -54,12 +54,12 @@ def test_collapse_is_seen_on_the_gauges(position_only):
 
 
 def test_one_short_held_out_file_is_not_called_a_collapse(tmp_path, scene_folder):
-    """A single held-out clip, seen again and again, has no deviation across clips: nan, and a verdict from the tokens instead."""
+    """A single held-out clip, seen again and again, has no deviation across clips: nan, and a verdict from tokens."""
     one = tmp_path / "one.mp4"
     one.write_bytes(sorted((scene_folder / "videos").glob("*.mp4"))[0].read_bytes())
     cfg = small_config()
-    source = V.open_data(cfg, [V.VideoFile("one.mp4", str(one))], True, None)
-    values, bad = V.validate(new_model(cfg), source, cpu_process())
+    source = V.open_data(V.VJepaAutoV2, cfg, [V.VideoFile("one.mp4", str(one))], True, None)
+    values, bad = V.validate(new_phase(new_model(cfg), source=source).run)
     assert (
         bad == []
         and not source.held_out

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.faults
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
 def test_a_signal_during_the_imports(tmp_path, number):
-    """It is obeyed as soon as somebody listens: 75 and `stopped`, so that a scheduler queues the job again. Seen red with -15
-    and a KeyboardInterrupt's traceback, no status.json."""
+    """It is obeyed as soon as somebody listens: 75 and `stopped`, so that a scheduler queues the job again. Seen red
+    with -15 and a KeyboardInterrupt's traceback, no status.json."""
     command = [sys.executable, "-X", "importtime", str(SCRIPT), "--preset", "tiny", "--device", "cpu"]
     command += ["--scene_clips", "4", "--out_dir", str(tmp_path / "run")]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

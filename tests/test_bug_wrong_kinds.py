@@ -8,8 +8,8 @@ from training import cpu_process
 @pytest.mark.parametrize("name", (".lease", "checkpoints/.written.json", "checkpoints"))
 @pytest.mark.parametrize("kind", ("folder", "link to nothing", "file"))
 def test_what_is_of_the_wrong_kind_is_moved_aside(tmp_path, name, kind):
-    """It keeps its content, and the run can save. Seen red with `checkpoint could not be saved (Is a directory)`, the whole
-    run lost, for a folder .written.json; with `cannot be written (Is a directory)` for a folder .lease."""
+    """It keeps its content, and the run can save. Seen red with `checkpoint could not be saved (Is a directory)`, the
+    whole run lost, for a folder .written.json; with `cannot be written (Is a directory)` for a folder .lease."""
     out = tmp_path / "run"
     path = out / name
     path.parent.mkdir(parents=True)
@@ -30,7 +30,7 @@ def test_what_is_of_the_wrong_kind_is_moved_aside(tmp_path, name, kind):
 
 @pytest.mark.parametrize("name", ("resume", "out_dir"))
 def test_settings_that_name_nothing(name, capsys, monkeypatch, tmp_path):
-    """An unset variable in a job's script: `--resume "$FILE"`. Seen red with a run that began anew over its own checkpoints."""
+    """A script's unset variable: `--resume "$FILE"`. Seen red with a run that began anew over its checkpoints."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(V, "train", lambda *args: 0)
     assert V.main(["--device", "cpu", f"--{name}", ""]) == 2

@@ -182,7 +182,7 @@ def test_wrong_insides_are_bad_checkpoints(run):
 
 
 class HandedOver:
-    """Writing and reading of checkpoints without a file between them: nine tenths of the time of a wrong state go into it."""
+    """Writing and reading of checkpoints without a file between them: nine tenths of a wrong state's time go there."""
 
     def __init__(self, monkeypatch):
         monkeypatch.setattr(torch, "save", self.save)

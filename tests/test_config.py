@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import sys
+import textwrap
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def read_help_once():
 
 def resolve(*argv):
     """Config of a command line."""
-    return V.resolve_config(list(argv))[0]
+    return V.resolve_config(list(argv), V.VJepaAutoV2)[0]
 
 
 def fails(capsys, *argv):
@@ -109,15 +110,15 @@ def test_contract_defaults():
 
 def test_flag_without_any_change_is_the_dataclass():
     """The command line adds nothing of its own: no flag, no override."""
-    cfg, overrides, print_config = V.resolve_config([])
+    cfg, overrides, print_config = V.resolve_config([], V.VJepaAutoV2)
     assert (cfg, overrides, print_config) == (V.VJepaAutoV2Config(), {}, False)
 
 
 def test_every_field_is_a_flag_in_both_spellings():
     """--batch_size and --batch-size; booleans --amp and --no-amp. Seen red with the dashed spelling dropped."""
-    parser = V.build_parser()
+    parser = V.build_parser(V.VJepaAutoV2)
     for name in FIELDS:
-        kind = V.FIELD_TYPES[name]
+        kind = V.field_types(V.VJepaAutoV2Config)[name]
         for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
             if kind is bool:
                 assert getattr(parser.parse_args([flag]), name) is True
@@ -142,11 +143,11 @@ def test_image_size_takes_one_number_or_two():
 
 def test_every_field_has_help_and_help_cannot_disagree():
     """--help tells each field's comment and its current default. Seen red with one trailing comment removed."""
-    helps = V.field_help()
+    helps = V.field_help(V.VJepaAutoV2Config)
     assert list(helps) == FIELDS and all(len(text) > 2 for text in helps.values())
     source = inspect.getsource(V.VJepaAutoV2Config)
-    actions = {action.dest: action for action in V.build_parser()._actions}
-    page = " ".join(V.build_parser().format_help().split())
+    actions = {action.dest: action for action in V.build_parser(V.VJepaAutoV2)._actions}
+    page = " ".join(V.build_parser(V.VJepaAutoV2).format_help().split())
     for field in fields(V.VJepaAutoV2Config):
         assert f"# {helps[field.name]}\n" in source
         assert helps[field.name] in actions[field.name].help.replace("%%", "%")
@@ -189,18 +190,26 @@ def test_config_from_python_is_the_run(scene_folder, tmp_path):
 # -- presets and files
 
 
-@pytest.mark.parametrize("preset", list(V.PRESETS))
+@pytest.mark.parametrize("preset", list(V.merged(V.VJepaAutoV2Config, "PRESETS")))
 def test_presets_validate_and_are_applied(preset):
     """Every preset is a config that may run, the same from the command line and from Python."""
     cfg = resolve("--preset", preset)
     V.validate_config(cfg)
     assert cfg == V.preset_config(preset) and cfg.preset == preset
-    assert {name: getattr(cfg, name) for name in V.PRESETS[preset]} == V.PRESETS[preset]
+    assert {name: getattr(cfg, name) for name in V.merged(V.VJepaAutoV2Config, "PRESETS")[preset]} == V.merged(
+        V.VJepaAutoV2Config, "PRESETS"
+    )[preset]
 
 
 def test_base_preset_is_the_dataclass():
     """base = these defaults, so that editing the dataclass reaches everyone."""
-    assert V.PRESETS["base"] == {} and set(V.PRESETS) == {"tiny", "proof", "small", "base", "large"}
+    assert V.merged(V.VJepaAutoV2Config, "PRESETS")["base"] == {} and set(V.merged(V.VJepaAutoV2Config, "PRESETS")) == {
+        "tiny",
+        "proof",
+        "small",
+        "base",
+        "large",
+    }
 
 
 def test_precedence(tmp_path):
@@ -209,7 +218,10 @@ def test_precedence(tmp_path):
     second = write(tmp_path / "second.json", {"min_lr": 0.0625, "seed": 4})
     cfg = resolve("--config", first, "--config", second, "--seed", "5")
     assert (cfg.seed, cfg.min_lr, cfg.lr) == (5, 0.0625, 0.25)
-    assert cfg.enc_dim == V.PRESETS["tiny"]["enc_dim"] and cfg.patch == V.PRESETS["tiny"]["patch"]
+    assert (
+        cfg.enc_dim == V.merged(V.VJepaAutoV2Config, "PRESETS")["tiny"]["enc_dim"]
+        and cfg.patch == V.merged(V.VJepaAutoV2Config, "PRESETS")["tiny"]["patch"]
+    )
     assert cfg.weight_decay == V.VJepaAutoV2Config.weight_decay
     assert resolve("--config", second, "--config", first).min_lr == 0.125
     assert resolve("--config", first, "--preset", "base").enc_dim == 768  # the flag's preset replaces the file's
@@ -224,15 +236,15 @@ def test_overrides_are_what_the_user_set(tmp_path):
 
 
 def test_inherits_is_relative_to_the_file(tmp_path, monkeypatch):
-    """A name or a list of names, later parents win, the file itself wins over all; the working directory plays no part."""
+    """A name or a list of names, later parents win, the file itself wins; the working directory plays no part."""
     (tmp_path / "deep").mkdir()
     write(tmp_path / "a.json", {"seed": 1, "lr": 0.5, "min_lr": 0.5})
     write(tmp_path / "deep/b.json", {"inherits": "../a.json", "lr": 0.25})
     write(tmp_path / "c.json", {"min_lr": 0.125, "lr": 0.0625})
     top = write(tmp_path / "top.json", {"inherits": ["deep/b.json", str(tmp_path / "c.json")], "seed": 9})
     monkeypatch.chdir("/")
-    assert V.read_config_file(top) == {"seed": 9, "lr": 0.0625, "min_lr": 0.125}
-    assert V.read_config_file(write(tmp_path / "left.json", {"inherits": "deep/b.json"})) == {
+    assert V.read_config_file(top, V.VJepaAutoV2Config) == {"seed": 9, "lr": 0.0625, "min_lr": 0.125}
+    assert V.read_config_file(write(tmp_path / "left.json", {"inherits": "deep/b.json"}), V.VJepaAutoV2Config) == {
         "seed": 1,
         "lr": 0.25,
         "min_lr": 0.5,
@@ -244,7 +256,7 @@ def test_inherits_is_relative_to_the_file(tmp_path, monkeypatch):
     ["../other.json", "deep/../../other.json", "{tmp}/other.json", "link.json", "folder/other.json", "middle.json"],
 )
 def test_inherits_stays_in_the_folder_of_the_first_file(tmp_path, capsys, way):
-    """Neither ../, nor an absolute path, nor a symlink to a file or folder leads out, at any depth. Seen red with the check removed."""
+    """No ../, absolute path or symlink to a file or folder leads out, at any depth. Seen red without the check."""
     inside = tmp_path / "inside"
     (inside / "deep").mkdir(parents=True)
     write(tmp_path / "other.json", {"seed": 1})
@@ -271,7 +283,7 @@ def test_inherits_reads_a_file_once(tmp_path, monkeypatch):
     for number in range(4):
         write(tmp_path / f"{number}.json", {"inherits": [f"{number + 1}.json"] * 8})
     write(tmp_path / "4.json", {"seed": 5})
-    assert V.read_config_file(tmp_path / "0.json") == {"seed": 5} and sorted(reads) == [
+    assert V.read_config_file(tmp_path / "0.json", V.VJepaAutoV2Config) == {"seed": 5} and sorted(reads) == [
         f"{number}.json" for number in range(5)
     ]
 
@@ -281,10 +293,9 @@ def test_inherits_may_form_a_diamond(tmp_path):
     write(tmp_path / "root.json", {"seed": 1})
     write(tmp_path / "left.json", {"inherits": "root.json"})
     write(tmp_path / "right.json", {"inherits": "root.json", "lr": 0.5})
-    assert V.read_config_file(write(tmp_path / "top.json", {"inherits": ["left.json", "right.json"]})) == {
-        "seed": 1,
-        "lr": 0.5,
-    }
+    assert V.read_config_file(
+        write(tmp_path / "top.json", {"inherits": ["left.json", "right.json"]}), V.VJepaAutoV2Config
+    ) == {"seed": 1, "lr": 0.5}
 
 
 def test_inherits_loop_is_refused(tmp_path, capsys):
@@ -310,7 +321,7 @@ def test_yaml(tmp_path):
         tmp_path / "a.yaml",
         "inherits: base.json\nlr: 1e-4\nmin_lr: 1.5e-7\nimage_size: [64, 96]\namp: true\nsteps: 12\nout_dir: x\n",
     )
-    assert V.read_config_file(path) == {
+    assert V.read_config_file(path, V.VJepaAutoV2Config) == {
         "seed": 7,
         "lr": 1e-4,
         "min_lr": 1.5e-7,
@@ -351,9 +362,9 @@ def test_bad_yaml_is_one_line(tmp_path, capsys, text):
     ],
 )
 def test_yaml_means_what_it_says(tmp_path, text, values):
-    """Words that YAML 1.1 reads as text, octal, base sixty, a date. Seen red with yaml.safe_load in place of our loader."""
+    """Words that YAML 1.1 reads as text, octal, base sixty, a date. Seen red with yaml.safe_load for our loader."""
     pytest.importorskip("yaml")
-    got = V.read_config_file(write(tmp_path / "a.yaml", text))
+    got = V.read_config_file(write(tmp_path / "a.yaml", text), V.VJepaAutoV2Config)
     assert got == values and {name: type(value) for name, value in got.items()} == {
         name: type(value) for name, value in values.items()
     }
@@ -409,7 +420,7 @@ BOMB = "a: &a [1,1]\n" + "".join(
     ],
 )
 def test_yaml_traps_are_one_line(tmp_path, capsys, monkeypatch, text, fragment):
-    """What YAML makes of odd input, and nothing in it runs or fills the memory. Seen red with each check of yaml_value removed."""
+    """What YAML makes of odd input; nothing in it runs or fills memory. Seen red without each check of yaml_value."""
     pytest.importorskip("yaml")
     monkeypatch.chdir(tmp_path)
     assert fragment in fails(capsys, "--config", write(tmp_path / "a.yml", text))
@@ -516,7 +527,7 @@ def test_missing_config_file(tmp_path, capsys):
 
 
 def test_a_config_is_a_file(tmp_path, capsys):
-    """A pipe or a device may have no end, a link may lead round in a circle. Seen red (hanging) with the check for a file removed."""
+    """A pipe or device may have no end, a link may form a circle. Seen red (hanging) without the check for a file."""
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
     (tmp_path / "bytes.json").write_bytes(b'{"out_dir": "\xff"}')
@@ -532,7 +543,8 @@ UGLY = ["a\nb", "a\r\x1b[31mb", "a\0b", "\x85", "\u2028", "\udcff", "\n", "\x7f"
 
 @pytest.mark.parametrize("ugly", UGLY, ids=ascii)
 def test_no_text_breaks_the_line(tmp_path, capsys, ugly):
-    """Line breaks, escape codes, NUL and stray bytes in any text of a user: one printable line. Seen red with one_line giving its text back."""
+    """Line breaks, escape codes, NUL and stray bytes in any text of a user: one printable line. Seen red with one_line
+    giving its text back."""
     argvs = [
         ["--config", str(tmp_path / ugly)],
         [ugly],
@@ -541,7 +553,7 @@ def test_no_text_breaks_the_line(tmp_path, capsys, ugly):
         [f"--{ugly}=1"],
         ["--amp=" + ugly],
     ]
-    argvs += [[f"--{name}", ugly] for name in FIELDS if V.FIELD_TYPES[name] is not bool]
+    argvs += [[f"--{name}", ugly] for name in FIELDS if V.field_types(V.VJepaAutoV2Config)[name] is not bool]
     for argv in argvs:
         assert fails(capsys, *argv).isprintable(), argv
 
@@ -556,7 +568,7 @@ def test_a_link_to_an_ugly_name(tmp_path, capsys):
 
 
 def test_no_text_reaches_a_shell():
-    """No call that a shell or an interpreter stands behind, in the script and its tools. Seen red with os.system and with shell=True planted."""
+    """No call of a shell or interpreter, in the script and its tools. Seen red with os.system and with shell=True."""
     for path in [SCRIPT, *(SCRIPT.parent / "tools").glob("*.py")]:
         for call in (
             node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
@@ -638,7 +650,7 @@ MORE_RELATIONS = [
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_rules_between_fields(overrides, message):
-    """Each rule names field, value, rule and flag, and holds in a config that breaks nothing else. Seen red with each rule disabled."""
+    """Each rule names field, value, rule and flag, and holds if nothing else breaks. Seen red without each rule."""
     V.validate_config(small_config())
     with pytest.raises(V.UsageError) as caught:
         V.validate_config(small_config(**overrides))
@@ -648,19 +660,19 @@ def test_rules_between_fields(overrides, message):
 
 def test_the_table_above_covers_every_rule():
     """As many entries as there are rules in the code: a rule without a case turns this red."""
-    tree = ast.parse(inspect.getsource(V.relation_problems))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(V.VJepaAutoV2Config.rules)))
     rules = [
         node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "problems.append"
     ]
     assert len(rules) == len(RELATIONS)
 
 
-@pytest.mark.parametrize("name", list(V.RANGES))
+@pytest.mark.parametrize("name", list(V.merged(V.VJepaAutoV2Config, "RANGES")))
 def test_every_range_is_enforced(name):
     """Just outside is refused with the field, the value, the range and the flag. Seen red with one bound removed."""
-    low, high = V.RANGES[name]
+    low, high = V.merged(V.VJepaAutoV2Config, "RANGES")[name]
     assert low is not None  # no number of this config may be arbitrarily negative
-    whole = V.FIELD_TYPES[name] is int
+    whole = V.field_types(V.VJepaAutoV2Config)[name] is int
     outside = [] if low is None else [low - (1 if whole else 1e-3)]
     outside += [] if high is None else [high + (1 if whole else 1e-3)]
     outside += [] if whole else [math.nan, math.inf]
@@ -671,17 +683,27 @@ def test_every_range_is_enforced(name):
 
 
 def test_every_word_has_a_list_or_is_free_text():
-    """A text field is a path or a pattern, has a list of words, or a rule of its own. Seen red with `decoder` taken out of CHOICES."""
-    words = {name for name, kind in V.FIELD_TYPES.items() if kind is str}
-    assert words - set(V.CHOICES) == {"data_root", "video_glob", "out_dir", "resume", "track", "scene_mix"}
+    """A text field is a path, a pattern, one of a list of words, or has a rule. Seen red: `decoder` not in CHOICES."""
+    words = {name for name, kind in V.field_types(V.VJepaAutoV2Config).items() if kind is str}
+    assert words - set(V.merged(V.VJepaAutoV2Config, "CHOICES")) == {
+        "data_root",
+        "video_glob",
+        "out_dir",
+        "resume",
+        "track",
+        "scene_mix",
+    }
 
 
-@pytest.mark.parametrize("name", list(V.CHOICES))
+@pytest.mark.parametrize("name", list(V.merged(V.VJepaAutoV2Config, "CHOICES")))
 def test_every_choice_is_enforced(name):
     """A word that is not on the list is refused with the list."""
     with pytest.raises(V.UsageError) as caught:
         V.validate_config(small_config(**{name: "nonsense"}))
-    assert f"{name} = 'nonsense': must be one of {', '.join(V.CHOICES[name])} (--{name})" in str(caught.value)
+    assert (
+        f"{name} = 'nonsense': must be one of {', '.join(V.merged(V.VJepaAutoV2Config, 'CHOICES')[name])} (--{name})"
+        in str(caught.value)
+    )
 
 
 @pytest.mark.parametrize(

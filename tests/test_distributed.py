@@ -32,14 +32,15 @@ def run_rank(rank, world_size, port, cfg, num_steps, num_clips, maneuvers, folde
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    process = V.start_process(cfg)
+    process = V.identify_process(cfg, V.StopFlag(()))
+    V.join_ranks(process, cfg)
     gathered = V.gather_rows(torch.tensor([[rank * 10.0], [rank * 10.0 + 1]]), world_size)
     torch.manual_seed(cfg.seed)
-    model = V.WorldModel(cfg, process.rank, process.world_size).train()
+    model = V.VJepaAutoV2(cfg, process.rank, process.world_size).train()
     torch.manual_seed(cfg.seed + 1 + process.rank)
     wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     batches = [rank_part(global_batch(cfg, step, num_clips, maneuvers), rank, world_size) for step in range(num_steps)]
-    history, _ = train_steps(model, cfg, lambda step: [batches[step]], num_steps, process, wrapped)
+    history, _ = train_steps(model, lambda step: [batches[step]], num_steps, process, wrapped)
     names = [name for name in history[0] if name.startswith("loss_")]
     means = [dict(zip(names, process.mean([metrics[name] for name in names]))) for metrics in history]
     everyone = process.collect({name: value.double().sum().item() for name, value in model.state_dict().items()})
@@ -64,16 +65,16 @@ def run_one(cfg, num_steps, num_clips, maneuvers):
     """The same steps in this process with the whole batch -> (losses per step, state before, state after)."""
     model = new_model(cfg, seed=cfg.seed)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    history, _ = train_steps(model, cfg, lambda step: [global_batch(cfg, step, num_clips, maneuvers)], num_steps)
+    history, _ = train_steps(model, lambda step: [global_batch(cfg, step, num_clips, maneuvers)], num_steps)
     return history, before, model.state_dict()
 
 
 def distance_share(before, after, other):
     """Distance between two results over the distance travelled, per network and statistic -> dict.
 
-    Single numbers cannot be compared: Adam divides a gradient by its own size, so rounding noise in gradients that are zero
-    in exact arithmetic (key biases) moves a weight by a part of the learning rate. As a share of all movement it stays small.
-    """
+    Single numbers cannot be compared: Adam divides a gradient by its own size, so rounding noise in gradients that are
+    zero in exact arithmetic (key biases) moves a weight by a part of the learning rate. As a share of all movement it
+    stays small."""
     shares = {}
     for part in ("online", "predictor", "outcome", "flow.", "read_out", "target", "flow_ema", "queue"):
         names = [name for name in before if name.startswith(part) and before[name].is_floating_point()]
@@ -106,7 +107,7 @@ def assert_same_run(result, history, before, after):
 
 
 def test_gather_rows_order(monkeypatch):
-    """Clip i of rank r becomes row i * W + r, the order of the samples. Seen red with the ranks' blocks put one after another."""
+    """Clip i of rank r becomes row i * W + r, the order of the samples. Seen red with the ranks' blocks in a row."""
 
     def fake_all_gather(parts, rows):
         for rank, part in enumerate(parts):
@@ -157,12 +158,12 @@ def accumulated(cfg, num_steps, pieces):
             {key: value[i * 4 // pieces : (i + 1) * 4 // pieces] for key, value in batch.items()} for i in range(pieces)
         ]
 
-    history, _ = train_steps(model, cfg, batches_at, num_steps)
+    history, _ = train_steps(model, batches_at, num_steps)
     return history, before, model.state_dict()
 
 
 def test_grad_accum_is_the_large_batch_without_infonce():
-    """Two micro-steps give the losses and weights of one step with both. Seen red with the division by the count left out."""
+    """Two micro-steps give the losses and weights of one step with both. Seen red without the division by the count."""
     cfg = small_config(lambda_eventually=0.0, outcome_queue=8)
     history, before, after = accumulated(cfg, 8, 1)
     split, _, other = accumulated(cfg, 8, 2)
@@ -179,7 +180,7 @@ def test_grad_accum_is_the_large_batch_without_infonce():
 
 
 def test_grad_accum_sees_fewer_negatives():
-    """With InfoNCE on, a micro-step contrasts its own clips alone: accumulation is not the large batch there, by design."""
+    """With InfoNCE on, a micro-step contrasts its own clips alone: accumulation is no large batch, by design."""
     cfg = small_config()
     whole, parts = accumulated(cfg, 1, 1)[0][0], accumulated(cfg, 1, 2)[0][0]
     assert whole["loss_vjepa"] == pytest.approx(parts["loss_vjepa"], rel=1e-4)
@@ -223,7 +224,7 @@ def test_supcon_with_all_positives_on_one_rank(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_trains_to_the_end(tmp_path):
-    """The documented command on two ranks: exit code 0, one final checkpoint, one log line per step, not one per rank."""
+    """The documented command on two ranks: exit code 0, one final checkpoint, one log line per step (not per rank)."""
     flags = dict(
         image_size=32,
         patch=8,

@@ -1,5 +1,4 @@
-"""tools/evaluate.py: its scores against closed forms, its fork tests in a world with known odds, the command and its
-page."""
+"""tools/evaluate.py: scores against closed forms, fork tests in a world with known odds, the command and its page."""
 
 import html.parser
 import itertools
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, V, small_config
-from training import fill_space, new_model
+from training import fill_space, new_model, new_state
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -78,8 +77,7 @@ def sampled(rng, kind, centre, axis, odds):
 
 
 def fork_world(kind, num_even=60, num_sign=40, knows_side=False, seed=0):
-    """Readings of scenes with their own axis each, sampled by one kind of forecaster; the point forecast is a
-    median."""
+    """Readings of scenes with their own axis each, sampled by one forecaster; the point forecast is a median."""
     rng, readings = np.random.default_rng(seed), []
     for odds, count in ((0.5, num_even), *((p, num_sign) for p in (0.1, 0.3, 0.7, 0.9))):
         for _ in range(count):
@@ -152,8 +150,7 @@ def test_a_wrong_forecaster_fails_the_tests_made_for_it(kind, failed, passed):
 
 
 def test_a_forecast_that_knows_the_future_is_a_leak():
-    """no_leak is red when the point forecast stands at the realised branch, or when NOW frames differ; hedging with the
-    first."""
+    """no_leak is red when the point forecast is the realised branch, or NOW frames differ; hedging with the first."""
     assert fork_passes("oracle")["no_leak"] and fork_passes("oracle")["hedging"]
     knowing = fork_passes("oracle", knows_side=True)
     assert knowing["no_leak"] is False and knowing["hedging"] is False
@@ -163,8 +160,7 @@ def test_a_forecast_that_knows_the_future_is_a_leak():
 
 
 def test_controls_that_pass_everything_are_reported():
-    """controls_must_fail is red for a control as good as an oracle and green for real ones; untested figures count
-    nothing."""
+    """controls_must_fail is red for a control as good as an oracle, green for real ones; untested ones do not count."""
     readings, good = fork_world("oracle"), fork_world("oracle", seed=1)
     figures = E.fork_figures(readings, E.Sizes(resamples=5), {"shuffled targets": good, "mean + noise": None})
     verdicts = E.controls_must_fail(figures)
@@ -299,8 +295,7 @@ def test_retrieval_ranks():
 
 
 def test_bootstrap_intervals_cover():
-    """About 95 % of intervals of a mean hold the true one; rows that come in groups of equal ones give wider
-    intervals."""
+    """About 95 % of intervals of a mean hold the true one; rows in groups of equal ones give wider intervals."""
     rng = np.random.default_rng(5)
     held = 0
     for trial in range(200):
@@ -331,8 +326,7 @@ def test_thresholds_read_as_they_judge():
 
 
 def test_forecast_errors_by_hand():
-    """The right forecast has no error; in a world that stands still, or goes on in a straight line, that reference has
-    none either.
+    """The right forecast has no error; in a world that stands still or goes straight on, that reference has none.
 
     The moving tokens are those of the truth: with all the motion in one site, their error is that site's.
     """
@@ -394,8 +388,7 @@ def linear_tasks(n=240, seed=7):
 
 
 def test_linear_probes_read_what_is_there():
-    """Values, several classes and two classes from one set of rows; unknown labels take no part; shuffled labels are
-    not readable."""
+    """Values, several and two classes from one set of rows; unknown labels are left out; shuffled ones are noise."""
     rows, tasks = linear_tasks()
     other, test = linear_tasks(seed=8)
     pred = E.predict(E.fit_probes(rows, tasks, 30), other, test)
@@ -457,8 +450,7 @@ def test_branch_space_holds_what_siblings_differ_in():
 
 
 def test_reducer_keeps_small_tokens_and_shrinks_large_ones():
-    """Small grids pass unchanged; 16 x 12 sites of 160 channels become 8 x 8 of 128, site means and the channels'
-    energy preserved."""
+    """Small grids pass unchanged; 16 x 12 sites of 160 channels become 8 x 8 of 128, means and energy kept."""
     same = E.Reducer(small_config())
     tokens = torch.randn(2, 32, 48)
     same.fit(tokens)
@@ -478,11 +470,10 @@ def test_reducer_keeps_small_tokens_and_shrinks_large_ones():
 
 
 def test_fitting_and_testing_scenes_never_meet():
-    """All scene seeds of all sets are disjoint, and far above those of any training. Seen red with two sets sharing a
-    range."""
+    """Scene seeds of all sets are disjoint, far above those of training. Seen red with two sets sharing a range."""
     cfg = small_config()
     sets = {
-        "fit": E.fit_jobs(0, cfg, E.QUICK, V.SCENE_KINDS),
+        "fit": list(E.fit_jobs(0, cfg, E.QUICK, V.SCENE_KINDS)),
         "forks": [job for _, jobs, _ in E.fork_groups(0, cfg, SMALL) for job in jobs],
         "twins": [job for jobs in E.twin_groups(0, cfg, 4) for job in jobs],
         "rare": [job for jobs in E.rare_groups(0, cfg, 4) for job in jobs],
@@ -492,13 +483,12 @@ def test_fitting_and_testing_scenes_never_meet():
     seeds = {name: {job.scene_seed for job in jobs} for name, jobs in sets.items()}
     for one, two in itertools.combinations(seeds, 2):
         assert not seeds[one] & seeds[two], (one, two)
-    largest = V.scene_seed_at(replace(cfg, seed=V.RANGES["seed"][1]), 10**7, "val")
+    largest = V.scene_seed_at(replace(cfg, seed=V.merged(V.VJepaAutoV2Config, "RANGES")["seed"][1]), 10**7, "val")
     assert min(min(group) for group in seeds.values()) >= E.EVAL_SEED > largest
 
 
 def test_scenes_are_chosen_as_told():
-    """Forks have the asked odds and two siblings per branch, rare branches are rare, every fitting occluder has its car
-    as told."""
+    """Forks have the asked odds and two siblings per branch, rare ones are rare, fitting occluders have their car."""
     cfg = small_config()
     for odds, jobs, natural in E.fork_groups(0, cfg, SMALL):
         assert {V.scene_odds(job.scene_seed, cfg, "fork")["right"] for job in jobs} == {odds}
@@ -519,8 +509,7 @@ def test_scenes_are_chosen_as_told():
 
 
 def test_scenes_are_drawn_in_the_size_that_the_run_learned_from():
-    """A run of files sees its scenes drawn large and averaged down, as its decoder did; a run that rendered sees them
-    as drawn."""
+    """A run of files sees scenes drawn large and averaged down, as decoded; a run that rendered sees them as drawn."""
     job, cfg = E.Job(E.EVAL_SEED, 0, "fork"), small_config(scene_size=64)
     clip, labels = E.scene_pictures(job, cfg)
     large, _ = V.scene(job.scene_seed, 0, cfg, "fork")
@@ -635,8 +624,7 @@ def test_a_lasting_error_outweighs_a_passing_one():
 
 
 def test_twins_are_compared_on_shared_windows():
-    """The first clip's windows count only where the twin's do: else a busy later window of the possible clip would
-    decide."""
+    """The first clip's windows count only where the twin's do: else a busy later window of that clip decides."""
     scores = np.zeros((5, 2, 3))
     scores[:, 0], scores[:, 1] = (1, 2, 30), (3, 4, np.nan)
     own, first = E.over_shared(scores, 1)
@@ -644,8 +632,7 @@ def test_twins_are_compared_on_shared_windows():
 
 
 def test_auroc_counts_impossible_above_rare():
-    """Impossible clips with large, rare ones with small surprise: 1; the other way round: 0. Matched, scenes of unlike
-    level compare."""
+    """Impossible clips with large, rare ones with small surprise: 1; the reverse: 0. Matched, unlike scenes compare."""
 
     def scores(*levels):
         return np.broadcast_to(np.array(levels, float)[None, :, None], (4, len(levels), 2)) + np.zeros((4, 1, 1))
@@ -722,8 +709,7 @@ def scene_report():
 
 
 def test_every_figure_is_there(scene_report):
-    """All thresholds have a figure with value, sentence, n, and the controls beside it; nothing is NaN; the summary
-    counts right."""
+    """All thresholds have a figure with value, sentence, n and controls; nothing is NaN; the summary counts right."""
     _, report = scene_report
     figures = report["figures"]
     assert not set(E.THRESHOLDS) - set(figures) and "no_leak" in figures
@@ -795,21 +781,11 @@ def test_the_page_stands_alone(scene_report, tmp_path):
 
 def save_checkpoint(model, folder):
     """A checkpoint of a model as the script writes it -> path."""
-    source = V.DataSource("render", "", [], [], [], True)
-    state = V.checkpoint_state(
-        model,
-        V.build_optimizer(model, model.cfg),
-        torch.amp.GradScaler("cpu", enabled=False),
-        source,
-        V.Process(0, 1, torch.device("cpu"), None),
-        V.Progress(step=3),
-    )
-    return V.save_checkpoint(state, folder, model.cfg, final=True)
+    return V.save_checkpoint(new_state(model, step=3), folder, model.cfg, final=True)
 
 
 def test_the_command_on_videos_with_and_without_annotations(scene_folder, tmp_path, capsys):
-    """Reads the held-out files of the run's split, writes both files beside the checkpoint, probes only where there are
-    labels."""
+    """Reads the split's held-out files, writes both files beside the checkpoint, probes only where labels are."""
     checkpoint = save_checkpoint(
         tiny_model(val_fraction=0.4, scene_clips=8, num_frames=12, eventually_frames=4), tmp_path / "run"
     )
@@ -825,7 +801,11 @@ def test_the_command_on_videos_with_and_without_annotations(scene_folder, tmp_pa
         names[root] = set(report["figures"])
         held_out = len(
             V.open_data(
-                replace(V.load_model(checkpoint)[1], data_root=str(root)), V.find_videos(str(root), "*"), True, None
+                V.VJepaAutoV2,
+                replace(V.load_model(checkpoint)[1], data_root=str(root)),
+                V.find_videos(str(root), "*"),
+                True,
+                None,
             ).val
         )
         assert report["data"]["files"] == (held_out if root is bare else 8)
@@ -864,8 +844,7 @@ def test_signals_of_a_video_are_read_at_the_clips_times(scene_folder, tmp_path):
 
 
 def test_bad_input_ends_in_one_line(tmp_path, capsys, monkeypatch):
-    """Missing and foreign checkpoints, an empty folder of videos, a missing scikit-learn: exit code and one line, no
-    traceback."""
+    """Missing or foreign checkpoint, an empty folder, no scikit-learn: exit code and one line, no traceback."""
     (tmp_path / "foreign.pt").write_bytes(b"no checkpoint")
     (tmp_path / "empty").mkdir()
     checkpoint = str(save_checkpoint(tiny_model(), tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""Nothing is ever lost: kills, full disks, broken ranks, hung decoders, second writers. `pytest -m faults` runs the long ones.
+"""Nothing is ever lost: kills, full disks, broken ranks, hung decoders, two writers. The long ones: `pytest -m faults`.
 
 Runs are started as users start them, by python or torchrun on gloo; faults come from faulty_run.py, outside the script.
 """
@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPT, V, group_members, small_config
+from training import new_state
 
 FAULTY = ROOT / "tests" / "faulty_run.py"
 QUICK_LOOK = dict(val_clips=2, val_every=0, picture=False)
@@ -133,12 +134,8 @@ def run_config(scene_folder, out_dir, **overrides):
 def real_state():
     """What a small run saves before its first step."""
     cfg = small_config(enc_depth=1, pred_depth=1, flow_depth=1)
-    model = V.WorldModel(cfg)
-    source = V.DataSource("scenes", "", [], [], [], True)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return V.checkpoint_state(
-        model, V.build_optimizer(model, cfg), scaler, source, V.Process(0, 1, torch.device("cpu"), None), V.Progress()
-    )
+    model = V.VJepaAutoV2(cfg)
+    return new_state(model, V.DataSource("scenes", "", [], [], [], True))
 
 
 def small_state(step):
@@ -152,7 +149,7 @@ def small_state(step):
 
 
 def save_for_ever(out_dir, save):
-    """Save one step after another until killed; numbered checkpoints, and every fourth time the final one over the old one."""
+    """Save one step after another until killed; numbered, and every fourth time the final one over the old one."""
     cfg, step = small_config(keep_last=2), 0
     while True:
         step += 1
@@ -179,7 +176,7 @@ def newest_step(out_dir):
 
 
 def kill_while_saving(out_dir, save, num, seed=0):
-    """Fork a process that saves in a loop and kill it at a random moment, again and again -> list of newest_step's answers."""
+    """Fork a process that saves in a loop and kill it at a random moment, repeatedly -> newest_step's answers."""
     rng, answers = random.Random(seed), []
     real_state()  # made once, here: each child would spend the time until its kill on making it
     (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -222,7 +219,7 @@ def content_places(path):
 
 
 def damaged_copies(path, rng, flips, cuts):
-    """The bytes of a checkpoint with one bit of its content flipped, one bit anywhere else, or cut off somewhere -> (kind, bytes)."""
+    """The bytes of a checkpoint with one bit flipped in its content or elsewhere, or cut off -> (kind, bytes)."""
     whole, places = path.read_bytes(), list(content_places(path))
     inside = np.zeros(len(whole), bool)
     for offset, size in places:
@@ -236,7 +233,7 @@ def damaged_copies(path, rng, flips, cuts):
 
 
 def check_damage(tmp_path, flips, cuts):
-    """-> number of flips in the content that torch.load takes without a word. Every damage is named, and the older checkpoint taken."""
+    """-> number of flips of content that torch.load takes without a word. All damage is named, the older one taken."""
     cfg, told = small_config(), []
     V.save_checkpoint(small_state(3), tmp_path, cfg, False)
     V.save_checkpoint(small_state(6), tmp_path, cfg, False)
@@ -269,8 +266,8 @@ def test_damaged_checkpoints_are_passed_over(tmp_path):
 
 @pytest.mark.faults
 def test_damaged_checkpoints_are_passed_over_long(tmp_path):
-    """300 flipped bits in the content, 300 beside it, 200 cuts, all named. Seen red with the archive's CRC-32 alone: a flip in its
-    directory made torch.load read other content."""
+    """300 flipped bits in the content, 300 beside it, 200 cuts, all named. Seen red with the archive's CRC-32 alone: a
+    flip in its directory made torch.load read other content."""
     silent = check_damage(tmp_path, 300, 200)
     print(f"300 flips in the content: torch.load takes {silent} of them")
     assert silent > 200
@@ -393,7 +390,7 @@ def limit_file_size(megabytes):
 
 
 def test_torch_save_hides_no_disk_error(tmp_path):
-    """The real writer against a real limit, in a child: OSError with its cause, temporary file gone, old checkpoint whole."""
+    """The real writer against a real limit, in a child: OSError with its cause, temporary file gone, old one whole."""
     cfg = small_config()
     V.save_checkpoint(small_state(3), tmp_path, cfg, True)
     pid = os.fork()
@@ -412,7 +409,7 @@ def test_torch_save_hides_no_disk_error(tmp_path):
 
 
 def test_log_lines_wait_while_the_disk_refuses(tmp_path, capsys):
-    """Lines that could not be written follow when there is room, whole, once, in order; what stood before is not torn."""
+    """Lines that could not be written follow when there is room, whole, once, in order; the older ones are whole."""
     log = V.RunLog(small_config(out_dir=str(tmp_path)), True)
     log.record({"step": 1})
     pid = os.fork()
@@ -429,7 +426,7 @@ def test_log_lines_wait_while_the_disk_refuses(tmp_path, capsys):
 
 @pytest.mark.faults
 def test_tmpfs_runs_full(scene_folder, tmp_path):
-    """A real small file system: the run tells that saving fails, ends with one line, and what was saved before can be read."""
+    """A real small file system: the run tells that saving fails, ends with one line; what was saved can be read."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
@@ -483,7 +480,7 @@ def test_second_writer_is_refused(scene_folder, tmp_path):
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 def test_signal_to_the_whole_group(scene_folder, tmp_path, number):
-    """Every process gets the signal, loader workers too, as schedulers send it: exit 75, saved, status says so, nobody left."""
+    """Every process gets the signal, loader workers too, as from schedulers: exit 75, saved, in status, none left."""
     cfg = run_config(scene_folder, tmp_path / "run", steps=4000, num_workers=2)
     process = launch(alone(cfg, tmp_path), environment())
     try:
@@ -518,13 +515,13 @@ def test_status_of_a_failed_run(scene_folder, tmp_path):
 
 
 def test_status_of_a_run_that_failed_in_this_process(scene_folder, tmp_path, monkeypatch):
-    """The same without a process of its own: the exception goes on to the caller, and the state is failed with its reason."""
+    """The same without a process of its own: the exception reaches the caller, the state is failed with its reason."""
     real = V.take_step
 
-    def take_step(model, wrapped, optimizer, scaler, batches, step, cfg, process):
+    def take_step(phase, batches, step):
         if step == 4:
             raise ValueError("planted exception")
-        return real(model, wrapped, optimizer, scaler, batches, step, cfg, process)
+        return real(phase, batches, step)
 
     monkeypatch.setattr(V, "take_step", take_step)
     with pytest.raises(ValueError, match="planted exception"):
@@ -571,7 +568,7 @@ def samples_of(cfg, videos, quarantine, num_workers, timeout_s=60.0):
     ],
 )
 def test_a_file_that_ends_its_worker_is_quarantined(scene_folder, monkeypatch, deed, words):
-    """The batches are those of a run that never opened the file; the file is named. Seen red with the quarantine not filled."""
+    """The batches are those of a run without the file, which is named. Seen red with the quarantine not filled."""
     cfg = small_config(data_root=str(scene_folder))
     videos = V.find_videos(str(scene_folder), "*")
     evil = videos[2]
@@ -632,7 +629,7 @@ def test_ranks_must_agree():
 
 def test_fingerprint_sees_one_bit():
     """One flipped bit in one weight or buffer changes it; a second look does not."""
-    model = V.WorldModel(small_config())
+    model = V.VJepaAutoV2(small_config())
     before = V.fingerprint(model)
     assert V.fingerprint(model) == before
     with torch.no_grad():
@@ -643,7 +640,7 @@ def test_fingerprint_sees_one_bit():
 @pytest.mark.faults
 @pytest.mark.parametrize("variant", ["fp32", "bf16", "accumulation", "workers"])
 def test_three_ranks_resume_bit_exactly(scene_folder, tmp_path, variant):
-    """10 steps on 3 ranks == a rank killed in step 8, restarted by torchrun from step 6: losses, norms and weights as hex.
+    """10 steps on 3 ranks == a rank killed in step 8, torchrun restarts from step 6: losses, norms, weights as hex.
 
     Two ranks would hide that DDP regroups its buckets after its first step. Seen red without the pass of `rehearse`.
     """
@@ -664,7 +661,7 @@ def test_three_ranks_resume_bit_exactly(scene_folder, tmp_path, variant):
 
 @pytest.mark.faults
 def test_ten_restarts_in_a_row(scene_folder, tmp_path):
-    """kill -9, segfault, exception and exit on random ranks, ten attempts one after another: each comes back at the first try."""
+    """kill -9, segfault, exception and exit on random ranks, ten attempts in a row: back at the first try."""
     rng, kinds = random.Random(3), ["SIGKILL", "SIGSEGV", "exception", "exit"]
     faults = [[kinds[attempt % 4], rng.randrange(2), 2 * attempt + 1, attempt] for attempt in range(10)]
     cfg = run_config(scene_folder, tmp_path / "run", steps=22, ckpt_every=2, dist_timeout_s=60.0)
@@ -675,7 +672,7 @@ def test_ten_restarts_in_a_row(scene_folder, tmp_path):
 
 @pytest.mark.faults
 def test_hung_rank_is_named_and_replaced(scene_folder, tmp_path):
-    """A rank that stops answering: the others give up after dist_timeout_s, name it, and torchrun starts all of them again."""
+    """A rank that stops answering: the others give up after dist_timeout_s, name it, and torchrun starts all anew."""
     cfg = run_config(scene_folder, tmp_path / "run", steps=6, ckpt_every=2, dist_timeout_s=8.0)
     env = environment(faults=[["hang", 1, 4, 0]], TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3")
     code, output = finish(ranks(cfg, tmp_path, 2, "--max-restarts=1"), env)
@@ -684,7 +681,7 @@ def test_hung_rank_is_named_and_replaced(scene_folder, tmp_path):
 
 @pytest.mark.faults
 def test_drifted_rank_is_named(scene_folder, tmp_path):
-    """A rank whose weights differ by one part in a million is named at the next save, and nothing is saved from then on."""
+    """A rank whose weights differ by one part in a million is named at the next save, and nothing is saved after."""
     cfg = run_config(scene_folder, tmp_path / "run", ckpt_every=4)
     code, output = finish(ranks(cfg, tmp_path, 2), environment(faults=[["drift", 1, 5, 0]]))
     assert code == 1 and "ranks disagree: weights of rank 1 differs" in output, output
@@ -694,7 +691,7 @@ def test_drifted_rank_is_named(scene_folder, tmp_path):
 @pytest.mark.faults
 @pytest.mark.parametrize("to", ["rank", "group", "launcher"])
 def test_signals_under_torchrun(scene_folder, tmp_path, to):
-    """Whoever gets the signal: all ranks save the same step, status.json tells what torchrun's exit code hides, nobody is left."""
+    """Whoever gets the signal: all ranks save one step, status.json has what torchrun's code hides, nobody is left."""
     cfg = run_config(scene_folder, tmp_path / "run", steps=4000, num_workers=1)
     process = launch(ranks(cfg, tmp_path, 2, "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1"), environment())
     try:
@@ -756,7 +753,7 @@ def all_descendants(pid):
 
 @pytest.mark.faults
 def test_another_number_of_ranks_goes_on_with_the_same_samples(scene_folder, tmp_path):
-    """1 -> 3 -> 1 ranks and 0 -> 2 workers at the same global batch: the sample numbers of all steps are those of one process."""
+    """1 -> 3 -> 1 ranks and 0 -> 2 workers at the same global batch: sample numbers are those of one process."""
     base = run_config(scene_folder, tmp_path / "run", steps=9, ckpt_every=1, batch_size=6, keep_last=20)
     code, output = finish(
         alone(V.replace(base, out_dir=str(tmp_path / "one")), tmp_path), environment(tmp_path / "trace_one")
@@ -777,7 +774,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples(scene_folder, tmp
 
 @pytest.mark.faults
 def test_infinite_loss_on_one_rank(scene_folder, tmp_path):
-    """All ranks skip the step together, its files are named, weights stay equal; in a row too often, the run stops with advice."""
+    """All ranks skip the step, name its files, weights stay equal; too often in a row, the run stops with advice."""
     cfg = run_config(scene_folder, tmp_path / "run")
     code, output = finish(ranks(cfg, tmp_path, 2), environment(tmp_path / "trace", [["inf", 1, 4, 0]]))
     assert (
@@ -798,17 +795,13 @@ def test_infinite_loss_on_one_rank(scene_folder, tmp_path):
 
 @pytest.mark.faults
 def test_kill_at_random_moments(scene_folder, tmp_path):
-    """A run killed again and again at any moment loses at most ckpt_every steps each time and ends with every step logged once."""
+    """A run killed at any moment, repeatedly, loses at most ckpt_every steps each time and logs every step once."""
     rng, cfg = random.Random(5), run_config(scene_folder, tmp_path / "run", steps=60, ckpt_every=5, num_workers=1)
     for _ in range(6):
         process = launch(alone(cfg, tmp_path), environment())
         before = steps_logged(tmp_path / "run")[-1:] or [0]
         try:
-            wait_for(
-                lambda: (tmp_path / "run").exists() and steps_logged(tmp_path / "run")[-1:] not in ([], before),
-                60,
-                process,
-            )
+            wait_for(lambda seen=([], before): steps_logged(tmp_path / "run")[-1:] not in seen, 60, process)
             time.sleep(rng.uniform(0, 1.0))
         finally:
             end_group(process)
@@ -849,7 +842,7 @@ def resident_mb():
 
 @pytest.mark.faults
 def test_two_hours_are_sampled_by_seeking_with_flat_memory(tmp_path):
-    """10,000 clips from a two-hour file: as fast as from its first minutes, and no memory is kept. Seen red with frames kept in a list."""
+    """10,000 clips of a two-hour file: as fast as its first minutes, no memory held. Seen red: frames in a list."""
     write_long_video(tmp_path / "long.mp4", 2, 2)
     cfg = small_config(clip_fps=2.0)
     plan = V.ClipPlan(4, 2.0, 32, 32, 0.0, 1.0, 1.0, 0.5, 0.5)

@@ -55,7 +55,7 @@ def test_exact_field_recovers_the_data(num_steps, shift):
 
 
 def test_euler_steps_stay_on_the_straight_path():
-    """With the exact field, x at time tau is the path's own point. Seen red with tau_next - tau undivided by 1 - tau."""
+    """With the exact field, x at tau is the path's own point. Seen red with tau_next - tau undivided by 1 - tau."""
     y, noise = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8)
     seen = []
 
@@ -79,7 +79,7 @@ def test_time_shift_follows_the_number_of_dimensions():
 
 
 def test_zero_initialised_net_has_the_exact_loss():
-    """Before training y_hat is 0, so the loss is E[y^2 / max(1 - tau, 0.05)^2] plus the read-out's error, to rounding."""
+    """Before training y_hat is 0, so the loss is E[y^2 / max(1 - tau, 0.05)^2] plus the read-out error, to rounding."""
     cfg = small_config()
     model, batch = new_model(cfg), random_batch(cfg, 2)
     fill_space(model)
@@ -135,7 +135,7 @@ def test_samples_have_the_documented_shape_and_follow_the_generator(mode):
 
 
 def test_samples_read_now_frames_alone():
-    """Other future pixels, same samples, bit for bit; another NOW frame, other samples. Seen red with attention over the whole clip."""
+    """Other future pixels, same bits; another NOW frame, other samples. Seen red with attention over the whole clip."""
     cfg = small_config()
     model, batch = new_model(cfg).eval(), random_batch(cfg, 2)
     fill_space(model)
@@ -226,7 +226,7 @@ def test_encode_decode_round_trip(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_coordinates_have_unit_mean_variance_and_the_true_shape(mode):
-    """Fresh rows of the same Gaussian: mean 0, mean variance 1, one scale for all directions; `gaussian` draws the same covariance."""
+    """Fresh rows of the same Gaussian: mean 0, mean variance 1, one scale; `gaussian` draws the same covariance."""
     space, cfg = space_of(**mode)
     fresh, _ = feed(space, 400, 64 if cfg.flow_joint else 8, rank=8)
     rows = fresh(4000)
@@ -300,7 +300,7 @@ def test_explained_tells_low_rank_from_white():
 
 
 def test_coordinates_move_little_between_updates():
-    """Once settled, one update shifts the coordinates of fixed rows by a small share. Seen red with the turn left out."""
+    """Once settled, one update shifts coordinates of fixed rows by a small share. Seen red with the turn left out."""
     space, _ = space_of()
     fresh, _ = feed(space, 200, 64, rank=8, scales=torch.ones(8))  # equal variances: eigenvectors alone would jump
     rows, moves = fresh(200), []
@@ -461,7 +461,7 @@ NUM_AXES = 2  # directions in which a future may fork; the context says which
 
 
 def branch_clips(world, count, p_right, generator):
-    """Random NOW contexts and one of two futures each -> (context [B, 4, D], future [B, F, D], axis [B, F * D], is_right [B]).
+    """NOW contexts and one of two futures each -> (context [B, 4, D], future [B, F, D], axis [B, F D], is_right [B]).
 
     The context is random vectors around one of two cues, which name the axis of the fork. The future is +axis with
     probability p_right, else -axis, plus noise of a tenth of the distance between the branches.
@@ -485,7 +485,7 @@ def branch_world(cfg, span, generator):
 
 
 def train_branches(cfg, p_right, num_steps, batch_size, lr, seed=0):
-    """Train FlowNet and FutureSpace on the toy with the script's own path and velocity -> (flow EMA net, space, world, generator)."""
+    """Train FlowNet and FutureSpace on the toy with the script's velocity -> (EMA net, space, world, generator)."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     flow, space = V.FlowNet(cfg), V.FutureSpace(cfg)
@@ -535,9 +535,8 @@ def branch_shares(cfg, flow, space, world, generator, p_right, count=512, num_sa
 def test_two_branches_come_with_their_odds(p_right):
     """Samples fall into both branches in the right shares and hardly ever between them, in latent space after decoding.
 
-    Measured: 0.499 right and 3.4 % between at p = 0.5, 0.789 and 2.3 % at p = 0.8. A point forecast would put every sample
-    at p on the axis. Seen red with the sign of the velocity dropped.
-    """
+    Measured: 0.499 right and 3.4 % between at p = 0.5, 0.789 and 2.3 % at p = 0.8. A point forecast would put every
+    sample at p on the axis. Seen red with the sign of the velocity dropped."""
     cfg = small_config(
         image_size=16, now_frames=2, num_frames=10, flow_dim=64, flow_depth=2, flow_rank=4, flow_draws=4, flow_steps=20
     )  # 4 NOW tokens

@@ -1,5 +1,4 @@
-"""tools/futures.py: the pixel decoder and its cache, what is read from latents, the pictures, and the command's
-errors."""
+"""tools/futures.py: the pixel decoder and its cache, what latents tell, the pictures, and the command's errors."""
 
 import math
 import sys
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FOOTAGE, ROOT, V, small_config
-from training import new_model
+from training import new_model, new_state
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -26,12 +25,8 @@ def scene_config(**overrides):
 def save_run(folder, cfg, kind="render", root="", seed=0):
     """A checkpoint of a model that was never trained -> its path."""
     model = new_model(cfg, seed)
-    optimizer, scaler = V.build_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
     source = V.DataSource(kind, str(root), [], [], [], True)
-    process = V.Process(0, 1, torch.device("cpu"), None)
-    return V.save_checkpoint(
-        V.checkpoint_state(model, optimizer, scaler, source, process, V.Progress(step=3)), folder, cfg, final=True
-    )
+    return V.save_checkpoint(new_state(model, source, step=3), folder, cfg, final=True)
 
 
 def video(path, seconds, fps=10, size=(32, 48)):
@@ -43,8 +38,7 @@ def video(path, seconds, fps=10, size=(32, 48)):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A run of built-in scenes with a decoder of a few steps beside its checkpoint -> (checkpoint, output folder,
-    stdout's last lines)."""
+    """A run of scenes and a decoder of a few steps beside it -> (checkpoint, output folder, stdout's last lines)."""
     folder = tmp_path_factory.mktemp("run")
     path, few = save_run(folder, scene_config()), pytest.MonkeyPatch()
     few.setattr(P, "FAN_SCENES", 2)
@@ -89,8 +83,7 @@ def test_decoder_makes_frames_of_the_clips_size(image_size, patch, tubelet_t):
 
 
 def test_a_token_is_drawn_where_it_belongs():
-    """Changing the token at (t, h, w) changes pixels around its own tubelet and patch. Seen red with h and w exchanged
-    in the decoder."""
+    """Changing the token at (t, h, w) changes pixels around its tubelet and patch. Seen red: h and w exchanged."""
     cfg = scene_config(image_size=(24, 64))
     torch.manual_seed(0)
     decoder = P.PixelDecoder(cfg, 16).eval()
@@ -142,8 +135,7 @@ def test_training_pairs_tubelets_with_their_own_frames():
 
 
 def test_judging_by_hand():
-    """A constant error of 10: L1 10 and 20 log10(25.5) dB; the mean frame and the last NOW frame are what their names
-    say."""
+    """A constant error of 10: L1 10 and 20 log10(25.5) dB; the mean frame and the last NOW frame are as named."""
     error, ratio = P.psnr(np.full((2, 3), 110, np.uint8), np.full((2, 3), 100, np.uint8))
     assert (error, ratio) == (10, pytest.approx(20 * math.log10(25.5), abs=1e-4))
     cfg = scene_config()
@@ -206,8 +198,7 @@ def test_perceptual_distance(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_cache_is_used_again_and_trained_longer_when_asked(run_folder, monkeypatch, tmp_path):
-    """The same checkpoint trains once; more minutes than the cache had train anew. Seen red with the comparison of
-    minutes left out."""
+    """The same checkpoint trains once; more minutes than the cache had train anew. Seen red without that comparison."""
     model, source, path, key = P.open_run(P.parse_arguments(["--ckpt", str(run_folder), "--device", "cpu"]))
     assert source is None and path.is_file() and path.parent == run_folder.parent
     decoder, saved = P.get_decoder(model, source, path, key, 0.005, 0, None, 0)
@@ -222,8 +213,7 @@ def test_cache_is_used_again_and_trained_longer_when_asked(run_folder, monkeypat
 
 
 def test_other_weights_and_foreign_files_are_refused(run_folder, tmp_path):
-    """A decoder made for other weights, a torn file and a pickle that would run code are not used. Seen red with the
-    key unchecked."""
+    """A decoder for other weights, a torn file and a pickle with code are not used. Seen red with the key unchecked."""
     cfg = scene_config()
     _, _, path, key = P.open_run(P.parse_arguments(["--ckpt", str(run_folder), "--device", "cpu"]))
     other = save_run(tmp_path / "other", cfg, seed=1)
@@ -240,8 +230,7 @@ def test_other_weights_and_foreign_files_are_refused(run_folder, tmp_path):
 
 
 def test_key_follows_weights_and_data():
-    """One changed number in the target encoder, another step or other data give another key; the flow net does not
-    count."""
+    """One changed number in the target encoder, another step, other data: another key; the flow net plays no part."""
     model = new_model(scene_config())
     key = P.decoder_key(model, 3, "scenes")
     assert key != P.decoder_key(model, 4, "scenes") and key != P.decoder_key(model, 3, "videos")
@@ -287,8 +276,7 @@ def test_ridge_finds_linear_weights_and_shrinks_on_noise():
 
 
 def test_probe_reads_the_right_tubelet():
-    """Latents that carry a number per tubelet in one channel of the left columns: the probe fitted on clips tells it on
-    others.
+    """Latents that carry a number per tubelet in one channel of the left columns: the probe tells it on other clips.
 
     Seen red with the tubelets in reversed order.
     """
@@ -322,8 +310,7 @@ def replace_lateral(pool):
 
 
 def test_branch_shares_by_hand():
-    """Places 0 (left branch), 1 (right) and 0.25, 0.75 between them decide. Seen red with the share taken of those not
-    between."""
+    """Places 0 (left branch), 1 (right) and 0.25, 0.75 between decide. Seen red: the share of those not between."""
     right, between, names = P.branch_shares([-3.0, 3.0, 2.8, 0.1, 0.2, -4.0, 9.0, -2.5], -3.0, 3.0)
     assert right == 5 / 8 and between == 2 / 8
     assert names == ["left", "right", "right", "between", "between", "left", "right", "left"]
@@ -332,8 +319,7 @@ def test_branch_shares_by_hand():
 
 
 def test_fan_shares_of_constructed_samples(monkeypatch):
-    """A sampler that sends 3 of 4 samples right, read by a probe on one channel, gives 75 %; error bars are those over
-    scenes.
+    """A sampler that sends 3 of 4 samples right, read by a probe on one channel, gives 75 %; error bars: over scenes.
 
     Seen red with left and right exchanged in true_branches.
     """
@@ -473,8 +459,7 @@ def test_the_clips_window_begins_where_it_is_asked_for(tmp_path):
 
 @pytest.mark.slow
 def test_videos_have_a_plane_instead_of_a_fan(scene_folder, tmp_path, capsys, monkeypatch):
-    """A run on a folder of videos: held-out files are shown, fan.png is a plane, --data_root replaces a folder that has
-    moved."""
+    """A run on a folder of videos: held-out files are shown, fan.png is a plane, --data_root names a moved folder."""
     monkeypatch.setattr(P, "JUDGE_CLIPS", 8)
     monkeypatch.setattr(P, "POOL_CLIPS", 16)
     path = save_run(tmp_path, scene_config(), "videos", tmp_path / "gone")

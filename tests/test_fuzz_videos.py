@@ -1,5 +1,4 @@
-"""Damaged, hostile and very many files: nothing crashes, hangs, fills the memory or opens a file that was not asked
-for."""
+"""Damaged, hostile and very many files: nothing crashes, hangs, fills the memory or opens a file not asked for."""
 
 import importlib.util
 import json
@@ -59,8 +58,7 @@ def outcome_of(path, intact=None, reader="auto", timeout_s=60.0, plan=Z.PLAN):
 
 
 def write_coded_by(codec, path, frames, options=None, gop=15):
-    """Frames uint8 [T, H, W, 3] through any encoder at Z.FPS -> path. Skips the test where the encoder is not built
-    in."""
+    """Frames uint8 [T, H, W, 3] through any encoder at Z.FPS -> path. Skips the test without this encoder."""
     import av
 
     if codec not in av.codecs_available:
@@ -73,8 +71,7 @@ def write_coded_by(codec, path, frames, options=None, gop=15):
         for picture in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-    # SVT-AV1 makes a root caller a real-time thread for good: CPU threads of torch that spin at that priority starve
-    # each other
+    # SVT-AV1 makes a root caller a real-time thread for good: CPU threads of torch that spin there starve each other
     os.sched_setscheduler(0, *policy)
     return path
 
@@ -111,8 +108,7 @@ def test_a_thousand_mutations():
 @needs_inotify
 @pytest.mark.slow
 def test_strict_options_catch_what_the_defaults_show():
-    """Of clips whose coded bits were flipped, PyAV's defaults show at least twice as many silently wrong as our
-    reader."""
+    """Of clips with flipped coded bits, PyAV's defaults show at least twice as many silently wrong as our reader."""
     rows = Z.fuzz(20 * len(Z.MUTATORS), seed=3, reader="pyav")
     flipped = [row for row in rows if row["mutator"] in ("flipped bits", "flipped media bits")]
     silent = {way: count(flipped, way=way, outcome="silent") for way in Z.WAYS}
@@ -120,10 +116,9 @@ def test_strict_options_catch_what_the_defaults_show():
 
 
 def test_mutants_depend_on_seed_and_number_alone(tmp_path, sources):
-    """The same numbers give the same bytes, names and plans, other numbers others; every mutator changes what it
-    says."""
+    """The same numbers give the same bytes, names and plans, other numbers others; mutators change what they say."""
     made = []
-    for _ in range(2):
+    for _attempt in range(2):
         for number in range(2 * len(Z.MUTATORS)):
             name, source, path, plan = Z.write_mutant(tmp_path, sources, 7, number)
             made.append((name, source, path.name, plan, b"" if name == "fifo" else path.read_bytes()))
@@ -318,8 +313,7 @@ def test_damaged_geometry_is_refused(tmp_path, sources):
     """A display matrix of zeros, one that turns by 45 degrees, and pixels 42 times as wide as high.
 
     Symptom: the clip came out turned by a quarter (a matrix of zeros has the rotation -2**31) or as a thin cut of the
-    frame.
-    """
+    frame."""
     data = sources["plain"].read_bytes()
     matrix = 48  # offset in tkhd: 16.16 fixed point, rows of three; then width and height
     zeros, turned = data, data
@@ -370,8 +364,7 @@ def test_bug_frames_left_out_that_were_asked_for(tmp_path, codec, options):
     """Seeking and leaving frames out changes no pixel, whatever the codec.
 
     Symptom: AV1 windows that do not start at the file's beginning showed some frames twice and left out their
-    neighbours. Cause: dav1d takes skip_frame from the first packet it gets and keeps to it.
-    """
+    neighbours. Cause: dav1d takes skip_frame from the first packet it gets and keeps to it."""
     path = write_coded_by(codec, tmp_path / "coded.mp4", Z.moving_picture(np.random.default_rng(1)), options)
     for u_start in (0.3, 0.6, 1.0):
         plan = replace(Z.PLAN, u_start=u_start)
@@ -382,8 +375,7 @@ def test_bug_entered_between_key_frames(tmp_path):
     """A file whose list of key frames is lost gives the same frames as with it.
 
     Symptom: grey ghosts, 28 levels off. Trigger: MPEG-4 part 2 without its stss box, so that every packet counts as a
-    key frame. Cause: the seek landed between key frames, and that decoder starts there without a word.
-    """
+    key frame. Cause: the seek landed between key frames, and that decoder starts there without a word."""
     path = write_coded_by("mpeg4", tmp_path / "coded.mp4", Z.moving_picture(np.random.default_rng(1)))
     data = path.read_bytes()
     assert data.count(b"stss") == 1
@@ -465,8 +457,7 @@ def test_symlink_loops_end(tmp_path):
 
 @pytest.mark.slow
 def test_a_hundred_thousand_files(tmp_path):
-    """100,000 files in 100 folders are listed, split and ready to be read in under 10 s of CPU time (a busy machine
-    counts less)."""
+    """100,000 files in 100 folders are listed, split and ready in under 10 s of CPU time (a busy machine's counts)."""
     for folder in range(100):
         (tmp_path / f"drive_{folder:03d}").mkdir()
         for number in range(1000):
@@ -474,7 +465,7 @@ def test_a_hundred_thousand_files(tmp_path):
     cfg = small_config(data_root=str(tmp_path), val_fraction=0.1)
     begin = time.process_time()
     videos = V.list_data(cfg)
-    source = V.open_data(cfg, videos, True, lambda: None)
+    source = V.open_data(V.VJepaAutoV2, cfg, videos, True, lambda: None)
     seconds = time.process_time() - begin
     print(f"100,000 files listed and split in {seconds:.1f} s of CPU time")
     shutil.rmtree(tmp_path)  # pytest would keep them for three runs

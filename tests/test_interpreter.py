@@ -1,5 +1,5 @@
-"""What only a fresh interpreter shows: what the import does, what a CPU without bf16 is found to be, how an end beside open
-loader workers goes. One interpreter shows all three: its start takes longer than the three together."""
+"""What only a fresh interpreter shows: what the import does, what a CPU without bf16 is found to be, how an end beside
+open loader workers goes. One interpreter shows all three: its start takes longer than the three together."""
 
 import json
 import os
@@ -15,8 +15,10 @@ import json, os, signal, sys, time
 import numpy as np, torch
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-state = lambda: (torch.get_rng_state().tolist(), [v.tolist() if hasattr(v, 'tolist') else v for v in np.random.get_state()], dict(os.environ),
-                 torch.get_num_threads(), torch.get_float32_matmul_precision(), [signal.getsignal(s) for s in signals],
+state = lambda: (torch.get_rng_state().tolist(),
+                 [v.tolist() if hasattr(v, 'tolist') else v for v in np.random.get_state()],
+                 dict(os.environ), torch.get_num_threads(), torch.get_float32_matmul_precision(),
+                 [signal.getsignal(s) for s in signals],
                  torch.cuda.is_initialized(), torch.distributed.is_initialized())
 before = state()
 import VJepa_AUTO_V2 as V
@@ -24,12 +26,14 @@ untouched = state() == before
 print("imported", flush=True), print("imported", file=sys.stderr, flush=True)
 
 began = time.process_time()
-dtype, reason = V.choose_precision(V.preset_config("tiny"), V.Process(0, 1, torch.device("cpu"), None))
-print(json.dumps(dict(untouched=untouched, dtype=str(dtype), reason=reason, seconds=time.process_time() - began)), flush=True)
+dtype, reason = V.choose_precision(V.VJepaAutoV2(V.preset_config("tiny")), V.Process(0, 1, torch.device("cpu"), None))
+answer = dict(untouched=untouched, dtype=str(dtype), reason=reason, seconds=time.process_time() - began)
+print(json.dumps(answer), flush=True)
 
 from conftest import small_config
 cfg = small_config(data_root=sys.argv[1])
-loader = V.ClipLoader(V.ClipDataset(cfg, V.find_videos(cfg.data_root, "*"), cfg.data_root, "train"), V.StepSampler(0, 50, 2, 0, 1), 2, False)
+dataset = V.ClipDataset(cfg, V.find_videos(cfg.data_root, "*"), cfg.data_root, "train")
+loader = V.ClipLoader(dataset, V.StepSampler(0, 50, 2, 0, 1), 2, False)
 next(loader)
 raise ValueError("left open")
 """
@@ -45,7 +49,7 @@ def ended(scene_folder):
 
 
 def test_importing_prints_nothing_and_touches_no_global_state(ended):
-    """No output, same RNG state, environment, threads and signal handlers. Seen red with a seeding line, and with a print."""
+    """No output, same RNG state, environment, threads, signal handlers. Seen red with a seeding line and a print."""
     out, err = ended.stdout.splitlines(), ended.stderr.splitlines()
     assert out[0] == err[0] == "imported" and json.loads(out[1])["untouched"]
     assert len(out) == 2 and err[1].startswith("Traceback ")  # nor at its end
@@ -63,5 +67,5 @@ def test_a_cpu_without_bf16_instructions_stays_in_fp32(ended):
 
 
 def test_the_interpreter_ends_beside_an_open_loader(ended):
-    """Workers ignore SIGTERM, with which Python ends its children at exit. Seen red (it hangs) without the finalizer."""
+    """Workers ignore SIGTERM, with which Python ends children at exit. Seen red (it hangs) without the finalizer."""
     assert ended.returncode == 1 and ended.stderr.splitlines()[-1] == "ValueError: left open"

@@ -1,4 +1,4 @@
-"""House rules of VJepa_AUTO_V2.py: it reads from top to bottom, does nothing when imported, and holds no dead setting."""
+"""House rules of VJepa_AUTO_V2.py: it reads top to bottom, does nothing when imported, and holds no dead setting."""
 
 import ast
 import builtins
@@ -91,7 +91,7 @@ def test_every_name_is_known():
 
 
 def test_module_level_variables_are_constants():
-    """No lower-case variable at module level, so no function can read hidden state. Seen red with `cache = {}` added."""
+    """No lower-case variable at module level, so no function reads hidden state. Seen red with `cache = {}` added."""
     for statement in TREE.body:
         if isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
             for name in defined_names(statement):
@@ -100,7 +100,7 @@ def test_module_level_variables_are_constants():
 
 
 def test_module_level_holds_only_definitions():
-    """Imports, constants, functions, classes and __main__ guards. Seen red with `torch.manual_seed(0)` at module level."""
+    """Imports, constants, functions, classes, __main__ guards. Seen red with `torch.manual_seed(0)` at module level."""
     for number, statement in enumerate(TREE.body):
         if number == 0:
             assert isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)  # the docstring
@@ -131,7 +131,8 @@ def test_functions_are_short_and_flat():
 
 
 def test_lambdas_are_only_arguments():
-    """A lambda may be handed to write_atomic, write_own, sorted, re.sub and their like, never named or returned. Seen red with `f = lambda: 0`."""
+    """A lambda may be handed to write_atomic, write_own, sorted, re.sub and their like, never named or returned. Seen
+    red with `f = lambda: 0`."""
     handed = set()
     for call in (node for node in ast.walk(TREE) if isinstance(node, ast.Call)):
         if callee(call) in ("write_atomic", "write_own", "sorted", "min", "max", "re.sub") or callee(call).endswith(
@@ -161,7 +162,7 @@ def expand(joined, function):
 
 
 def config_reads():
-    """Names read from a config outside the dataclass and outside the rules that check it, properties resolved to fields."""
+    """Names read from a config outside the dataclass and the rules that check it, properties resolved to fields."""
     reads = set()
     for top in TREE.body:
         if top is CONFIG_CLASS or getattr(top, "name", "") in ("value_problems", "relation_problems"):
@@ -191,16 +192,21 @@ def config_reads():
 
 
 def test_every_config_field_is_read():
-    """A field that only stands in RANGES or a rule changes nothing. Seen red with an unused field added to the dataclass."""
+    """A field only in RANGES or a rule changes nothing. Seen red with an unused field added to the dataclass."""
     assert not {field.name for field in fields(V.VJepaAutoV2Config)} - config_reads()
 
 
 def test_ranges_and_choices_name_only_fields():
-    """A misspelt rule would guard nothing: every numeric field has a range, every key is a field. Seen red with a key renamed."""
+    """A misspelt rule guards nothing: numbers have a range, every key is a field. Seen red with a key renamed."""
     names = {field.name for field in fields(V.VJepaAutoV2Config)}
-    assert set(V.RANGES) | set(V.CHOICES) <= names and set(V.RESUME_MUST_MATCH) <= names
-    assert all(set(preset) <= names for preset in V.PRESETS.values())
-    assert {name for name, kind in V.FIELD_TYPES.items() if kind in (int, float)} == set(V.RANGES)
+    assert (
+        set(V.merged(V.VJepaAutoV2Config, "RANGES")) | set(V.merged(V.VJepaAutoV2Config, "CHOICES")) <= names
+        and set(V.RESUME_MUST_MATCH) <= names
+    )
+    assert all(set(preset) <= names for preset in V.merged(V.VJepaAutoV2Config, "PRESETS").values())
+    assert {name for name, kind in V.field_types(V.VJepaAutoV2Config).items() if kind in (int, float)} == set(
+        V.merged(V.VJepaAutoV2Config, "RANGES")
+    )
 
 
 def test_sections_are_numbered_and_banners_have_one_style():
@@ -214,8 +220,8 @@ def test_sections_are_numbered_and_banners_have_one_style():
 
 
 def test_broad_handlers_only_where_foreign_things_are_met():
-    """`except Exception` where a foreign file is read (load_checkpoint) or a foreign package called (Tracker.call), with its reason.
-    Seen red with another one in `main`."""
+    """`except Exception` where a foreign file is read (load_checkpoint) or a foreign package called (Tracker.call),
+    with its reason. Seen red with another one in `main`."""
     broad = []
     for function in FUNCTIONS:
         for handler in (node for node in ast.walk(function) if isinstance(node, ast.ExceptHandler)):

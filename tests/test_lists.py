@@ -542,7 +542,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     touch(tmp_path / "data" / "a.mp4")
     (tmp_path / "flags.json").write_text('{"out_dir": "~/run", "resume": "~/x.pt"}')
-    cfg, _, _ = V.resolve_config(["--config", "~/flags.json", "--data_root", "~/data"])
+    cfg, _, _ = V.resolve_config(["--config", "~/flags.json", "--data_root", "~/data"], V.VJepaAutoV2)
     assert (cfg.out_dir, cfg.resume, cfg.data_root) == tuple(str(tmp_path / name) for name in ("run", "x.pt", "data"))
     assert (
         V.replace(cfg, data_root="~/other").data_root == str(tmp_path / "other")

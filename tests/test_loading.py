@@ -1,4 +1,4 @@
-"""Masks and loading: sample i is a pure function of (seed, i), whoever asks for it, when, and through how many workers."""
+"""Masks and loading: sample i is a pure function of (seed, i), whoever asks, when, and through how many workers."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def same(one, other):
 
 def dataset_of(folder, cfg, stream="train", maneuvers=()):
     """A dataset over all videos of a folder."""
-    return V.ClipDataset(cfg, V.find_videos(str(folder), "*"), str(folder), stream, maneuvers)
+    return V.ClipDataset(cfg, V.find_videos(str(folder), "*"), str(folder), stream, maneuvers, draw=V.mask_and_noise)
 
 
 def loaded(dataset, sampler, num_workers):
@@ -55,7 +55,7 @@ def draw_masks(cfg, family, count, first=0):
 
 @pytest.mark.parametrize("family", V.MASK_FAMILIES)
 def test_masks_partition_the_grid(family):
-    """1000 draws: kept and masked tokens are ascending, disjoint, together all, as many each time, and neither is empty.
+    """1000 draws: kept and masked tokens are ascending, disjoint, together all, as many each time, none is empty.
 
     Seen red with the levelling of the visible count left out.
     """
@@ -78,7 +78,7 @@ def test_masks_repeat_over_time_without_bias(family):
 
 @pytest.mark.parametrize("family", V.MASK_FAMILIES)
 def test_masks_are_pure_and_differ_between_samples(family):
-    """The same sample draws the same mask, other samples, seeds and streams others. Seen red with an unseeded generator."""
+    """The same sample draws the same mask, other samples, seeds, streams others. Seen red: an unseeded generator."""
     cfg = small_config(image_size=112)
     keep, _ = draw_masks(cfg, family, 100)
     assert np.array_equal(keep[40:60], draw_masks(cfg, family, 20, first=40)[0])
@@ -89,10 +89,10 @@ def test_masks_are_pure_and_differ_between_samples(family):
 
 @pytest.mark.parametrize("family, share", [("short", 0.37), ("long", 0.16)])
 def test_visible_share_of_the_block_sampler(family, share):
-    """On 14 x 14 sites the union of blocks leaves 37 % visible (short) and 16 % (long), and the constant count says so."""
+    """On 14 x 14 sites the union of blocks leaves 37 % visible (short) and 16 % (long), as the constant count says."""
     rng = np.random.default_rng(11)
-    drawn = np.array([1 - V.block_mask(rng, BASE_GRID, family).mean() for _ in range(2000)])
-    # one draw deviates by about 0.07, the mean of 2000 by 0.0017: 0.01 is six of them, and covers the rounding in "37" and "16"
+    drawn = np.array([1 - V.block_mask(rng, *V.mask_blocks(BASE_GRID, family)).mean() for _ in range(2000)])
+    # one draw deviates by about 0.07, the mean of 2000 by 0.0017: 0.01 is six of them and covers rounding in 37, 16
     assert drawn.mean() == pytest.approx(share, abs=0.01)
     # the constant is itself a mean of 2000 draws, rounded to one of 196 sites
     assert V.family_visible(BASE_GRID, family) / 196 == pytest.approx(drawn.mean(), abs=4 * 0.0017 * 2**0.5 + 0.5 / 196)
@@ -136,7 +136,7 @@ def test_mask_draws_and_noise_shapes():
 
 
 def test_sample_is_a_function_of_its_number(scene_folder):
-    """Datasets built twice give the same bits in any order, past the first epoch too; other seeds and streams give others.
+    """Datasets built twice give the same bits in any order, past an epoch too; other seeds and streams others.
 
     Seen red with the window drawn from an unseeded generator.
     """
@@ -260,7 +260,7 @@ def test_collate_stacks_and_gathers():
 
 
 def test_bad_files_are_replaced_and_named(bad_folder):
-    """One good video among six: every sample shows it, names the bad ones met on the way, and does so the same way each time.
+    """One good video among six: every sample shows it, names the bad ones met, the same way each time.
 
     Seen red with the replacement drawn from an unseeded generator.
     """
@@ -329,7 +329,7 @@ def labelled_folder(tmp_path, scene_folder):
 
 
 def test_hflip_mirrors_frames_and_labels(labelled_folder):
-    """A flipped sample is the unflipped one mirrored, left and right exchanged in its label; about half are flipped, none in validation."""
+    """A flipped sample is mirrored, left and right exchanged in its label; about half are, none in validation."""
     maneuvers = ["keep", "turn_left", "turn_right"]
     plain, flipping = (
         dataset_of(labelled_folder, small_config(hflip=hflip), maneuvers=maneuvers) for hflip in (False, True)
@@ -351,7 +351,7 @@ def test_hflip_mirrors_frames_and_labels(labelled_folder):
 
 
 def test_maneuver_names(labelled_folder):
-    """All names, their mirror images, sorted, without the empty one; a list's label counts where no annotation speaks."""
+    """All names, their mirror images, sorted, without the empty one; a list's label counts without annotation."""
     videos = V.find_videos(str(labelled_folder), "*")
     assert V.maneuver_names(videos, str(labelled_folder)) == ["keep", "turn_left", "turn_right"]
     videos[2] = replace(videos[2], label="fork_right")
@@ -388,7 +388,7 @@ def test_mirror_label(label, mirrored):
 
 @pytest.mark.parametrize("text", ["{broken", "[1]", "7", '"left"', "\x00"])
 def test_annotation_that_is_no_object(labelled_folder, text):
-    """An annotation that is not a JSON object makes its video bad, by name: a clip without its labels would go unnoticed."""
+    """An annotation that is not a JSON object makes its video bad, by name: lost labels would go unnoticed."""
     (labelled_folder / "annotations" / "0.json").write_text(text)
     videos = V.find_videos(str(labelled_folder), "*")
     with pytest.raises(V.BadFile, match="annotation 0.json"):
@@ -438,7 +438,7 @@ def test_list_data(tmp_path, scene_folder):
 def test_open_data_on_videos(scene_folder):
     """Listed videos are split by file, and each stream reads its side; nothing is written."""
     cfg = small_config(data_root=str(scene_folder), val_fraction=0.3, out_dir="/nonexistent")
-    source = V.open_data(cfg, V.list_data(cfg), True, never)
+    source = V.open_data(V.VJepaAutoV2, cfg, V.list_data(cfg), True, never)
     assert (source.kind, source.held_out, source.maneuvers) == ("videos", True, [])
     assert len(source.train) + len(source.val) == 8 and not {v.name for v in source.train} & {
         v.name for v in source.val
@@ -448,7 +448,7 @@ def test_open_data_on_videos(scene_folder):
         source.train,
         source.val,
     ]
-    named = V.open_data(replace(cfg, lambda_supcon=1.0), V.list_data(cfg), True, never)
+    named = V.open_data(V.VJepaAutoV2, replace(cfg, lambda_supcon=1.0), V.list_data(cfg), True, never)
     assert set(named.maneuvers) <= set(V.SCENE_MANEUVERS) and "fork_left" in named.maneuvers
 
 
@@ -456,7 +456,7 @@ def test_open_data_with_one_video(scene_folder):
     """A single file serves both sides, and the source says so."""
     path = sorted((scene_folder / "videos").glob("*.mp4"))[0]
     cfg = small_config(data_root=str(path))
-    source = V.open_data(cfg, V.list_data(cfg), True, never)
+    source = V.open_data(V.VJepaAutoV2, cfg, V.list_data(cfg), True, never)
     assert not source.held_out and source.train == source.val and len(source.train) == 1
     assert source.dataset(cfg, "val")[0]["bad"] == []
 
@@ -465,10 +465,12 @@ def test_open_data_writes_scenes_on_rank_zero(tmp_path):
     """Without videos rank 0 writes scenes before the barrier, another rank only waits; both then see the same files."""
     cfg = small_config(out_dir=str(tmp_path), scene_clips=4)
     waited = []
-    source = V.open_data(cfg, [], True, lambda: waited.append(len(list(tmp_path.glob("scenes/videos/*.mp4")))))
+    source = V.open_data(
+        V.VJepaAutoV2, cfg, [], True, lambda: waited.append(len(list(tmp_path.glob("scenes/videos/*.mp4"))))
+    )
     assert waited == [4] and source.kind == "scenes" and source.held_out and len(source.train + source.val) == 4
     before = (tmp_path / "scenes" / "scenes.json").stat().st_mtime_ns
-    other = V.open_data(cfg, [], False, lambda: waited.append("rank 1"))
+    other = V.open_data(V.VJepaAutoV2, cfg, [], False, lambda: waited.append("rank 1"))
     assert waited == [4, "rank 1"] and (other.train, other.val) == (source.train, source.val)
     assert (tmp_path / "scenes" / "scenes.json").stat().st_mtime_ns == before
 
@@ -476,7 +478,7 @@ def test_open_data_writes_scenes_on_rank_zero(tmp_path):
 def test_open_data_random(tmp_path):
     """missing_data random gives pixels from (seed, i), marked as such; with videos present they are used instead."""
     cfg = small_config(data_root=str(tmp_path), missing_data="random", out_dir="/nonexistent")
-    source = V.open_data(cfg, V.list_data(cfg), True, never)
+    source = V.open_data(V.VJepaAutoV2, cfg, V.list_data(cfg), True, never)
     dataset = source.dataset(cfg, "train")
     assert source.kind == "random" and isinstance(dataset, V.NoiseDataset)
     one, two = dataset[3], source.dataset(cfg, "train")[3]

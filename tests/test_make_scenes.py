@@ -1,5 +1,4 @@
-"""tools/make_scenes.py: files that training would have made itself, a split that training keeps, folders that are never
-overwritten."""
+"""tools/make_scenes.py: the files that training would make, a split that training keeps, folders never overwritten."""
 
 import json
 import multiprocessing
@@ -99,8 +98,7 @@ def test_worker_processes_write_the_same(tmp_path, in_one_process, monkeypatch, 
 
 
 def test_a_killed_worker_ends_the_writing_in_one_line(tmp_path, monkeypatch, capsys):
-    """Seen red with multiprocessing.Pool: it starts another process and waits for ever for what the dead one was to
-    write."""
+    """Seen red with multiprocessing.Pool: it starts another process and waits for ever for the dead one."""
     context = multiprocessing.get_context("fork")  # a process that knows the patch below
     monkeypatch.setattr(M.multiprocessing, "get_context", lambda method: context)
     monkeypatch.setattr(M.V, "write_scene", lambda *args: os._exit(9))

@@ -1,4 +1,4 @@
-"""Sections 7-11 and 13-14: tokenizer, position codes, attention, initialisation, optimizer groups, what each network may see."""
+"""Sections 7-11 and 13-14: tokenizer, positions, attention, initialisation, optimizer groups, what networks see."""
 
 import math
 
@@ -53,7 +53,7 @@ def test_token_order_is_t_h_w():
 @pytest.mark.parametrize("pos_embed", ["sincos", "rope"])
 @pytest.mark.parametrize("image_size", [32, (16, 40)])
 def test_shapes_of_a_forward_pass(pos_embed, image_size):
-    """Every network gets and gives the documented shapes, square or not, with both position codes; all losses are finite."""
+    """Every network has the documented shapes, square or not, with both position codes; all losses are finite."""
     cfg = small_config(image_size=image_size, pos_embed=pos_embed, mask_draws=2, **ALL_ON)
     V.validate_config(cfg)
     model, B, D = new_model(cfg), 3, cfg.enc_dim
@@ -109,7 +109,7 @@ def test_sincos_rows_are_distinct(grid, dim):
 
 
 def rope_by_hand(vector, position, head_dim):
-    """The published V-JEPA 2 rotation of one head vector: each axis repeats its frequency list, neighbours are turned."""
+    """The published V-JEPA 2 rotation of one head vector: axes repeat their frequency list, neighbours are turned."""
     part = 2 * (head_dim // 3 // 2)
     out = list(vector)
     for axis, coordinate in enumerate(position):
@@ -137,9 +137,8 @@ def test_rope_by_hand(head_dim):
 def test_rope_is_a_rotation_with_one_frequency_per_axis():
     """At 6 channels per head the two angles of a pair agree: norms are kept and scores depend on differences alone.
 
-    With more frequencies the published form turns the two channels of a pair by different angles and has neither property;
-    test_rope_by_hand covers it.
-    """
+    With more frequencies the published form turns the two channels of a pair by different angles and has neither
+    property; test_rope_by_hand covers it."""
     head_dim, generator = 6, torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, head_dim, dtype=torch.float64, generator=generator)
     grid = V.grid_positions((4, 4, 4))
@@ -196,7 +195,7 @@ def softmax_attention(q, k, v):
 
 @pytest.mark.parametrize("with_rope", [False, True])
 def test_attention_by_hand(with_rope):
-    """Self-attention in float64 against explicit heads. Seen red with a scale of 1 / head_dim in the script's attention."""
+    """Self-attention in float64 against explicit heads. Seen red with a scale of 1 / head_dim in attention."""
     dim, heads, N, hd = 24, 2, 7, 12
     torch.manual_seed(0)
     attention = V.Attention(dim, heads, 0.0).double()
@@ -285,7 +284,7 @@ def test_other_attention_is_fused(monkeypatch, case):
 
 
 def test_initialisation_rules():
-    """Std 0.02, in the flow net 1 / sqrt(inputs), the two last matrices of block n by 1 / sqrt(2 n), zero biases, unit norms.
+    """Std 0.02, in the flow net 1 / sqrt(inputs), two last matrices of block n by 1 / sqrt(2 n), biases 0, norms 1.
 
     Seen red with the division by sqrt(2 n) removed.
     """
@@ -318,7 +317,7 @@ def test_every_parameter_in_exactly_one_group():
     """
     cfg = small_config(**ALL_ON)
     model = new_model(cfg)
-    groups = V.build_optimizer(model, cfg).param_groups
+    groups = model.optimizer().param_groups
     owner = {}
     for group in groups:
         for parameter in group["params"]:
@@ -347,7 +346,7 @@ def test_every_parameter_gets_a_gradient():
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert [name for name, p in trained.items() if p.grad is None] == []
     model.zero_grad(set_to_none=True)
-    train_steps(model, cfg, lambda step: [batch], 6)
+    train_steps(model, lambda step: [batch], 6)
     model(batch)[0]["loss_total"].backward()
     assert [name for name, p in trained.items() if not p.grad.any()] == []
 

@@ -1,4 +1,4 @@
-"""Autocast, torch.compile and non-finite steps: precision changes no state's type, compilation changes nothing at all."""
+"""Autocast, torch.compile and non-finite steps: precision changes no state's type, compilation changes nothing."""
 
 import re
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import V, random_batch, small_config
-from training import cpu_process, fill_space, new_model, train_steps
+from training import cpu_process, fill_space, new_model, new_phase, train_steps
 
 
 def loss_values(model, batch, amp_dtype=None):
@@ -50,7 +50,7 @@ def test_master_weights_ema_and_optimizer_stay_fp32():
     loss_dtypes = []
     model.register_forward_hook(lambda module, args, out: loss_dtypes.extend(value.dtype for value in out[0].values()))
     before = model.online.tokenizer.proj.weight.clone()
-    _, optimizer = train_steps(model, cfg, lambda step: [batch], 3, process)
+    _, optimizer = train_steps(model, lambda step: [batch], 3, process)
     hook.remove()
     assert set(dtypes) == {torch.bfloat16}  # matrix products do run in bf16
     assert set(loss_dtypes) == {torch.float32}
@@ -96,7 +96,7 @@ def test_flow_space_is_fp32_under_autocast():
 
 
 def test_fp16_only_where_the_device_lacks_bf16(monkeypatch):
-    """Old CUDA cards get fp16 (and with it the loss scaler), new ones and the CPU bf16, nobody anything without --amp."""
+    """Old CUDA cards get fp16 (and with it the loss scaler), new ones and the CPU bf16, none without --amp."""
     amp, cuda, cpu = small_config(amp=True), SimpleNamespace(type="cuda"), torch.device("cpu")
     for supported, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(
@@ -122,51 +122,65 @@ def test_fp16_only_where_the_device_lacks_bf16(monkeypatch):
     ],
 )
 def test_amp_only_where_it_is_not_slower(monkeypatch, cost, saved, expected, words):
-    """--amp is taken at its word only where the trial found it no slower; a checkpoint's precision stays unless that is clearly wrong."""
-    monkeypatch.setattr(V, "amp_cost", lambda cfg, device, dtype: cost)
-    dtype, reason = V.choose_precision(small_config(amp=True), cpu_process(), saved)
+    """--amp counts only where the trial found it no slower; a checkpoint's precision stays unless clearly wrong."""
+    monkeypatch.setattr(V, "amp_cost", lambda world, device, dtype: cost)
+    dtype, reason = V.choose_precision(V.VJepaAutoV2(small_config(amp=True)), cpu_process(), saved)
     assert dtype == expected and words in reason
-    assert V.choose_precision(small_config(amp=False), cpu_process(), saved) == (None, "")
+    assert V.choose_precision(V.VJepaAutoV2(small_config(amp=False)), cpu_process(), saved) == (None, "")
 
 
 def test_the_slowest_rank_decides_for_all(monkeypatch):
     """All ranks compute in one precision. Seen red with each rank's own trial deciding."""
-    monkeypatch.setattr(V, "amp_cost", lambda cfg, device, dtype: 0.3)
+    monkeypatch.setattr(V, "amp_cost", lambda world, device, dtype: 0.3)
     process = cpu_process(rank=0, world_size=2)
     process.collect = lambda cost: [cost, 20.0]
-    assert V.choose_precision(small_config(amp=True), process)[0] is None
+    assert V.choose_precision(V.VJepaAutoV2(small_config(amp=True)), process)[0] is None
 
 
 def test_the_trial_sees_what_autocast_costs(monkeypatch):
-    """The ratio is that of the block's own passes: one that sleeps under autocast is told as slow. Seen red with both timed in fp32."""
+    """The ratio is of the block's passes: one that sleeps in autocast is called slow. Seen red: both timed in fp32."""
 
     def pretend(block, tokens, dtype):
         V.time.sleep(0.02 if dtype else 0.005)
 
-    monkeypatch.setattr(V, "block_pass", pretend)
-    assert (
-        2 < V.amp_cost(small_config(), torch.device("cpu"), torch.float32) < 8
-    )  # fp32 as its own "autocast": products cost the same
+    monkeypatch.setattr(V, "part_pass", pretend)
+    cost = V.amp_cost(V.VJepaAutoV2(small_config()), torch.device("cpu"), torch.float32)
+    assert 2 < cost < 8  # fp32 as its own "autocast": products cost the same
 
 
 # -- the first estimate
 
 
+class Wrapped:
+    """What stands around a model under DDP, with a function of the test in its place."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, batch):
+        return self.call(batch)
+
+    def buffers(self):
+        return ()
+
+    def zero_grad(self, set_to_none):
+        """The test looks at the model's own gradients."""
+
+
 def test_the_first_estimate_times_a_real_pass(monkeypatch):
-    """Seconds per step are those of the second pass with a whole batch, times the micro-steps. Seen red with the first pass timed."""
-    cfg, passes, clock = small_config(grad_accum=3), [], [0.0]
-    model = new_model(cfg)
+    """Seconds per step: the second pass of a whole batch, times micro-steps. Seen red with the first pass timed."""
+    passes, clock, run = [], [0.0], new_phase(new_model(small_config(grad_accum=3))).run
     monkeypatch.setattr(V, "measure_speed", lambda process: 1.0)
     monkeypatch.setattr(V.time, "perf_counter", lambda: clock[0])  # a busy machine would add to a real one
 
     def slow(batch):
         passes.append(len(batch["frames"]))
         clock[0] += 0.5 if len(passes) == 1 else 0.1
-        return model(batch)
+        return run.world(batch)
 
-    seconds, how = V.rehearse(model, slow, cfg, cpu_process())
+    seconds, how = V.rehearse(run, Wrapped(slow))
     assert passes == [2, 2] and seconds == pytest.approx(0.3) and how == "timed on noise"
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in run.world.parameters())
 
 
 @pytest.mark.parametrize("step_s, expected", [(3, [4, 4]), (30, [1, 1]), (300, [])])
@@ -175,9 +189,8 @@ def test_no_pass_is_made_that_would_take_minutes(monkeypatch, step_s, expected):
     cfg, passes = small_config(batch_size=4), []
     model, flops = new_model(cfg), sum(V.flops_per_clip(cfg).values()) * cfg.batch_size
     monkeypatch.setattr(V, "measure_speed", lambda process: flops / step_s / 0.4e12)
-    seconds, how = V.rehearse(
-        model, lambda batch: passes.append(len(batch["frames"])) or model(batch), cfg, cpu_process()
-    )
+    spy = Wrapped(lambda batch: passes.append(len(batch["frames"])) or model(batch))
+    seconds, how = V.rehearse(new_phase(model).run, spy)
     assert passes == expected
     assert ("roughly" in how, seconds == pytest.approx(step_s)) == (not expected, not expected)
 
@@ -194,7 +207,7 @@ def test_a_non_finite_step_is_reported_and_changes_nothing(poison):
     cfg = small_config()
     model, batch = new_model(cfg), random_batch(cfg, 2)
     fill_space(model)
-    optimizer, scaler = V.build_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
+    phase = new_phase(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     if poison == "frames":
         batch["frames"] = model.normalise(batch["frames"])
@@ -202,19 +215,17 @@ def test_a_non_finite_step_is_reported_and_changes_nothing(poison):
     else:
         parameter = model.flow.out.weight if poison == "flow gradient" else model.predictor.out.weight
         parameter.register_hook(lambda grad: grad * float("nan"))
-    _, _, finite = V.take_step(model, model, optimizer, scaler, [batch], 0, cfg, cpu_process())
+    _, _, finite = V.take_step(phase, [batch], 0)
     assert finite is False
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not optimizer.state
+    assert not phase.optimizer.state
 
 
 def test_a_finite_step_is_reported_finite():
     cfg = small_config()
     model = new_model(cfg)
-    optimizer = V.build_optimizer(model, cfg)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    assert V.take_step(model, model, optimizer, scaler, [random_batch(cfg, 2)], 0, cfg, cpu_process())[2] is True
+    assert V.take_step(new_phase(model), [random_batch(cfg, 2)], 0)[2] is True
 
 
 # -- compile
@@ -249,7 +260,7 @@ def fresh_dynamo():
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [dict(), dict(pos_embed="rope", flow_joint_max=0, flow_pool=2, amp=True)])
 def test_one_graph_for_ten_steps(fresh_dynamo, mode):
-    """The whole forward is one graph with all attention in it, and new masks, queue fill and statistics compile nothing new.
+    """The whole forward is one graph with all attention in it, new masks, queue fill and statistics compile nothing.
 
     Seen red with attention behind torch.compiler.disable.
     """
@@ -257,9 +268,9 @@ def test_one_graph_for_ten_steps(fresh_dynamo, mode):
     model, backend = new_model(cfg), CountingBackend()
     model.compile(dynamic=False, backend=backend)
     process = cpu_process(V.amp_dtype(cfg, torch.device("cpu")))
-    train_steps(model, cfg, lambda step: [random_batch(cfg, 2, seed=step, first=2 * step)], 10, process)
+    train_steps(model, lambda step: [random_batch(cfg, 2, seed=step, first=2 * step)], 10, process)
     assert len(backend.graphs) == 1
-    # online on two masks and NOW, target once, predictor three times, outcome once, flow: self and cross where tokens mix
+    # online on two masks and NOW, target once, predictor three times, outcome once, flow: self, cross where tokens mix
     expected = 4 * cfg.enc_depth + 3 * cfg.pred_depth + 1 + cfg.flow_depth * (2 if cfg.flow_tokens > 1 else 0)
     plain = expected - cfg.enc_depth if cfg.amp else 0  # bf16 gradients on a CPU; the target encoder has none
     assert (backend.calls("scaled_dot_product_attention"), backend.calls("softmax")) == ([expected - plain], [plain])
@@ -276,7 +287,7 @@ def test_compiled_training_is_plain_training(fresh_dynamo, backend):
         keys = list(model.state_dict())
         if compiled:
             model.compile(dynamic=False, backend=backend)
-        history, _ = train_steps(model, cfg, lambda step: [random_batch(cfg, 2, seed=step)], 3)
+        history, _ = train_steps(model, lambda step: [random_batch(cfg, 2, seed=step)], 3)
         assert list(model.state_dict()) == keys and list(dict(model.named_parameters()))[0].startswith("online.")
         results.append((history, model.state_dict()))
     (plain, state), (compiled, compiled_state) = results
@@ -302,6 +313,6 @@ def test_steps_on_cuda(compiled):
     model.to(device)
     if compiled:
         model.compile(dynamic=False)
-    history, _ = train_steps(model, cfg, lambda step: [V.to_device(random_batch(cfg, 2, seed=0), device)], 5, process)
+    history, _ = train_steps(model, lambda step: [V.to_device(random_batch(cfg, 2, seed=0), device)], 5, process)
     assert history[0]["loss_vjepa"] == pytest.approx(reference["loss_vjepa"], rel=0.02)
     assert history[0]["loss_soon"] == pytest.approx(reference["loss_soon"], rel=0.02)

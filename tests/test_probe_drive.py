@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FOOTAGE, ROOT, V, small_config
-from training import cpu_process, new_model
+from training import new_model, new_state
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -73,15 +73,7 @@ def ckpt(tmp_path_factory):
     """A checkpoint of an encoder with fresh weights -> path."""
     cfg = tub_config()
     model = new_model(cfg, seed=11)
-    source = V.DataSource("videos", "", [], [], [], True)
-    state = V.checkpoint_state(
-        model,
-        V.build_optimizer(model, cfg),
-        torch.amp.GradScaler("cpu", enabled=False),
-        source,
-        cpu_process(),
-        V.Progress(),
-    )
+    state = new_state(model, V.DataSource("videos", "", [], [], [], True))
     folder = tmp_path_factory.mktemp("run")
     (folder / "checkpoints").mkdir()
     V.save_checkpoint(state, folder, cfg, final=True)
@@ -168,8 +160,7 @@ def test_windows_with_a_hole_are_left_out():
 @pytest.mark.parametrize("gap_s", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("num_folds", [2, 5])
 def test_no_training_window_comes_near_a_test_window(gap_s, num_folds):
-    """All pictures of both against each other, at irregular times. Seen red with `begin` in place of `end`, and without
-    the gap."""
+    """All pictures of both against each other, at irregular times. Seen red: `begin` for `end`, and without the gap."""
     times = np.cumsum(np.random.default_rng(3).uniform(0.08, 0.12, 300))
     windows = P.cut_windows(times, 5.0, 8)
     folds = P.time_folds(times[windows[:, 0]], times[windows[:, -1]], num_folds, gap_s)
@@ -230,8 +221,7 @@ def test_encoder_features_are_the_target_encoder_on_each_window():
 
 
 def make_task(noise=0.0, num=240):
-    """Features [n, 6, 8] in which one token holds the label along one direction -> (features, labels, folds, begin,
-    end)."""
+    """Features [n, 6, 8] where one token holds the label along a direction -> (features, labels, folds, begin, end)."""
     labels = steering(num)
     features = torch.randn(num, 6, 8, generator=torch.Generator().manual_seed(0))
     features[:, 4, 2] = torch.from_numpy(labels * 8 + noise * np.random.default_rng(1).normal(size=num)).float()
@@ -244,8 +234,7 @@ def r2(predictions, labels):
 
 
 def test_linear_probe_finds_a_linear_label_and_not_a_shuffled_one():
-    """Above 0.97 as it stands; with permuted training labels no better than the mean. Seen red with the shuffle left
-    out."""
+    """Above 0.97 as it stands; with permuted training labels no better than the mean. Seen red without the shuffle."""
     features, labels, folds, begin, end = make_task()
     assert r2(P.linear_probe(features, labels, folds, begin, end), labels) > 0.97
     assert r2(P.linear_probe(features, labels, folds, begin, end, shuffle_seed=0), labels) < 0.1
@@ -480,8 +469,7 @@ def test_export_cuts_at_pauses_and_leaves_the_gap_out():
 
 
 def test_export_is_read_back_as_training_data(tub, tmp_path, capsys):
-    """Videos and annotations are found by the script, as long as each other, and picture and steering still belong
-    together."""
+    """Videos and annotations are found by the script, as long as each other, picture and steering fit together."""
     folder = tmp_path / "data"
     assert P.main(["--drive", str(tub[0]), "--export", str(folder), "--segment_s", "4", "--gap_s", "1"]) == 0
     videos = V.find_videos(str(folder), "*")

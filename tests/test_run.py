@@ -40,7 +40,7 @@ WALL_CLOCK = (
 
 
 def config(folder, out_dir, **overrides):
-    """Eight steps with dropout and two mask draws on the scene folder: 7 train files, so an epoch ends inside step 4."""
+    """Eight steps with dropout and two mask draws on the scene folder: 7 train files, so an epoch ends in step 4."""
     base = dict(
         data_root=str(folder),
         out_dir=str(out_dir),
@@ -90,8 +90,8 @@ def train_until(cfg, stop_after, number=signal.SIGTERM):
     """Run a config and send this process a signal in the given step -> exit code."""
     real, seen = V.take_step, []
 
-    def stopping(model, wrapped, optimizer, scaler, batches, step, cfg, process):
-        result = real(model, wrapped, optimizer, scaler, batches, step, cfg, process)
+    def stopping(phase, batches, step):
+        result = real(phase, batches, step)
         seen.append(step)
         if step + 1 == stop_after:
             os.kill(os.getpid(), number)
@@ -129,7 +129,7 @@ def to_resume(broken_off, tmp_path):
 
 @pytest.fixture(scope="module")
 def commanded(scene_folder, tmp_path_factory):
-    """The real command in a process of its own, four steps with an evaluation -> (run folder, finished process, its config)."""
+    """The real command in its own process, four steps with an evaluation -> (folder, finished process, config)."""
     folder = tmp_path_factory.mktemp("command")
     cfg = small_config(
         data_root=str(scene_folder), out_dir=str(folder / "run"), steps=4, val_every=2, val_clips=2, ckpt_every=2
@@ -152,7 +152,7 @@ def test_command_ends_well_and_writes_the_promised_files(commanded):
 
 
 def test_command_says_what_it_runs_on(commanded):
-    """The start-up lines: device, parameters, tokens, cost, memory, data, schedule, overrides, estimate; the verdict at the end."""
+    """The start-up lines: device, parameters, tokens, cost, memory, data, schedule, overrides, estimate; verdict."""
     _, done, _ = commanded
     for word in (
         "device: cpu",
@@ -172,7 +172,7 @@ def test_command_says_what_it_runs_on(commanded):
 
 
 def test_an_end_without_time_is_cut_to_one_batch_and_one_clip(scene_folder, tmp_path, monkeypatch):
-    """Evaluation and picture keep their time: one batch, one clip, and a line for each that says so. Seen red with the deadline ignored."""
+    """Evaluation and picture keep their time: one batch, one clip, a line each. Seen red: deadline ignored."""
     monkeypatch.setattr(V, "END_S", 0.0)
     assert V.train(config(scene_folder, tmp_path, steps=2, val_clips=8, picture=True)) == 0
     assert rows(tmp_path)[-1]["val_clips"] == 2  # one batch
@@ -184,7 +184,7 @@ def test_an_end_without_time_is_cut_to_one_batch_and_one_clip(scene_folder, tmp_
 
 
 def test_an_end_with_time_sees_everything(scene_folder, tmp_path, monkeypatch):
-    """All clips are evaluated and drawn, all of the bank is looked through; its 256 clips are decoded once for each file."""
+    """All clips are evaluated and drawn, all of the bank is searched; its 256 clips are decoded once per file."""
     real, decoded = V.read_frames, {}
     monkeypatch.setattr(
         V,
@@ -222,20 +222,20 @@ def test_config_json_tells_how_the_run_was_made(commanded, capsys):
         "train_files": 7,
         "val_files": 1,
     }
-    again, _, _ = V.resolve_config(["--config", str(out_dir / "config.json")])
+    again, _, _ = V.resolve_config(["--config", str(out_dir / "config.json")], V.VJepaAutoV2)
     assert json.loads(json.dumps(asdict(again))) == saved["config"] and again.seed == 7
 
 
 def test_metrics_hold_every_key_of_the_log_table(commanded):
-    """Each training record has the keys of LOG_KEYS in their order, each evaluation those of VAL_KEYS; console lines match."""
+    """Each training record has the keys of LOG_KEYS in order, evaluations those of VAL_KEYS; console lines match."""
     out_dir, done, _ = commanded
     records = rows(out_dir)
     assert [row["step"] for row in records] == [1, 2, 2, 3, 4, 4]
     for row in records:
         if "val_soon_skill" in row:
-            assert list(row) == ["step", *V.VAL_KEYS]
+            assert list(row) == ["step", *V.val_keys(V.VJepaAutoV2)]
         else:
-            assert list(row) == [key for key in V.LOG_KEYS if key != "loss_supcon"]
+            assert list(row) == [key for key in V.log_keys(V.VJepaAutoV2) if key != "loss_supcon"]
         known = {
             key: value for key, value in row.items() if value == value and value is not None and key not in WALL_CLOCK
         }
@@ -245,12 +245,12 @@ def test_metrics_hold_every_key_of_the_log_table(commanded):
 
 
 def test_checkpoint_is_plain_tensors_and_values(commanded):
-    """torch.load(weights_only=True) reads it; keys of the contract, of the raw modules; source and config are inside."""
+    """torch.load(weights_only=True) reads it; keys of the contract, of raw modules; source and config are inside."""
     out_dir, _, cfg = commanded
     state = checkpoint(out_dir)
     assert STATE_KEYS <= set(state) and state["step"] == 4 and state["consumed"] == 8 and state["world_size"] == 1
     assert state["source"] == SCRIPT.read_text(encoding="utf-8") and state["cfg"]["enc_dim"] == cfg.enc_dim
-    model = V.WorldModel(cfg)
+    model = V.VJepaAutoV2(cfg)
     for name in ("online", "predictor", "outcome", "flow", "flow_ema", "target"):
         assert set(state[name]) == set(getattr(model, name).state_dict())
     loaded, loaded_cfg = V.load_model(out_dir / "checkpoints/ckpt_final.pt")
@@ -270,7 +270,7 @@ def test_picture_opens(commanded):
 
 
 def test_bare_command_marks_built_in_scenes(tmp_path, capsys):
-    """Without data_root every record's line starts with data:scenes, and the source is in config.json. Seen red with mark empty."""
+    """Without data_root record lines start with data:scenes, and config.json has the source. Seen red: mark empty."""
     cfg = small_config(out_dir=str(tmp_path / "run"), steps=2, picture=False, val_clips=2)
     assert V.main(arguments(cfg, tmp_path)) == 0
     text = capsys.readouterr().out
@@ -295,7 +295,7 @@ def test_checkpoint_tells_its_data_source(tmp_path):
 
 
 def test_progress_bar_only_on_a_terminal(tmp_path, capsys, monkeypatch):
-    """Nothing where stdout is a file or a pipe; one rewritten line on a terminal. Seen red with the isatty test removed."""
+    """Nothing where stdout is a file or a pipe; one rewritten line on a terminal. Seen red without the isatty test."""
     log = V.RunLog(small_config(out_dir=str(tmp_path)), True)
     log.bar(5, 10, "loss_total:1")
     assert capsys.readouterr().out == ""
@@ -362,8 +362,8 @@ def test_another_seed_differs(straight, scene_folder, tmp_path):
     "stop_after, number, workers", [(2, signal.SIGUSR1, 0), (4, signal.SIGTERM, 2), (3, signal.SIGTERM, 0)]
 )
 def test_stop_and_resume_elsewhere(straight, scene_folder, tmp_path, stop_after, number, workers):
-    """Early with SIGUSR1, across the epoch border with loader workers (the uninterrupted run had none), and just before an evaluation,
-    which the next start makes up for. Seen red with that evaluation left out."""
+    """Early with SIGUSR1, across the epoch border with loader workers (the uninterrupted run had none), and just before
+    an evaluation, which the next start makes up for. Seen red with that evaluation left out."""
     cfg = config(scene_folder, tmp_path, num_workers=workers)
     assert train_until(cfg, stop_after, number) == 75
     assert checkpoint(tmp_path, f"ckpt_{stop_after}.pt")["consumed"] == 2 * stop_after
@@ -373,13 +373,13 @@ def test_stop_and_resume_elsewhere(straight, scene_folder, tmp_path, stop_after,
 
 
 def test_a_killed_run_repeats_from_its_checkpoint_and_no_step_twice(straight, scene_folder, tmp_path):
-    """Died in step 7 without saving: goes on from ckpt_4, drops the records of steps 5 and 6 and a torn line, ends as if never killed."""
+    """Died in step 7 without saving: goes on from ckpt_4, drops records of steps 5, 6, a torn line; ends the same."""
     cfg, real = config(scene_folder, tmp_path, ckpt_every=4), V.apply_step
 
-    def dying(model, optimizer, scaler, carries, step, cfg):
+    def dying(phase, carries, step):
         if step == 6:
             raise KeyboardInterrupt
-        real(model, optimizer, scaler, carries, step, cfg)
+        real(phase, carries, step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(V, "apply_step", dying)
@@ -405,12 +405,12 @@ def forget_optimizer(monkeypatch):
 
 def forget_consumed(monkeypatch):
     real = V.load_checkpoint
-    monkeypatch.setattr(V, "load_checkpoint", lambda path: {**real(path), "consumed": 0})
+    monkeypatch.setattr(V, "load_checkpoint", lambda path, world: {**real(path, world), "consumed": 0})
 
 
 def after_restore(monkeypatch, spoil):
-    real = V.restore_model
-    monkeypatch.setattr(V, "restore_model", lambda state, model: (real(state, model), spoil(model)))
+    real = V.VJepaAutoV2.restore
+    monkeypatch.setattr(V.VJepaAutoV2, "restore", lambda model, state: (real(model, state), spoil(model)))
 
 
 def forget_queue(monkeypatch):
@@ -444,7 +444,7 @@ def test_resume_that_forgets_something_shows(straight, to_resume, scene_folder, 
 @pytest.mark.slow
 @pytest.mark.parametrize("forget", [False, True])
 def test_loss_scale_survives_a_restart(scene_folder, tmp_path, monkeypatch, forget):
-    """fp16 on the CPU: the scaler's state after a stop and a resume is that of a run in one go, and is not when it is left out."""
+    """fp16 on the CPU: the scaler's state after a stop and a resume is that of a run in one go; left out, it is not."""
     monkeypatch.setattr(V, "amp_dtype", lambda cfg, device: torch.float16)
     monkeypatch.setattr(V, "amp_cost", lambda *_: 0.5)  # however slow this CPU is at it
     base = config(scene_folder, tmp_path / "one", amp=True)
@@ -464,7 +464,7 @@ OF_THE_LAST_START = {"status.json", ".lease"}  # they tell of the start itself, 
 
 
 def test_resume_with_another_config_is_refused(to_resume, scene_folder, tmp_path, capsys):
-    """Exit 2, naming each field with both values, and nothing of the old run is touched. Seen red with enc_dim taken off the list."""
+    """Exit 2, each field with both values, nothing of the old run touched. Seen red with enc_dim off the list."""
     before = {path: path.read_bytes() for path in to_resume.rglob("*") if path.is_file()}
     cfg = config(scene_folder, to_resume, enc_dim=96, seed=5)
     assert V.main(arguments(cfg, tmp_path)) == 2
@@ -513,7 +513,7 @@ def test_resume_from_an_absent_file(tmp_path, scene_folder, capsys):
 
 
 def test_going_back_to_an_older_checkpoint_is_not_undone(scene_folder, tmp_path):
-    """--resume ckpt_2 in a folder with later ones: the new checkpoints are kept, and --resume auto then follows the new branch."""
+    """--resume ckpt_2 in a folder with later ones: new checkpoints are kept, --resume auto follows the new branch."""
     cfg = config(scene_folder, tmp_path, ckpt_every=1, keep_last=3)
     assert V.train(cfg) == 0  # leaves 5, 6, 7 and final
     older = tmp_path / "checkpoints/ckpt_5.pt"
@@ -527,7 +527,7 @@ def test_going_back_to_an_older_checkpoint_is_not_undone(scene_folder, tmp_path)
 
 
 def test_new_checkpoints_survive_older_leftovers(scene_folder, tmp_path):
-    """keep_last drops the oldest in time, not what was just written, when later steps of an abandoned branch lie beside it."""
+    """keep_last drops the oldest in time, not what was just written, beside later steps of an abandoned branch."""
     V.train(config(scene_folder, tmp_path, ckpt_every=2, keep_last=2))  # leaves 4, 6 and final
     first = shutil.copy(tmp_path / "checkpoints/ckpt_4.pt", tmp_path / "kept.pt")
     state = {**checkpoint(tmp_path, "ckpt_4.pt"), "step": 2}
@@ -601,7 +601,7 @@ def test_seconds_add_up_over_restarts(to_resume, scene_folder):
 
 
 def test_save_is_atomic(tmp_path, monkeypatch):
-    """Writing that breaks off half-way leaves the previous checkpoint readable and no rubbish. Seen red with a plain torch.save."""
+    """Writing that breaks off half-way leaves the old checkpoint readable, no rubbish. Seen red: plain torch.save."""
     cfg = small_config()
     state = {"step": 4, "online": {"weight": torch.ones(100)}}
     V.save_checkpoint(state, tmp_path, cfg, final=True)
@@ -643,7 +643,7 @@ def test_full_disk_is_one_line(scene_folder, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_compiled_run_saves_the_keys_of_the_raw_modules(scene_folder, tmp_path, monkeypatch):
-    """No _orig_mod. and no module. in any key, and a run that is not compiled goes on from it. Seen red with torch.compile(model)."""
+    """No _orig_mod. or module. in any key; an uncompiled run goes on from it. Seen red with torch.compile(model)."""
     real = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager", **options)
@@ -660,7 +660,7 @@ def test_a_compiled_run_saves_the_keys_of_the_raw_modules(scene_folder, tmp_path
 
 
 def poison(monkeypatch, calls, seen=None):
-    """Make the batches of some steps nan, counted from 0; `seen` collects a copy of the weights at the start of every step."""
+    """Make the batches of some steps nan, counted from 0; `seen` collects the weights at the start of every step."""
     real_device, real_step, count = V.to_device, V.take_step, [0]
 
     def to_device(batch, device):
@@ -669,10 +669,10 @@ def poison(monkeypatch, calls, seen=None):
             batch["frames"] = torch.full(batch["frames"].shape, float("nan"))
         return batch
 
-    def take_step(model, *rest):
+    def take_step(phase, *rest):
         if seen is not None:
-            seen.append({name: value.clone() for name, value in model.state_dict().items()})
-        result = real_step(model, *rest)
+            seen.append({name: value.clone() for name, value in phase.world.state_dict().items()})
+        result = real_step(phase, *rest)
         count[0] += 1
         return result
 
@@ -681,7 +681,7 @@ def poison(monkeypatch, calls, seen=None):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(scene_folder, tmp_path, monkeypatch):
-    """Weights, EMA, queue and flow statistics stay, the step is counted, the run goes on. Seen red with the check removed."""
+    """Weights, EMA, queue and flow statistics stay, the step is counted, the run goes on. Seen red: no check."""
     seen = []
     poison(monkeypatch, {2}, seen)
     assert V.train(config(scene_folder, tmp_path, steps=5, val_every=0, log_every=5)) == 0
@@ -716,7 +716,7 @@ def test_skipped_steps_are_counted_over_restarts(scene_folder, tmp_path, monkeyp
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(scene_folder, tmp_path, capsys, monkeypatch):
-    """Three allowed: two in a row, a good one, then three. Exit 1, one line, the last checkpoint stands and holds no nan."""
+    """Three allowed: two in a row, a good one, then three. Exit 1, one line, the last checkpoint holds no nan."""
     poison(monkeypatch, {1, 2, 4, 5, 6})
     cfg = config(scene_folder, tmp_path / "run", steps=20, max_skipped_steps=3, ckpt_every=4, val_every=0, log_every=20)
     assert V.main(arguments(cfg, tmp_path)) == 1
@@ -729,7 +729,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(scene_folder, tmp_path, ca
 def test_metrics_are_strict_json(straight):
     """No NaN or Infinity, which are not JSON: other programs read metrics.jsonl."""
     for line in (straight / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in {line[:60]}"))
+        json.loads(line, parse_constant=lambda name, line=line: pytest.fail(f"{name} in {line[:60]}"))
 
 
 # -- the real command, stopped for real
@@ -738,7 +738,7 @@ def test_metrics_are_strict_json(straight):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_real_signal_to_the_real_command(scene_folder, tmp_path, number):
-    """A process with two workers gets the signal from outside: exit 75, saved, and the same command finishes the run."""
+    """A process with two workers is signalled from outside: exit 75, saved, and the same command finishes the run."""
     cfg = config(scene_folder, tmp_path / "run", steps=60, num_workers=2, log_every=5)
     command = [sys.executable, str(SCRIPT), *arguments(cfg, tmp_path)]
     run = subprocess.Popen(

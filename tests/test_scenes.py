@@ -73,7 +73,7 @@ def test_now_is_bit_identical_over_futures(kind, shape):
 
 @pytest.mark.parametrize("decoder", DECODER_NAMES)
 def test_now_is_bit_identical_after_the_file(tmp_path, decoder):
-    """Written to mp4 and read back, NOW still holds no bit of the branch. Seen red with the encoder's look-ahead and B-frames on."""
+    """Written to mp4 and read back, NOW still holds no bit of the branch. Seen red with look-ahead and B-frames on."""
     cfg = small_config(image_size=64)
     for scene_seed in range(3):
         read = []
@@ -93,7 +93,7 @@ def test_scene_is_a_pure_function():
 
 
 def test_the_picture_shows_the_odds():
-    """The sign's colour, the lit lamp and the beacon are in the NOW frames, and nothing of the kind where they are not."""
+    """The sign's colour, the lit lamp and the beacon are in the NOW frames, and nothing of that kind elsewhere."""
     cfg, signs, beacons = small_config(image_size=64), 0, {True: [], False: []}
     for scene_seed in range(30):
         now = V.scene(scene_seed, 0, cfg, "fork")[0][: cfg.now_frames].astype(int)
@@ -111,7 +111,7 @@ def test_the_picture_shows_the_odds():
 
 def test_seeds_of_training_validation_and_evaluation_never_meet():
     """The ranges of two streams, two run seeds and the evaluation are apart for any realistic number of clips."""
-    largest = V.RANGES["seed"][1]
+    largest = V.merged(V.VJepaAutoV2Config, "RANGES")["seed"][1]
     last = [
         V.scene_seed_at(small_config(seed=seed), 10**6, stream)
         for stream in ("train", "val")
@@ -218,7 +218,7 @@ def test_brake_scenes_differ_in_the_braking_alone():
 
 
 def test_the_truck_hides_the_passing_car():
-    """In most scenes the car's paint is seen, then, while the label says hidden, hardly, and where it does not stop it comes out again."""
+    """In most scenes the car's paint is seen, hardly so while labelled hidden, and again after unless it stops."""
     cfg = small_config(image_size=96, num_frames=20, soon_frames=8, eventually_frames=8)
     hidden = emerged = checked = 0
     for scene_seed in range(30):
@@ -266,8 +266,8 @@ def test_twins_of_other_scenes_are_refused():
 
 @pytest.mark.parametrize("kind", V.SCENE_KINDS)
 def test_labels_are_complete_and_consistent(kind):
-    """Signals as long as the clip, finite or None, in agreement with each other: speed is the distance's rate, turns have the
-    branch's sign, a lane change ends a lane further, and no car is driven through, in 21 s as in 5 s."""
+    """Signals as long as the clip, finite or None, in agreement with each other: speed is the distance's rate, turns
+    have the branch's sign, a lane change ends a lane further, and no car is driven through, in 21 s as in 5 s."""
     long = dict(num_frames=84, soon_frames=16, eventually_frames=64)
     for scene_seed in range(40):
         cfg = small_config(image_size=16, patch=8, **(long if scene_seed % 4 == 0 else {}))
@@ -331,9 +331,9 @@ def test_files_hold_the_frames(tmp_path):
 
 
 def test_rendered_and_written_scenes_agree(scene_folder):
-    """Sample i drawn on the fly is file i up to the codec, with the same labels; two epochs of drawing never repeat a scene."""
+    """Sample i drawn on the fly is file i up to the codec, same labels; two epochs of drawing never repeat a scene."""
     cfg = small_config(scenes="render")
-    source = V.open_data(cfg, [], True, lambda: None)
+    source = V.open_data(V.VJepaAutoV2, cfg, [], True, lambda: None)
     data = source.dataset(cfg, "train")
     for index in range(cfg.scene_clips):
         drawn, _, labels, bad, _ = data.decode(index, cfg.height, cfg.width)
@@ -353,7 +353,7 @@ def test_rendered_scenes_are_mirrored_with_their_maneuver():
     """hflip turns half of the training clips, and left into right; validation stays as it is."""
     cfg = small_config(scenes="render", hflip=True, lambda_supcon=1.0, scene_mix="fork_only")
     plain = small_config(scenes="render", lambda_supcon=1.0, scene_mix="fork_only")
-    sources = [V.open_data(c, [], True, lambda: None) for c in (cfg, plain)]
+    sources = [V.open_data(V.VJepaAutoV2, c, [], True, lambda: None) for c in (cfg, plain)]
     flipped, straight = (source.dataset(c, "train") for source, c in zip(sources, (cfg, plain)))
     turned = 0
     for index in range(16):

@@ -250,7 +250,7 @@ def test_a_signal_at_every_stage(scene_folder, tmp_path, straight, monkeypatch, 
     Seen red: listing, final save and final evaluation, in which the signal itself ended the process.
     """
     settings, name, at, words, saved = STAGES[stage]
-    number = list((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1))[len(stage) % 4]
+    number = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)[len(stage) % 4]
     cfg = config(scene_folder, tmp_path / "run", **settings)
     with pytest.MonkeyPatch.context() as patch:
         strike(patch, name, at, number)
@@ -311,10 +311,10 @@ def die_at(monkeypatch, step):
     """Make the run die in a step, as of a signal that nobody can catch."""
     real = V.take_step
 
-    def take_step(model, wrapped, optimizer, scaler, batches, at, cfg, process):
+    def take_step(phase, batches, at):
         if at == step:
             raise ZeroDivisionError
-        return real(model, wrapped, optimizer, scaler, batches, at, cfg, process)
+        return real(phase, batches, at)
 
     monkeypatch.setattr(V, "take_step", take_step)
 
@@ -514,7 +514,7 @@ def test_a_signal_to_one_rank(scene_folder, tmp_path):
     for steps, words in ((2, "at step 2, saved"), (4, "in the flow phase")):
         process = launch(ranks(cfg if steps == 2 else V.replace(cfg, val_every=0), tmp_path), environment())
         try:
-            wait_for(lambda: steps_logged(cfg.out_dir)[-1:] == [steps], 60, process)
+            wait_for(lambda steps=steps: steps_logged(cfg.out_dir)[-1:] == [steps], 60, process)
             time.sleep(0.5)
             (pid,) = [
                 int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if is_rank(path, process.pid, 1)
@@ -557,7 +557,7 @@ def test_signals_at_random_moments(scene_folder, tmp_path):
         process = launch(command, environment())
         try:
             wait_for(
-                lambda: (Path(cfg.out_dir) / "status.json").exists() and status(cfg.out_dir)["pid"] == process.pid,
+                lambda pid=process.pid: (tmp_path / "run/status.json").exists() and status(cfg.out_dir)["pid"] == pid,
                 60,
                 process,
             )

@@ -83,7 +83,7 @@ def check(planted, root):
 def make(tmp_path, **overrides):
     """The built-in scenes of a run in tmp_path -> DataSource."""
     cfg = small_config(**{**dict(out_dir=str(tmp_path), image_size=16, scene_clips=4), **overrides})
-    return V.open_data(cfg, V.list_data(cfg), True, lambda: None)
+    return V.open_data(V.VJepaAutoV2, cfg, V.list_data(cfg), True, lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -218,9 +218,8 @@ def test_what_stands_under_our_names_is_moved_aside(tmp_path, capsys):
     for name in ("report.json", "folder.json"):
         planted = plant(tmp_path, names=("report.json", "folder.json/deep"))
         for number in range(2):
-            V.write_own(
-                tmp_path / name, lambda handle: handle.write(json.dumps({"made_by": V.MARK, "number": number}).encode())
-            )
+            report = json.dumps({"made_by": V.MARK, "number": number}).encode()
+            V.write_own(tmp_path / name, lambda handle, report=report: handle.write(report))
         assert json.loads((tmp_path / name).read_text())["number"] == 1
     assert (tmp_path / "previous_1/report.json").read_bytes() == planted.get(
         tmp_path / "report.json", (tmp_path / "previous_1/report.json").read_bytes()

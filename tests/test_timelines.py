@@ -1,4 +1,4 @@
-"""When frames are on screen: variable rates, streams that jump or begin in the middle, covers, sound, mirrors, raw streams.
+"""When frames are on screen: variable rates, streams that jump or begin in the middle, covers, sound, mirrors, raw.
 
 The right frame is always the one with the latest presentation time at or before the moment asked for, on the video
 stream's own line.
@@ -37,8 +37,8 @@ def shown_at(pts_ms, times):
 
 
 def write_streams(path, parts, container_options=None):
-    """Mux encoded streams into one file. parts: list of (codec, count, fps, second of the first frame, options); 'aac' is
-    silence."""
+    """Mux encoded streams into one file. parts: list of (codec, count, fps, second of the first frame, options); 'aac'
+    is silence."""
     import av
 
     with av.open(str(path), "w", options=container_options or {}) as container:
@@ -85,8 +85,9 @@ def test_bug_frames_on_screen_left_out(tmp_path, readings):
 
 
 def test_any_rate_in_any_container(tmp_path):
-    """Random gaps between frames, groups of pictures, B-frames, starts and containers: the fast path gives the plain path's
-    frames bit for bit, and they are the ones on screen. Seen red with the durations that the container guesses."""
+    """Random gaps between frames, groups of pictures, B-frames, starts and containers: the fast path gives the plain
+    path's frames bit for bit, and they are the ones on screen. Seen red with the durations that the container
+    guesses."""
     for seed in range(24):
         rng = np.random.default_rng(seed)
         count = int(rng.integers(40, 90))
@@ -142,7 +143,7 @@ def clips_of(path, starts=(0.0, 0.3, 0.7, 1.0)):
 
 
 def test_transport_streams_are_sought(tmp_path, stream_bytes, readings, monkeypatch):
-    """A late window of a transport stream is entered at its own key frame, in one go. Seen red: all was decoded, twice."""
+    """A late window of a transport stream is entered at its own key frame, once. Seen red: all was decoded, twice."""
     (tmp_path / "whole.ts").write_bytes(stream_bytes[0])
     decoded, pyav_frames = [], V.pyav_frames
     monkeypatch.setattr(V, "pyav_frames", lambda *args: (decoded.append(0) or frame for frame in pyav_frames(*args)))
@@ -155,8 +156,8 @@ def test_transport_streams_are_sought(tmp_path, stream_bytes, readings, monkeypa
 
 
 def test_stream_that_begins_inside_a_group_of_pictures(tmp_path, stream_bytes, readings):
-    """It loses that group, not the file, and its time line begins with the first picture that can be shown. Seen red: that
-    picture stood still until its own time came."""
+    """It loses that group, not the file, and its time line begins with the first picture that can be shown. Seen red:
+    that picture stood still until its own time came."""
     data, keys = stream_bytes
     at = (keys[3] + 3 * TS_PACKET) // TS_PACKET * TS_PACKET
     (tmp_path / "cut.ts").write_bytes(data[: keys[0]] + data[at:])  # tables, then the fourth group from its middle
@@ -182,8 +183,8 @@ def test_streams_behind_one_another(tmp_path, stream_bytes):
 
 
 def test_stream_with_a_gap(tmp_path, stream_bytes):
-    """Ten minutes without a picture: windows before and behind it are right on the real time line, those that touch the gap
-    are refused. Seen red: one frame stood still for ten minutes."""
+    """Ten minutes without a picture: windows before and behind it are right on the real time line, those that touch the
+    gap are refused. Seen red: one frame stood still for ten minutes."""
     import av
 
     path = tmp_path / "gap.ts"
@@ -246,7 +247,7 @@ def test_cut_mkv_with_sound_is_still_refused(tmp_path):
 @pytest.mark.parametrize("decoder", DECODER_NAMES)
 @pytest.mark.parametrize("suffix", ["mkv", "mp4"])
 def test_covers_never_play(tmp_path, suffix, decoder):
-    """A cover of one frame as the first video stream: the moving one is read, whichever decoder is asked. Seen red: a still."""
+    """A cover of one frame as the first video stream: the moving one is read by either decoder. Seen red: a still."""
     parts = [("mjpeg", 1, 1, 0, {}), ("libx264", 120, 10, 0, {"g": "20", "bf": "2"})]
     path = write_streams(tmp_path / f"cover.{suffix}", parts)
     for u_start in (0.0, 1.0):
@@ -299,8 +300,8 @@ def marked_corners(tmp_path_factory):
     ],
 )
 def test_eight_orientations(tmp_path, marked_corners, decoder, a, b, c, d):
-    """What is stored in column p, row q is shown in column a p + c q, row b p + d q. Seen red: a horizontal flip came out
-    upside down, a vertical one untouched, both transposes turned instead."""
+    """What is stored in column p, row q is shown in column a p + c q, row b p + d q. Seen red: a horizontal flip came
+    out upside down, a vertical one untouched, both transposes turned instead."""
     (tmp_path / "turned.mp4").write_bytes(with_matrix(marked_corners, (a, b, c, d)))
     shown = np.zeros((2, 2))
     for p, q, level in ((-1, -1, 40), (1, -1, 100), (-1, 1, 160), (1, 1, 220)):  # corners around the middle
@@ -324,8 +325,8 @@ def test_other_matrices_are_refused(tmp_path, marked_corners, matrix):
 
 
 def test_looking_at_the_matrix_ties_no_frame_to_itself(tmp_path, marked_corners):
-    """A frame goes when its last name goes. Seen red with frame.side_data: frames waited for the garbage collector with the
-    threads of their scaler, and a collection in a forked loader worker then hung for ever."""
+    """A frame goes when its last name goes. Seen red with frame.side_data: frames waited for the garbage collector with
+    the threads of their scaler, and a collection in a forked loader worker then hung for ever."""
     (tmp_path / "flat.mp4").write_bytes(marked_corners)
     with V.open_pyav(str(tmp_path / "flat.mp4")) as container:
         frame = next(container.decode(video=0))
@@ -338,7 +339,7 @@ def test_looking_at_the_matrix_ties_no_frame_to_itself(tmp_path, marked_corners)
 
 
 def without_timing(data):
-    """An H.264 byte stream of x264's baseline profile without the last part of its parameters, which holds the frame rate."""
+    """An H.264 byte stream of x264's baseline profile without the end of its parameters, which holds the frame rate."""
     units = []
     for unit in re.split(b"\0\0\0?\1", data)[1:]:
         if unit[0] & 31 == 7:
@@ -362,7 +363,7 @@ def raw_stream(tmp_path_factory):
 
 
 def test_rate_of_raw_streams(tmp_path, raw_stream):
-    """By the user's setting, else the header, else the annotation, else 25 fps. Seen red: setting and annotation ignored."""
+    """By the user's setting, else the header, else the annotation, else 25 fps. Seen red: both settings ignored."""
     (tmp_path / "timed.h264").write_bytes(raw_stream)
     (tmp_path / "untimed.h264").write_bytes(without_timing(raw_stream))
     cases = (
@@ -381,7 +382,7 @@ def test_rate_of_raw_streams(tmp_path, raw_stream):
 
 
 def test_rates_reach_the_reader_and_guesses_are_named(tmp_path, raw_stream):
-    """frame_fps and an annotation's fps change a dataset's clip; files whose rate nobody gives are named, and no others."""
+    """frame_fps and an annotation's fps change a dataset's clip; files whose rate nobody gives are named, no others."""
     (tmp_path / "annotations").mkdir()
     untimed = without_timing(raw_stream)
     for name, data in (("timed", raw_stream), ("noted", untimed), ("guessed", untimed), ("broken", b"x")):

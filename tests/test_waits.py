@@ -1,4 +1,4 @@
-"""Waits have an end, and what passes is not permanent: workers stopped, killed or orphaned, data away for a while, no /dev/shm.
+"""Waits have an end, and what passes is not permanent: workers stopped, killed, orphaned, data away, no /dev/shm.
 
 Expected batches are always those of a loader without workers that nothing disturbs.
 """
@@ -36,7 +36,7 @@ def open_clips(cfg, videos, num_workers, timeout_s=30.0, **more):
         V.StepSampler(0, NUM_BATCHES, 3, 0, 1),
         num_workers,
         timeout_s=timeout_s,
-        batch_bytes=V.batch_bytes(cfg, 3),
+        batch_bytes=V.batch_bytes(dataset, 3),
         **more,
     )
 
@@ -91,10 +91,11 @@ def wait_until(condition, seconds):
 
 
 def test_batches_are_the_same_bytes_by_every_way(scene_folder):
-    """Shared memory, shared memory too small for all of a batch, and the socket alone hand over what no worker makes."""
+    """Shared memory, too little of it for a batch, and the socket alone hand over what no worker makes."""
     cfg, videos = data_of(scene_folder)
-    expected = list(open_clips(cfg, videos, 0))
-    for room in (V.batch_bytes(cfg, 3), 3 * 12 * 3 * 32 * 32 + 64, 0):
+    plain = open_clips(cfg, videos, 0)
+    expected, whole = list(plain), plain.batch_bytes
+    for room in (whole, 3 * 12 * 3 * 32 * 32 + 64, 0):
         loader = open_clips(cfg, videos, 2)
         loader.close()
         loader.batch_bytes = room
@@ -108,7 +109,7 @@ def test_batches_are_the_same_bytes_by_every_way(scene_folder):
 
 @pytest.mark.faults
 def test_batches_that_a_thread_copies(scene_folder, monkeypatch):
-    """The path of pinned memory with its thread, the pinning itself replaced by a copy: each batch is whole and in its place.
+    """The path of pinned memory with its thread, pinning replaced by a copy: each batch is whole and in its place.
 
     Seen red with the slot released before the copy: later clips stood in earlier batches.
     """
@@ -129,7 +130,7 @@ def test_batches_that_a_thread_copies(scene_folder, monkeypatch):
 
 @pytest.mark.faults
 def test_a_batch_is_not_overwritten_by_the_next(scene_folder):
-    """Batches are copies: kept ones do not change while workers fill the shared memory again. Seen red with take(in_place=True)."""
+    """Batches are copies: kept ones stay as workers fill shared memory. Seen red with take(in_place=True)."""
     cfg, videos = data_of(scene_folder)
     kept = list(open_clips(cfg, videos, 1))
     time.sleep(0.1)
@@ -137,7 +138,8 @@ def test_a_batch_is_not_overwritten_by_the_next(scene_folder):
 
 
 def without_shared_memory(mount, tmpdir, code):
-    """Run Python code in a mount namespace of its own after a shell line, with a TMPDIR -> CompletedProcess. Skips where that is not allowed."""
+    """Run Python code in a mount namespace of its own after a shell line, with a TMPDIR -> CompletedProcess. Skips
+    where that is not allowed."""
     unshare = shutil.which("unshare")
     if unshare is None or subprocess.run([unshare, "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("mount namespaces need rights that are not there")
@@ -165,7 +167,7 @@ def without_shared_memory(mount, tmpdir, code):
     ],
 )
 def test_a_run_needs_no_dev_shm_and_no_tmpdir(scene_folder, tmp_path, mount):
-    """Batches larger than /dev/shm, and a TMPDIR that is too long for a socket's name and does not exist: the run ends well.
+    """Batches larger than /dev/shm, a TMPDIR too long for a socket's name that does not exist: the run ends well.
 
     Seen red with torch's DataLoader: it waits for ever, its workers killed by SIGBUS or unable to listen.
     """
@@ -182,7 +184,8 @@ def test_a_run_needs_no_dev_shm_and_no_tmpdir(scene_folder, tmp_path, mount):
         resume="never",
     )
     (tmp_path / "flags.json").write_text(json.dumps(asdict(cfg)))
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import VJepa_AUTO_V2 as V; sys.exit(V.main(['--config', {str(tmp_path / 'flags.json')!r}]))"
+    call = f"sys.exit(V.main(['--config', {str(tmp_path / 'flags.json')!r}]))"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import VJepa_AUTO_V2 as V; {call}"
     done = without_shared_memory(mount, "/nowhere/" + "x" * 150, code)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
 
@@ -202,8 +205,8 @@ def test_workers_that_are_spawned(scene_folder, monkeypatch):
 def test_a_worker_that_ends_or_stops_in_the_middle_of_a_message(scene_folder, tmp_path, monkeypatch, number):
     """Half a batch is in the socket: the worker is replaced, nothing is lost, no file is blamed.
 
-    Seen red with torch's DataLoader: its queue waits for the other half, which another worker can no longer send either.
-    """
+    Seen red with torch's DataLoader: its queue waits for the other half, which another worker can no longer send
+    either."""
     cfg, videos = data_of(scene_folder)
     strike = once(tmp_path / "mark", lambda: os.kill(os.getpid(), number))
     real = V.WorkerEnd.say
@@ -231,7 +234,8 @@ def test_a_stopped_worker_is_replaced_and_its_file_is_not_blamed(scene_folder, t
 
 
 def test_a_signal_during_a_fork_is_heard_after_it():
-    """Ctrl-C while workers are started is raised once they are known. Seen red without the context: the fork was cut off, or the key lost."""
+    """Ctrl-C while workers are started is raised once they are known. Seen red without the context: the fork was cut
+    off, or the key lost."""
     started = []
     with pytest.raises(KeyboardInterrupt):
         with V.HeldSignals():
@@ -249,7 +253,7 @@ def test_workers_that_die_again_and_again_end_the_run_in_one_line(scene_folder, 
 
 
 def test_workers_that_cannot_be_started(scene_folder, monkeypatch):
-    """A limit on processes: one line with the limit's name, and the workers that had started are gone. Seen red (BlockingIOError)."""
+    """A limit on processes: one line names it; workers that had started are gone. Seen red (BlockingIOError)."""
     cfg, videos = data_of(scene_folder)
     started, real = [], V.Worker.start
 
@@ -270,7 +274,8 @@ def test_workers_that_cannot_be_started(scene_folder, monkeypatch):
     [(V.UserError, "plain words"), (OSError, "plain words"), (TypeError, "in a loader worker: TypeError: plain words")],
 )
 def test_an_exception_in_a_worker_is_one_short_reason(scene_folder, monkeypatch, kind, words):
-    """The text of the exception alone; where it happened stands in its cause. Seen red with DataLoader, which puts the traceback into it."""
+    """The text of the exception alone; where it happened stands in its cause. Seen red with DataLoader, which puts the
+    traceback into it."""
     cfg, videos = data_of(scene_folder)
 
     def fail(samples):
@@ -328,7 +333,7 @@ def fork_group(work):
 
 @pytest.mark.faults
 def test_a_suspended_group_quarantines_nothing(scene_folder, tmp_path, monkeypatch):
-    """Ctrl-Z and fg, longer than the time-out, with files in hand: no file is left out. Seen red with wall time held against it."""
+    """Ctrl-Z and fg, past the time-out, files in hand: no file is left out. Seen red with wall time counted."""
     cfg, videos = data_of(scene_folder)
     expected = undisturbed(cfg, videos)
     before_reading(monkeypatch, lambda path: time.sleep(0.4))
@@ -355,7 +360,7 @@ def test_a_suspended_group_quarantines_nothing(scene_folder, tmp_path, monkeypat
 
 
 def test_workers_end_with_their_parent(scene_folder, tmp_path, monkeypatch):
-    """kill -9 of the main process while a worker hangs in a file and another is idle: both are gone within seconds. Seen red."""
+    """kill -9 of the main process while a worker hangs in a file and another idles: both end in seconds. Seen red."""
     cfg, videos = data_of(scene_folder)
 
     def work():
@@ -427,7 +432,7 @@ def test_a_wait_for_data_hears_the_stop_flag(scene_folder, tmp_path):
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE], ids=lambda code: errno.errorcode[code])
 def test_a_fault_of_the_machine_is_tried_again(scene_folder, monkeypatch, code):
-    """A reason that a network or a full table of open files gives does not replace a clip. Seen red with the first answer taken."""
+    """A reason from a network or a full table of open files replaces no clip. Seen red with the first answer taken."""
     cfg, videos = data_of(scene_folder)
     expected, failed = undisturbed(cfg, videos), []
 
@@ -474,8 +479,8 @@ def test_a_file_that_decodes_later_is_good_again(scene_folder, tmp_path):
 
 
 def test_remembered_bad_files_are_history_not_a_verdict(scene_folder, tmp_path, capsys):
-    """Every file is in bad_files.jsonl from an outage, one is bad all along: the next start tries them again and goes on. Seen red:
-    it failed for ever."""
+    """Every file is in bad_files.jsonl from an outage, one is bad all along: the next start tries them again and goes
+    on. Seen red: it failed for ever."""
     folder = copy_scenes(scene_folder, tmp_path / "data")
     cfg, videos = data_of(folder, out_dir=str(tmp_path / "run"), steps=2, picture=False, val_every=0)
     Path(V.split_videos(videos, cfg.val_fraction)[0][0].path).write_bytes(b"bad all along" * 99)
@@ -549,7 +554,7 @@ def checkpoint(scene_folder, tmp_path_factory):
 
 @pytest.mark.faults
 def test_an_error_in_a_worker_of_evaluate_is_one_line(scene_folder, checkpoint, tmp_path):
-    """An annotation whose speed is a list of lists: exit 1, one short line. Seen red: a traceback in the line, and no end."""
+    """An annotation whose speed is a list of lists: exit 1, one short line. Seen red: a traceback in it, and no end."""
     pytest.importorskip("sklearn")
     folder = copy_scenes(scene_folder, tmp_path / "data")
     for path in (folder / "annotations").glob("*.json"):
@@ -575,8 +580,8 @@ def test_an_error_in_a_worker_of_evaluate_is_one_line(scene_folder, checkpoint, 
 def test_evaluate_ends_with_its_workers(checkpoint, tmp_path, number):
     """Ctrl-C to the group, and kill -9 of the main process alone: nobody is left.
 
-    Seen red with torch's DataLoader (Ctrl-C), and with workers forked while handlers were in place: Python lost the Ctrl-C in a fork hook.
-    """
+    Seen red with torch's DataLoader (Ctrl-C), and with workers forked while handlers were in place: Python lost the
+    Ctrl-C in a fork hook."""
     pytest.importorskip("sklearn")
     process = start_evaluation(checkpoint, tmp_path)
     try:

@@ -9,27 +9,40 @@ torch.set_num_threads(1)  # two threads of these tiny products wait for each oth
 def new_model(cfg, seed=0, rank=0, world_size=1):
     """A freshly initialised model in train mode; the same weights for the same config and seed."""
     torch.manual_seed(seed)
-    return V.WorldModel(cfg, rank, world_size).train()
+    return V.VJepaAutoV2(cfg, rank, world_size).train()
 
 
 def cpu_process(amp_dtype=None, rank=0, world_size=1):
     return V.Process(rank, world_size, torch.device("cpu"), amp_dtype)
 
 
-def train_steps(model, cfg, batches_at, num_steps, process=None, wrapped=None):
-    """`num_steps` updates with the micro-batches batches_at(step) -> (list of metrics, optimizer)."""
+def new_phase(model, process=None, wrapped=None, source=None):
+    """Training of a model as the loop sees it, with a run that has no folder and no log -> V.Phase."""
     process = process or cpu_process()
-    optimizer, scaler = V.build_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
-    history = []
+    source = source or V.DataSource("render", "", [], [], [], True, V.ClipDataset, model.draw)
+    run = V.Run(
+        model.cfg, process, None, None, source, model, model.optimizer(), torch.amp.GradScaler("cpu", enabled=False)
+    )
+    return V.Phase(run, model, wrapped or model, run.optimizer)
+
+
+def new_state(model, source=None, **progress):
+    """What a checkpoint of a model would hold -> dict."""
+    run = new_phase(model, source=source).run
+    run.progress = V.Progress(**progress)
+    return V.checkpoint_state(run)
+
+
+def train_steps(model, batches_at, num_steps, process=None, wrapped=None):
+    """`num_steps` updates with the micro-batches batches_at(step) -> (list of metrics, optimizer)."""
+    phase, history = new_phase(model, process, wrapped), []
     for step in range(num_steps):
-        metrics, carries, finite = V.take_step(
-            model, wrapped or model, optimizer, scaler, batches_at(step), step, cfg, process
-        )
+        metrics, carries, finite = V.take_step(phase, batches_at(step), step)
         assert finite
-        V.apply_step(model, optimizer, scaler, carries, step, cfg)
-        optimizer.zero_grad(set_to_none=True)
+        V.apply_step(phase, carries, step)
+        phase.optimizer.zero_grad(set_to_none=True)
         history.append({name: float(value) for name, value in metrics.items()})
-    return history, optimizer
+    return history, phase.optimizer
 
 
 def watch(model, batch):

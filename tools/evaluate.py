@@ -968,9 +968,10 @@ def collate_clips(pairs):
 def open_loader(clips, count, size, num_workers, collate_fn):
     """V.ClipLoader of `count` clips in order, in batches of `size`; a `dataset` of the clips is what reads files."""
     batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
-    options = dict(timeout_s=clips.cfg.decode_timeout_s, files=getattr(clips, "dataset", None))
-    room = V.batch_bytes(clips.cfg, size)
-    return V.ClipLoader(clips, batches, num_workers, collate_fn=collate_fn, batch_bytes=room, **options)
+    cfg, files = clips.cfg, getattr(clips, "dataset", None)
+    room = size * cfg.num_frames * 3 * cfg.height * cfg.width + 2**16  # of the frames, and some more for small arrays
+    options = dict(collate_fn=collate_fn, timeout_s=cfg.decode_timeout_s, files=files, batch_bytes=room)
+    return V.ClipLoader(clips, batches, num_workers, **options)
 
 
 def soon_end(values, cfg):
@@ -1058,10 +1059,10 @@ class ResidualNoise(nn.Module):
         return self.space.gaussian(x_tau)
 
 
-def own_precision(cfg, device):
-    """A process of one rank that computes in what the run's --amp means on this device."""
-    process = V.Process(0, 1, device, None)
-    process.amp_dtype, _ = V.choose_precision(cfg, process)
+def own_precision(model):
+    """A process of one rank that computes in what the run's --amp means on the model's device."""
+    process = V.Process(0, 1, model.image_mean.device, None)
+    process.amp_dtype, _ = V.choose_precision(model, process)
     return process
 
 
@@ -1971,7 +1972,7 @@ def evaluate(model, sizes=FULL, source=None, split="val", seed=0, num_workers=2,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         fresh = type(model)(model.cfg).to(device).eval()
-        process = own_precision(model.cfg, device)
+        process = own_precision(model)
         # a fresh flow net returns the point forecast in any number of steps
         subjects = [Subject(model, process), Subject(fresh, process, steps=1)]
         study = Study(subjects, sizes, seed, num_workers, progress)
@@ -2296,11 +2297,11 @@ def open_checkpoint(path, device):
     return model, cfg, {"step": int(state["step"]), "data": state["data"]}
 
 
-def open_videos(cfg, root):
+def open_videos(model, root):
     """Videos under a root: folder, video or list -> (V.DataSource, config that names them). UsageError for none."""
-    cfg = replace(cfg, data_root=root, missing_data="error")
+    cfg = replace(model.cfg, data_root=root, missing_data="error")
     videos = V.list_data(cfg)
-    source = V.open_data(cfg, videos, True, None)
+    source = V.open_data(type(model), cfg, videos, True, None)
     for note in V.data_notes(cfg, videos, source):
         V.say(note, sys.stderr)
     return source, cfg
@@ -2329,7 +2330,7 @@ def run(args, sizes):
     model, cfg, about = open_checkpoint(args.ckpt, args.device)
     source = None
     if args.data_root:
-        source, cfg = open_videos(cfg, args.data_root)
+        source, cfg = open_videos(model, args.data_root)
         model.cfg = cfg
     elif cfg.data_root:
         note = "note: this run learned from videos; without --data_root it is measured on built-in scenes, "

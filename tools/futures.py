@@ -282,14 +282,14 @@ def picture_loss(pictures, truth):
     return loss
 
 
-def train_decoder(decoder, pool, cfg, seconds, max_steps=math.inf, perceptual=None, seed=0):
+def train_decoder(decoder, pool, cfg, seconds, max_steps=math.inf, perceptual=None, seed=0, process=None):
     """Train on noisy latents of the pool until time or steps are spent -> (its EMA in eval mode, steps done).
 
     The learning rate falls to zero with the larger spent share. A batch is a few tubelets of each of some clips. The
-    precision is what the run's --amp means on this machine.
+    precision is that of the process, fp32 without one.
     """
     device, slow = decoder.place.device, copy.deepcopy(decoder).eval().requires_grad_(False)
-    process = E.own_precision(cfg, device)
+    process = process or V.Process(0, 1, device, None)
     if process.amp_dtype == torch.float16:  # would need a loss scaler
         process.amp_dtype = None
     tubelets, dt = pool.latents.shape[1], cfg.tubelet_t
@@ -473,7 +473,8 @@ def get_decoder(model, source, path, key, minutes, num_workers, perceptual, seed
     pool = fill_pool(model, source, "train", 0.27 * seconds, POOL_CLIPS, num_workers, least=16)
     torch.manual_seed(seed)
     fresh = PixelDecoder(cfg, width).to(device)
-    decoder, _ = train_decoder(fresh, pool, cfg, 0.65 * seconds, perceptual=perceptual, seed=seed)
+    options = dict(perceptual=perceptual, seed=seed, process=E.own_precision(model))
+    decoder, _ = train_decoder(fresh, pool, cfg, 0.65 * seconds, **options)
     saved = {"key": key, "width": width, "minutes": minutes, "decoder": decoder.state_dict(), "made_by": V.MARK}
     saved |= {"readings": fit_readings(pool, held_out, cfg), "report": judge_decoder(decoder, pool, held_out, cfg)}
     try:
@@ -994,7 +995,7 @@ def parse_arguments(argv):
     return args
 
 
-def open_source(cfg, data, data_root):
+def open_source(model, data, data_root):
     """What the decoder learns from -> DataSource, None for built-in scenes. data: kind and root of the run's own."""
     if not data_root and data["kind"] in ("scenes", "render"):
         return None
@@ -1004,7 +1005,7 @@ def open_source(cfg, data, data_root):
     if not os.path.exists(root):
         gone = "" if data_root else ", the run's videos are gone; say where they are (--data_root)"
         raise V.UsageError(f"data_root {root}: no such file or folder{gone}")
-    return E.open_videos(cfg, root)[0]
+    return E.open_videos(model, root)[0]
 
 
 def open_run(args):
@@ -1012,7 +1013,7 @@ def open_run(args):
     model, cfg, about = E.open_checkpoint(args.ckpt, args.device)
     if not cfg.lambda_flow:
         raise V.UserError(f"ckpt {args.ckpt}: trained with lambda_flow 0, it has no sampled futures to show")
-    source = open_source(cfg, about["data"], args.data_root)
+    source = open_source(model, about["data"], args.data_root)
     if args.clip and source is None:
         note = "note: the decoder is trained on built-in scenes; for your own videos give them as --data_root too"
         V.say(note, sys.stderr)

@@ -567,7 +567,7 @@ def build_parser():
     flag("--epochs", type=int, default=40, help="epochs of the attentive probe [40]")
     flag("--untrained_seeds", type=int, default=3, help="fresh encoders to compare with [3]")
     flag("--batch_size", type=int, default=32, help="windows encoded at once [32]")
-    flag("--device", default="auto", choices=V.CHOICES["device"], help="where to compute [auto]")
+    flag("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to compute [auto]")
     flag("--seed", type=int, default=0, help="of the attentive probe, the shuffle and the bootstrap [0]")
     flag("--segment_s", type=float, default=15.0, help="seconds of an exported file [15]")
     return parser

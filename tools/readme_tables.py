@@ -1,7 +1,9 @@
-"""Write the config table and the log glossary of README.md from the script, so that they cannot drift from it.
+"""Write what README.md and docs/ take from the code, so that they cannot drift from it.
 
-python tools/readme_tables.py            rewrites what stands between the marker comments
-python tools/readme_tables.py --print    prints both tables instead
+docs/config.md holds the config table, docs/log.md the log glossary, README.md the text of tests/toy_world.py.
+
+    python tools/readme_tables.py            rewrites what stands between the marker comments of PARTS
+    python tools/readme_tables.py --print    prints those parts instead
 """
 
 import sys
@@ -15,6 +17,7 @@ import VJepa_AUTO_V2 as V  # noqa: E402
 
 CONFIG_MARKS = ("<!-- config table -->", "<!-- end config table -->")
 GLOSSARY_MARKS = ("<!-- log glossary -->", "<!-- end log glossary -->")
+TOY_MARKS = ("<!-- toy world -->", "<!-- end toy world -->")
 
 
 def cell(text):
@@ -22,49 +25,53 @@ def cell(text):
     return str(text).replace("|", r"\|")
 
 
-def config_rows():
-    """One row per config field: `field`, default, comment -> list of lines."""
-    helps = V.field_help()
-    return [
+def config_table():
+    """One row per config field: `field`, default, comment -> the whole table as text."""
+    helps = V.field_help(V.VJepaAutoV2Config)
+    rows = [
         f"| `{field.name}` | {cell(field.default if field.default != '' else '(empty)')} | {cell(helps[field.name])} |"
         for field in fields(V.VJepaAutoV2Config)
     ]
-
-
-def glossary_rows():
-    """One row per logged key: `key`, meaning -> list of lines."""
-    return [f"| `{key}` | {cell(meaning)} |" for key, meaning in {**V.LOG_KEYS, **V.VAL_KEYS}.items()]
-
-
-def config_table():
-    """The whole config table as text."""
-    return "\n".join(["| field | default | comment |", "|---|---|---|", *config_rows()])
+    return "\n".join(["| field | default | comment |", "|---|---|---|", *rows])
 
 
 def glossary_table():
-    """The whole glossary as text."""
-    return "\n".join(["| key | meaning |", "|---|---|", *glossary_rows()])
+    """One row per logged key: `key`, meaning -> the whole glossary as text."""
+    rows = [f"| `{key}` | {cell(meaning)} |" for key, meaning in {**V.log_keys(V.VJepaAutoV2), **V.val_keys(V.VJepaAutoV2)}.items()]
+    return "\n".join(["| key | meaning |", "|---|---|", *rows])
 
 
-def fill(text, marks, table):
-    """README text with the part between two markers replaced by a table. SystemExit names a marker that is missing."""
+def toy_world():
+    """The example of a world, tests/toy_world.py, as a block of Python."""
+    return f"```python\n{(ROOT / 'tests' / 'toy_world.py').read_text(encoding='utf-8').strip()}\n```"
+
+
+PARTS = (  # page, its two markers, what stands between them
+    ("docs/config.md", CONFIG_MARKS, config_table),
+    ("docs/log.md", GLOSSARY_MARKS, glossary_table),
+    ("README.md", TOY_MARKS, toy_world),
+)
+
+
+def fill(text, marks, part, page="page"):
+    """Text of a page with a part put between two markers, over what is there. SystemExit names a missing marker."""
     for mark in marks:
         if text.count(mark) != 1:
-            raise SystemExit(f"README.md must hold {mark} exactly once")
+            raise SystemExit(f"{page} must hold {mark} exactly once")
     head, rest = text.split(marks[0])
     if marks[1] not in rest:
-        raise SystemExit(f"README.md: {marks[1]} stands before {marks[0]}")
-    return f"{head}{marks[0]}\n\n{table}\n\n{marks[1]}{rest.split(marks[1])[1]}"
+        raise SystemExit(f"{page}: {marks[1]} stands before {marks[0]}")
+    return f"{head}{marks[0]}\n\n{part}\n\n{marks[1]}{rest.split(marks[1])[1]}"
 
 
 def main():
-    """Rewrite README.md, or print the tables."""
+    """Rewrite the pages, or print the parts."""
     if "--print" in sys.argv[1:]:
-        V.emit(f"{config_table()}\n\n{glossary_table()}\n", sys.stdout)
+        V.emit("\n\n".join(make() for _, _, make in PARTS) + "\n", sys.stdout)
         return
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(fill(fill(text, CONFIG_MARKS, config_table()), GLOSSARY_MARKS, glossary_table()), encoding="utf-8")
+    for page, marks, make in PARTS:
+        path = ROOT / page
+        path.write_text(fill(path.read_text(encoding="utf-8"), marks, make(), page), encoding="utf-8")
 
 
 if __name__ == "__main__":
