@@ -439,8 +439,6 @@ class VJepaAutoV2Config(ClipConfig):
 
     def rules(self):
         problems = super().rules()
-        if problems:
-            return problems
         parts = self.now_frames + self.soon_frames + self.eventually_frames
         if self.num_frames != parts:
             problems.append(("num_frames", f"must equal now + soon + eventually frames = {parts}"))
@@ -1745,11 +1743,6 @@ def guessed_rates(cfg, root, videos):
     if cfg.frame_fps or not raw:
         return [], True
     return told_apart(min(cfg.decode_timeout_s, 20.0), guessed_names, root, raw)
-
-
-def small_clip(cfg, video):
-    """Decode one small clip of a video."""
-    read_frames(video.path, ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5), cfg.decoder)
 
 
 def split_readable(cfg, videos, read_one=small_clip):
@@ -4920,12 +4913,19 @@ class VJepaAutoV2(World):
         groups.append(param_group(self.cfg, "flow", list(apart.values()), self.cfg.flow_lr))
         return [group for group in groups if group["params"]]
 
-    @torch.no_grad()
     def after_step(self, carries, step):
-        """target <- m * target + (1 - m) * online, in fp32; the same for the flow net; queue keys first in, first out; residuals."""
-        momenta = ema_momentum_at(step, self.cfg), flow_momentum_at(step, self.cfg)
-        for slow, fast, m in zip((self.target, self.flow_ema), (self.online, self.flow), momenta):
+        self.update_ema(ema_momentum_at(step, self.cfg), flow_momentum_at(step, self.cfg))
+        self.absorb(carries)
+
+    @torch.no_grad()
+    def update_ema(self, momentum, flow_momentum):
+        """target <- m * target + (1 - m) * online, in fp32, over all parameters; the same for the flow net."""
+        for slow, fast, m in ((self.target, self.online, momentum), (self.flow_ema, self.flow, flow_momentum)):
             torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1.0 - m)
+
+    @torch.no_grad()
+    def absorb(self, carries):
+        """Take in what the micro-steps of one optimizer step left: queue keys first in, first out, and flow residuals."""
         for carry in carries:
             if len(self.queue):
                 keys = self.gather(carry["key"].to(self.queue.dtype))[-len(self.queue) :]
@@ -5175,8 +5175,12 @@ def subclasses(cls):
     return [each for child in cls.__subclasses__() for each in (child, *subclasses(child))]
 
 
+class WrongWorld(UsageError):
+    """A checkpoint of another world, or of one whose file is not there."""
+
+
 def import_world(path, name):
-    """The class `name` of a world file, imported under a name of its own: two files may share a stem. UserError."""
+    """The class `name` of a world file, imported under a name of its own: two files may share a stem. WrongWorld."""
     module = f"world_{sha256_of(path.read_bytes())[:12]}"
     if module not in sys.modules:
         spec = importlib.util.spec_from_file_location(module, path)
@@ -5185,15 +5189,15 @@ def import_world(path, name):
             spec.loader.exec_module(sys.modules[module])
         except Exception as error:  # somebody's code: anything may come out of it
             del sys.modules[module]
-            raise UserError(f"world file {path} cannot be imported ({type(error).__name__}: {error})") from error
+            raise WrongWorld(f"world file {path} cannot be imported ({type(error).__name__}: {error})") from error
     if not isinstance(world := getattr(sys.modules[module], name, None), type) or not issubclass(world, World):
-        raise UserError(f"world file {path} holds no world called {name}")
+        raise WrongWorld(f"world file {path} holds no world called {name}")
     return world
 
 
 def find_world(saved):
     """What a checkpoint says of its world -> the class: one that is loaded, else that of the file it names, also when it
-    was edited since, else a file of that name and content in worlds/. UserError when there is none.
+    was edited since, else a file of that name and content in worlds/. WrongWorld when there is none.
 
     A file elsewhere is run only when it still has the content that the checkpoint knows.
     """
@@ -5208,7 +5212,7 @@ def find_world(saved):
             sha256_of(path.read_bytes()) == sha256 or path.parent == here / "worlds" == places[0].parent
         ):
             return import_world(path, name)
-    raise UserError(
+    raise WrongWorld(
         f"made by the world {one_line(name)} of {one_line(file)}, and there is no such file; "
         f"put it into {here}/worlds, or import it first"
     )
@@ -5451,6 +5455,16 @@ def read_checkpoint(path):
     return state
 
 
+def world_of(state, world):
+    """The world that made a checkpoint. WrongWorld when it is not the one given, or cannot be found."""
+    saved = state["world"]
+    if world is None or is_same_world(saved, world):
+        return world or find_world(saved)
+    own, made_by = identity(world), f"{one_line(saved['name'])} ({one_line(saved['file'])})"
+    cure = "use another --out_dir, or --resume never"
+    raise WrongWorld(f"made by the world {made_by}, this is {own['name']} ({own['file']}); {cure}")
+
+
 def load_checkpoint(path, world=None, instead="use another one, or --resume never"):
     """Read a checkpoint -> state dict on the CPU. BadCheckpoint, with what to do `instead`, when it is damaged or not one of
     ours, UsageError when another world than the one given made it."""
@@ -5461,15 +5475,11 @@ def load_checkpoint(path, world=None, instead="use another one, or --resume neve
         raise BadCheckpoint(f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; {instead}")
     try:
         state = read_checkpoint(path)
-        made_by = f"{one_line(state['world']['name'])} ({one_line(state['world']['file'])})"
-        if world is not None and not is_same_world(state["world"], world):
-            this = f"this is {world.__name__} ({identity(world)['file']})"
-            raise UsageError(
-                f"resume {path}: made by the world {made_by}, {this}; use another --out_dir, or --resume never"
-            )
-        check_insides(state, world or find_world(state["world"]))
-    except UserError as error:
-        raise error if str(path) in str(error) else type(error)(f"checkpoint {path}: {error}") from error
+        check_insides(state, world_of(state, world))
+    except BadCheckpoint:
+        raise
+    except WrongWorld as error:
+        raise WrongWorld(f"checkpoint {path}: {error}") from error
     except Exception as error:  # a foreign file makes the unpickler, and whoever looks at its insides, raise anything
         why = f"{type(error).__name__}: {flat(error)[:160]}"
         unusable = f"not readable, damaged or made by another version ({why}); {instead}"
@@ -5535,7 +5545,7 @@ def load_model(path, device="cpu", world=None):
     """Checkpoint -> (its world in eval mode on the device, its config): what tools and notebooks start from. The world is
     found by what the checkpoint says, unless its class is given."""
     state = load_checkpoint(path, world, "use another one")
-    world = world or find_world(state["world"])
+    world = world_of(state, world)
     cfg = saved_config(state, world)
     model = world(cfg)
     check_frozen(state, model, path)
@@ -6542,7 +6552,7 @@ def resume(run, state, path):
 
 def begin_phase(run, name, begin, before, phase_opt):
     """The Phase of a Fit after training, its optimizer as in the checkpoint that the run goes on from inside it."""
-    run.folder.where = "before the next phase had begun; run the same command to go on"
+    run.folder.where = f"before the {name} phase began; run the same command to go on"
     fit = run.world.open_phase(name, run, before).to(run.process.device)
     run.phase_optimizer, wrapped = fit.optimizer(), wrap(fit, run.process)
     if run.process.world_size > 1:

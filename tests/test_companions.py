@@ -163,7 +163,9 @@ FREE = {
     "consumed",
     "seconds",
     "skipped",
-    "flow_fitted",
+    "after",
+    "world",
+    "phase_opt",
     "data",
     "source",
     "soon_predictor",
@@ -260,9 +262,11 @@ def test_what_is_good_is_taken(run):
     }
     for group in more["opt"]["param_groups"]:
         group["of_a_later_torch"] = None
-    for name in ("flow_fitted", "soon_predictor", "precision"):
-        more.pop(name)
     write(more, newest)
+    assert outcome(newest) == ""
+    for name in ("after", "world", "frozen", "phase_opt", "soon_predictor", "precision"):
+        more.pop(name)
+    write({**more, "format": 2}, newest)
     assert outcome(newest) == "" and V.train(V.replace(cfg, steps=4)) == 0
 
 

@@ -200,9 +200,9 @@ STAGES = {
     "save in the middle": ({}, "save_checkpoint", 1, "at step 2, saved", 2),
     "step": ({}, "take_step", 2, "at step 2, saved", 2),
     "batch": ({}, "next_batches", 2, "at step 1, saved", 1),
-    "latents": (FLOW, "cache_latents", 1, "in the flow phase", 3),
-    "soon fit": (FLOW, "fit_soon", 1, "in the flow phase", 3),
-    "flow coordinates": (FLOW, "flow_coordinates", 1, "in the flow phase", 3),
+    "latents": (FLOW, "cache_latents", 1, "before the soon phase began", 3),
+    "soon fit": (FLOW, "fit_soon", 1, "before the soon phase began", 3),
+    "flow coordinates": (FLOW, "flow_coordinates", 1, "before the soon phase began", 3),
     "final save": ({}, "save_checkpoint", 2, "after its last step, saved", 3),
     "final evaluation": ({}, "validate", 1, "after its last step, saved", 3),
     "picture": (dict(picture=True), "encode_bank", 1, "after its last step, saved", 3),
@@ -516,7 +516,7 @@ def test_a_signal_to_one_rank(scene_folder, tmp_path):
         flow_fit_steps=20,
         dist_timeout_s=60.0,
     )
-    for steps, words in ((2, "at step 2, saved"), (4, "in the flow phase")):
+    for steps, words in ((2, "at step 2, saved"), (4, "before the soon phase began")):
         process = launch(ranks(cfg if steps == 2 else V.replace(cfg, val_every=0), tmp_path), environment())
         try:
             wait_for(lambda steps=steps: steps_logged(cfg.out_dir)[-1:] == [steps], 60, process)

@@ -172,7 +172,7 @@ def test_two_worlds_of_one_stem_are_told_apart(toy, toy_run, tmp_path):
     second.parent.mkdir()
     second.write_text(toy.read_text().replace("5, padding=2", "3, padding=1"))
     code, output = run(second, toy_run, "--steps", "3")
-    assert code == 2 and output.splitlines()[-1].startswith(f"error: resume {toy_run}")
+    assert code == 2 and output.splitlines()[-1].startswith(f"error: checkpoint {toy_run}")
     assert f"made by the world Toy ({toy})" in output and f"this is Toy ({second})" in output
     cfg = small_config(steps=3, out_dir=str(toy_run))
     with pytest.raises(V.UsageError, match=r"made by the world Toy .*, this is VJepaAutoV2 \(VJepa_AUTO_V2.py\)"):
@@ -393,7 +393,9 @@ def test_a_field_cannot_hide_what_a_config_computes():
     class Odd(V.RunConfig):
         names: list = None  # not a flag
 
-    with pytest.raises(TypeError, match=r"Odd\.names: a field is an int, float, str, bool or ImageSize"):
+    with pytest.raises(
+        TypeError, match=r"Odd\.names: a field is an int, float, str, bool or int \| tuple, not <class 'list'>"
+    ):
         V.field_types(Odd)
 
 

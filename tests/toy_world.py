@@ -10,7 +10,7 @@ import VJepa_AUTO_V2 as V
 
 @dataclass
 class ToyConfig(V.ClipConfig):
-    image_size: V.ImageSize = 32  # pixels, one number or H,W
+    image_size: int | tuple = 32  # pixels, one number or H,W
     num_frames: int = 8  # frames per clip
     soon_frames: int = 4  # frames to predict
     hidden: int = 32  # channels between the convolutions

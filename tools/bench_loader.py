@@ -5,7 +5,7 @@
 A 720p H.264 file at 30 fps with key frames 250 frames apart (x264's default) and detail that moves is written to a
 temporary folder. Then, interleaved over the rounds so that a busy machine hurts all alike, one thread reads
 
-    pyav, decord, torchcodec   V.read_frames with the base config's plan: 84 frames at 4 fps, 224 px, at random windows
+    pyav, decord               V.read_frames with the base config's plan: 84 frames at 4 fps, 224 px, at random windows
     whole file                 every frame decoded, turned to float32, resized to 224 x 224 as torchvision does
                                (bilinear, antialiased), 84 of them kept
 
@@ -47,7 +47,7 @@ MEMORY_CLIPS = 20
 
 def installed_decoders():
     """Names of the decoders that can be imported here -> list."""
-    modules = {"pyav": "av", "decord": "decord", "torchcodec": "torchcodec"}
+    modules = {"pyav": "av", "decord": "decord"}
     return [name for name, module in modules.items() if importlib.util.find_spec(module)]
 
 
