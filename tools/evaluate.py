@@ -2293,6 +2293,10 @@ def open_checkpoint(path, device):
     except (RuntimeError, KeyError) as error:  # names or shapes of the weights differ
         why = str(error).strip().splitlines()[0]
         raise V.UserError(f"ckpt {path}: made by another version of VJepa_AUTO_V2.py ({why})") from error
+    if not isinstance(model, V.VJepaAutoV2):
+        raise V.UserError(
+            f"ckpt {path}: made by the world {type(model).__name__}; this tool looks into VJepaAutoV2 alone"
+        )
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return model, cfg, {"step": int(state["step"]), "data": state["data"]}
 
