@@ -107,7 +107,7 @@ def test_soon_loss_and_skill_by_hand():
     close(losses["loss_soon"], (preds - soon).abs().mean())
     still = (targets[:, 1:2] - soon).abs().mean()
     close(gauges["persistence"], still)
-    means = {name: float(value) for name, value in {**losses, **gauges}.items()}
+    means = {name: float(value.detach()) for name, value in {**losses, **gauges}.items()}
     skill = model.figures([model.look(batch, carry)], means)["soon_skill"]
     close(skill, 1 - (preds - soon).abs().mean() / still, atol=1e-5)
 
