@@ -3714,7 +3714,7 @@ class Fit(World):
     def __init__(self, model, name, num_steps, batch_size, num_clips):
         cfg = replace(model.cfg, steps=num_steps, warmup_steps=num_steps, batch_size=batch_size, grad_accum=1)
         super().__init__(cfg, model.rank, model.world_size)
-        self.name, self.hidden, self.kept = name, (model.requires_grad_(False).eval(),), num_clips - num_clips // 20
+        self.name, self.hidden, self.kept = name, (model,), num_clips - num_clips // 20
         self.kept = max(1, self.kept)
         self.learning = nn.ParameterList(p for group in model.phase_groups(name) for p in group["params"])
         self.learning.requires_grad_(True)
@@ -6553,7 +6553,7 @@ def resume(run, state, path):
 def begin_phase(run, name, begin, before, phase_opt):
     """The Phase of a Fit after training, its optimizer as in the checkpoint that the run goes on from inside it."""
     run.folder.where = f"before the {name} phase began; run the same command to go on"
-    fit = run.world.open_phase(name, run, before).to(run.process.device)
+    fit = run.world.eval().requires_grad_(False).open_phase(name, run, before).to(run.process.device)
     run.phase_optimizer, wrapped = fit.optimizer(), wrap(fit, run.process)
     if run.process.world_size > 1:
         throw_away_pass(run, wrapped, fit.batch(0))
