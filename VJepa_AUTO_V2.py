@@ -125,14 +125,19 @@ def mix_shares(scene_mix):
     """A value of scene_mix -> share of every kind in SCENE_KINDS, summing to 1. ValueError when it cannot be read."""
     shares = dict.fromkeys(SCENE_KINDS, 0.0)
     for part in SCENE_MIXES.get(scene_mix, scene_mix).split(","):
-        kind, _, weight = part.partition("=")
-        if kind.strip() not in shares:
-            raise ValueError(f"{kind.strip()!r} is not one of {', '.join((*SCENE_MIXES, *SCENE_KINDS))}")
-        shares[kind.strip()] = float(weight)
+        kind, _, weight = part.strip().partition("=")
+        if (kind := kind.strip()) not in shares:
+            raise ValueError(f"{kind!r} is not one of {', '.join((*SCENE_MIXES, *SCENE_KINDS))}")
+        shares[kind] = float(weight)
     total = sum(shares.values())
     if not (0 < total < math.inf) or min(shares.values()) < 0:
         raise ValueError("shares must be zero or above, one of them above")
     return [share / total for share in shares.values()]
+
+
+def broken(*rules):
+    """Rows (whether a rule is broken, the field to name, the rule) -> [(field, rule)] of those that are."""
+    return [(name, rule) for is_broken, name, rule in rules if is_broken]
 
 
 # fmt: off
@@ -142,14 +147,14 @@ def mix_shares(scene_mix):
 class RunConfig:
     """What every world needs. Edit a default to change it for every run; pass `--field value` to change one run.
 
-    A world derives its own dataclass, with what it adds to these tables: PRESETS (name -> {field: value}), RANGES (field ->
-    (smallest, largest), None leaves a side open), CHOICES, MUST_MATCH (what decides what weights mean or which samples come
-    next: a checkpoint with other values is not resumed) and `rules`.
+    A world derives its own dataclass, with what it adds to these tables: PRESETS (name -> {field: value}), RANGES
+    (field -> (smallest, largest), None leaves a side open), CHOICES, MUST_MATCH (what decides what weights mean or
+    which samples come next: a checkpoint with other values is not resumed) and `rules`.
     """
 
     # -- run
     preset: str = "base"  # a named set of overrides (base = these defaults)
-    data_root: str = ""  # folder of videos, one video, or a list file (csv, txt, jsonl); empty = built-in driving scenes
+    data_root: str = ""  # folder of videos, one video, or a list (csv, txt, jsonl); empty = built-in driving scenes
     video_glob: str = "*"  # *.mp4: by name; sub/*.mp4: by path below data_root; **/: any folders or none
     out_dir: str = "runs/vjepa_auto_v2"  # everything the run writes
     resume: str = "auto"  # auto (newest checkpoint in out_dir) | never | a checkpoint file
@@ -185,18 +190,19 @@ class RunConfig:
     RANGES = {
         "steps": (1, 10**9), "seed": (0, 2**31 - 1), "val_fraction": (0, 0.9), "max_bad_fraction": (0, 0.99),
         "decode_timeout_s": (0.1, 10**6), "num_workers": (0, 512), "batch_size": (1, 65536), "grad_accum": (1, 65536),
-        "lr": (0, None), "min_lr": (0, None), "weight_decay": (0, None), "warmup_steps": (0, 10**9), "grad_clip": (0, None),
-        "max_skipped_steps": (1, 10**9), "log_every": (1, 10**9), "ckpt_every": (1, 10**9), "keep_last": (1, 10**9),
-        "val_every": (0, 10**9), "val_clips": (2, 10**7), "dist_timeout_s": (1, 10**6),
+        "lr": (0, None), "min_lr": (0, None), "weight_decay": (0, None), "grad_clip": (0, None),
+        "warmup_steps": (0, 10**9), "max_skipped_steps": (1, 10**9), "log_every": (1, 10**9), "ckpt_every": (1, 10**9),
+        "keep_last": (1, 10**9), "val_every": (0, 10**9), "val_clips": (2, 10**7), "dist_timeout_s": (1, 10**6),
     }
     CHOICES = {"device": ("auto", "cuda", "mps", "cpu")}
     MUST_MATCH = ("seed",)
 
     def __init_subclass__(cls):
         """TypeError where a field of a derived dataclass would hide a property or a method above it."""
+        base = cls.__base__
         for name in inspect.get_annotations(cls):
-            if callable(hidden := getattr(cls.__base__, name, None)) or isinstance(hidden, property):
-                raise TypeError(f"{cls.__name__}: a field must not be called {name}, which {cls.__base__.__name__} computes")
+            if callable(hidden := getattr(base, name, None)) or isinstance(hidden, property):
+                raise TypeError(f"{cls.__name__}: a field must not be called {name}, which {base.__name__} computes")
 
     def __post_init__(self):
         """A ~ at the front of a path is the home folder, wherever the config comes from."""
@@ -205,18 +211,18 @@ class RunConfig:
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
 
     def rules(self):
-        """What ranges and choices cannot say -> list of (field, rule it breaks). Every value is in its own range by then."""
-        wanted = (("out_dir", "must name a folder"), ("resume", "must be auto, never or a checkpoint file"))
-        problems = [(name, rule) for name, rule in wanted if not getattr(self, name).strip()]
-        unknown = sorted({t for t in self.track.split(",") if t} - {"tensorboard", "wandb"})
-        if unknown:
-            problems.append(("track", f"{', '.join(unknown)} is not one of tensorboard, wandb"))
-        return problems
+        """What ranges and choices cannot say -> list of (field, rule it breaks). Values are in their ranges by then."""
+        unknown = ", ".join(sorted(set(filter(None, self.track.split(","))) - {"tensorboard", "wandb"}))
+        return broken(
+            (not self.out_dir.strip(), "out_dir", "must name a folder"),
+            (not self.resume.strip(), "resume", "must be auto, never or a checkpoint file"),
+            (unknown, "track", f"{unknown} is not one of tensorboard, wandb"),
+        )
 
     def in_order(self, *pairs):
         """The rule broken by pairs of fields of which the first exceeds the second, as in `rules`."""
-        over = [(low, high) for low, high in pairs if getattr(self, low) > getattr(self, high)]
-        return [(low, f"must not exceed {high} = {getattr(self, high)}") for low, high in over]
+        values = [(low, getattr(self, low), high, getattr(self, high)) for low, high in pairs]
+        return broken(*((a > b, low, f"must not exceed {high} = {b}") for low, a, high, b in values))
 
     @property
     def warmup(self) -> int:
@@ -268,17 +274,20 @@ class ClipConfig(RunConfig):
         return self.image_size if isinstance(self.image_size, int) else self.image_size[1]
 
     def rules(self):
-        problems = super().rules()
-        if not 1 <= min(self.height, self.width) <= max(self.height, self.width) <= 8192:
-            problems.append(("image_size", "must lie in 1 to 8192"))
-        if self.num_frames < self.now_frames + self.soon_frames:
-            least = self.now_frames + self.soon_frames
-            problems.append(("num_frames", f"must be at least now + soon frames = {least}"))
+        problem, least, sides = "", self.now_frames + self.soon_frames, (self.height, self.width)
         try:
             mix_shares(self.scene_mix)
         except ValueError as error:
-            problems.append(("scene_mix", str(error)))
-        return problems + self.in_order(("crop_scale_min", "crop_scale_max"), ("crop_ratio_min", "crop_ratio_max"))
+            problem = str(error)
+        return [
+            *super().rules(),
+            *broken(
+                (not 1 <= min(sides) <= max(sides) <= 8192, "image_size", "must lie in 1 to 8192"),
+                (self.num_frames < least, "num_frames", f"must be at least now + soon frames = {least}"),
+                (problem, "scene_mix", problem),
+            ),
+            *self.in_order(("crop_scale_min", "crop_scale_max"), ("crop_ratio_min", "crop_ratio_max")),
+        ]
 
 
 @dataclass
@@ -337,7 +346,7 @@ class VJepaAutoV2Config(ClipConfig):
     flow_context_grad: float = 0.0  # share of the flow gradient that reaches the encoder
     flow_lr: float = 5e-4  # learning rate of the flow net, same schedule
     flow_ema: float = 0.999  # highest momentum of the flow net's own EMA
-    flow_fit_clips: int = 0  # clips whose frozen latents the flow net is fitted on after the last step; 0 = it learns along
+    flow_fit_clips: int = 0  # clips whose frozen latents the flow net is fitted on after training; 0 = it learns along
     flow_fit_steps: int = 2000  # optimizer steps of that flow phase
     flow_fit_batch: int = 128  # clips per step of the flow phase and process, flow_draws draws each
     flow_fit_lr: float = 1e-3  # peak learning rate of the flow phase, SOON included
@@ -346,51 +355,53 @@ class VJepaAutoV2Config(ClipConfig):
     # -- end of a run
     picture: bool = True  # write futures.png at the end
 
+    MINUTES = dict(  # what tiny and proof share
+        image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=96,
+        enc_depth=4, pred_dim=96, pred_depth=3, num_heads=2, batch_size=8, lr=1.5e-3, warmup_steps=50,
+        ema_momentum=0.992, ema_momentum_end=0.998, lambda_soon=2.0, flow_depth=3, flow_chunks=2, num_workers=2,
+        outcome_queue=256, crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
+    )
     PRESETS = {
         "tiny": dict(
-            image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=96, enc_depth=4,
-            pred_dim=96, pred_depth=3, num_heads=2, batch_size=8, steps=500, lr=1.5e-3, warmup_steps=50, ema_momentum=0.992,
-            ema_momentum_end=0.998, lambda_soon=2.0, flow_dim=256, flow_depth=3, flow_heads=4, flow_chunks=2, flow_draws=16,
-            flow_lr=2e-3, num_workers=2, log_every=25, ckpt_every=125, val_every=125, outcome_queue=256, scene_clips=768,
-            scene_size=96, crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
+            MINUTES, steps=500, flow_dim=256, flow_heads=4, flow_draws=16, flow_lr=2e-3, scene_clips=768, scene_size=96,
+            log_every=25, ckpt_every=125, val_every=125,
         ),
         "small": dict(
-            image_size=128, num_frames=36, now_frames=4, soon_frames=16, eventually_frames=16, enc_dim=384, enc_depth=12,
-            pred_dim=192, pred_depth=6, num_heads=6, batch_size=32, lr=3e-4, ema_momentum=0.998, ema_momentum_end=0.9998,
-            flow_dim=384, flow_heads=6, amp=True,
+            image_size=128, num_frames=36, now_frames=4, soon_frames=16, eventually_frames=16, enc_dim=384,
+            enc_depth=12, pred_dim=192, pred_depth=6, num_heads=6, batch_size=32, lr=3e-4, ema_momentum=0.998,
+            ema_momentum_end=0.9998, flow_dim=384, flow_heads=6, amp=True,
         ),
         "proof": dict(
-            image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=96, enc_depth=4,
-            pred_dim=96, pred_depth=3, num_heads=2, batch_size=8, steps=5000, lr=1.5e-3, warmup_steps=50, ema_momentum=0.992,
-            ema_momentum_end=0.998, lambda_soon=2.0, scenes="render", flow_dim=512, flow_depth=3, flow_heads=8,
-            flow_rank=1024, flow_chunks=2, flow_draws=4, flow_shift=3.0, flow_fit_clips=100000, flow_fit_steps=4000,
-            soon_fit_steps=3000, num_workers=2, log_every=50, ckpt_every=500, val_every=500, outcome_queue=256,
-            crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
+            MINUTES, steps=5000, scenes="render", flow_dim=512, flow_heads=8, flow_rank=1024, flow_draws=4,
+            flow_shift=3.0, flow_fit_clips=100000, flow_fit_steps=4000, soon_fit_steps=3000, log_every=50,
+            ckpt_every=500, val_every=500,
         ),
         "large": dict(
-            enc_dim=1024, enc_depth=24, num_heads=16, flow_dim=1024, flow_heads=16, batch_size=4, grad_checkpoint=True, amp=True,
+            enc_dim=1024, enc_depth=24, num_heads=16, flow_dim=1024, flow_heads=16, batch_size=4, grad_checkpoint=True,
+            amp=True,
         ),
     }
     RANGES = {
-        "num_frames": (3, 100000), "eventually_frames": (1, 100000),
-        "tubelet_t": (1, 100000), "patch": (1, 8192), "enc_dim": (6, 65536), "enc_depth": (1, 1000), "pred_dim": (6, 65536),
-        "pred_depth": (1, 1000), "num_heads": (1, 65536), "mlp_ratio": (0.1, 64), "dropout": (0, 0.9),
-        "ema_momentum": (0, 1), "ema_momentum_end": (0, 1), "short_num_blocks": (1, 1000), "short_scale": (0.001, 1),
+        "num_frames": (3, 100000), "eventually_frames": (1, 100000), "tubelet_t": (1, 100000), "patch": (1, 8192),
+        "enc_dim": (6, 65536), "enc_depth": (1, 1000), "pred_dim": (6, 65536), "pred_depth": (1, 1000),
+        "num_heads": (1, 65536), "mlp_ratio": (0.1, 64), "dropout": (0, 0.9), "ema_momentum": (0, 1),
+        "ema_momentum_end": (0, 1), "short_num_blocks": (1, 1000), "short_scale": (0.001, 1),
         "long_num_blocks": (1, 1000), "long_scale": (0.001, 1), "aspect_min": (0.05, 20), "aspect_max": (0.05, 20),
         "short_visible": (0, 0.99), "long_visible": (0, 0.99), "mask_draws": (1, 64), "lambda_vjepa": (0, 10**6),
-        "lambda_soon": (0, 10**6), "lambda_eventually": (0, 10**6), "lambda_flow": (0, 10**6), "lambda_supcon": (0, 10**6),
-        "supcon_temperature": (1e-4, None), "outcome_queries": (1, 65536), "outcome_temperature": (1e-4, None),
-        "outcome_queue": (0, 10**7), "flow_dim": (2, 65536), "flow_depth": (1, 1000), "flow_heads": (1, 65536),
-        "flow_rank": (1, 4096), "flow_chunks": (1, 100000), "flow_joint_max": (0, 2**62), "flow_pool": (1, 8192),
-        "flow_draws": (1, 4096), "flow_shift": (0, 1000), "flow_steps": (1, 10000), "flow_context_grad": (0, 1),
-        "flow_lr": (0, None), "flow_ema": (0, 1), "flow_fit_clips": (0, 10**9), "flow_fit_steps": (1, 10**9),
-        "flow_fit_batch": (1, 65536), "flow_fit_lr": (0, None), "soon_fit_steps": (0, 10**9), "soon_fit_batch": (1, 65536),
+        "lambda_soon": (0, 10**6), "lambda_eventually": (0, 10**6), "lambda_flow": (0, 10**6),
+        "lambda_supcon": (0, 10**6), "supcon_temperature": (1e-4, None), "outcome_queries": (1, 65536),
+        "outcome_temperature": (1e-4, None), "outcome_queue": (0, 10**7), "flow_dim": (2, 65536),
+        "flow_depth": (1, 1000), "flow_heads": (1, 65536), "flow_rank": (1, 4096), "flow_chunks": (1, 100000),
+        "flow_joint_max": (0, 2**62), "flow_pool": (1, 8192), "flow_draws": (1, 4096), "flow_shift": (0, 1000),
+        "flow_steps": (1, 10000), "flow_context_grad": (0, 1), "flow_lr": (0, None), "flow_ema": (0, 1),
+        "flow_fit_clips": (0, 10**9), "flow_fit_steps": (1, 10**9), "flow_fit_batch": (1, 65536),
+        "flow_fit_lr": (0, None), "soon_fit_steps": (0, 10**9), "soon_fit_batch": (1, 65536),
     }
     CHOICES = {"pos_embed": ("sincos", "rope"), "outcome_target": ("mean", "delta"), "flow_rest": ("mean", "gaussian")}
     MUST_MATCH = (
-        "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim",
-        "pred_depth", "num_heads", "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target", "flow_dim",
-        "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool",
+        "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim", "pred_depth", "num_heads",
+        "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target", "flow_dim", "flow_depth",
+        "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool",
     )
 
     @property
@@ -428,8 +439,7 @@ class VJepaAutoV2Config(ClipConfig):
     @property
     def flow_tokens(self) -> int:
         """N, the number of noised flow tokens."""
-        pooled = self.soon_frames // self.tubelet_t * self.flow_pool**2 + self.flow_chunks
-        return 1 if self.flow_joint else pooled
+        return 1 if self.flow_joint else self.soon_frames // self.tubelet_t * self.flow_pool**2 + self.flow_chunks
 
     @property
     def tau_shift(self) -> float:
@@ -438,43 +448,37 @@ class VJepaAutoV2Config(ClipConfig):
         return self.flow_shift or (1.0 if dims <= 1000 else min(12.0, math.sqrt(dims / 1000)))
 
     def rules(self):
-        problems = super().rules()
-        parts = self.now_frames + self.soon_frames + self.eventually_frames
-        if self.num_frames != parts:
-            problems.append(("num_frames", f"must equal now + soon + eventually frames = {parts}"))
+        total = self.now_frames + self.soon_frames + self.eventually_frames
+        losses = self.lambda_vjepa + self.lambda_soon + self.lambda_eventually + self.lambda_supcon
+        rows = [(self.num_frames != total, "num_frames", f"must equal now + soon + eventually frames = {total}")]
         for name in ("now_frames", "soon_frames", "eventually_frames"):
-            if getattr(self, name) % self.tubelet_t:
-                problems.append((name, f"must be divisible by tubelet_t = {self.tubelet_t}"))
+            rows += [(getattr(self, name) % self.tubelet_t, name, f"must be divisible by tubelet_t = {self.tubelet_t}")]
         for side in dict.fromkeys((self.height, self.width)):
-            if side % self.patch:
-                problems.append(("image_size", f"{side} must be divisible by patch = {self.patch}"))
+            rows += [(side % self.patch, "image_size", f"{side} must be divisible by patch = {self.patch}")]
         for name, heads in (("enc_dim", "num_heads"), ("pred_dim", "num_heads"), ("flow_dim", "flow_heads")):
             width, count = getattr(self, name), getattr(self, heads)
-            if width % count:
-                problems.append((name, f"must be divisible by {heads} = {count}"))
-            elif name != "flow_dim" and self.pos_embed == "rope" and (width // count < 6 or width // count % 2):
-                rule = f"rope needs an even number of channels per head, at least 6, not {width // count}"
-                problems.append((name, rule))
-            if width % 2:
-                problems.append((name, "must be even, the position code pairs sine and cosine"))
-        problems += self.in_order(("aspect_min", "aspect_max"))
-        if not problems and self.sites < 2:
-            problems.append(("image_size", f"needs at least 2 patches of {self.patch} to mask one"))
-        if not problems and self.flow_chunks > self.eventually_tubelets:
-            rule = f"only {self.eventually_tubelets} EVENTUALLY tubelets to chunk"
-            problems.append(("flow_chunks", rule))
-        if not self.flow_joint and not problems and self.flow_pool > min(self.grid[1:]):
-            problems.append(("flow_pool", f"exceeds the {self.grid[1]} x {self.grid[2]} token grid"))
+            odd = self.pos_embed == "rope" and name != "flow_dim" and (width // count < 6 or width // count % 2)
+            even_heads = f"rope needs an even number of channels per head, at least 6, not {width // count}"
+            rows += [
+                (width % count, name, f"must be divisible by {heads} = {count}"),
+                (odd and not width % count, name, even_heads),
+                (width % 2, name, "must be even, the position code pairs sine and cosine"),
+            ]
+        no_fit = self.soon_fit_steps and not self.flow_fit_clips
+        rows += [
+            (no_fit, "soon_fit_steps", "the flow phase fits SOON, and flow_fit_clips = 0 leaves it out"),
+            (losses <= 0, "lambda_vjepa", "at least one of vjepa, soon, eventually, supcon must train the encoder"),
+        ]
+        problems = [*super().rules(), *broken(*rows), *self.in_order(("aspect_min", "aspect_max"))]
+        tubelets, (_, high, wide) = self.eventually_tubelets, self.grid
         span = (self.soon_tokens + self.flow_chunks) * self.enc_dim if self.flow_joint else self.enc_dim
-        if not problems and self.flow_rank > span:
-            problems.append(("flow_rank", f"exceeds the {span} numbers that a direction spans"))
-        if self.soon_fit_steps and not self.flow_fit_clips:
-            rule = "the flow phase fits SOON, and flow_fit_clips = 0 leaves it out"
-            problems.append(("soon_fit_steps", rule))
-        if self.lambda_vjepa + self.lambda_soon + self.lambda_eventually + self.lambda_supcon <= 0:
-            rule = "at least one of vjepa, soon, eventually, supcon must train the encoder"
-            problems.append(("lambda_vjepa", rule))
-        return problems
+        pool = not self.flow_joint and self.flow_pool > min(high, wide)
+        return problems or broken(  # what needs a grid, and whole tubelets
+            (self.sites < 2, "image_size", f"needs at least 2 patches of {self.patch} to mask one"),
+            (self.flow_chunks > tubelets, "flow_chunks", f"only {tubelets} EVENTUALLY tubelets to chunk"),
+            (pool, "flow_pool", f"exceeds the {high} x {wide} token grid"),
+            (self.flow_rank > span, "flow_rank", f"exceeds the {span} numbers that a direction spans"),
+        )
 
 
 # fmt: on
@@ -492,13 +496,13 @@ def preset_config(preset, **overrides):
 
 MAX_LINE = 4000  # characters of a message or of a line of the log
 SILENCE_S = 18.0  # after so long without a word a run says what it is at: nobody waits 20 s for a sign of life
-# Control characters, line separators, changes of the writing direction, which show another name than the one that is there,
-# and the surrogates that stand for bytes of a file name that is not UTF-8.
+# Control characters, line separators, changes of the writing direction, which show another name than is there, and the
+# surrogates that stand for bytes of a file name that is not UTF-8.
 UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
 def one_line(text, limit=300):
-    """Any text -> one printable line: what would break a message, a log or a terminal stands as \\x1b, a long rest as ..."""
+    """Any text -> one printable line: what would break a log or a terminal stands as \\x1b, a long rest as ..."""
     text = re.sub(UNPRINTABLE, lambda match: repr(match[0])[1:-1], str(text)[: limit + 1])
     return text if len(text) <= limit else text[:limit] + "..."
 
@@ -514,11 +518,8 @@ def reason_of(error):
 
 
 def emit(text, stream):
-    """Write text to a console stream -> "" or why it did not get out. It cannot fail: what the encoding lacks is
-    escaped.
-
-    A stream that broke is pointed at /dev/null: whoever flushes it later, Python at its end included, would fail again.
-    """
+    """Write text to a console stream -> "" or why it did not get out. What the encoding lacks is escaped; a stream that
+    broke is pointed at /dev/null, since whoever flushes it later, Python at its end included, would fail again."""
     if stream is None:  # closed before the program began
         return "closed"
     encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -553,25 +554,20 @@ def progress_bar(share, text):
 
 def fits(kind, value):
     """Whether a value has a field's type: a whole number will do for float, a pair of them for image_size."""
-    if kind is float:
-        return isinstance(value, float) or fits(int, value)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    if kind in (str, bool):
-        return isinstance(value, kind)
+    if kind in (str, bool, float):
+        return isinstance(value, kind) or kind is float and fits(int, value)
     sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
     return all(fits(int, side) for side in sides)
 
 
 def shown(value):
-    """A value of any type for a message. Lists of anything but plain values are counted, not printed: they may be deep."""
-    if isinstance(value, int) and not fits(int, value) and not isinstance(value, bool):
+    """A value of any type for a message. Lists of anything but plain values, which may be deep, are only counted."""
+    if isinstance(value, int) and abs(value) >= 2**63:
         return f"too large a number ({value.bit_length()} bits)"
-    if (
-        isinstance(value, dict)
-        or isinstance(value, (list, tuple))
-        and not all(fits(float, part) or isinstance(part, str) for part in value)
-    ):
+    parts = value if isinstance(value, (list, tuple)) else ()
+    if isinstance(value, dict) or not all(isinstance(part, str) or fits(float, part) for part in parts):
         return f"a {type(value).__name__} of {len(value)}"
     return one_line(repr(value), 100)
 
@@ -614,15 +610,14 @@ def type_problems(cfg):
 
 
 def value_problems(cfg):
-    """Fields whose value lies outside its range or choices -> list of messages. Assumes that every value has its type."""
+    """Fields whose value lies outside its range or choices -> list of messages. Every value has its type by then."""
     problems = []
     for name, (low, high) in merged(type(cfg), "RANGES").items():
         value = getattr(cfg, name)
-        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
-            span = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
-            problems.append(refusal(cfg, name, f"must lie in {span}"))
-    choices = {"preset": merged(type(cfg), "PRESETS"), **merged(type(cfg), "CHOICES")}
-    for name, allowed in choices.items():
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        if not math.isfinite(value) or not low <= value <= high:
+            problems.append(refusal(cfg, name, f"must lie in {low} to {high}"))
+    for name, allowed in {"preset": merged(type(cfg), "PRESETS"), **merged(type(cfg), "CHOICES")}.items():
         if getattr(cfg, name) not in allowed:
             problems.append(refusal(cfg, name, f"must be one of {', '.join(allowed)}"))
     return problems
@@ -630,9 +625,8 @@ def value_problems(cfg):
 
 def validate_config(cfg):
     """Raise UsageError naming every field that breaks a rule, its value, the rule and the flag to change."""
-    broken = type_problems(cfg) or value_problems(cfg)
-    problems = broken or [refusal(cfg, name, rule) for name, rule in cfg.rules()]
-    if problems:
+    odd = type_problems(cfg) or value_problems(cfg)
+    if problems := odd or [refusal(cfg, name, rule) for name, rule in cfg.rules()]:
         raise UsageError("config: " + "; ".join(problems))
 
 
@@ -663,10 +657,10 @@ def field_help(Config):
 
 def parse_image_size(text):
     """'224' -> 224, '128,256' -> (128, 256). ValueError otherwise."""
-    parts = [int(part) for part in str(text).split(",")]
-    if len(parts) > 2:
+    height, *width = map(int, text.split(","))
+    if len(width) > 1:
         raise ValueError(text)
-    return parts[0] if len(parts) == 1 else tuple(parts)
+    return (height, *width) if width else height
 
 
 def coerce(kind, name, value, source):
@@ -685,17 +679,18 @@ def nearest(name, known):
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-class DuplicateKey(ValueError):
-    """A mapping names its key, the argument, a second time."""
+def twice(key, *lines):
+    """The error of a mapping that names a key in more than one line: the last one would silently win."""
+    return ValueError(f"key {shown(key)} stands twice, in lines {' and '.join(map(str, lines))}")
 
 
-def unique_pairs(pairs):
-    """The pairs of a JSON object -> dict. DuplicateKey where the last one would silently win."""
-    values = {}
-    for key, value in pairs:
-        if key in values:
-            raise DuplicateKey(key)
-        values[key] = value
+def unique_pairs(text, pairs):
+    """The pairs of an object in a JSON text -> dict. ValueError for a key that stands twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        places = re.finditer(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", text)
+        raise twice(key, *(text.count("\n", 0, place.start()) + 1 for place in places))
     return values
 
 
@@ -705,20 +700,12 @@ def refuse_constant(name):
 
 
 def parse_json(text, constant=refuse_constant):
-    """JSON text -> plain values. ValueError or RecursionError when it cannot be read. `constant` gets NaN and its
-    like."""
-    try:
-        return json.loads(text, object_pairs_hook=unique_pairs, parse_constant=constant)
-    except DuplicateKey as error:
-        (key,) = error.args
-        places = re.finditer(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", text)
-        lines = " and ".join(str(text.count("\n", 0, place.start()) + 1) for place in places)
-        raise ValueError(f"key {shown(key)} stands twice, in lines {lines}") from error
+    """JSON text -> plain values. ValueError or RecursionError where it is none. `constant` gets NaN and its like."""
+    return json.loads(text, object_pairs_hook=partial(unique_pairs, text), parse_constant=constant)
 
 
 def read_text(path, most_bytes):
-    """A file that a user wrote -> its text, a byte-order mark left out. OSError, or ValueError where it is not
-    UTF-8."""
+    """A file that a user wrote -> its text, a byte-order mark left out. OSError; ValueError where it is not UTF-8."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a file")  # a pipe or a device may have no end
     with open(path, "rb") as file:
@@ -738,33 +725,32 @@ def read_mapping(path, most_bytes):
 
 
 def yaml_value(node, seen):
-    """A YAML node -> plain value. `seen` holds the ids of nodes met before: an alias, of which nine lines can make a billion values."""
-    kind, line = node.tag.removeprefix("tag:yaml.org,2002:"), node.start_mark.line + 1
+    """A YAML node -> plain value. `seen`: ids of nodes met before, aliases: nine lines of them make a billion values."""
+    kind, line, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.start_mark.line + 1, node.value
     if id(node) in seen:
         raise ValueError(f"line {line}: aliases are not allowed")
     seen.add(id(node))
     if (node.id, kind) == ("sequence", "seq"):
-        return [yaml_value(part, seen) for part in node.value]
+        return [yaml_value(part, seen) for part in text]
     if (node.id, kind) == ("mapping", "map"):
         values, lines = {}, {}
-        for key_node, value_node in node.value:
+        for key_node, value_node in text:
             key, line = yaml_value(key_node, seen), key_node.start_mark.line + 1
             if not isinstance(key, str):
                 raise ValueError(f"line {line}: key {shown(key)} is not a text")
             if key in values:
-                raise ValueError(f"key {shown(key)} stands twice, in lines {lines[key]} and {line}")
+                raise twice(key, lines[key], line)
             values[key], lines[key] = yaml_value(value_node, seen), line
         return values
-    if node.id != "scalar" or kind != "str" and not re.fullmatch(YAML_WORDS.get(kind, "(?!)"), node.value):
+    if node.id != "scalar" or kind != "str" and not re.fullmatch(YAML_WORDS.get(kind, "(?!)"), text):
         raise ValueError(f"line {line}: tag {node.tag} is not allowed here")
-    readers = {"null": None, "bool": node.value.lower() in ("true", "yes", "on"), "str": node.value}
-    if kind in readers:
-        return readers[kind]
-    return int(node.value) if kind == "int" else float(node.value.lower().replace(".i", "i").replace(".n", "n"))
+    if kind in ("int", "float"):
+        return int(text) if kind == "int" else float(re.sub(r"\.([in])", r"\1", text.lower()))
+    return {"null": None, "bool": text.lower() in ("true", "yes", "on"), "str": text}[kind]
 
 
 def parse_yaml(text):
-    """YAML text -> plain values; nothing in it can name a Python object. ValueError or RecursionError when it cannot be read."""
+    """YAML text -> plain values, never a Python object. ValueError or RecursionError where it cannot be read."""
     import yaml
 
     loader = type("ConfigLoader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": {}})
@@ -777,63 +763,63 @@ def parse_yaml(text):
     return None if node is None else yaml_value(node, set())
 
 
+def config_error(path, why):
+    """The UsageError of a config file."""
+    return UsageError(f"config {one_line(path)}: {why}")
+
+
 def parse_config(path):
     """One JSON or YAML file -> its mapping, keys unchecked. UsageError says in one line why it cannot be read."""
-    kind = "YAML" if path.suffix in (".yaml", ".yml") else "JSON"
-    if kind == "YAML" and importlib.util.find_spec("yaml") is None:
-        raise UsageError(f"config {one_line(path)}: YAML needs pyyaml (pip install pyyaml), or write the file as JSON")
+    is_yaml = path.suffix in (".yaml", ".yml")
+    if is_yaml and importlib.util.find_spec("yaml") is None:
+        raise config_error(path, "YAML needs pyyaml (pip install pyyaml), or write the file as JSON")
     try:
         text = read_text(path, MAX_CONFIG_BYTES)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"config {one_line(path)}: cannot be read ({one_line(error)})") from error
+        raise config_error(path, f"cannot be read ({one_line(error)})") from error
     try:
-        data = parse_yaml(text) if kind == "YAML" else parse_json(text, float)
+        data = parse_yaml(text) if is_yaml else parse_json(text, float)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"config {one_line(path)}: not valid {kind} ({one_line(error)})") from error
-    data = (
-        data.get("config", data) if isinstance(data, dict) and "versions" in data else data
-    )  # a run's own config.json
+        raise config_error(path, f"not valid {'YAML' if is_yaml else 'JSON'} ({one_line(error)})") from error
+    if isinstance(data, dict) and "versions" in data:  # a run's own config.json
+        data = data.get("config", data)
     if not isinstance(data, dict):
-        raise UsageError(f"config {one_line(path)}: must hold a mapping of fields, not {type(data).__name__}")
+        raise config_error(path, f"must hold a mapping of fields, not {type(data).__name__}")
     return data
 
 
 def read_config_file(path, Config, seen=None):
-    """One config with all that it inherits -> {field: value}. `seen`: files met so far -> their values, None while they are read.
-
-    An inherited file lies in the folder of the first one or below it. Loops and unknown keys raise UsageError, like all else.
-    """
+    """One config with all that it inherits, from the folder of the first one or below -> {field: value}. `seen`: files
+    met so far -> their values, None while they are read. UsageError for loops and unknown keys, like all else."""
     seen = {} if seen is None else seen
-    path = Path(path if re.search(UNPRINTABLE, str(path)) else os.path.realpath(os.path.expanduser(path)))
+    if not re.search(UNPRINTABLE, str(path)):
+        path = Path(os.path.realpath(os.path.expanduser(path)))
     if re.search(UNPRINTABLE, str(path)):
-        raise UsageError(f"config {one_line(path)}: its name must hold no control characters, and only UTF-8")
+        raise config_error(path, "its name must hold no control characters, and only UTF-8")
     trail = [*(file for file, values in seen.items() if values is None), path]
     if path in trail[:-1]:
-        raise UsageError(f"config {one_line(path)}: inherits itself through {' -> '.join(file.name for file in trail)}")
-    if not path.is_relative_to(trail[0].parent):
-        raise UsageError(
-            f"config {one_line(trail[-2])}: inherits {one_line(path)}, which lies outside {one_line(trail[0].parent)}; move it there"
-        )
+        raise config_error(path, f"inherits itself through {' -> '.join(file.name for file in trail)}")
+    if not path.is_relative_to(home := trail[0].parent):
+        outside = f"inherits {one_line(path)}, which lies outside {one_line(home)}; move it there"
+        raise config_error(trail[-2], outside)
     if len(trail) > MAX_INHERITS + 1:
-        raise UsageError(f"config {one_line(path)}: more than {MAX_INHERITS} files inherit from each other")
+        raise config_error(path, f"more than {MAX_INHERITS} files inherit from each other")
     if path in seen:
         return seen[path]
     seen[path] = None
-    data = parse_config(path)
+    data, types, values = parse_config(path), field_types(Config), {}
     parents = data.pop("inherits", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise UsageError(f"config {one_line(path)}: inherits = {shown(parents)} must be a file name or a list of them")
-    merged = {}
+        raise config_error(path, f"inherits = {shown(parents)} must be a file name or a list of them")
     for parent in parents:
-        merged.update(read_config_file(path.parent / os.path.expanduser(parent), Config, seen))
-    types = field_types(Config)
+        values |= read_config_file(path.parent / os.path.expanduser(parent), Config, seen)
     for key, value in data.items():
         if key not in types:
-            raise UsageError(f"config {one_line(path)}: unknown key {shown(key)}{nearest(key, types)}")
-        merged[key] = coerce(types[key], key, value, f"config {one_line(path)}")
-    seen[path] = merged
-    return merged
+            raise config_error(path, f"unknown key {shown(key)}{nearest(key, types)}")
+        values[key] = coerce(types[key], key, value, f"config {one_line(path)}")
+    seen[path] = values
+    return values
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -845,23 +831,20 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def build_parser(world):
     """A flag for every config field of a world, with - or _ in its name, and no abbreviations."""
-    Config, program = world.Config, os.path.basename(inspect.getfile(world))
-    does = flat(world.__doc__ or "").split(": ")[0]
+    Config, does = world.Config, flat(world.__doc__ or "").split(": ")[0]
+    program = os.path.basename(inspect.getfile(world))
     parser = ArgumentParser(prog=program, allow_abbrev=False, description=does)
     files = "JSON or YAML file of fields; later files win"
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help=files)
     shown_only = "print the resolved config and leave"
     parser.add_argument("--print_config", "--print-config", action="store_true", help=shown_only)
-    comments, types = field_help(Config), field_types(Config)
-    for entry in fields(Config):
-        flags = list(dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"]))
+    comments = field_help(Config)
+    for entry, kind in zip(fields(Config), field_types(Config).values()):
+        flags = dict.fromkeys((f"--{entry.name}", f"--{entry.name.replace('_', '-')}"))
         words = comments.get(entry.name, "").replace("%", "%%") + f" [{entry.default}]"
-        options = dict(dest=entry.name, default=argparse.SUPPRESS, help=words)
-        if types[entry.name] is bool:
-            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
-        else:
-            kind = parse_image_size if types[entry.name] == int | tuple else types[entry.name]
-            parser.add_argument(*flags, type=kind, metavar=entry.name.upper(), **options)
+        kinds = dict(type=parse_image_size if kind == int | tuple else kind, metavar=entry.name.upper())
+        options = dict(action=argparse.BooleanOptionalAction) if kind is bool else kinds
+        parser.add_argument(*flags, dest=entry.name, default=argparse.SUPPRESS, help=words, **options)
     return parser
 
 
@@ -873,11 +856,10 @@ def resolve_config(argv, world):
         known = [flag for action in parser._actions for flag in action.option_strings]
         guess = nearest(unknown[0].split("=")[0], known)
         raise UsageError(f"unknown argument {one_line(unknown[0])}{guess}; --help lists all flags")
-    flags = {name: value for name, value in vars(args).items() if name not in ("config", "print_config")}
-    from_files = {}
+    overrides = {}
     for path in args.config:
-        from_files.update(read_config_file(path, world.Config))
-    overrides = {**from_files, **flags}
+        overrides |= read_config_file(path, world.Config)
+    overrides |= {name: value for name, value in vars(args).items() if name not in ("config", "print_config")}
     preset, presets = overrides.get("preset", world.Config.preset), merged(world.Config, "PRESETS")
     if preset not in presets:
         raise UsageError(f"preset {shown(preset)}: must be one of {', '.join(presets)}{nearest(preset, presets)}")

@@ -368,6 +368,7 @@ def test_flipped_bits_in_companions(run):
             )
         with V.RunFolder(cfg, V.Process(0, 1, torch.device("cpu"), None)) as held:
             log = V.RunLog(cfg, True, held)
+            held.closing.append(log)  # else its thread talks on while other tests run
             V.is_restart(cfg)
             log.forget_after(3, False)
             log.record({"step": 4})
