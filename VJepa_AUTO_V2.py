@@ -536,8 +536,8 @@ def emit(text, stream):
 
 
 def say(text, stream=None):
-    """One line for the user on stdout, or on the stream given. All that is printed goes through here: what comes from
-    outside (names, errors, settings) can neither begin a line of its own nor reach the terminal as control codes."""
+    """One line for the user on stdout, or on the stream given, where all that is printed goes through: what comes from
+    outside can neither begin a line of its own nor reach the terminal as control codes."""
     return emit(one_line(text, MAX_LINE) + "\n", sys.stdout if stream is None else stream)
 
 
@@ -598,7 +598,7 @@ def field_types(Config):
 
 
 def type_problems(cfg):
-    """Fields of another type than their own, and texts that no log line or path should hold -> list of messages."""
+    """Fields of another type than their own, and texts that no log line or path may hold -> list of messages."""
     problems = []
     for name, kind in field_types(type(cfg)).items():
         value, wanted = getattr(cfg, name), getattr(kind, "__name__", "a number or a pair of numbers")
@@ -725,7 +725,7 @@ def read_mapping(path, most_bytes):
 
 
 def yaml_value(node, seen):
-    """A YAML node -> plain value. `seen`: ids of nodes met before, aliases: nine lines of them make a billion values."""
+    """A YAML node -> plain value. `seen`: ids of nodes met before. Nine lines of aliases can make a billion values."""
     kind, line, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.start_mark.line + 1, node.value
     if id(node) in seen:
         raise ValueError(f"line {line}: aliases are not allowed")
@@ -775,10 +775,9 @@ def parse_config(path):
         raise config_error(path, "YAML needs pyyaml (pip install pyyaml), or write the file as JSON")
     try:
         text = read_text(path, MAX_CONFIG_BYTES)
+        data = parse_yaml(text) if is_yaml else parse_json(text, float)
     except (OSError, UnicodeDecodeError) as error:
         raise config_error(path, f"cannot be read ({one_line(error)})") from error
-    try:
-        data = parse_yaml(text) if is_yaml else parse_json(text, float)
     except (ValueError, RecursionError) as error:
         raise config_error(path, f"not valid {'YAML' if is_yaml else 'JSON'} ({one_line(error)})") from error
     if isinstance(data, dict) and "versions" in data:  # a run's own config.json
@@ -853,8 +852,7 @@ def resolve_config(argv, world):
     parser = build_parser(world)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        guess = nearest(unknown[0].split("=")[0], known)
+        guess = nearest(unknown[0].split("=")[0], parser._option_string_actions)
         raise UsageError(f"unknown argument {one_line(unknown[0])}{guess}; --help lists all flags")
     overrides = {}
     for path in args.config:
@@ -5061,8 +5059,8 @@ class VJepaAutoV2(World):
 
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps and samples of all ranks in training, steps of the phases after it, seconds over
-    all restarts, steps skipped."""
+    """How far a run is: steps and samples of all ranks in training, steps of the phases after it, seconds over all
+    restarts, steps skipped."""
 
     step: int = 0
     after: int = 0
@@ -5085,28 +5083,34 @@ def size_and_time(path):
     return [info.st_size, info.st_mtime_ns]
 
 
-def written_record(path):
-    """What is on record of a checkpoint's name -> [[size, time, SHA-256], that of the one before], [] where the record
-    is absent or damaged: then nothing is proven, and nothing is deleted."""
-    known = read_mapping(path.parent / WRITTEN, 2**22).get(path.name, [])
-    good = isinstance(known, list) and all(isinstance(entry, list) and len(entry) == 3 for entry in known)
-    return known if good else []
+def written_record(folder):
+    """What is on record in a folder of checkpoints -> {name: [[size, time, SHA-256], that of the one before]}. Where it
+    is absent or damaged nothing is proven, and nothing is deleted."""
+    return {
+        name: known
+        for name, known in read_mapping(folder / WRITTEN, 2**22).items()
+        if os.path.lexists(folder / name)
+        and isinstance(known, list)
+        and all(isinstance(entry, list) and len(entry) == 3 for entry in known)
+    }
+
+
+def recorded_hashes(path):
+    """SHA-256 on record for a checkpoint that is the very file a run wrote -> list, empty for anything else."""
+    known = written_record(path.parent).get(path.name, []) if path.is_file() else []
+    return [sha256 for *written, sha256 in known if written == size_and_time(path)]
 
 
 def is_written(path):
     """Whether a run wrote this checkpoint, by its record: no other file is ever overwritten or deleted."""
-    return path.is_file() and size_and_time(path) in [entry[:2] for entry in written_record(path)]
+    return bool(recorded_hashes(path))
 
 
 def note_written(path, source, sha256):
-    """Put on record that a run wrote the file `source`, which is about to get the name `path`; the one that still has
-    that name stays on record."""
-    record = {
-        name: known
-        for name, known in read_mapping(path.parent / WRITTEN, 2**22).items()
-        if os.path.lexists(path.parent / name)
-    }
-    record[path.name] = [[*size_and_time(source), sha256], *written_record(path)[:1]]
+    """Put on record that a run wrote the file `source`, about to be named `path`; what still has that name stays on
+    record."""
+    record = written_record(path.parent)
+    record[path.name] = [[*size_and_time(source), sha256], *record.get(path.name, [])[:1]]
     write_atomic(path.parent / WRITTEN, lambda handle: handle.write(json.dumps(record).encode()))
 
 
@@ -5119,9 +5123,8 @@ def free_name(path):
 def move_checkpoint(path, target):
     """Rename a checkpoint, over an older one of that name if there is one."""
     free_name(target)
-    if is_written(path):
-        here = size_and_time(path)
-        note_written(target, path, next(entry[2] for entry in written_record(path) if entry[:2] == here))
+    if hashes := recorded_hashes(path):
+        note_written(target, path, hashes[0])
     os.replace(path, target)
     sync_folder(target.parent)
 
@@ -5138,18 +5141,12 @@ def source_text(path=__file__):
 
 
 def identity(world):
-    """What tells a world, its class, from any other -> {name, file, sha256}. The file stands below this file's folder if it
-    lies there; this file itself has one name, whatever a copy of it is called."""
+    """What tells a world, its class, from any other -> {name, file, sha256}. A file below this one's folder is named
+    from there; this file itself has one name, whatever a copy of it is called."""
     path, own = Path(inspect.getfile(world)).resolve(), Path(__file__).resolve()
     file = path.relative_to(own.parent) if path.is_relative_to(own.parent) else path
-    name = f"{MARK}.py" if path == own else file.as_posix()
-    return {"name": world.__name__, "file": name, "sha256": sha256_of(source_text(str(path)).encode())}
-
-
-def is_same_world(saved, world):
-    """Whether a checkpoint's world is this class: of its name, and of its file or one with the same content."""
-    own = identity(world)
-    return saved["name"] == own["name"] and (saved["file"] == own["file"] or saved["sha256"] == own["sha256"])
+    sha256 = sha256_of(source_text(str(path)).encode())
+    return {"name": world.__name__, "file": f"{MARK}.py" if path == own else file.as_posix(), "sha256": sha256}
 
 
 def subclasses(cls):
@@ -5169,42 +5166,38 @@ def import_world(path, name):
         sys.modules[module] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(sys.modules[module])
-        except Exception as error:  # somebody's code: anything may come out of it
+        except (Exception, SystemExit) as error:  # somebody's code: anything may come out of it
             del sys.modules[module]
-            raise WrongWorld(f"world file {path} cannot be imported ({type(error).__name__}: {error})") from error
-    if not isinstance(world := getattr(sys.modules[module], name, None), type) or not issubclass(world, World):
-        raise WrongWorld(f"world file {path} holds no world called {name}")
+            why = f"{type(error).__name__}: {flat(error)}"
+            raise WrongWorld(f"world file {path} cannot be imported ({why})") from error
+    world = getattr(sys.modules[module], name, None)
+    if not isinstance(world, type) or not issubclass(world, World):
+        raise WrongWorld(f"world file {path} holds no world called {one_line(name)}")
     return world
 
 
 def find_world(saved):
-    """What a checkpoint says of its world -> the class: one that is loaded, else that of the file it names, also when it
-    was edited since, else a file of that name and content in worlds/. WrongWorld when there is none.
-
-    A file elsewhere is run only when it still has the content that the checkpoint knows.
-    """
-    name, file, sha256 = (str(saved[key]) for key in ("name", "file", "sha256"))
-    loaded = [world for world in subclasses(World) if (world.__name__, identity(world)["file"]) == (name, file)]
-    if loaded:
-        return loaded[-1]
+    """What a checkpoint says of its world -> the class: one that is loaded, else from the file it names, or from one of
+    that name in worlds/. WrongWorld when there is none. What it does not name itself in worlds/, where files may have
+    been edited since, is run only while it has the content that the checkpoint knows."""
+    name, file, sha256 = (saved[key] for key in ("name", "file", "sha256"))
+    for world in reversed(subclasses(World)):
+        if world.__name__ == name and identity(world)["file"] == file:
+            return world
     here = Path(__file__).resolve().parent
-    places = [(here / file).resolve(), here / "worlds" / Path(file).name]
-    for path in dict.fromkeys(places):
-        if path.is_file() and (
-            sha256_of(path.read_bytes()) == sha256 or path.parent == here / "worlds" == places[0].parent
-        ):
+    named, twin = (here / file).resolve(), here / "worlds" / Path(file).name
+    for path in (named, twin):
+        if path.is_file() and (named == twin or sha256_of(path.read_bytes()) == sha256):
             return import_world(path, name)
-    raise WrongWorld(
-        f"made by the world {one_line(name)} of {one_line(file)}, and there is no such file; "
-        f"put it into {here}/worlds, or import it first"
-    )
+    missing = f"made by the world {one_line(name)} of {one_line(file)}, and there is no such file"
+    raise WrongWorld(f"{missing}; put it into {here}/worlds, or import it first")
 
 
 CHECKPOINT_FORMAT = 3  # 3: any world, steps after training; 2: VJepaAutoV2 alone
 # fmt: off
 LOOP_KEYS = (
-    "format", "step", "after", "consumed", "seconds", "skipped", "cfg", "world", "frozen", "opt", "phase_opt", "scaler", "rng",
-    "world_size", "precision", "data", "source",
+    "format", "step", "after", "consumed", "seconds", "skipped", "cfg", "world", "frozen", "opt", "phase_opt", "scaler",
+    "rng", "world_size", "precision", "data", "source",
 )
 # fmt: on
 
@@ -5213,11 +5206,11 @@ def frozen_hashes(world):
     """SHA-256 of the weights of every FROZEN child -> {name: hash}."""
     hashes = {}
     for name in world.FROZEN:
-        digest = hashlib.sha256()
+        found = hashlib.sha256()
         for key, value in getattr(world, name).state_dict().items():
-            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode() + raw.numpy().tobytes())
-        hashes[name] = digest.hexdigest()
+            found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        hashes[name] = found.hexdigest()
     return hashes
 
 
@@ -5225,7 +5218,6 @@ def checkpoint_state(run):
     """Everything a restart needs as one dict of tensors and plain values; collective, since every rank adds its RNG."""
     process, world = run.process, run.world
     cuda_rng = torch.cuda.get_rng_state(process.device) if process.device.type == "cuda" else None
-    rng = process.collect({"torch": torch.get_rng_state(), "cuda": cuda_rng})
     own = {
         "format": CHECKPOINT_FORMAT,
         **asdict(run.progress),
@@ -5235,7 +5227,7 @@ def checkpoint_state(run):
         "opt": run.optimizer.state_dict(),
         "phase_opt": run.phase_optimizer and run.phase_optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
-        "rng": rng,
+        "rng": process.collect({"torch": torch.get_rng_state(), "cuda": cuda_rng}),
         "world_size": process.world_size,
         "precision": PRECISIONS[process.amp_dtype],
         "data": run.source.listing(),
@@ -5249,12 +5241,9 @@ def checkpoint_state(run):
 
 def checkpoint_files(out_dir):
     """Finished checkpoints of a run folder, oldest first -> [(step, path)]; ckpt_final.pt counts as the newest."""
-    found = []
-    for path in (Path(out_dir) / "checkpoints").glob("ckpt_*.pt"):
-        match = re.fullmatch(r"ckpt_(\d+|final)\.pt", path.name)
-        if match:
-            found.append((math.inf if match[1] == "final" else int(match[1]), path))
-    return sorted(found)
+    paths = (Path(out_dir) / "checkpoints").glob("ckpt_*.pt")
+    found = [(match[1], path) for path in paths if (match := re.fullmatch(r"ckpt_(\d+|final)\.pt", path.name))]
+    return sorted((math.inf if step == "final" else int(step), path) for step, path in found)
 
 
 def steps_of(state):
@@ -5263,8 +5252,8 @@ def steps_of(state):
 
 
 def save_checkpoint(state, out_dir, cfg, final):
-    """Write ckpt_<step>.pt or ckpt_final.pt atomically, then drop what exceeds keep_last -> path. OSError when the disk
-    refuses: what was there before still stands."""
+    """Write ckpt_<step>.pt or ckpt_final.pt atomically, then drop what exceeds keep_last -> path. OSError where the
+    disk refuses: what was there before still stands."""
     folder = Path(out_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("ckpt_final.pt" if final else f"ckpt_{steps_of(state)}.pt")
@@ -5283,29 +5272,26 @@ class BadCheckpoint(UserError):
 def damage_of(path):
     """What is wrong with the bytes of a checkpoint -> text, "" when they are those that were written.
 
-    Its SHA-256 is on record beside it. For a file that was copied without the record the archive's own CRC-32 must do,
-    which torch.load does not compare: one in 300 bits flipped in the archive's directory gets by with other content.
+    Its SHA-256 is on record beside it. Where it was copied without that, the archive's own CRC-32 must do, which
+    torch.load does not compare: of bits flipped in the archive's directory one in 300 gets by with other content.
     """
-    known = [entry[2] for entry in written_record(path)]
+    known = [entry[2] for entry in written_record(path.parent).get(path.name, [])]
     if not known:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         return f"checksum of {damaged}" if damaged else ""
+    found = hashlib.sha256()
     with open(path, "rb") as handle:
-        found = hashlib.sha256()
         while block := handle.read(1 << 22):
             found.update(block)
-    return (
-        "" if found.hexdigest() in known else f"its SHA-256 is {found.hexdigest()[:12]}..., not {str(known[0])[:12]}..."
-    )
+    found = found.hexdigest()
+    return "" if found in known else f"its SHA-256 is {found[:12]}..., not {str(known[0])[:12]}..."
 
 
 def saved_config(state, world):
-    """The config in a checkpoint; fields that the world no longer has are left out. UsageError, TypeError where it is
-    none."""
+    """The config in a checkpoint, less fields that the world no longer has. UsageError, TypeError where it is none."""
     known = {name: value for name, value in state["cfg"].items() if name in field_types(world.Config)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
-    cfg = world.Config(**values)
+    cfg = world.Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
     validate_config(cfg)
     return cfg
 
@@ -5320,21 +5306,17 @@ def checkpoint_template(world, cfg_json):
 
 def compare_tensors(found, wanted, name):
     """ValueError unless a dict of tensors has the keys, shapes and types of another."""
-    odd = found.keys() ^ wanted.keys()
-    if odd:
+    if odd := found.keys() ^ wanted.keys():
         raise ValueError(f"{name}: {shown(sorted(map(str, odd))[0])} is missing or too much")
     for key, tensor in wanted.items():
-        value = found[key]
-        if (
-            not isinstance(value, torch.Tensor)
-            or (value.shape, value.dtype) != (tensor.shape, tensor.dtype)
-            or (value.layout, value.device.type) != (torch.strided, "cpu")
-        ):
+        value, kind = found[key], (tensor.shape, tensor.dtype, torch.strided, "cpu")
+        is_tensor = isinstance(value, torch.Tensor)
+        if not is_tensor or (value.shape, value.dtype, value.layout, value.device.type) != kind:
             raise ValueError(f"{name}: {key} is not a {str(tensor.dtype)[6:]} of shape {list(tensor.shape)}")
 
 
 def same_kind(value, wanted):
-    """Whether a setting of an optimizer group is of another one's kind: flags, finite numbers, texts, lists of such."""
+    """Whether a setting of an optimizer is of another one's kind: flags, finite numbers, texts, lists of such."""
     if isinstance(wanted, (list, tuple)):
         return isinstance(value, (list, tuple)) and len(value) == len(wanted) and all(map(same_kind, value, wanted))
     if wanted is None or isinstance(wanted, bool):
@@ -5343,24 +5325,21 @@ def same_kind(value, wanted):
 
 
 def compare_optimizer(found, optimizer, name="opt"):
-    """ValueError unless the state of an optimizer is one that this optimizer can have. Later versions of torch may add
-    settings."""
+    """ValueError unless an optimizer can have this state. Later versions of torch may add settings."""
     for group, wanted in zip(found["param_groups"], optimizer.state_dict()["param_groups"], strict=True):
         odd = [key for key, value in wanted.items() if key in group and not same_kind(group[key], value)]
         if odd or group["params"] != wanted["params"] or not {"lr", "weight_decay", "peak_lr"} <= group.keys():
             raise ValueError(f"{name}: a group of parameters has other settings{': ' + odd[0] if odd else ''}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    needed = ("exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ()
     for number, entry in found["state"].items():
         moment = parameters[operator.index(number)]
-        wanted = {"step": torch.empty((), device="meta"), **dict.fromkeys(needed, moment)}
-        compare_tensors(
-            {key: entry[key] for key in wanted} if needed else {}, wanted if needed else {}, f"{name} {number}"
-        )
+        if isinstance(optimizer, torch.optim.AdamW):  # what others keep of a parameter only they know
+            wanted = {"step": torch.empty((), device="meta"), "exp_avg": moment, "exp_avg_sq": moment}
+            compare_tensors({key: entry[key] for key in wanted}, wanted, f"{name} {number}")
 
 
 def phase_at(phases, after):
-    """Which of the phases [(name, steps)] the step number `after` after training belongs to -> (name, steps before it);
+    """Which of the phases [(name, steps)] step number `after` after training belongs to -> (name, steps before it);
     ("", all of them) when they are done."""
     begin = 0
     for name, steps in phases:
@@ -5373,25 +5352,20 @@ def phase_at(phases, after):
 def check_insides(state, world):
     """ValueError, or whatever else wrong types lead to, unless a checkpoint holds what one of its own config holds."""
     model, optimizer = checkpoint_template(world, json.dumps(asdict(saved_config(state, world))))
-    counts = (
-        ("step", 0, 10**9),
-        ("after", 0, 10**9),
-        ("consumed", 0, 2**62),
-        ("skipped", 0, 10**9),
-        ("world_size", 1, 10**6),
-    )
-    for name, least, most in counts:
-        if not fits(int, state[name]) or not least <= state[name] <= most:
+    counts, data = ("step", "after", "consumed", "skipped", "world_size"), state["data"]
+    good = {name: fits(int, state[name]) and 0 <= state[name] < 2**62 for name in counts}
+    good["seconds"] = fits(float, state["seconds"]) and 0 <= state["seconds"] < math.inf
+    good["precision"] = state["precision"] in PRECISIONS.values()
+    for name in good:
+        if not good[name]:
             raise ValueError(f"{name} = {shown(state[name])}")
-    if not fits(float, state["seconds"]) or not 0 <= state["seconds"] < math.inf:
-        raise ValueError(f"seconds = {shown(state['seconds'])}")
-    if state["precision"] not in PRECISIONS.values():
-        raise ValueError(f"precision = {shown(state['precision'])}")
-    if not all(isinstance(text, str) for text in (state["source"], state["data"]["kind"], state["data"]["root"])):
-        raise ValueError("source and data must be texts")
-    files, names = state["data"].get("files", 0), state["data"].get("names", [])
-    if not fits(int, files) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    names = data.get("names", [])
+    if not isinstance(names, list) or not fits(int, data.get("files", 0)):
         raise ValueError("data: its listing is a count and a list of names")
+    if not all(isinstance(text, str) for text in (state["source"], data["kind"], data["root"], *names)):
+        raise ValueError("source and data must be texts")
+    if state["frozen"].keys() != set(world.FROZEN) or not all(map(same_kind, state["frozen"].values(), world.FROZEN)):
+        raise ValueError(f"frozen: no hashes of {', '.join(world.FROZEN) or 'nothing'}")
     model.expect(state)
     for name, wanted in model.snapshot().items():
         if wanted is not None:
@@ -5404,7 +5378,7 @@ def check_insides(state, world):
     wanted = torch.amp.GradScaler("cpu", enabled=True).state_dict()
     if state["scaler"] and not all(same_kind(state["scaler"][name], 1) for name in wanted):
         raise ValueError("scaler: not all of its values are numbers")
-    if len(state["rng"]) != state["world_size"]:
+    if not state["rng"] or len(state["rng"]) != state["world_size"]:
         raise ValueError(f"rng: of {len(state['rng'])} ranks, world_size = {state['world_size']}")
     for rng in state["rng"]:
         torch.Generator().set_state(rng["torch"])
@@ -5414,42 +5388,46 @@ def check_insides(state, world):
 
 def upgrade(state):
     """The entries of a checkpoint of format 2, which only VJepaAutoV2 wrote, as they are now."""
-    fits_of = ("soon_fit_steps", "flow_fit_steps")
-    after = sum(state["cfg"].get(name, 0) for name in fits_of) if state.get("flow_fitted") else 0
+    steps = [state["cfg"].get(name, 0) for name in ("soon_fit_steps", "flow_fit_steps")]
     world = {"name": "VJepaAutoV2", "file": f"{MARK}.py", "sha256": sha256_of(state["source"].encode())}
-    new = {"precision": "fp32", "soon_predictor": None, **state, "format": CHECKPOINT_FORMAT}
-    return {**new, "after": after, "world": world, "frozen": {}, "phase_opt": None}
+    new = {"format": CHECKPOINT_FORMAT, "after": sum(steps) if state.get("flow_fitted") else 0, "world": world}
+    return {"precision": "fp32", "soon_predictor": None, **state, **new, "frozen": {}, "phase_opt": None}
 
 
 def read_checkpoint(path):
-    """The bytes of a checkpoint, proven and loaded with weights_only -> its dict. BadCheckpoint for another format."""
+    """A checkpoint, its bytes proven, loaded with weights_only -> its dict. BadCheckpoint for another format."""
     if damage := damage_of(path):
         raise zipfile.BadZipFile(damage)
     state = torch.load(path, map_location="cpu", weights_only=True)
-    entries = state.keys() if isinstance(state, dict) else set()
-    if "format" in entries and state["format"] not in (2, CHECKPOINT_FORMAT):
+    state = state if isinstance(state, dict) else {}
+    if "format" in state and state["format"] not in (2, CHECKPOINT_FORMAT):
         known = f"this file reads formats 2 and {CHECKPOINT_FORMAT}"
         raise BadCheckpoint(f"checkpoint {path}: format {shown(state['format'])}, {known}")
-    state = upgrade(state) if "format" in entries and state["format"] == 2 else state
-    if missing := set(LOOP_KEYS) - (state.keys() if isinstance(state, dict) else set()):
-        lacking = ", ".join(sorted(missing))
-        raise BadCheckpoint(f"checkpoint {path}: not a VJepa_AUTO_V2 checkpoint (it lacks {lacking})")
+    state = upgrade(state) if state.get("format") == 2 else state
+    if missing := ", ".join(sorted(set(LOOP_KEYS) - state.keys())):
+        raise BadCheckpoint(f"checkpoint {path}: not a VJepa_AUTO_V2 checkpoint (it lacks {missing})")
     return state
 
 
-def world_of(state, world):
-    """The world that made a checkpoint. WrongWorld when it is not the one given, or cannot be found."""
+def world_of(state, world=None):
+    """The world that made a checkpoint. WrongWorld when it is not the one given, that is of another name, or of another
+    file with other content, or cannot be found."""
     saved = state["world"]
-    if world is None or is_same_world(saved, world):
-        return world or find_world(saved)
-    own, made_by = identity(world), f"{one_line(saved['name'])} ({one_line(saved['file'])})"
+    if not all(isinstance(saved[key], str) for key in ("name", "file", "sha256")):
+        raise ValueError(f"world: {shown(list(saved.values()))} are not three texts")
+    if world is None:
+        return find_world(saved)
+    own = identity(world)
+    if saved["name"] == own["name"] and (saved["file"] == own["file"] or saved["sha256"] == own["sha256"]):
+        return world
+    made_by = f"made by the world {one_line(saved['name'])} ({one_line(saved['file'])})"
     cure = "use another --out_dir, or --resume never"
-    raise WrongWorld(f"made by the world {made_by}, this is {own['name']} ({own['file']}); {cure}")
+    raise WrongWorld(f"{made_by}, this is {own['name']} ({own['file']}); {cure}")
 
 
 def load_checkpoint(path, world=None, instead="use another one, or --resume never"):
-    """Read a checkpoint -> state dict on the CPU. BadCheckpoint, with what to do `instead`, when it is damaged or not one of
-    ours, UsageError when another world than the one given made it."""
+    """Read a checkpoint -> state dict on the CPU. BadCheckpoint, with what to do `instead`, where it is damaged or none
+    of ours, UsageError where it is absent or of another world than the one given."""
     path = Path(path)
     if not os.path.lexists(path):
         raise UsageError(f"resume {path}: no such checkpoint")
@@ -5463,27 +5441,24 @@ def load_checkpoint(path, world=None, instead="use another one, or --resume neve
     except WrongWorld as error:
         raise WrongWorld(f"checkpoint {path}: {error}") from error
     except Exception as error:  # a foreign file makes the unpickler, and whoever looks at its insides, raise anything
-        why = f"{type(error).__name__}: {flat(error)[:160]}"
-        unusable = f"not readable, damaged or made by another version ({why}); {instead}"
-        raise BadCheckpoint(f"checkpoint {path}: {unusable}") from error
+        why = f"not readable, damaged or made by another version ({type(error).__name__}: {flat(error)[:160]})"
+        raise BadCheckpoint(f"checkpoint {path}: {why}; {instead}") from error
     return state
 
 
 def newest_checkpoint(out_dir, tell, world=None):
-    """Newest checkpoint of a run folder that can be trusted -> (its state, its path), (None, None) in a folder without any.
-
-    Damaged ones are told and passed over; when all are damaged that is a UserError: a run never starts anew by itself.
-    """
+    """Newest checkpoint of a run folder that can be trusted -> (state, path), (None, None) where there is none. Damaged
+    ones are told and passed over; when all are, that is a UserError: a run never starts anew by itself."""
     reasons = []
     for _, path in reversed(checkpoint_files(out_dir)):
         try:
             state = load_checkpoint(path, world)
         except BadCheckpoint as error:
             reasons.append(str(error))
-        else:
-            for reason in reasons:
-                tell(f"WARNING: {reason}")
-            return state, path
+            continue
+        for reason in reasons:
+            tell(f"WARNING: {reason}")
+        return state, path
     if reasons:
         none = "none of its checkpoints can be read, so nothing starts over unasked"
         raise UserError(f"out_dir {out_dir}: {none}; the newest: {reasons[0]}")
@@ -5492,7 +5467,7 @@ def newest_checkpoint(out_dir, tell, world=None):
 
 def check_same_run(state, cfg, path):
     """UsageError naming the fields in which a checkpoint and this config cannot be the same run. Whether a loss has
-    weight decides which parameters the optimizer holds."""
+    weight decides which parameters learn."""
     plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), state["cfg"]))
     names = [name for cls in reversed(type(cfg).__mro__) for name in vars(cls).get("MUST_MATCH", ())]
     different = [name for name in names if plain[name] != saved.get(name)]
@@ -5504,11 +5479,11 @@ def check_same_run(state, cfg, path):
 
 
 def check_frozen(state, world, path):
-    """UsageError when FROZEN parts are not those that a checkpoint was made with, which it holds by their hash alone."""
+    """UsageError when FROZEN parts are others than those of which a checkpoint holds the hashes."""
     changed = [name for name, sha256 in frozen_hashes(world).items() if state["frozen"].get(name) != sha256]
     if changed:
-        others = f"the frozen weights of {', '.join(changed)} are others than those it was made with"
-        raise UsageError(f"checkpoint {path}: {others}")
+        others = "are others than those it was made with"
+        raise UsageError(f"checkpoint {path}: the frozen weights of {', '.join(changed)} {others}")
 
 
 def restore_run(state, run):
@@ -5524,8 +5499,8 @@ def restore_run(state, run):
 
 
 def load_model(path, device="cpu", world=None):
-    """Checkpoint -> (its world in eval mode on the device, its config): what tools and notebooks start from. The world is
-    found by what the checkpoint says, unless its class is given."""
+    """Checkpoint -> (its world in eval mode on the device, its config): what tools and notebooks start from. The world
+    is found by what the checkpoint says, unless its class is given."""
     state = load_checkpoint(path, world, "use another one")
     world = world_of(state, world)
     cfg = saved_config(state, world)
@@ -5566,14 +5541,14 @@ def val_keys(world):
         "val_loss_total": "loss_total on held-out data",
         **{f"val_{key}": f"{key} on held-out data" for key in world.KEYS},
         **{f"val_{key}": text for key, text in world.VAL_KEYS.items()},
-        "val_clips": "held-out clips that this evaluation saw; fewer than asked for when the last one ran out of its time",
+        "val_clips": "held-out clips that this evaluation saw; fewer than asked for when the last one ran out of time",
     }
 
 
 def run_info(run):
-    """Versions, commit, world, data and decoders (in the order in which they are tried) of a run for config.json -> dict."""
-    source, git, commit = run.source, shutil.which("git"), ""
-    if git:
+    """Versions, commit, world, data and decoders, as they are tried in turn, of a run for config.json -> dict."""
+    source, commit = run.source, ""
+    if git := shutil.which("git"):
         head = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "numpy", "av")}
@@ -5595,55 +5570,39 @@ def format_number(value):
     return str(value) if isinstance(value, (int, str)) else f"{value:.4g}"
 
 
-def read_rows(path, types):
-    """The objects of a jsonl file that have these keys -> (list of dicts, numbers of the lines that are none: damaged,
-    or torn by a kill)."""
-    rows, damaged = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            row = parse_json(line.decode("utf-8"))
-            if not all(fits(kind, row[key]) for key, kind in types.items()):
-                raise ValueError("a value of another type")
-            json.dumps(row, allow_nan=False)  # 1e999 is read as infinity
-        except (ValueError, TypeError, LookupError, RecursionError):
-            damaged.append(number)
-        else:
-            rows.append(row)
-    return rows, damaged
+def write_rows(path, rows):
+    """A list of dicts -> a jsonl file."""
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    write_atomic(path, lambda handle: handle.write(content))
 
 
 class Tracker:
     """One of the packages that --track names. Whatever a foreign package raises costs the tracker, never the run."""
 
     def __init__(self, package, cfg, tell):
-        self.package, self.tell, self.writer = package, tell, None
-        self.call(self.open, cfg)
+        self.package, self.tell = package, tell
+        self.writer = self.call(self.open, cfg)
 
     def call(self, work, *args):
-        """Let the package work, and leave it out from its first failure on."""
+        """What work of the package gives; it is left out from its first failure on."""
         try:
-            work(*args)
+            return work(*args)
         except (Exception, SystemExit) as error:  # a foreign package's, of any kind: a full disk, a login
             self.writer = None
             why = f"{type(error).__name__}: {error}"
             self.tell(f"WARNING: track: {self.package} failed ({why}) and is left out from here on")
 
     def open(self, cfg):
-        """Start the package."""
+        """Start the package -> what takes the records."""
+        folder = Path(cfg.out_dir)
         if self.package == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(Path(cfg.out_dir) / "tensorboard"))
-        else:
-            import wandb
+            return SummaryWriter(str(folder / "tensorboard"))
+        import wandb
 
-            self.writer = wandb.init(
-                project="vjepa_auto_v2",
-                name=Path(cfg.out_dir).name,
-                dir=cfg.out_dir,
-                config=asdict(cfg),
-                resume="allow",
-            )
+        shared = dict(project="vjepa_auto_v2", name=folder.name, resume="allow")
+        return wandb.init(dir=cfg.out_dir, config=asdict(cfg), **shared)
 
     def record(self, values):
         """Hand over one record of metrics.jsonl."""
@@ -5664,32 +5623,28 @@ class Tracker:
 class RunLog:
     """Console text to stdout and train.log, records to metrics.jsonl, bad files to bad_files.jsonl. Silent off rank 0.
 
-    `folder` is the RunFolder, without which nobody checks whether out_dir is still ours; with it a thread tells `stage`,
+    `folder`: the RunFolder, without which nobody checks whether out_dir is still ours; with it a thread tells `stage`,
     what the run is at, whenever nothing else is said. A console that is lost costs nothing else.
     """
 
     def __init__(self, cfg, is_main, folder=None):
-        self.folder, self.is_main, self.owner, self.bad, self.trackers = Path(cfg.out_dir), is_main, folder, {}, []
-        self.bar_width, self.pending, self.evaluated, self.lost = 0, {}, set(), ""
-        self.stage, self.spoken, self.lock, self.closed = (
-            "starting",
-            time.monotonic(),
-            threading.RLock(),
-            threading.Event(),
-        )
-        packages = list(filter(None, cfg.track.split(","))) if is_main else []
+        self.folder, self.is_main, self.owner, self.pulse = Path(cfg.out_dir), is_main, folder, None
+        self.bad, self.evaluated = {}, set()  # why each bad file is one; the steps that were evaluated
+        self.bar_width, self.pending, self.lost = 0, {}, ""  # lines that wait for the disk; how the console was lost
+        self.stage, self.spoken = "starting", time.monotonic()
+        self.lock, self.closed = threading.RLock(), threading.Event()
+        packages = [package for package in cfg.track.split(",") if package and is_main]
         for package in packages:
             if importlib.util.find_spec(package) is None:
-                raise UsageError(
-                    f"track = {cfg.track}: {package} is not installed (pip install {package}), or leave --track out"
-                )
+                cure = f"is not installed (pip install {package}), or leave --track out"
+                raise UsageError(f"track = {cfg.track}: {package} {cure}")
         self.trackers = [Tracker(package, cfg, self.line) for package in packages]
-        self.pulse = threading.Thread(target=self.tell_stage, daemon=True) if is_main and folder is not None else None
-        if self.pulse is not None:
+        if is_main and folder is not None:
+            self.pulse = threading.Thread(target=self.tell_stage, daemon=True)
             self.pulse.start()
 
     def tell_stage(self):
-        """Say now and then what the run is at, for as long as nothing else is said: run in a thread."""
+        """In a thread: say now and then what the run is at, for as long as nothing else is said."""
         while not self.closed.wait(min(1.0, SILENCE_S)):
             if time.monotonic() - self.spoken >= SILENCE_S:
                 try:
@@ -5703,8 +5658,8 @@ class RunLog:
             return
         text = one_line(text, MAX_LINE) + "\n"
         with self.lock:
-            self.clear_bar()
-            self.show(text)
+            wiped, self.bar_width = "\r" + " " * self.bar_width + "\r" if self.bar_width else "", 0
+            self.show(wiped + text)
             self.append("train.log", text)
 
     def show(self, text):
@@ -5713,7 +5668,7 @@ class RunLog:
         self.lost = self.lost or emit(text, sys.stdout)
 
     def append(self, name, text):
-        """Add whole lines to a file of the run. While the disk refuses they wait in memory, and no half line stays behind."""
+        """Add whole lines to a file of the run. While the disk refuses they wait in memory, and no half line stays."""
         with self.lock:
             path, size, told = self.folder / name, None, name in self.pending
             waiting = self.pending.pop(name, "") + text
@@ -5739,10 +5694,8 @@ class RunLog:
         for name in list(self.pending):
             self.append(name, "")
         if self.is_main and self.lost:
-            why = one_line(self.lost)
-            self.append(
-                "train.log", f"WARNING: the console was lost in this run ({why}); this file holds all its lines\n"
-            )
+            why = f"the console was lost in this run ({one_line(self.lost)})"
+            self.append("train.log", f"WARNING: {why}; this file holds all its lines\n")
 
     def bar(self, step, steps, text, what="step"):
         """Progress bar on a terminal; nothing elsewhere, where plain lines tell. `what` is counted."""
@@ -5753,14 +5706,9 @@ class RunLog:
                 self.show("\r" + bar.ljust(self.bar_width))
                 self.bar_width = len(bar)
 
-    def clear_bar(self):
-        if self.bar_width:
-            self.show("\r" + " " * self.bar_width + "\r")
-            self.bar_width = 0
-
     def record(self, values, mark=""):
-        """One object in metrics.jsonl and one `key:value` line, prefixed by `mark`. JSON knows no NaN and no infinity:
-        null."""
+        """One object in metrics.jsonl, null where JSON knows no NaN and no infinity, and one `key:value` line, prefixed
+        by `mark`."""
         if not self.is_main:
             return
         absent = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -5770,7 +5718,8 @@ class RunLog:
             tracker.record(values)
 
     def add_bad(self, entries):
-        """Name files that could not be decoded, each once, and once more when it must not be opened again. This is history, not what counts now."""
+        """Name files that could not be decoded, each once, and once more when it must not be opened again. This is
+        history, not what counts now."""
         for name, reason in entries:
             if name in self.bad and (self.bad[name].startswith(QUARANTINED) or not reason.startswith(QUARANTINED)):
                 continue
@@ -5779,29 +5728,36 @@ class RunLog:
                 self.append("bad_files.jsonl", json.dumps({"path": name, "reason": reason}) + "\n")
                 self.line(f"bad file: {name}: {reason}")
 
-    def forget_after(self, step, finished):
-        """Drop records beyond a resumed step, so that metrics.jsonl holds no step twice; read the bad files and
-        evaluated steps known so far.
-
-        Lines that are damaged are told and left out.
-        """
-        for name, types in (("metrics.jsonl", {"step": int}), ("bad_files.jsonl", {"path": str, "reason": str})):
-            path = self.folder / name
-            if not path.is_file():
-                continue
-            rows, damaged = read_rows(path, types)
-            if damaged:
-                numbers = ", ".join(map(str, damaged[:10])) + ("..." if damaged[10:] else "")
-                self.line(f"WARNING: {path}: line {numbers} cannot be read, damaged or torn, and is left out")
-            if name == "bad_files.jsonl":
-                self.bad = {row["path"]: row["reason"] for row in rows}
+    def read_rows(self, name, types):
+        """The objects in a jsonl file of the run that have these keys; what else its lines hold, damaged or torn by a
+        kill, is told and left out."""
+        path, rows, damaged = self.folder / name, [], []
+        for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
+            try:
+                row = parse_json(line.decode("utf-8"))
+                if not all(fits(kind, row[key]) for key, kind in types.items()):
+                    raise ValueError("a value of another type")
+                json.dumps(row, allow_nan=False)  # 1e999 is read as infinity
+            except (ValueError, TypeError, LookupError, RecursionError):
+                damaged.append(str(number))
             else:
-                last = {id(row) for row in rows if "val_clips" in row}
-                self.evaluated = {row["step"] for row in rows if any(key.startswith("val_") for key in row)}
-                rows = [row for row in rows if row["step"] < step + (not finished or id(row) not in last)]
-            if self.is_main and (damaged or name == "metrics.jsonl"):
-                kept = "".join(json.dumps(row) + "\n" for row in rows)
-                write_atomic(path, lambda handle: handle.write(kept.encode()))
+                rows.append(row)
+        if damaged:
+            numbers = ", ".join(damaged[:10]) + "..." * (len(damaged) > 10)
+            self.line(f"WARNING: {path}: line {numbers} cannot be read, damaged or torn, and is left out")
+        return rows
+
+    def forget_after(self, step, finished):
+        """Drop records beyond a resumed step, so that metrics.jsonl holds no step twice, and of a finished run its last
+        evaluation; read the bad files and evaluated steps known so far."""
+        rows = self.read_rows("metrics.jsonl", {"step": int})
+        bad = self.read_rows("bad_files.jsonl", {"path": str, "reason": str})
+        self.bad = {row["path"]: row["reason"] for row in bad}
+        self.evaluated = {row["step"] for row in rows if any(key.startswith("val_") for key in row)}
+        rows = [row for row in rows if row["step"] < step + (not finished or "val_clips" not in row)]
+        for path, kept in ((self.folder / "metrics.jsonl", rows), (self.folder / "bad_files.jsonl", bad)):
+            if self.is_main and path.is_file():
+                write_rows(path, kept)
 
 
 # Names that belong to a run in its folder, checkpoints aside.
@@ -5816,31 +5772,24 @@ def sweep_folder(folder):
             stale.unlink(missing_ok=True)
 
 
-def is_run_folder(folder):
-    """Whether a run has owned this folder before: its lease stands there, or a config.json as a run writes it."""
-    config = read_mapping(folder / "config.json", 2**20)
-    return os.path.exists(folder / ".lease") or {"versions", "config"} <= config.keys()
-
-
 def clear_folder(folder):
-    """Move aside what bears a run's name and cannot be a run's: all of it in a folder that was none, else what is no
-    file (a pipe would block)."""
-    known = is_run_folder(folder)
-    for path in [folder / name for name in RUN_FILES]:
-        if os.path.lexists(path) and not (known and path.is_file()):
-            move_aside(path)
-    files = folder / ".lease", folder / "checkpoints" / WRITTEN
-    kept = ((folder / "checkpoints", Path.is_dir), *((path, Path.is_file) for path in files))
-    for path, is_right in kept:
-        if os.path.lexists(path) and not is_right(path):
+    """Move aside what bears a run's name and cannot be a run's: all of it in a folder that no run has owned, which has
+    neither a lease nor a config.json as runs write it, else what is no file (a pipe would block)."""
+    checkpoints, config = folder / "checkpoints", read_mapping(folder / "config.json", 2**20)
+    known = os.path.exists(folder / ".lease") or {"versions", "config"} <= config.keys()
+    right = {folder / name: known and (folder / name).is_file() for name in RUN_FILES}
+    right[checkpoints] = checkpoints.is_dir()
+    right |= {path: path.is_file() for path in (folder / ".lease", checkpoints / WRITTEN)}
+    for path in right:
+        if os.path.lexists(path) and not right[path]:
             move_aside(path)
 
 
 class RunFolder:
     """out_dir while a run owns it: nobody else writes there, and status.json says how the run stands and how it ended.
 
-    The lock is a POSIX record lock on .lease, which the kernel drops with the process, whatever ends it: a lease cannot go
-    stale. Forked loader workers do not inherit it. Ranks other than 0 hold nothing.
+    The lock is a POSIX record lock on .lease, which the kernel drops with the process, whatever ends it: a lease cannot
+    go stale. Forked loader workers do not inherit it. Ranks other than 0 hold nothing.
     """
 
     def __init__(self, cfg, process):
@@ -5857,9 +5806,8 @@ class RunFolder:
             sweep_folder(self.folder)
             self.write_status("running", None)
         except OSError as error:
-            raise UserError(
-                f"out_dir {cfg.out_dir}: cannot be written ({reason_of(error)}); choose another --out_dir"
-            ) from error
+            why = f"cannot be written ({reason_of(error)})"
+            raise UserError(f"out_dir {cfg.out_dir}: {why}; choose another --out_dir") from error
 
     def take(self):
         """Lock .lease. UserError when another run holds it."""
@@ -5870,22 +5818,18 @@ class RunFolder:
             handle.seek(0)
             owner = handle.read(300).strip() or "unknown"
             handle.close()
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"out_dir {self.folder}: another run writes there ({owner}); stop it, or choose another --out_dir"
-                ) from error
-            raise UserError(
-                f"out_dir {self.folder}: its file system gives no locks ({error.strerror}), "
-                "so nothing would keep a second run away; choose another --out_dir"
-            ) from error
+            why = f"another run writes there ({owner}); stop it, or"
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                why = f"its file system gives no locks ({error.strerror}), so nothing would keep a second run away;"
+            raise UserError(f"out_dir {self.folder}: {why} choose another --out_dir") from error
         handle.truncate(0)
         handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
         handle.flush()
         self.lease = handle
 
     def check(self):
-        """OSError unless out_dir still is the folder whose lease this run holds: it may have been removed, and made
-        anew by another run."""
+        """OSError unless out_dir still is the folder whose lease this run holds: it may have been removed, and another
+        run may have made it anew."""
         if self.lease is None:
             return
         try:
@@ -5899,21 +5843,14 @@ class RunFolder:
 
     def write_status(self, state, exit_code):
         """Write status.json. state: running | finished | stopped | failed; running with a dead pid means killed."""
-        values = {
-            "state": state,
-            "exit_code": exit_code,
-            "step": self.step,
-            "reason": self.reason,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "attempt": restart_count(),
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
+        values = {"state": state, "exit_code": exit_code, "step": self.step, "reason": self.reason}
+        values |= {"host": socket.gethostname(), "pid": os.getpid(), "attempt": restart_count()}
+        values["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.check()
         write_atomic(self.folder / "status.json", lambda handle: handle.write(json.dumps(values).encode()))
 
     def status(self, state, exit_code):
-        """Write how the run ended, or say why that is not possible: it must not hide the end itself."""
+        """Write how the run ended, or say why that cannot be: it must not hide the end itself."""
         if self.lease is None:
             return
         try:
@@ -5937,7 +5874,7 @@ class RunFolder:
 
 
 def put_aside(cfg):
-    """`--resume never` in a used folder: move the old run's files to previous_<k> instead of mixing with or losing them."""
+    """`--resume never` in a used folder: move the old run's files to previous_<k>, so that none is mixed or lost."""
     folder = Path(cfg.out_dir)
     old = [folder / name for name in ("checkpoints", *RUN_FILES) if name != "status.json"]
     old = [path for path in old if path.is_file() or path.is_dir() and any(path.iterdir())]
