@@ -5178,8 +5178,8 @@ def import_world(path, name):
 
 def find_world(saved):
     """What a checkpoint says of its world -> the class: one that is loaded, else from the file it names, or from one of
-    that name in worlds/. WrongWorld when there is none. What it does not name itself in worlds/, where files may have
-    been edited since, is run only while it has the content that the checkpoint knows."""
+    that name in worlds/. WrongWorld when there is none. A file in another folder called worlds is run only while it has
+    the content that the checkpoint knows; no other file is ever run on a checkpoint's word."""
     name, file, sha256 = (saved[key] for key in ("name", "file", "sha256"))
     for world in reversed(subclasses(World)):
         if world.__name__ == name and identity(world)["file"] == file:
@@ -5187,7 +5187,8 @@ def find_world(saved):
     here = Path(__file__).resolve().parent
     named, twin = (here / file).resolve(), here / "worlds" / Path(file).name
     for path in (named, twin):
-        if path.is_file() and (named == twin or sha256_of(path.read_bytes()) == sha256):
+        known = path.is_file() and (named == twin or sha256_of(path.read_bytes()) == sha256)
+        if known and path.parent.name == "worlds":
             return import_world(path, name)
     missing = f"made by the world {one_line(name)} of {one_line(file)}, and there is no such file"
     raise WrongWorld(f"{missing}; put it into {here}/worlds, or import it first")
