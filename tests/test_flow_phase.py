@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,43 +86,85 @@ def test_a_finished_phase_is_not_repeated_and_an_extended_run_repeats_it(whole, 
     assert "flow phase" in capsys.readouterr().out and not equal(first["flow"], checkpoint(tmp_path / "run")["flow"])
 
 
-@pytest.mark.parametrize(
-    "part, at, left",
-    [
-        ("cache_latents", 0, ["ckpt_3.pt"]),
-        ("SoonFit.batch", 3, ["ckpt_3.pt", "ckpt_6.pt"]),
-        ("flow_coordinates", 0, ["ckpt_3.pt", "ckpt_8.pt"]),
-        ("FlowFit.batch", 2, ["ckpt_10.pt", "ckpt_3.pt", "ckpt_8.pt"]),
-    ],
-)
-def test_a_stop_in_the_phase_costs_nothing(whole, tmp_path, monkeypatch, part, at, left):
-    """Stopped while latents are made, or in any step of both fits: exit code 75, what was done is saved, and the same
-    command gives the bits of an unstopped run. Seen red with the optimizer of the phase left out of the checkpoint."""
-    owner, name = (V, part) if "." not in part else (getattr(V, part.split(".")[0]), part.split(".")[1])
-    cfg, plain, calls = phase_config(tmp_path / "cut"), getattr(owner, name), []
+def stopped_run(cfg, owner, name, call):
+    """Run a config and send this process a signal when a function of the script is called for the `call`th time."""
+    plain, calls = getattr(owner, name), []
 
-    def stopped(*args):
-        calls.append(args)
-        if len(calls) == at + (not at):
+    def signalled(*args):
+        calls.append(name)
+        if len(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(*args)
 
-    monkeypatch.setattr(owner, name, stopped)
-    assert V.train(cfg) == V.EXIT_STOPPED
-    assert sorted(path.name for path in (tmp_path / "cut" / "checkpoints").glob("*.pt")) == left
-    monkeypatch.setattr(owner, name, plain)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        assert V.train(cfg) == V.EXIT_STOPPED
+    return sorted(path.name for path in Path(cfg.out_dir).glob("checkpoints/*.pt"))
+
+
+@pytest.mark.parametrize(
+    "owner, name, call, left",
+    [
+        (V, "cache_latents", 1, ["ckpt_3.pt"]),
+        (V.SoonFit, "batch", 3, ["ckpt_3.pt", "ckpt_6.pt"]),
+        (V.SoonFit, "batch", 5, ["ckpt_3.pt", "ckpt_8.pt"]),
+        (V, "flow_coordinates", 1, ["ckpt_3.pt", "ckpt_8.pt"]),
+        (V.FlowFit, "batch", 2, ["ckpt_10.pt", "ckpt_3.pt", "ckpt_8.pt"]),
+        (V.FlowFit, "batch", 6, ["ckpt_14.pt", "ckpt_3.pt", "ckpt_8.pt"]),
+    ],
+)
+def test_a_stop_in_the_phase_costs_nothing(whole, tmp_path, owner, name, call, left):
+    """Stopped while latents are made, or in any step of both fits, their last included: exit code 75, what was done is
+    saved, and the same command gives the bits and the log of an unstopped run. Seen red with the optimizer of the phase
+    left out of the checkpoint, and without the evaluation of a fit whose last step was stopped."""
+    cfg = phase_config(tmp_path / "cut")
+    assert stopped_run(cfg, owner, name, call) == left
     assert V.train(cfg) == V.EXIT_OK
     one, two = checkpoint(whole), checkpoint(tmp_path / "cut")
     assert all(equal(one[name], two[name]) for name in (*STILL, "soon_predictor", "flow", "flow_ema", "flow_stats"))
     assert phase_facts(whole) == phase_facts(tmp_path / "cut")
 
 
+def test_other_fits_than_before_come_anew(whole, tmp_path, capsys):
+    """More steps of the flow: what SOON learned stays. Fewer of SOON after a stop inside its fit: both fits begin anew,
+    with the bits of a run that was never stopped. Seen red: SOON's optimizer went into the flow net's fit."""
+    more = phase_config(shutil.copytree(whole, tmp_path / "more"), flow_fit_steps=8)
+    assert V.train(more) == V.EXIT_OK
+    assert "at step 8; its steps after that come anew" in capsys.readouterr().out
+    one, two = checkpoint(whole), checkpoint(tmp_path / "more")
+    assert equal(one["soon_predictor"], two["soon_predictor"]) and not equal(one["flow"], two["flow"])
+    assert (two["step"], two["after"]) == (3, 13)
+
+    cut, fewer = phase_config(tmp_path / "cut"), dict(soon_fit_steps=2, flow_fit_steps=2)
+    assert stopped_run(cut, V.SoonFit, "batch", 3) == ["ckpt_3.pt", "ckpt_6.pt"]
+    assert V.train(V.replace(cut, **fewer)) == V.EXIT_OK
+    assert V.train(phase_config(tmp_path / "straight", **fewer)) == V.EXIT_OK
+    one, two = checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "cut")
+    assert all(equal(one[name], two[name]) for name in (*STILL, "soon_predictor", "flow", "flow_ema", "flow_stats"))
+
+
+def test_a_run_extended_after_a_stop_in_a_fit_goes_on_from_its_own_steps(tmp_path, capsys):
+    """Stopped in step 6, the third of a fit after three of training, then extended and stopped in step 5: the same
+    command goes on from there. Seen red: ckpt_6.pt still counted as the newest, and training was at step 3 again."""
+    cfg = phase_config(tmp_path / "run")
+    assert stopped_run(cfg, V.SoonFit, "batch", 3) == ["ckpt_3.pt", "ckpt_6.pt"]
+    longer = V.replace(cfg, steps=7)
+    assert stopped_run(longer, V, "take_step", 2) == ["ckpt_3.pt", "ckpt_5.pt"]
+    capsys.readouterr()
+    assert V.train(longer) == V.EXIT_OK
+    assert "ckpt_5.pt at step 5\n" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(tmp_path / "run") if "loss_total" in row] == list(range(1, 19))
+
+
+def metrics(out_dir):
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
 def phase_facts(out_dir):
     """What metrics.jsonl tells of the steps after training: phase, step, losses."""
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    facts = [
-        (row["phase"], row["step"], row.get("loss_total"), row.get("val_loss_flow")) for row in rows if "phase" in row
-    ]
+    names = ("phase", "step", "loss_total", "val_loss_soon", "val_loss_flow")
+    facts = [tuple(row.get(name) for name in names) for row in metrics(out_dir) if "phase" in row]
     assert [fact[1] for fact in facts if fact[2] is not None] == list(range(4, 15))
     return facts
 
