@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, V, small_config
+from conftest import ROOT, V, small_config
 from training import cpu_process, new_model, new_phase
 
 STILL = ("online", "predictor", "outcome", "target", "read_out")  # what the flow phase must not touch
@@ -273,7 +273,8 @@ def test_fewer_clips_than_directions(tmp_path):
 
 @pytest.mark.slow
 def test_ranks_share_one_flow(tmp_path):
-    """Two ranks fit one net on their shares of the clips, over pooled tokens, and the run ends with one checkpoint."""
+    """Two ranks fit one net on their shares of the clips, over pooled tokens, and the run ends with one checkpoint: the
+    same, to the bit, when a rank was told to stop in the last step of SOON, and again in the midst of the flow."""
     flags = dict(
         image_size=32,
         patch=8,
@@ -300,32 +301,31 @@ def test_ranks_share_one_flow(tmp_path):
         steps=2,
         scenes="render",
         flow_fit_clips=32,
-        flow_fit_steps=4,
+        flow_fit_steps=5,
         flow_fit_batch=4,
         soon_fit_steps=3,
         soon_fit_batch=4,
         device="cpu",
         val_clips=4,
         log_every=1,
-        out_dir=str(tmp_path / "run"),
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(SCRIPT),
-        "--no-picture",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "tests" / "faulty_run.py"), "--no-picture"]
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "flow phase: latents of 32 clips" in done.stdout
-    state = V.load_checkpoint(tmp_path / "run" / "checkpoints" / "ckpt_final.pt")
-    assert state["after"] == 2 and state["flow"]["out.weight"].any()
+    states = []
+    for name, faults in (("whole", [[]]), ("cut", [[["SIGTERM", 1, 2, 0]], [["SIGTERM", 1, 3, 0]], []])):
+        out_dir = tmp_path / name
+        for fault in faults:
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "FAULTS": json.dumps(fault)}
+            run = dict(capture_output=True, text=True, cwd=ROOT, env=env, timeout=240)
+            done = subprocess.run([*command, "--out_dir", str(out_dir)], **run)
+            assert (done.returncode == 0) == (not fault), done.stderr[-3000:]
+            assert "flow phase: latents of 32 clips" in done.stdout
+        states.append(V.load_checkpoint(out_dir / "checkpoints" / "ckpt_final.pt"))
+        assert (states[-1]["step"], states[-1]["after"]) == (2, 8) and states[-1]["flow"]["out.weight"].any()
+        assert [row["step"] for row in metrics(out_dir) if "loss_total" in row] == list(range(1, 11))
+    whole, cut = states
+    assert all(equal(whole[name], cut[name]) for name in (*STILL, "soon_predictor", "flow", "flow_ema", "flow_stats"))
 
 
 def test_latents_kept_in_bf16_serve_a_net_in_fp32(tmp_path, monkeypatch):
