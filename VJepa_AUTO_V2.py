@@ -3681,8 +3681,8 @@ class Fit(World):
     def __init__(self, model, name, num_steps, batch_size, num_clips):
         cfg = replace(model.cfg, steps=num_steps, warmup_steps=num_steps, batch_size=batch_size, grad_accum=1)
         super().__init__(cfg, model.rank, model.world_size)
-        self.name, self.hidden, self.kept = name, (model.requires_grad_(False).eval(),), num_clips - num_clips // 20
-        self.kept = max(1, self.kept)
+        self.name, self.hidden, self.num_clips = name, (model.requires_grad_(False).eval(),), num_clips
+        self.kept = max(1, num_clips - num_clips // 20)  # clips to learn from
         self.learning = nn.ParameterList(p for group in model.phase_groups(name) for p in group["params"])
         self.learning.requires_grad_(True)
 
@@ -3699,8 +3699,15 @@ class Fit(World):
         return super().train(False)
 
     def rng(self, step):
-        """The generator of a step."""
-        return torch.Generator().manual_seed((self.cfg.seed * 1_000_003 + step) * 4096 + self.rank)
+        """The generator of a step; without one, of the held-out clips."""
+        seed = self.cfg.seed if step is None else (self.cfg.seed * 1_000_003 + step) * 4096 + self.rank
+        return torch.Generator().manual_seed(seed)
+
+    def pick(self, step, rng):
+        """The clips of a step by their numbers; without one, the first 512 that are held out."""
+        if step is None:
+            return torch.arange(self.kept, self.num_clips)[:512]
+        return torch.randint(self.kept, (self.cfg.batch_size,), generator=rng)
 
     def batch(self, step=None):
         """What a step learns from, a function of its number -> dict of CPU tensors; without one, held-out clips."""
@@ -4369,8 +4376,7 @@ def cache_latents(model, run):
     the CPU. StoppedTogether on a signal."""
     cfg, process, size, began = model.cfg, run.process, 4 * model.cfg.batch_size, time.perf_counter()
     num_batches = math.ceil(cfg.flow_fit_clips / (size * process.world_size))
-    sampler = StepSampler(run.progress.consumed, num_batches, size, process.rank, process.world_size)
-    loader = open_loader(run.source, cfg, "train", sampler, cfg.num_workers, stopping=process.stop.asked)
+    loader = run.loader("train", run.progress.consumed, num_batches, size)
     kept, cached, what = torch.bfloat16 if cfg.amp else torch.float32, (), "latents for the flow phase"
     with spare_threads(cfg.num_workers):
         for number, batch in enumerate(process.in_step(loader)):
@@ -4430,9 +4436,7 @@ class SoonFit(Fit):
 
     def batch(self, step=None):
         contexts, futures = self.latents
-        chosen = torch.arange(self.kept, len(contexts))[:512]
-        if step is not None:
-            chosen = torch.randint(self.kept, (self.cfg.soon_fit_batch,), generator=self.rng(step))
+        chosen = self.pick(step, self.rng(step))
         return {"context": contexts[chosen], "soon": futures[chosen, : self.cfg.soon_tokens]}
 
     def forward(self, batch):
@@ -4456,15 +4460,11 @@ class FlowFit(Fit):
         run.log.line(f"flow phase: {share}; {model.cfg.flow_fit_steps} steps")
 
     def batch(self, step=None):
-        cfg = self.cfg
-        if step is None:
-            rng, chosen = torch.Generator().manual_seed(cfg.seed), torch.arange(self.kept, len(self.y))[:512]
-        else:
-            rng = self.rng(step)
-            chosen = torch.randint(self.kept, (cfg.flow_fit_batch,), generator=rng)
-        shape = (len(chosen), cfg.flow_draws)
+        rng = self.rng(step)
+        chosen = self.pick(step, rng)
+        shape = (len(chosen), self.cfg.flow_draws)
         noise = torch.randn((*shape, *self.y.shape[1:]), generator=rng)  # [b, R, N, k]
-        tau = shifted_tau(torch.randn(shape, generator=rng), cfg.tau_shift)  # [b, R]
+        tau = shifted_tau(torch.randn(shape, generator=rng), self.cfg.tau_shift)  # [b, R]
         return {"context": self.contexts[chosen], "y": self.y[chosen], "noise": noise, "tau": tau}
 
     def forward(self, batch):
@@ -4692,10 +4692,11 @@ class VJepaAutoV2(World):
         self.space = FutureSpace(cfg)
         self.register_buffer("queue", torch.zeros(cfg.outcome_queue, cfg.enc_dim))
         self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
-        fixed = {"image_mean": torch.tensor(IMAGE_MEAN), "image_std": torch.tensor(IMAGE_STD)}
-        fixed = {name: value.view(1, 1, 3, 1, 1) for name, value in fixed.items()}
-        fixed["now_idx"], fixed["soon_idx"] = torch.arange(cfg.now_tokens + cfg.soon_tokens).tensor_split(
-            [cfg.now_tokens]
+        fixed = dict(
+            image_mean=torch.tensor(IMAGE_MEAN).view(1, 1, 3, 1, 1),
+            image_std=torch.tensor(IMAGE_STD).view(1, 1, 3, 1, 1),
+            now_idx=torch.arange(cfg.now_tokens),
+            soon_idx=torch.arange(cfg.now_tokens, cfg.now_tokens + cfg.soon_tokens),
         )
         for name, value in fixed.items():
             self.register_buffer(name, value, persistent=False)
@@ -5930,6 +5931,19 @@ class Run:
         """What stands before every log line when the data are not the user's."""
         return "" if self.source.kind == "videos" else f"data:{self.source.kind} "
 
+    def loader(self, stream, first, num_batches, batch_size):
+        """This rank's batches of a stream from sample number `first` on -> ClipLoader."""
+        cfg, process = self.cfg, self.process
+        workers = cfg.num_workers if stream == "train" else min(cfg.num_workers, 2)
+        sampler = StepSampler(first, num_batches, batch_size, process.rank, process.world_size)
+        pinned = process.device.type == "cuda"
+        return open_loader(self.source, cfg, stream, sampler, workers, pinned, process.stop.asked)
+
+    def means(self, values, keys):
+        """The values that have one of these keys, in their order, as means over ranks -> dict of floats."""
+        names = [key for key in keys if key in values]
+        return dict(zip(names, self.process.mean([values[name] for name in names])))
+
 
 class Phase:
     """A stretch of optimizer steps: training (`name` ""), or a Fit that begins `begin` steps after it. `wrapped` is the
@@ -5960,9 +5974,7 @@ class Phase:
         run, cfg = self.run, self.cfg
         if self.name:
             return ({**self.world.batch(step), "bad": []} for step in range(self.step, cfg.steps))
-        left, pinned = (cfg.steps - self.step) * cfg.grad_accum, run.process.device.type == "cuda"
-        sampler = StepSampler(run.progress.consumed, left, cfg.batch_size, run.process.rank, run.process.world_size)
-        return open_loader(run.source, cfg, "train", sampler, cfg.num_workers, pinned, run.process.stop.asked)
+        return run.loader("train", run.progress.consumed, (cfg.steps - self.step) * cfg.grad_accum, cfg.batch_size)
 
     def is_due(self, every):
         """Whether what is done every so many steps is done now; the end of a phase is saved and evaluated by itself."""
@@ -6215,10 +6227,8 @@ def log_values(phase, metrics, looks, clock):
     run, world, cfg, progress = phase.run, phase.world, phase.cfg, phase.run.progress
     keys = log_keys(type(world))
     values = {name: float(value) for name, value in metrics.items()}
-    values |= world.figures(looks, values)
-    names = [name for name in values if name in keys]
     values = {
-        **dict(zip(names, run.process.mean([values[name] for name in names]))),
+        **run.means({**values, **world.figures(looks, values)}, keys),
         **({"phase": phase.name} if phase.name else {}),
         "step": progress.total,
         "lr": lr_at(phase.step - 1, cfg, phase.optimizer.param_groups[0]["peak_lr"]),
@@ -6257,9 +6267,7 @@ def validate(run, deadline=math.inf):
     a signal. One batch is seen at least, the others only before the deadline (time.monotonic)."""
     world, cfg, process = run.world, run.cfg, run.process
     num_batches = max(1, math.ceil(cfg.val_clips / (cfg.batch_size * process.world_size)))
-    sampler = StepSampler(0, num_batches, cfg.batch_size, process.rank, process.world_size)
-    pinned = process.device.type == "cuda"
-    loader = open_loader(run.source, cfg, "val", sampler, min(cfg.num_workers, 2), pinned, process.stop.asked)
+    loader = run.loader("val", 0, num_batches, cfg.batch_size)
     was_training, sums, looks, bad, extra = world.training, {}, [], [], {}
     world.eval()
     for batch in process.in_step(loader):
@@ -6278,10 +6286,8 @@ def validate(run, deadline=math.inf):
     world.train(was_training)
     means = {name: value / len(looks) for name, value in sums.items()}
     values = {**means, **world.figures(looks, means), **extra}
-    values = {f"val_{name}": value for name, value in values.items()}
-    values["val_clips"] = len(looks) * cfg.batch_size * process.world_size
-    names = [key for key in val_keys(type(world)) if key in values]
-    return dict(zip(names, process.mean([values[name] for name in names])))
+    values["clips"] = len(looks) * cfg.batch_size * process.world_size
+    return run.means({f"val_{name}": value for name, value in values.items()}, val_keys(type(world)))
 
 
 @torch.no_grad()
@@ -6292,8 +6298,7 @@ def validate_fit(run, fit):
         return {}
     with autocast(run.process):
         losses, _, _ = fit.forward(batch)
-    means = run.process.mean([float(loss) for loss in losses.values()])
-    return {f"val_{name}": mean for name, mean in zip(losses, means) if f"val_{name}" in val_keys(type(fit))}
+    return run.means({f"val_{name}": float(loss) for name, loss in losses.items()}, val_keys(type(fit)))
 
 
 class Clock:
