@@ -2304,43 +2304,28 @@ def shifted_tau(normal, shift):
 
 
 def mask_and_noise(cfg, stream, index):
-    """What VJepaAutoV2 draws: masks [R, K], [R, M] per family and flow draws of sample `index`: noise [R, N, k], tau [R] -> dict of tensors."""
-    rng = sample_rng(cfg.seed, stream, index, 3)
-    sample = {}
+    """What VJepaAutoV2 draws for a sample: masks [R, K], [R, M] per family, flow noise [R, N, k] and tau [R]."""
+    rng, drawn = sample_rng(cfg.seed, stream, index, 3), {}
     for family in MASK_FAMILIES:
-        draws = [sample_mask(rng, cfg, family) for _ in range(cfg.mask_draws)]
-        sample[f"keep_{family}"] = torch.from_numpy(np.stack([keep_idx for keep_idx, _ in draws]))
-        sample[f"mask_{family}"] = torch.from_numpy(np.stack([mask_idx for _, mask_idx in draws]))
-    tau = shifted_tau(rng.standard_normal(cfg.flow_draws), cfg.tau_shift)
-    sample["tau"] = torch.from_numpy(tau.astype(np.float32))
-    noise = rng.standard_normal((cfg.flow_draws, cfg.flow_tokens, cfg.flow_rank), dtype=np.float32)
-    sample["noise"] = torch.from_numpy(noise)
-    return sample
+        keep, mask = zip(*(sample_mask(rng, cfg, family) for _ in range(cfg.mask_draws)))
+        drawn |= {f"keep_{family}": np.stack(keep), f"mask_{family}": np.stack(mask)}
+    drawn["tau"] = shifted_tau(rng.standard_normal(cfg.flow_draws), cfg.tau_shift).astype(np.float32)
+    drawn["noise"] = rng.standard_normal((cfg.flow_draws, cfg.flow_tokens, cfg.flow_rank), dtype=np.float32)
+    return {name: torch.from_numpy(value) for name, value in drawn.items()}
 
 
 # Faults of a machine or a network, told in a reason by their texts, that say nothing about a file that is there.
+# fmt: off
 PASSING_FAULTS = (
-    errno.EIO,
-    errno.ESTALE,
-    errno.ENOTCONN,
-    errno.ETIMEDOUT,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.EAGAIN,
-    errno.EACCES,
-    errno.ENOENT,
+    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EACCES, errno.ENOENT,
 )
+# fmt: on
 RETRY_S = 0.5  # between two looks at a file whose fault may pass
 
 
 class Attendant:
-    """Who a dataset tells what it does; this one reads in the main process. `stopping`, if given, says whether the run
-    was asked to stop."""
+    """Who a dataset tells what it does; here, in the main process. `stopping()`: whether the run was asked to stop."""
 
     def __init__(self, stopping=None):
         self.stopping, self.has_spoken = stopping, False
@@ -2365,11 +2350,11 @@ class Attendant:
 class FileDataset(torch.utils.data.Dataset):
     """Sample i is a pure function of (seed, i): which file, what is read of it, and what the world draws for it.
 
-    Another kind of data derives from it: SUFFIXES, `read_file`, `blank`, and `plan` where a window is not enough. `data_root`
-    locates annotations. A file that cannot be read is replaced by the next one of an order drawn from (seed, i), and
-    named in the sample's `bad` list; when none at all can be read the sample is blank, and the list then names every file,
-    which the caller must treat as the end of the run. `quarantine` (name -> reason) holds files that must not be opened
-    at all; `watch`, an Attendant, is told which file is in hand; `draw` is the world's.
+    Another kind of data derives from it: SUFFIXES, `read_file`, `blank`, and `plan` where a window is not enough. A
+    file that cannot be read is named in the sample's `bad` list and replaced by the next one of an order drawn from
+    (seed, i); when none can be read the sample is blank and the list names every file: the caller must end the run.
+    `data_root` locates annotations, `quarantine` (name -> reason) holds files that must not be opened, `watch`, an
+    Attendant, is told which file is in hand, `draw` is the world's.
     """
 
     SUFFIXES = ()  # of the files that it reads
@@ -2383,7 +2368,7 @@ class FileDataset(torch.utils.data.Dataset):
 
     @classmethod
     def read_one(cls, cfg, video):
-        """Read a file in a process of its own, to see whether it can be: until one is found for the held-out side."""
+        """Read a file to see whether it can be, in a process of its own: until one is found for the held-out side."""
         data = cls(cfg, [video], "", "val")
         data.read_file(video, data.plan(np.random.default_rng(0)))
 
@@ -2393,7 +2378,7 @@ class FileDataset(torch.utils.data.Dataset):
         return []
 
     def plan(self, rng):
-        """What is drawn before a file is chosen, the same for all that are tried; here where in it a window starts, 0 to 1."""
+        """What is drawn before a file is chosen, the same for all that are tried: here a window's start, 0 to 1."""
         return rng.random()
 
     def read_file(self, video, plan):
@@ -2420,9 +2405,8 @@ class FileDataset(torch.utils.data.Dataset):
     def read(self, number, plan):
         """`read_file` of a file by its number. BadFile with the reason.
 
-        A fault that may pass does not condemn a file, and no other one takes its place at once: data that are away as a
-        whole are waited for, decode_timeout_s at most until one is read again; a fault of the machine is tried four
-        times, once per file.
+        A fault that may pass does not condemn a file at once: data that are away as a whole are waited for,
+        decode_timeout_s at most until one is read again; a fault of the machine is tried four times, once per file.
         """
         video, tries, limit_s = self.videos[number], 0, self.cfg.decode_timeout_s
         while True:
@@ -2432,17 +2416,15 @@ class FileDataset(torch.utils.data.Dataset):
             except BadFile as error:
                 there = os.path.exists(video.path)
                 away = not there and self.are_away()
-                passing = there and number not in self.retried
-                passing = passing and any(os.strerror(code) in str(error) for code in PASSING_FAULTS)
+                passing = any(os.strerror(code) in str(error) for code in PASSING_FAULTS)
+                passing = passing and there and number not in self.retried
                 if passing and tries == 3:
                     self.retried.add(number)
                 if self.waited >= limit_s or not away and (not passing or tries == 3):
                     raise
-                where = self.data_root or "the list"
-                missing = (
-                    f"{video.name}: {error}, and no other file of {where} can be seen; waiting up to {limit_s:g} s"
-                )
-                self.watch.waiting(f"{missing} for the data" if away else "")
+                alone = f"no other file of {self.data_root or 'the list'} can be seen"
+                waiting = f"{video.name}: {error}, and {alone}; waiting up to {limit_s:g} s for the data"
+                self.watch.waiting(waiting if away else "")
                 tries, self.waited = tries + passing, self.waited + RETRY_S
                 time.sleep(RETRY_S)
             else:
@@ -2454,15 +2436,13 @@ class FileDataset(torch.utils.data.Dataset):
         bad = {}
         for number in self.candidates(index):
             name = self.videos[number].name
-            if name in bad:
-                continue
-            if name in self.quarantine:
+            if name not in bad and name not in self.quarantine:
+                try:
+                    return self.read(number, plan), number, list(bad.items())
+                except BadFile as error:
+                    bad[name] = str(error)
+            elif name not in bad:
                 bad[name] = self.quarantine[name]
-                continue
-            try:
-                return self.read(number, plan), number, list(bad.items())
-            except BadFile as error:
-                bad[name] = str(error)
         return None, -1, list(bad.items())
 
     def sample(self, index):
@@ -2477,7 +2457,7 @@ class FileDataset(torch.utils.data.Dataset):
 
 
 class ClipDataset(FileDataset):
-    """Clips of videos: window, crop and flip by (seed, i) -> frames uint8 [T, 3, H, W] and the number of the maneuver."""
+    """Clips of videos: window, crop and flip by (seed, i) -> frames uint8 [T, 3, H, W], number of the maneuver."""
 
     SUFFIXES, HAS_SCENES = VIDEO_SUFFIXES, True
     read_one = staticmethod(small_clip)
@@ -2485,20 +2465,15 @@ class ClipDataset(FileDataset):
     @staticmethod
     def notes(cfg, source):
         guessed, complete = guessed_rates(cfg, source.root, dict.fromkeys((*source.train, *source.val)))
-        if not guessed:
-            return []
-        return [
-            f"data: {len(guessed)}{'' if complete else ' or more'} raw streams name no frame rate and are read at "
-            f"{RAW_FPS:g} per second, a guess (--frame_fps, or fps in their annotation): "
-            + ", ".join(one_line(name, 60) for name in guessed[:5])
-            + (", ..." if len(guessed) > 5 else "")
-        ]
+        names = ", ".join(one_line(name, 60) for name in guessed[:5]) + ", ..." * (len(guessed) > 5)
+        told = f"data: {len(guessed)}{'' if complete else ' or more'} raw streams name no frame rate and are read at "
+        told += f"{RAW_FPS:g} per second, a guess (--frame_fps, or fps in their annotation): {names}"
+        return [told] if guessed else []
 
     def read_file(self, video, plan):
         """-> (frames uint8 [T, H, W, 3], annotation)."""
-        annotation = {"maneuver": video.label} if video.label else {}
-        noted = read_annotation(self.data_root, video)
-        annotation.update((key, value) for key, value in noted.items() if value is not None)
+        noted = read_annotation(self.data_root, video).items()
+        annotation = {"maneuver": video.label or "", **{key: value for key, value in noted if value is not None}}
         plan = replace(plan, noted_fps=annotation.get("fps") or 0.0)
         return read_frames(video.path, plan, self.cfg.decoder), annotation
 
@@ -2525,7 +2500,7 @@ class ClipDataset(FileDataset):
 
 
 class NoiseDataset(ClipDataset):
-    """`--missing_data random`: pixels drawn from (seed, i), for speed tests without data. Never used unless asked for."""
+    """`--missing_data random`: pixels drawn from (seed, i), for speed tests without data; only when asked for."""
 
     def decode(self, index, height, width):
         rng = sample_rng(self.cfg.seed, self.stream, index, 2)
@@ -2563,7 +2538,7 @@ MAX_LISTED = 2**17  # names of files that a checkpoint holds at most
 
 @dataclass
 class DataSource:
-    """What a run trains on. kind: videos | scenes | render | random, said on every log line when it is not videos."""
+    """What a run trains on. kind: videos | scenes | render | random, on every log line where it is not videos."""
 
     kind: str
     root: str
@@ -2577,8 +2552,7 @@ class DataSource:
     failing: dict = field(default_factory=dict)  # files not decoded when this process last tried: name -> reason
 
     def listing(self):
-        """What a checkpoint keeps of the listing: the number of files, their names as far as they are the user's and
-        not too many."""
+        """What a checkpoint keeps of it: the number of files, and a user's names unless they are too many."""
         names = sorted({video.name for video in (*self.train, *self.val)})
         kept = names if self.kind == "videos" and len(names) <= MAX_LISTED else []
         return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept}
@@ -2598,17 +2572,15 @@ def nothing_found(cfg, videos, suffixes=VIDEO_SUFFIXES):
 def instead_of_videos(cfg, videos):
     """What a run without any video learns from -> one line."""
     if cfg.data_root:
-        return (
-            f"WARNING: no video under {cfg.data_root}: {nothing_found(cfg, videos)}; "
-            f"going on with data:{cfg.missing_data} (--missing_data error refuses instead)"
-        )
+        goes_on = f"going on with data:{cfg.missing_data} (--missing_data error refuses instead)"
+        return f"WARNING: no video under {cfg.data_root}: {nothing_found(cfg, videos)}; {goes_on}"
     written = f"{cfg.scene_clips} clips in {cfg.out_dir}/scenes"
     what = "a new one for every sample" if cfg.scenes == "render" else written
     return f"no --data_root: training on built-in driving scenes, {what}"
 
 
 def list_data(cfg, Dataset=ClipDataset):
-    """The files that a config names, [] for built-in scenes. UsageError for a wrong path, or where there must be one."""
+    """The files that a config names, [] for built-in scenes. UsageError for a wrong or a missing path."""
     suffixes, must = Dataset.SUFFIXES, not Dataset.HAS_SCENES
     if must and not cfg.data_root:
         raise UsageError(f"data_root = '': must name a folder or a list of files {', '.join(suffixes)} (--data_root)")
@@ -2619,8 +2591,8 @@ def list_data(cfg, Dataset=ClipDataset):
 
 
 def open_data(world, cfg, videos, is_main, barrier, stopping=None):
-    """Listed files -> the DataSource of a world (its class). Rank 0 writes built-in scenes where they are needed, the
-    others wait at `barrier()`. Stopped when `stopping()` says so while scenes are written."""
+    """Listed files -> the DataSource of a world (its class). Built-in scenes are written where they are needed, by
+    rank 0, while the others wait at `barrier()`. Stopped when `stopping()` says so meanwhile."""
     kind, root = "videos", cfg.data_root
     if not videos and cfg.data_root and cfg.missing_data == "random":
         kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
@@ -2634,43 +2606,38 @@ def open_data(world, cfg, videos, is_main, barrier, stopping=None):
         root = str(scenes_folder(root, cfg)[0])
         names = sorted(f"{name}.mp4" for name in scene_names(cfg))  # not what else may stand there
         videos = [VideoFile(name, os.path.join(root, "videos", name)) for name in names]
-    made_up = kind in ("random", "render")
-    split = split_videos(videos, cfg.val_fraction) if made_up else split_readable(cfg, videos, world.Dataset.read_one)
-    train, val = split
+    if kind in ("random", "render"):
+        train, val = split_videos(videos, cfg.val_fraction)
+    else:
+        train, val = split_readable(cfg, videos, world.Dataset.read_one)
     maneuvers = []
     if world.wants_labels(cfg):
         maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names(videos, root)
-    held_out = bool(val) and bool(train)
+    held_out = bool(val and train)
     return DataSource(kind, root, train or videos, val or videos, maneuvers, held_out, world.Dataset, world.draw)
 
 
 def listing_change(saved, source):
-    """How the data differ from those of a checkpoint, whose `data` is given -> one line, "" when they do not or when
-    it does not say."""
+    """How the data differ from `saved`, those of a checkpoint -> one line, "" where they do not or it does not say."""
     listed = source.listing()
     if "files" not in saved or all(saved[name] == listed[name] for name in ("kind", "files", "names")):
         return ""
-    if saved["kind"] != listed["kind"] or not (saved["names"] and listed["names"]):
-        what = [f"{saved['files']} files ({saved['kind']}) then, {listed['files']} ({listed['kind']}) now"]
-    else:
+    what = f"{saved['files']} files ({saved['kind']}) then, {listed['files']} ({listed['kind']}) now"
+    if saved["kind"] == listed["kind"] and saved["names"] and listed["names"]:
         before, now = set(saved["names"]), set(listed["names"])
         changes = (("added", sorted(now - before)), ("removed", sorted(before - now)))
-        what = [f"{len(names)} {word} ({name_some(names)})" for word, names in changes if names]
-    what = ", ".join(what)
+        what = ", ".join(f"{len(names)} {word} ({name_some(names)})" for word, names in changes if names)
     return f"WARNING: the files are not those of the checkpoint: {what}; samples are drawn from the present ones now"
 
 
 def data_notes(cfg, videos, source, saved=None):
-    """What a user should know about the data before the first step -> lines. `saved`: `data` of the checkpoint gone
-    on from."""
+    """What to know about the data before the first step -> lines. `saved`: those of the checkpoint, if there is one."""
     notes = list(getattr(videos, "notes", ()))
     if source.kind == "scenes" and source.root != os.path.join(cfg.out_dir, "scenes"):
-        notes.append(
-            f"note: {cfg.out_dir}/scenes holds something else and stays as it is; "
-            f"this run's scenes stand in {source.root}"
-        )
+        kept = f"note: {cfg.out_dir}/scenes holds something else and stays as it is"
+        notes.append(f"{kept}; this run's scenes stand in {source.root}")
     change = listing_change(saved, source) if saved else ""
-    return notes + [change] if change else notes
+    return notes + [change] * bool(change)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3199,8 +3166,8 @@ class Process:
         return silent
 
     def leave(self, seconds=10.0):
-        """Wait until every rank is through its last collective: one that is gone resets connections from which another has
-        still to read, and that one would call a finished run lost."""
+        """Wait until every rank is through its last collective: one that is gone resets connections from which another
+        has still to read, and that one would call a finished run lost."""
         deadline = time.monotonic() + seconds
         with suppress(dist.DistError):  # rank 0 held the store and has gone, having seen all of us
             self.store.set(f"done/{self.rank}", "1")
@@ -3390,8 +3357,8 @@ def join_ranks(process, cfg):
 
 
 def fingerprint(model):
-    """Order-free integer sums over the bits of all parameters and buffers, of any type -> list, equal on two ranks when the
-    weights are."""
+    """Order-free integer sums over the bits of all parameters and buffers, of any type -> list, equal on two ranks when
+    the weights are."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     values = (value.detach().reshape(-1) for value in model.state_dict().values())
     return [int(value.view(whole[value.element_size()]).sum(dtype=torch.int64)) for value in values]
@@ -3552,7 +3519,7 @@ class World(nn.Module):
 
     Config = RunConfig  # the dataclass of its settings
     Dataset = ClipDataset  # the FileDataset that reads its files
-    KEYS = {}  # what `forward` and `figures` give, {key: meaning}; an evaluation logs the same keys with val_ before them
+    KEYS = {}  # what `forward` and `figures` give, {key: meaning}; an evaluation logs the same keys behind val_
     TRAIN_KEYS = {}  # what `state` gives, and NAME_grad_norm of the groups that are clipped apart
     VAL_KEYS = {}  # what `held_out` gives, without val_
     NO_DECAY = ()  # ends of the names of matrices without weight decay
@@ -3565,7 +3532,7 @@ class World(nn.Module):
     # -- samples
     @staticmethod
     def draw(cfg, stream, index):
-        """What sample `index` needs besides its file -> dict of tensors, from sample_rng(cfg.seed, stream, index, 3) alone."""
+        """What a sample needs besides its file -> dict of tensors, by sample_rng(cfg.seed, stream, index, 3) alone."""
         return {}
 
     @staticmethod
@@ -3577,7 +3544,7 @@ class World(nn.Module):
     def forward(self, batch):
         """-> (losses with loss_total, gauges, carry): scalars with gradient, scalars without, tensors for what follows.
 
-        batch: stacked samples, and `step`, a scalar tensor. Changes no state: the only thing that is compiled and wrapped.
+        batch: stacked samples, and `step`, a scalar tensor. Changes no state. All that is compiled and wrapped.
         """
         raise NotImplementedError
 
@@ -3605,7 +3572,7 @@ class World(nn.Module):
         return torch.optim.AdamW(self.groups(), betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def after_step(self, carries, step):
-        """Take in what the micro-steps of step number `step` left, on all ranks alike: EMA copies, queues, statistics."""
+        """Take in what the micro-steps of a step left, on all ranks alike: EMA copies, queues, statistics."""
 
     def train(self, mode=True):
         """As nn.Module.train; what is FROZEN stays in eval mode and learns nothing."""
@@ -3636,7 +3603,7 @@ class World(nn.Module):
         return ""
 
     def report(self, run, values, seconds):
-        """After the last evaluation, on rank 0: draw a picture, in about so many seconds. Raises Stopped on a signal."""
+        """After the last evaluation, on rank 0: draw a picture, in about so many seconds. Stopped on a signal."""
 
     # -- start-up lines
     def describe(self):
@@ -3694,8 +3661,8 @@ class Fit(World):
     def __init__(self, model, name, num_steps, batch_size, num_clips):
         cfg = replace(model.cfg, steps=num_steps, warmup_steps=num_steps, batch_size=batch_size, grad_accum=1)
         super().__init__(cfg, model.rank, model.world_size)
-        self.name, self.hidden, self.kept = name, (model,), num_clips - num_clips // 20
-        self.kept = max(1, self.kept)
+        self.name, self.hidden, self.num_clips = name, (model,), num_clips
+        self.kept = max(1, num_clips - num_clips // 20)  # clips to learn from
         self.learning = nn.ParameterList(p for group in model.phase_groups(name) for p in group["params"])
         self.learning.requires_grad_(True)
 
@@ -3712,11 +3679,18 @@ class Fit(World):
         return super().train(False)
 
     def rng(self, step):
-        """The generator of a step."""
-        return torch.Generator().manual_seed((self.cfg.seed * 1_000_003 + step) * 4096 + self.rank)
+        """The generator of a step; without one, of the held-out clips."""
+        seed = self.cfg.seed if step is None else (self.cfg.seed * 1_000_003 + step) * 4096 + self.rank
+        return torch.Generator().manual_seed(seed)
+
+    def pick(self, step, rng):
+        """The clips of a step by their numbers; without one, the first 512 that are held out."""
+        if step is None:
+            return torch.arange(self.kept, self.num_clips)[:512]
+        return torch.randint(self.kept, (self.cfg.batch_size,), generator=rng)
 
     def batch(self, step=None):
-        """What step number `step` learns from, a function of it alone -> dict of CPU tensors; held-out clips without one."""
+        """What a step learns from, a function of its number -> dict of CPU tensors; without one, held-out clips."""
         raise NotImplementedError
 
 
@@ -4355,8 +4329,8 @@ def flow_momentum_at(step, cfg):
 
 
 def clip_gradients(optimizer, cfg):
-    """Clip each optimizer group on its own, `decay` and `no_decay` as one, so that no gradient shrinks another's -> {grad_norm
-    and NAME_grad_norm: norm before clipping}."""
+    """Clip each optimizer group on its own, `decay` and `no_decay` as one, so that no gradient shrinks another's
+    -> {grad_norm and NAME_grad_norm: norm before clipping}."""
     sides = {"grad_norm": []}
     for group in optimizer.param_groups:
         name = "grad_norm" if group["name"] in ("decay", "no_decay") else f"{group['name']}_grad_norm"
@@ -4373,47 +4347,45 @@ def clip_gradients(optimizer, cfg):
 # 19  Flow phase: frozen latents -> SOON predictor and flow net
 # ---------------------------------------------------------------------------------------------------------------------
 # After the last step of training the encoders stand still, so latents are made once and seen often. First a copy of the
-# predictor learns SOON alone, then the flow net what that forecast leaves open. A clip costs a small part of a step here.
+# predictor learns SOON alone, then the flow net what that forecast leaves open. A clip costs little of a step here.
 
 
 @torch.no_grad()
 def cache_latents(model, run):
-    """Frozen latents of this rank's clips, those after the last step's -> (contexts [n, K, D], futures [n, F, D]) on the CPU."""
+    """Frozen latents of this rank's clips, those after the last step's -> (contexts [n, K, D], futures [n, F, D]), on
+    the CPU. StoppedTogether on a signal."""
     cfg, process, size, began = model.cfg, run.process, 4 * model.cfg.batch_size, time.perf_counter()
-    kept = torch.bfloat16 if cfg.amp else torch.float32
     num_batches = math.ceil(cfg.flow_fit_clips / (size * process.world_size))
-    sampler = StepSampler(run.progress.consumed, num_batches, size, process.rank, process.world_size)
-    cached = None
-    loader = open_loader(run.source, cfg, "train", sampler, cfg.num_workers, stopping=process.stop.asked)
+    loader = run.loader("train", run.progress.consumed, num_batches, size)
+    kept, cached, what = torch.bfloat16 if cfg.amp else torch.float32, (), "latents for the flow phase"
     with spare_threads(cfg.num_workers):
         for number, batch in enumerate(process.in_step(loader)):
             with autocast(process):
                 clip = model.normalise(batch["frames"].to(process.device))
-                now = model.online.tokenizer(clip[:, : cfg.now_frames])
-                parts = model.encode_now(now), model.future_target(model.make_targets(clip))
-            if cached is None:  # taken whole: joining pieces in the end would need the memory twice
-                cached = tuple(torch.empty((num_batches * size, *part.shape[1:]), dtype=kept) for part in parts)
+                parts = model.now_context(clip), model.future_target(model.make_targets(clip))
+            # taken whole: joining pieces in the end would need the memory twice
+            cached = cached or [torch.empty((num_batches * size, *part.shape[1:]), dtype=kept) for part in parts]
             for whole, part in zip(cached, parts):
                 whole[number * size : (number + 1) * size] = part
-            run.log.bar(number + 1, num_batches, "latents for the flow phase", "latents for the flow phase: batch")
+            run.log.bar(number + 1, num_batches, what, f"{what}: batch")
     num_clips, took = len(cached[0]) * process.world_size, describe_time(time.perf_counter() - began)
     run.log.line(f"flow phase: latents of {num_clips} clips in {took}")
-    return cached
+    return tuple(cached)
 
 
 @torch.no_grad()
 def residual_rows(model, contexts, futures, process):
-    """What the point forecast leaves open of cached futures [n, F, D] -> rows of the space [n, N, span] on the device."""
+    """What the forecast leaves open of cached futures [n, F, D] -> rows of the space [n, N, span] on the device."""
     context = contexts.to(process.device).float()
     with autocast(process):
-        residual = futures.to(process.device).float() - model.forecast(context, model.predict_soon(context))
+        residual = futures.to(process.device).float() - model.forecast(context)
     with full_precision(residual):
         return model.space.pool(residual)
 
 
 def flow_coordinates(model, contexts, futures, process, is_fitted):
-    """Coordinates y [n, N, k] of all residuals on the CPU; the space is fitted to the first 2,048 clips over all ranks
-    unless it was."""
+    """Coordinates y [n, N, k] of all residuals on the CPU; the space is fitted to the first 2,048 clips of all ranks
+    unless it was. StoppedTogether on a signal."""
     size = 4 * model.cfg.batch_size
     parts = [slice(begin, begin + size) for begin in range(0, len(contexts), size)]
     if not is_fitted:
@@ -4423,6 +4395,7 @@ def flow_coordinates(model, contexts, futures, process, is_fitted):
         model.agree_on_space()
     ys = []
     for part in parts:
+        process.stop_together()
         rows = residual_rows(model, contexts[part], futures[part], process)
         with full_precision(rows):
             ys.append(model.space.encode(rows).cpu())
@@ -4443,9 +4416,7 @@ class SoonFit(Fit):
 
     def batch(self, step=None):
         contexts, futures = self.latents
-        chosen = torch.arange(self.kept, len(contexts))[:512]
-        if step is not None:
-            chosen = torch.randint(self.kept, (self.cfg.soon_fit_batch,), generator=self.rng(step))
+        chosen = self.pick(step, self.rng(step))
         return {"context": contexts[chosen], "soon": futures[chosen, : self.cfg.soon_tokens]}
 
     def forward(self, batch):
@@ -4469,13 +4440,11 @@ class FlowFit(Fit):
         run.log.line(f"flow phase: {share}; {model.cfg.flow_fit_steps} steps")
 
     def batch(self, step=None):
-        cfg, rng = self.cfg, torch.Generator().manual_seed(self.cfg.seed) if step is None else self.rng(step)
-        chosen = torch.arange(self.kept, len(self.y))[:512]
-        if step is not None:
-            chosen = torch.randint(self.kept, (cfg.flow_fit_batch,), generator=rng)
-        shape = (len(chosen), cfg.flow_draws)
+        rng = self.rng(step)
+        chosen = self.pick(step, rng)
+        shape = (len(chosen), self.cfg.flow_draws)
         noise = torch.randn((*shape, *self.y.shape[1:]), generator=rng)  # [b, R, N, k]
-        tau = shifted_tau(torch.randn(shape, generator=rng), cfg.tau_shift)  # [b, R]
+        tau = shifted_tau(torch.randn(shape, generator=rng), self.cfg.tau_shift)  # [b, R]
         return {"context": self.contexts[chosen], "y": self.y[chosen], "noise": noise, "tau": tau}
 
     def forward(self, batch):
@@ -4495,21 +4464,12 @@ class FlowFit(Fit):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def flow_spread(model, context, future, num_samples=8):
-    """Deviation among sampled futures over the deviation of real futures from the forecast. [B, K, D], [B, F, D] -> float."""
-    generator = torch.Generator(context.device).manual_seed(0)
-    samples = model.sample_futures(context, num_samples, generator=generator)  # [B, S, F, D]
-    residual = future - model.forecast(context, model.predict_soon(context))
-    return float(samples.std(1).square().mean().sqrt() / residual.square().mean().sqrt())
-
-
 def verdict(metrics, cfg):
     """One sentence about a run's health from its last evaluation."""
-    skill, rank, across = metrics["val_soon_skill"], metrics["val_effective_rank"], metrics["val_target_std_clips"]
-    std, what = (
-        (across, "across clips") if math.isfinite(across) else (metrics["val_target_std"], "(one held-out clip)")
-    )
+    skill, rank, std = metrics["val_soon_skill"], metrics["val_effective_rank"], metrics["val_target_std_clips"]
+    what = "across clips"
+    if not math.isfinite(std):
+        std, what = metrics["val_target_std"], "(one held-out clip)"
     collapsed = std < 0.2 or rank < 0.05 * cfg.enc_dim
     health = "COLLAPSED: lower lr, raise ema_momentum or warm up longer" if collapsed else "no sign of collapse"
     moves = f"{'' if skill > 0 else 'no '}better than a world that stands still"
@@ -4533,10 +4493,10 @@ def encode_bank(model, source, process, num_clips, deadline):
             raise Stopped
         with autocast(process):
             targets = model.make_targets(model.normalise(batch["frames"].to(process.device)))
-        usable = (batch["file"] >= 0).tolist()
-        futures.append(model.future_target(targets)[torch.tensor(usable)].flatten(1).cpu())
-        numbers += [int(number) for number, ok in zip(batch["index"], usable) if ok]
-        files += [int(number) for number, ok in zip(batch["file"], usable) if ok]
+        usable = batch["file"] >= 0
+        futures.append(model.future_target(targets)[usable].flatten(1).cpu())
+        numbers += batch["index"][usable].tolist()
+        files += batch["file"][usable].tolist()
         if time.monotonic() > deadline:
             break
     loader.close()
@@ -4554,15 +4514,30 @@ def draw_text(draw, text, place, width, font, step, fill="black"):
     return y
 
 
-def picture_canvas(num_blocks, num_samples, columns, side, caption):
-    """Blank page and drawing tools for futures.png -> (image, draw, font, height of one block)."""
+def picture_page(blocks, cfg, side, caption):
+    """The page of futures.png -> image. blocks: the rows of each clip, [(title, uint8 frames [T, *side, 3])], the first
+    of them with its NOW frames."""
     from PIL import Image, ImageDraw, ImageFont
 
-    block_h = (1 + num_samples) * (side[0] + 4) + 30
-    image = Image.new("RGB", (130 + columns * (side[1] + 4) + 20, num_blocks * block_h + 86), "white")
+    now = sorted({0, cfg.now_frames - 1})
+    soon = np.unique(np.linspace(0, cfg.soon_frames - 1, 5).round().astype(int)) + cfg.now_frames
+    block_h = len(blocks[0]) * (side[0] + 4) + 30
+    image = Image.new("RGB", (150 + (len(now) + len(soon)) * (side[1] + 4), len(blocks) * block_h + 86), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    draw_text(draw, caption, (12, num_blocks * block_h + 12), image.width - 24, font, 18)
-    return image, draw, font, block_h
+    draw_text(draw, caption, (12, len(blocks) * block_h + 12), image.width - 24, font, 18)
+    for block, rows in enumerate(blocks):
+        for row, (title, pictures) in enumerate(rows):
+            y = block * block_h + 24 + row * (side[0] + 4)
+            draw.text((12, y + side[0] // 2 - 8), title, fill="black", font=font)
+            for column, frame in enumerate([*now, *soon]):
+                is_soon = column >= len(now)
+                x = 130 + column * (side[1] + 4) + 12 * is_soon
+                if is_soon or not row:
+                    image.paste(Image.fromarray(np.ascontiguousarray(pictures[frame])), (x, y))
+                if not row:  # frames, not seconds: short files are sampled denser
+                    title = f"SOON {frame + 1 - cfg.now_frames}" if is_soon else f"NOW {frame + 1}"
+                    draw.text((x, y - 18), title, fill="black", font=font)
+    return image
 
 
 def picture_rows(model, data, bank, process, number, side, num_samples):
@@ -4596,52 +4571,20 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
     """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames
     of the nearest real clip, with the verdict under them -> what was left out for want of time, "" for nothing. One
     clip is drawn at least, the others while `seconds` last, of which the search may take two fifths."""
-    from PIL import Image
-
     cfg, began = model.cfg, time.monotonic()
     data = {stream: source.dataset(cfg, stream) for stream in ("val", "bank")}
     budget = (2e15 if process.device.type == "cuda" else 2e13) / model.flops()["target"]
     wanted = int(min(max(budget, 16), 256))
     bank = encode_bank(model, source, process, wanted, began + 0.4 * seconds)
     grow = max(1, round(96 / min(cfg.height, cfg.width)))
-    side = cfg.height * grow, cfg.width * grow
-    now = sorted({0, cfg.now_frames - 1})
-    soon = np.unique(np.linspace(0, cfg.soon_frames - 1, 5).round().astype(int)) + cfg.now_frames
-    blocks = []
+    side, blocks = (cfg.height * grow, cfg.width * grow), []
     while len(blocks) < num_clips and (not blocks or time.monotonic() < began + seconds):
         blocks.append(picture_rows(model, data, bank, process, len(blocks), side, num_samples))
-    columns, caption = len(now) + len(soon), verdict(metrics, cfg)
-    image, draw, font, block_h = picture_canvas(len(blocks), num_samples, columns, side, caption)
-    for block, rows in enumerate(blocks):
-        for row, (title, pictures) in enumerate(rows):
-            y = block * block_h + 24 + row * (side[0] + 4)
-            draw.text((12, y + side[0] // 2 - 8), title, fill="black", font=font)
-            for column, frame in enumerate([*now, *soon]):
-                if row and column < len(now):
-                    continue
-                x = 130 + column * (side[1] + 4) + (12 if column >= len(now) else 0)
-                image.paste(Image.fromarray(np.ascontiguousarray(pictures[frame])), (x, y))
-                if row == 0:
-                    title = f"NOW {frame + 1}" if column < len(now) else f"SOON {frame + 1 - cfg.now_frames}"
-                    draw.text(
-                        (x, y - 18), title, fill="black", font=font
-                    )  # frames, not seconds: short files are sampled denser
-    save_picture(image, path)
+    save_picture(picture_page(blocks, cfg, side, verdict(metrics, cfg)), path)
     if len(blocks) == num_clips and bank[-1] >= wanted:
         return ""
-    return f"its {seconds:.0f} s were over after {len(blocks)} of {num_clips} clips and a search among {bank[-1]} of {wanted}"
-
-
-def show_futures(model, run, values, seconds):
-    """Draw futures.png in at most about so many seconds; a full disk does not turn it into an error."""
-    path, log = Path(run.cfg.out_dir) / "futures.png", run.log
-    log.stage = "drawing futures.png"
-    try:
-        cut = draw_futures(model, run.source, run.process, values, path, seconds)
-    except OSError as error:
-        log.line(f"WARNING: {path} could not be written ({error.strerror})")
-    else:
-        log.line(f"picture: {path}" + (f"; {cut}" if cut else ""))
+    done = f"{len(blocks)} of {num_clips} clips and a search among {bank[-1]} of {wanted}"
+    return f"its {seconds:.0f} s were over after {done}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4661,33 +4604,24 @@ def flops_per_clip(cfg):
     D, P, L, ratio = cfg.enc_dim, cfg.pred_dim, cfg.num_tokens, cfg.mlp_ratio
     kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES]
     tokenizer = 2 * L * D * 3 * cfg.tubelet_t * cfg.patch**2
-    online = (
-        cfg.mask_draws * sum(cfg.enc_depth * block_flops(k, D, ratio) for k in kept)
-        + cfg.enc_depth * block_flops(cfg.now_tokens, D, ratio)
-        + tokenizer
-    )
-    predictor = cfg.pred_depth * (
-        cfg.mask_draws * len(kept) * block_flops(L, P, ratio) + block_flops(cfg.now_tokens + cfg.soon_tokens, P, ratio)
-    )
-    W, N, R = cfg.flow_dim, cfg.flow_tokens, cfg.flow_draws
-    mixing = (
-        0
-        if cfg.flow_joint
-        else R * N * 2 * W * W * 6 + 4 * cfg.now_tokens * W * D + 4 * R * N * (cfg.now_tokens + N) * W
-    )
-    flow = cfg.flow_depth * (R * N * 2 * W * W * 8 + mixing) + 2 * cfg.now_tokens * D * W * cfg.flow_joint
+    masked = [block_flops(num_tokens, D, ratio) for num_tokens in kept for _ in range(cfg.mask_draws)]
+    online = cfg.enc_depth * (sum(masked) + block_flops(cfg.now_tokens, D, ratio)) + tokenizer
+    filled = len(masked) * block_flops(L, P, ratio) + block_flops(cfg.now_tokens + cfg.soon_tokens, P, ratio)
+    W, RN, K = cfg.flow_dim, cfg.flow_draws * cfg.flow_tokens, cfg.now_tokens
+    mixing = RN * 2 * W * W * 6 + 4 * K * W * D + 4 * RN * (K + cfg.flow_tokens) * W
+    flow = cfg.flow_depth * (RN * 2 * W * W * 8 + mixing * (not cfg.flow_joint)) + 2 * K * D * W * cfg.flow_joint
     again = 4 if cfg.grad_checkpoint else 3
     return {
         "online": again * online,
         "target": cfg.enc_depth * block_flops(L, D, ratio) + tokenizer,
-        "predictor": again * predictor,
+        "predictor": again * cfg.pred_depth * filled,
         "flow": 3 * flow * bool(cfg.lambda_flow),
     }
 
 
 def memory_estimate_gb(cfg, num_parameters):
-    """Weights, gradients, AdamW state and saved activations of a micro-step -> GB. 53 bytes per token, channel and block
-    under autocast (70 in fp32) were measured with saved-tensor hooks; checkpointing keeps one input per block."""
+    """Weights, gradients, AdamW state and saved activations of a micro-step -> GB. 53 bytes per token, channel and
+    block under autocast (70 in fp32) were measured with saved-tensor hooks; checkpointing keeps one input per block."""
     kept = cfg.mask_draws * sum(family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES) + cfg.now_tokens
     filled = 2 * cfg.mask_draws * cfg.num_tokens + cfg.now_tokens + cfg.soon_tokens
     per_value = 5 if cfg.grad_checkpoint else 53 if cfg.amp else 70
@@ -4698,8 +4632,7 @@ def memory_estimate_gb(cfg, num_parameters):
 class VJepaAutoV2(World):
     """Train a driving world model on a folder of videos: V-JEPA at three time scales, and a flow net on top.
 
-    Nothing in `forward` changes state: what a step leaves behind (queue keys, flow residuals) comes back as `carry` and
-    is taken in by `after_step` after the optimizer step, on all ranks alike.
+    What a step leaves behind (queue keys, flow residuals) comes back as `carry` and is taken in by `after_step`.
     """
 
     Config, Dataset = VJepaAutoV2Config, ClipDataset
@@ -4710,7 +4643,7 @@ class VJepaAutoV2(World):
         "loss_flow": "FLOW: squared velocity error in residual space, plus the squared error of the chunk read-out",
         "loss_supcon": "supervised contrast on maneuvers; only with lambda_supcon",
         "target_std": "standard deviation of target channels over all tokens; near 0 = collapsed",
-        "target_std_clips": "the same over clips at one position, which position alone cannot fake; nan for equal clips",
+        "target_std_clips": "the same over clips at one position, which position cannot fake; nan for equal clips",
         "effective_rank": "exp(entropy) of the singular values of target tokens; 1 = collapsed, at most enc_dim",
         "soon_skill": "1 - L1(SOON prediction) / L1(last NOW tubelet repeated); above 0 = better than a still world",
         "outcome_top1": "share of clips whose own future ranks first among all keys",
@@ -4721,7 +4654,8 @@ class VJepaAutoV2(World):
         "flow_explained": "share of the residual's variance inside the flow's directions",
     }
     VAL_KEYS = {
-        "flow_spread": "deviation among sampled futures over that of real futures from the forecast; 0 = one mode, 1 = as wide"
+        "flow_spread": "deviation among sampled futures over that of real futures from the forecast; "
+        "0 = one mode, 1 = as wide"
     }
     NO_DECAY = ("mask_tokens", "queries")
     NETWORKS = ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target")
@@ -4731,31 +4665,29 @@ class VJepaAutoV2(World):
         super().__init__(cfg, rank, world_size)
         self.online, self.predictor = Encoder(cfg), Predictor(cfg)
         self.outcome, self.flow = OutcomeHead(cfg), FlowNet(cfg)
-        self.read_out = nn.Linear(
-            cfg.enc_dim, cfg.flow_chunks * cfg.enc_dim
-        )  # linear forecast of the EVENTUALLY chunks
+        self.read_out = nn.Linear(cfg.enc_dim, cfg.flow_chunks * cfg.enc_dim)  # forecast of the EVENTUALLY chunks
         init_weights(self.read_out)
         self.target, self.flow_ema = copy.deepcopy(self.online), copy.deepcopy(self.flow)
         self.soon_predictor = None  # the predictor's copy that the flow phase fits to SOON alone
         self.space = FutureSpace(cfg)
-        now_tokens, seen_and_soon = cfg.now_tokens, cfg.now_tokens + cfg.soon_tokens
         self.register_buffer("queue", torch.zeros(cfg.outcome_queue, cfg.enc_dim))
         self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(1, 1, 3, 1, 1), persistent=False)
-        self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(1, 1, 3, 1, 1), persistent=False)
-        self.register_buffer("now_idx", torch.arange(now_tokens), persistent=False)
-        self.register_buffer("soon_idx", torch.arange(now_tokens, seen_and_soon), persistent=False)
-        frozen = [self.target, self.flow_ema]
-        if not cfg.lambda_flow:
-            frozen += [self.flow, self.read_out]
-        elif cfg.flow_fit_clips:
-            frozen.append(self.flow)  # it waits for the flow phase
-        if not cfg.lambda_eventually and not cfg.lambda_supcon:
-            frozen.append(self.outcome)
-        if not cfg.lambda_vjepa and not cfg.lambda_soon:
-            frozen.append(self.predictor)
-        for module in frozen:
-            module.requires_grad_(False)
+        fixed = dict(
+            image_mean=torch.tensor(IMAGE_MEAN).view(1, 1, 3, 1, 1),
+            image_std=torch.tensor(IMAGE_STD).view(1, 1, 3, 1, 1),
+            now_idx=torch.arange(cfg.now_tokens),
+            soon_idx=torch.arange(cfg.now_tokens, cfg.now_tokens + cfg.soon_tokens),
+        )
+        for name, value in fixed.items():
+            self.register_buffer(name, value, persistent=False)
+        learns = {
+            "flow": cfg.lambda_flow and not cfg.flow_fit_clips,  # else it waits for the flow phase
+            "read_out": cfg.lambda_flow,
+            "outcome": cfg.lambda_eventually or cfg.lambda_supcon,
+            "predictor": cfg.lambda_vjepa or cfg.lambda_soon,
+        }
+        for name in ("target", "flow_ema", *(name for name, yes in learns.items() if not yes)):
+            getattr(self, name).requires_grad_(False)
         self.target.eval(), self.flow_ema.eval()
 
     @staticmethod
@@ -4769,19 +4701,23 @@ class VJepaAutoV2(World):
         return self
 
     def normalise(self, frames):
-        """uint8 frames -> clip in units of ImageNet's deviation; floats count as normalised already. [B, T, 3, H, W]."""
+        """uint8 frames [B, T, 3, H, W] -> clip in units of ImageNet's deviation; floats count as normalised."""
         if frames.dtype != torch.uint8:
             return frames
         return (frames.float() / 255 - self.image_mean) / self.image_std
 
     @torch.no_grad()
     def make_targets(self, clip):
-        """clip [B, T, C, H, W] -> targets [B, L, D]: EMA encoder on the whole clip, LayerNorm without affine, no gradient."""
+        """clip [B, T, C, H, W] -> targets [B, L, D]: EMA encoder on the whole clip, LayerNorm without affine."""
         return layer_norm(self.target(clip))
 
     def encode_now(self, tokens):
         """Tokens [B, >= NOW, D] -> context of the NOW tokens alone [B, K, D]."""
         return self.online.encode(tokens, self.now_idx.expand(len(tokens), -1))
+
+    def now_context(self, frames):
+        """Frames, uint8 or normalised, [B, >= NOW, 3, H, W], of which NOW alone is read -> context [B, K, D]."""
+        return self.encode_now(self.online.tokenizer(self.normalise(frames[:, : self.cfg.now_frames])))
 
     def predict_soon(self, context):
         """NOW context [B, K, D] -> predicted SOON targets [B, M, D]."""
@@ -4814,7 +4750,7 @@ class VJepaAutoV2(World):
         return gather_rows(rows.detach(), self.world_size) if self.world_size > 1 else rows.detach()
 
     def eventually_loss(self, outcome, key):
-        """InfoNCE against the keys of all ranks and the filled part of the queue. [B, D], [B, D] -> (loss, top-1 share)."""
+        """InfoNCE against the keys of all ranks and of the queue. [B, D] each -> (loss, top-1 share)."""
         keys = self.gather(key)  # [B * W, D]
         labels = torch.arange(len(key), device=key.device) * self.world_size + self.rank
         places = torch.arange(len(self.queue), device=key.device)
@@ -4823,24 +4759,21 @@ class VJepaAutoV2(World):
 
     def future_target(self, targets):
         """targets [B, L, D] -> a future [B, F, D]: the SOON tokens, then the chunk means of EVENTUALLY."""
-        cfg, B = self.cfg, len(targets)
-        soon = targets[:, cfg.now_tokens : cfg.now_tokens + cfg.soon_tokens]
-        tubelets = (
-            targets[:, cfg.now_tokens + cfg.soon_tokens :].reshape(B, cfg.eventually_tubelets, cfg.sites, -1).mean(2)
-        )
+        cfg, later = self.cfg, self.cfg.now_tokens + self.cfg.soon_tokens
+        tubelets = targets[:, later:].reshape(len(targets), cfg.eventually_tubelets, cfg.sites, -1).mean(2)
         chunks = [part.mean(1) for part in tubelets.tensor_split(cfg.flow_chunks, 1)]
-        return torch.cat([soon, torch.stack(chunks, 1)], 1)
+        return torch.cat([targets[:, cfg.now_tokens : later], torch.stack(chunks, 1)], 1)
 
-    def forecast(self, context, soon_preds):
-        """Point forecast of a future: SOON predictions [B, M, D] and a linear read-out of the mean NOW context -> [B, F, D]."""
+    def forecast(self, context, soon_preds=None):
+        """Point forecast of a future [B, F, D] from NOW context [B, K, D]: SOON predictions [B, M, D], made here unless
+        given, and a linear read-out of the mean context."""
+        soon_preds = self.predict_soon(context) if soon_preds is None else soon_preds
         chunks = self.read_out(context.mean(1)).reshape(len(context), self.cfg.flow_chunks, -1)
         return torch.cat([soon_preds.float(), chunks.float()], 1)
 
     def flow_loss(self, context, soon_preds, targets, batch):
-        """Velocity L2 in residual space plus L2 of the chunk read-out -> (loss, residual rows, squared residual).
-
-        Where a flow phase is to come, the read-out and the residual's scale alone: no rows.
-        """
+        """Velocity L2 in residual space plus L2 of the chunk read-out -> (loss, residual rows, squared residual); where
+        a flow phase is to come, no velocity and no rows."""
         grad = self.cfg.flow_context_grad
         context = context.detach() + grad * (context - context.detach()) if grad else context.detach()
         future = self.future_target(targets)  # [B, F, D]
@@ -4856,7 +4789,6 @@ class VJepaAutoV2(World):
         return loss, rows, residual.square().mean((0, 1))
 
     def forward(self, batch):
-        """Batch of device tensors -> (losses, gauges, carry): scalars with gradient, scalars without, tensors for `after_step`."""
         cfg = self.cfg
         clip = self.normalise(batch["frames"])  # [B, T, C, H, W]
         targets = self.make_targets(clip)  # [B, L, D]
@@ -4869,10 +4801,8 @@ class VJepaAutoV2(World):
         soon_preds = self.predict_soon(context)  # [B, M, D]
         soon_targets = gather_tokens(targets, self.soon_idx.expand(len(clip), -1))
         losses["loss_soon"] = l1_loss(soon_preds, soon_targets)
-        last_now = targets[
-            :, cfg.now_tokens - cfg.sites : cfg.now_tokens
-        ]  # [B, h*w, D], the forecast that nothing moves
-        gauges["persistence"] = l1_loss(last_now.repeat(1, cfg.soon_tokens // cfg.sites, 1), soon_targets)
+        still = targets[:, cfg.now_tokens - cfg.sites : cfg.now_tokens]  # [B, h*w, D], as if nothing moved
+        gauges["persistence"] = l1_loss(still.repeat(1, cfg.soon_tokens // cfg.sites, 1), soon_targets)
         outcome = self.outcome(context)  # [B, D]
         losses["loss_eventually"], gauges["outcome_top1"] = self.eventually_loss(outcome, carry["key"])
         if cfg.lambda_flow:
@@ -4905,7 +4835,7 @@ class VJepaAutoV2(World):
 
     @torch.no_grad()
     def absorb(self, carries):
-        """Take in what the micro-steps of one optimizer step left: queue keys first in, first out, and flow residuals."""
+        """Take in what the micro-steps of a step left: queue keys first in, first out, and flow residuals."""
         for carry in carries:
             if len(self.queue):
                 keys = self.gather(carry["key"].to(self.queue.dtype))[-len(self.queue) :]
@@ -4944,16 +4874,25 @@ class VJepaAutoV2(World):
     def held_out(self, batch, carry):
         if not self.cfg.lambda_flow:
             return {"flow_spread": 0.0}
-        now = self.normalise(batch["frames"][:, : self.cfg.now_frames])
-        context, future = self.encode_now(self.online.tokenizer(now)), self.future_target(carry["targets"])
-        return {"flow_spread": flow_spread(self, context, future)}
+        context = self.now_context(batch["frames"])
+        samples = self.sample_futures(context, 8, generator=torch.Generator(context.device).manual_seed(0))
+        residual = self.future_target(carry["targets"]) - self.forecast(context)
+        return {"flow_spread": float(samples.std(1).square().mean().sqrt() / residual.square().mean().sqrt())}
 
     def verdict(self, values):
         return verdict(values, self.cfg)
 
     def report(self, run, values, seconds):
-        if self.cfg.picture:
-            show_futures(self, run, values, seconds)
+        path, log = Path(run.cfg.out_dir) / "futures.png", run.log
+        if not self.cfg.picture:
+            return
+        log.stage = "drawing futures.png"
+        try:
+            cut = draw_futures(self, run.source, run.process, values, path, seconds)
+        except OSError as error:  # a full disk
+            log.line(f"WARNING: {path} could not be written ({error.strerror})")
+        else:
+            log.line(f"picture: {path}" + f"; {cut}" * bool(cut))
 
     def describe(self):
         cfg, flops, clips = self.cfg, self.flops(), self.cfg.batch_size * self.cfg.grad_accum * self.world_size
@@ -4964,10 +4903,11 @@ class VJepaAutoV2(World):
         shares = (f"{name} {value / sum(flops.values()):.0%}" for name, value in flops.items())
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         trained += sum(p.numel() for p in self.target.parameters()) / 4
+        grid = f"grid {' x '.join(map(str, cfg.grid))} = {cfg.num_tokens} tokens"
         return [
             f"parameters: {', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())} (target = online)",
-            f"clip: {cfg.num_frames} frames of {cfg.height} x {cfg.width}, {spread} -> grid {' x '.join(map(str, cfg.grid))} "
-            f"= {cfg.num_tokens} tokens; visible under a mask: {', '.join(visible)}",
+            f"clip: {cfg.num_frames} frames of {cfg.height} x {cfg.width}, {spread} -> {grid}; "
+            f"visible under a mask: {', '.join(visible)}",
             f"step: {clips} clips, {sum(flops.values()) * clips / 1e12:.3g} TFLOP ({', '.join(shares)}); memory about "
             f"{memory_estimate_gb(cfg, trained):.1f} GB per process plus the framework",
         ]
@@ -5002,17 +4942,12 @@ class VJepaAutoV2(World):
 
     def restore(self, state):
         super().restore(state)
-        if state["step"] < self.cfg.steps:  # a run that is extended fits anew at its new end
+        if not state["after"]:  # SOON is fitted anew
             self.soon_predictor = None
 
     def phases(self):
-        cfg = self.cfg
-        fits = (
-            [("soon", cfg.soon_fit_steps), ("flow", cfg.flow_fit_steps)]
-            if cfg.flow_fit_clips and cfg.lambda_flow
-            else []
-        )
-        return [(name, steps) for name, steps in fits if steps]
+        cfg, fits = self.cfg, (("soon", self.cfg.soon_fit_steps), ("flow", self.cfg.flow_fit_steps))
+        return [fit for fit in fits if fit[1] and cfg.flow_fit_clips and cfg.lambda_flow]
 
     def phase_groups(self, name):
         net = (self.soon_predictor or self.predictor) if name == "soon" else self.flow
@@ -5023,29 +4958,25 @@ class VJepaAutoV2(World):
 
     @torch.no_grad()
     def see(self, frames):
-        """Look at clips, uint8 or normalised, [B, T, 3, H, W], T at least NOW and whole tubelets -> (context of NOW alone
+        """Look at clips, uint8 or normalised, [B, T, 3, H, W], T at least NOW and whole tubelets -> (context of NOW
         [B, K, D], point forecast of the future [B, F, D], targets of all frames there are [B, L, D])."""
-        clip = self.normalise(frames)
-        context = self.encode_now(self.online.tokenizer(clip[:, : self.cfg.now_frames]))
-        return context, self.forecast(context, self.predict_soon(context)), self.make_targets(clip)
+        context = self.now_context(frames)
+        return context, self.forecast(context), self.make_targets(self.normalise(frames))
 
     @torch.no_grad()
     def sample_futures(self, clip_or_context, num_samples, num_steps=None, generator=None):
         """Draw joint futures in target-latent space -> [B, S, F, D]: SOON tokens, then EVENTUALLY chunk means.
 
-        Takes uint8 or normalised clips [B, >= now_frames, 3, H, W], of which only NOW is read, or a NOW context [B, K, D].
-        `generator` must live on the model's device. Uses the flow net's EMA.
+        Takes clips as `now_context` does, or a NOW context [B, K, D]. `generator` must live on the model's device. Uses
+        the flow net's EMA.
         """
         cfg, context = self.cfg, clip_or_context
-        if context.dim() == 5:
-            context = self.encode_now(self.online.tokenizer(self.normalise(context[:, : cfg.now_frames])))
-        B, S = len(context), num_samples
-        point = self.forecast(context, self.predict_soon(context))  # [B, F, D]
-        noise = torch.randn((B, S, cfg.flow_tokens, cfg.flow_rank), generator=generator, device=context.device)
-        y = sample_flow(
-            self.flow_ema, self.flow_ema.project(context), noise, num_steps or cfg.flow_steps, cfg.tau_shift
-        )
-        residual = self.space.decode(y.flatten(0, 1)).unflatten(0, (B, S))  # [B, S, F, D]
+        context = self.now_context(context) if context.dim() == 5 else context
+        point, flow = self.forecast(context), self.flow_ema  # [B, F, D]
+        shape = (len(context), num_samples, cfg.flow_tokens, cfg.flow_rank)
+        noise = torch.randn(shape, generator=generator, device=context.device)
+        y = sample_flow(flow, flow.project(context), noise, num_steps or cfg.flow_steps, cfg.tau_shift)
+        residual = self.space.decode(y.flatten(0, 1)).unflatten(0, shape[:2])  # [B, S, F, D]
         if cfg.flow_rest == "gaussian":
             scale = (self.space.rest_variance * self.space.variance).sqrt()
             residual = residual + scale * torch.randn(residual.shape, generator=generator, device=context.device)
@@ -5920,23 +5851,23 @@ class Run:
         """What stands before every log line when the data are not the user's."""
         return "" if self.source.kind == "videos" else f"data:{self.source.kind} "
 
+    def loader(self, stream, first, num_batches, batch_size):
+        """This rank's batches of a stream from sample number `first` on -> ClipLoader."""
+        cfg, process = self.cfg, self.process
+        workers = cfg.num_workers if stream == "train" else min(cfg.num_workers, 2)
+        sampler = StepSampler(first, num_batches, batch_size, process.rank, process.world_size)
+        pinned = process.device.type == "cuda"
+        return open_loader(self.source, cfg, stream, sampler, workers, pinned, process.stop.asked)
 
-class FitBatches:
-    """The batches of a Fit from a step on, as the loop takes them from a loader."""
-
-    def __init__(self, fit, step):
-        self.fit, self.step = fit, step
-
-    def __next__(self):
-        self.step += 1
-        return {**self.fit.batch(self.step - 1), "bad": []}
-
-    def close(self):
-        """There is nothing to close."""
+    def means(self, values, keys):
+        """The values that have one of these keys, in their order, as means over ranks -> dict of floats."""
+        names = [key for key in keys if key in values]
+        return dict(zip(names, self.process.mean([values[name] for name in names])))
 
 
 class Phase:
-    """A stretch of optimizer steps: training (`name` ""), or a Fit after it, `begin` steps after training."""
+    """A stretch of optimizer steps: training (`name` ""), or a Fit that begins `begin` steps after it. `wrapped` is the
+    world, or DDP around it."""
 
     def __init__(self, run, world, wrapped, optimizer, name="", begin=0):
         self.run, self.world, self.wrapped, self.optimizer = run, world, wrapped, optimizer
@@ -5955,18 +5886,18 @@ class Phase:
         else:
             progress.step += 1
             progress.consumed += self.cfg.batch_size * self.cfg.grad_accum * self.world.world_size
+        progress.seconds = time.perf_counter() - self.run.began
+        self.run.folder.step = progress.total
 
     def batches(self):
-        """Iterator over the micro-batches that are left."""
+        """Iterator over the micro-batches that are left, with `close`."""
         run, cfg = self.run, self.cfg
         if self.name:
-            return FitBatches(self.world, self.step)
-        left, pinned = (cfg.steps - self.step) * cfg.grad_accum, run.process.device.type == "cuda"
-        sampler = StepSampler(run.progress.consumed, left, cfg.batch_size, run.process.rank, run.process.world_size)
-        return open_loader(run.source, cfg, "train", sampler, cfg.num_workers, pinned, run.process.stop.asked)
+            return ({**self.world.batch(step), "bad": []} for step in range(self.step, cfg.steps))
+        return run.loader("train", run.progress.consumed, (cfg.steps - self.step) * cfg.grad_accum, cfg.batch_size)
 
     def is_due(self, every):
-        """Whether something done every so many steps is done now; the end of a phase has its own saving and evaluation."""
+        """Whether what is done every so many steps is done now; the end of a phase is saved and evaluated by itself."""
         return bool(every) and 0 < self.step < self.cfg.steps and self.step % every == 0
 
 
@@ -5988,27 +5919,41 @@ def print_summary(run, overrides, reason):
     device = torch.cuda.get_device_name(process.device) if on_gpu else f"{torch.get_num_threads()} threads"
     kinds = {None: "fp32", torch.bfloat16: "bf16 autocast", torch.float16: "fp16 autocast + scaler"}
     precision = kinds[process.amp_dtype] + (f": {reason}" if reason else "") + ", compiled" * cfg.compile
-    log.line(f"device: {process.device.type} ({device}), {process.world_size} process(es), {precision}")
-    for line in run.world.describe():
-        log.line(line)
     held = "" if source.held_out else "; ONE FILE ONLY: validation uses the training file"
     where = "drawn when asked for" if source.kind == "render" else f"under {source.root or 'no folder'}"
     kind = source.kind if source.Dataset.HAS_SCENES else "files"
-    log.line(f"data: {kind}, {len(source.train)} train and {len(source.val)} val files {where}{held}")
-    for line in source.Dataset.notes(cfg, source):
-        log.line(line)
     capped = f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else ""
-    log.line(f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}{capped}")
-    log.line("set: " + (", ".join(f"{name}={value}" for name, value in overrides.items()) or "nothing, all defaults"))
+    changed = ", ".join(f"{name}={value}" for name, value in overrides.items())
+    for line in (
+        f"device: {process.device.type} ({device}), {process.world_size} process(es), {precision}",
+        *run.world.describe(),
+        f"data: {kind}, {len(source.train)} train and {len(source.val)} val files {where}{held}",
+        *source.Dataset.notes(cfg, source),
+        f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}{capped}",
+        f"set: {changed or 'nothing, all defaults'}",
+    ):
+        log.line(line)
+
+
+def fit_steps_kept(state, world):
+    """How many of a checkpoint's steps after training count in this run: none where training is extended, else those of
+    the phases that are as they were, from the first on. The others come anew."""
+    then, _ = checkpoint_template(type(world), json.dumps(asdict(saved_config(state, type(world)))))
+    kept = 0
+    for before, now in zip(then.phases(), world.phases()):
+        if before != now or state["step"] < world.cfg.steps:
+            break
+        kept += now[1]
+    return min(state["after"], kept)
 
 
 def retire_later(cfg, progress, is_done, resumed_from):
-    """Going on from a checkpoint that is not the last of its folder: move later ones to previous_<k>, where `auto` does not
-    find them. A final checkpoint that the run is extended from becomes a numbered one."""
+    """Going on from a checkpoint that is not the last of its folder: move later ones to previous_<k>, where `auto` does
+    not find them. One whose name is ahead of the steps that count, in a run that is extended, gets their number."""
     folder, aside = Path(cfg.out_dir), None
     for saved_step, path in checkpoint_files(folder):
         if os.path.realpath(path) == os.path.realpath(resumed_from):
-            if saved_step == math.inf and not is_done:
+            if saved_step > progress.total and not is_done:
                 move_checkpoint(path, path.with_name(f"ckpt_{progress.total}.pt"))
         elif saved_step > progress.total:
             aside = aside or previous_folder(folder)
@@ -6025,14 +5970,15 @@ def newest_of_launch(world, cfg, tell):
     """What a restarted run goes on from -> (state, path): its own newest checkpoint, whatever --resume asked for when
     it began; (None, None) where it has made none, and --resume FILE counts."""
     state, path = newest_checkpoint(cfg.out_dir, tell, world)
-    named = state is not None and cfg.resume != "never" and os.path.lexists(cfg.resume)
-    if named and steps_of(load_checkpoint(cfg.resume, world)) >= steps_of(state):
-        return None, None
+    if state is not None and cfg.resume != "never" and os.path.lexists(cfg.resume):
+        named = load_checkpoint(cfg.resume, world)  # the fits after its training do not count where the run is extended
+        if (named["step"], named["after"]) >= (state["step"], state["after"]):
+            return None, None
     return state, path
 
 
 def open_run(world, cfg, process, log):
-    """Find what to resume from, the same on all ranks -> (state or None, its path). Refuses another world's checkpoint."""
+    """Find what to resume from, the same on all ranks -> (state or None, its path). Refuses another world's."""
     state, path = None, None
     if process.is_main and cfg.resume == "auto":
         state, path = newest_checkpoint(cfg.out_dir, log.line, world)
@@ -6105,7 +6051,7 @@ def for_step(batch, step, device):
 def throw_away_pass(run, wrapped, batch):
     """Seconds of one micro-step forward and back, of which nothing stays."""
     batch = for_step(batch, 0, run.process.device)
-    kept = [(buffer, buffer.clone()) for buffer in wrapped.buffers()]
+    kept = [(buffer, buffer.clone()) for buffer in wrapped.buffers()]  # the statistics of a BatchNorm
     began = time.perf_counter()
     with autocast(run.process):
         losses, _, _ = wrapped(batch)
@@ -6114,17 +6060,17 @@ def throw_away_pass(run, wrapped, batch):
     passed = time.perf_counter() - began
     wrapped.zero_grad(set_to_none=True)
     with torch.no_grad():
-        for buffer, before in kept:  # the statistics of a BatchNorm
+        for buffer, before in kept:
             buffer.copy_(before)
     return passed
 
 
 def rehearse(run, wrapped):
-    """Passes that are thrown away: DDP regroups its gradient buckets after its first backward -> seconds per step of
-    the slowest rank, and in words where the figure comes from.
+    """Passes that are thrown away -> seconds per step of the slowest rank, and in words where the figure comes from.
 
-    Without that pass ring sums would add in another order from then on, and a resumed run would differ in the last bits
-    from one that was never stopped. The second pass is timed, or the first or none where one would take too long.
+    DDP regroups its gradient buckets after its first backward: without that pass sums would add in another order from
+    then on, and a resumed run would differ in the last bits from one that was never stopped. The second pass is timed,
+    or the first or none where one would take too long.
     """
     cfg, process = run.cfg, run.process
     seconds = sum(run.world.flops().values()) * cfg.batch_size / (measure_speed(process) * 0.4e12)
@@ -6142,11 +6088,8 @@ def rehearse(run, wrapped):
 
 
 def save_run(run, final=False, must=False):
-    """Gather the state of all ranks, which must still hold the same weights, and let rank 0 write it.
-
-    Where the disk refuses, that is told and the run goes on to its next checkpoint; with `must`, or when another run
-    has taken the folder, it is a UserError.
-    """
+    """Gather the state of all ranks, which must still hold the same weights, and let rank 0 write it. Where the disk
+    refuses, the run goes on to its next checkpoint; with `must`, or when another run took the folder: UserError."""
     cfg, process, log, total = run.cfg, run.process, run.log, run.progress.total
     log.stage = f"saving step {total}"
     check_ranks(process, weights=digest(fingerprint(run.world)))
@@ -6166,17 +6109,21 @@ def save_run(run, final=False, must=False):
         log.line(f"WARNING: {text}, the next try is in {cfg.ckpt_every} steps")
 
 
+def save_unsaved(run, must=False):
+    """`save_run` where not all steps so far are on the disk."""
+    if run.process.any(run.process.is_main and run.process.stop.saved < run.progress.total)[0]:
+        save_run(run, must=must)
+
+
 def take_step(phase, batches, step):
-    """One optimizer step over its micro-batches, which lie on the device -> (metrics as tensors, carries, whether it was
-    finite on this rank)."""
+    """One optimizer step over its micro-batches, which lie on the device -> (metrics as tensors, carries, whether it
+    was finite on this rank)."""
     cfg, run, wrapped = phase.cfg, phase.run, phase.wrapped
     for group in phase.optimizer.param_groups:
         group["lr"] = lr_at(step, cfg, group["peak_lr"])
     metrics, carries = {}, []
     for number, batch in enumerate(batches):
-        wrapped.require_backward_grad_sync = (
-            number == len(batches) - 1
-        )  # read by DDP alone: ranks average once per step
+        wrapped.require_backward_grad_sync = number == len(batches) - 1  # for DDP: ranks average once per step
         with autocast(run.process):
             losses, gauges, carry = wrapped(batch)
         run.scaler.scale(losses["loss_total"] / len(batches)).backward()
@@ -6200,11 +6147,9 @@ def log_values(phase, metrics, looks, clock):
     run, world, cfg, progress = phase.run, phase.world, phase.cfg, phase.run.progress
     keys = log_keys(type(world))
     values = {name: float(value) for name, value in metrics.items()}
-    values |= world.figures(looks, values)
-    values = {name: value for name, value in values.items() if name in keys}
-    means = dict(zip(values, run.process.mean(list(values.values()))))
-    means |= {"phase": phase.name} if phase.name else {}
-    means |= {
+    values = {
+        **run.means({**values, **world.figures(looks, values)}, keys),
+        **({"phase": phase.name} if phase.name else {}),
         "step": progress.total,
         "lr": lr_at(phase.step - 1, cfg, phase.optimizer.param_groups[0]["peak_lr"]),
         **world.state(phase.step - 1),
@@ -6215,7 +6160,7 @@ def log_values(phase, metrics, looks, clock):
         "skipped_steps": progress.skipped,
         "time": progress.seconds,
     }
-    return {key: means[key] for key in keys if key in means}
+    return {key: values[key] for key in keys if key in values}
 
 
 def check_bad_files(run, entries):
@@ -6238,15 +6183,11 @@ def check_bad_files(run, entries):
 
 @torch.no_grad()
 def validate(run, deadline=math.inf):
-    """Losses and figures on val_clips held-out samples, the same every time -> (dict of val_* floats, bad files).
-    StoppedTogether on a signal. One batch is seen at least; the others only before the deadline (a reading of
-    time.monotonic) on every rank.
-    """
+    """Losses and figures on val_clips held-out samples, the same every time -> dict of val_* floats. StoppedTogether on
+    a signal. One batch is seen at least, the others only before the deadline (time.monotonic)."""
     world, cfg, process = run.world, run.cfg, run.process
     num_batches = max(1, math.ceil(cfg.val_clips / (cfg.batch_size * process.world_size)))
-    sampler = StepSampler(0, num_batches, cfg.batch_size, process.rank, process.world_size)
-    pinned = process.device.type == "cuda"
-    loader = open_loader(run.source, cfg, "val", sampler, min(cfg.num_workers, 2), pinned, process.stop.asked)
+    loader = run.loader("val", 0, num_batches, cfg.batch_size)
     was_training, sums, looks, bad, extra = world.training, {}, [], [], {}
     world.eval()
     for batch in process.in_step(loader):
@@ -6261,17 +6202,12 @@ def validate(run, deadline=math.inf):
         if process.any(time.monotonic() > deadline)[0]:
             break
     loader.close()
+    check_bad_files(run, bad)
     world.train(was_training)
     means = {name: value / len(looks) for name, value in sums.items()}
-    values = {
-        **means,
-        **world.figures(looks, means),
-        **extra,
-        "clips": len(looks) * cfg.batch_size * process.world_size,
-    }
-    names = [key for key in val_keys(type(world)) if key.removeprefix("val_") in values]
-    means = process.mean([values[key.removeprefix("val_")] for key in names])
-    return dict(zip(names, means)), bad
+    values = {**means, **world.figures(looks, means), **extra}
+    values["clips"] = len(looks) * cfg.batch_size * process.world_size
+    return run.means({f"val_{name}": value for name, value in values.items()}, val_keys(type(world)))
 
 
 @torch.no_grad()
@@ -6282,8 +6218,7 @@ def validate_fit(run, fit):
         return {}
     with autocast(run.process):
         losses, _, _ = fit.forward(batch)
-    means = run.process.mean([float(loss) for loss in losses.values()])
-    return {f"val_{name}": mean for name, mean in zip(losses, means) if f"val_{name}" in val_keys(type(fit))}
+    return run.means({f"val_{name}": float(loss) for name, loss in losses.items()}, val_keys(type(fit)))
 
 
 class Clock:
@@ -6291,25 +6226,30 @@ class Clock:
 
     def __init__(self, warmup_steps=3):
         self.seconds_per_step, self.data_wait = float("nan"), float("nan")  # of the last full interval
-        self.skip, self.steps, self.waited, self.since = warmup_steps, 0, 0.0, time.perf_counter()
+        self.skip, self.told = warmup_steps, False  # whether the time left was told
+        self.begin()
+
+    def begin(self):
+        """Start an interval."""
+        self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
 
     def tick(self, waited):
         """Count one step, of which `waited` seconds went to the loader."""
         if self.skip:
             self.skip -= 1
-            self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
+            self.begin()
         else:
             self.steps, self.waited = self.steps + 1, self.waited + waited
 
     def close(self):
-        """End an interval: set seconds_per_step and data_wait where a step was counted, NaN before the first, and start anew."""
+        """End an interval: its seconds_per_step and data_wait, where a step was counted (else NaN, or as before)."""
         passed = time.perf_counter() - self.since
         if self.steps:
             self.seconds_per_step, self.data_wait = passed / self.steps, self.waited / passed
-        self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
+        self.begin()
 
     def skip_pause(self, began):
-        """Leave out what has passed since `began` (a perf_counter reading): evaluations and saves are no training time."""
+        """Leave out what has passed since `began` (perf_counter): evaluations and saves are no training time."""
         self.since += time.perf_counter() - began
 
 
@@ -6328,25 +6268,20 @@ def end_early(stop, folder, tell, where):
 
 
 def evaluate(phase):
-    """An evaluation in the middle of a run -> (bad files, whether a stop cut it off: then it is due when the run goes
-    on)."""
-    run, bad = phase.run, []
+    """An evaluation in the middle of a run -> whether a stop cut it off: then it is due when the run goes on."""
+    run = phase.run
     run.log.stage = f"evaluating on held-out data after step {run.progress.total}"
     try:
-        if phase.name:
-            values = {"phase": phase.name, **validate_fit(run, phase.world)}
-        else:
-            values, bad = validate(run)
+        values = {"phase": phase.name, **validate_fit(run, phase.world)} if phase.name else validate(run)
     except StoppedTogether:
-        return [], True
+        return True
     if any(key.startswith("val_") for key in values):
         run.log.record({"step": run.progress.total, **values}, run.mark)
-    return bad, False
+    return False
 
 
 def next_batches(loader, count, stop):
-    """The micro-batches of one step -> list, empty when a stop was asked for before they all were there: they stay
-    due."""
+    """The micro-batches of one step -> list, empty when a stop was asked for before all were there: they stay due."""
     try:
         return [] if stop.asked() else [next(loader) for _ in range(count)]
     except Stopped:
@@ -6368,42 +6303,40 @@ def skip_step(phase, batches, is_mine, in_a_row):
         raise UserError(f"{in_a_row} steps in a row were not finite; {cure}")
 
 
-def log_step(phase, record, clock, is_first):
+def log_step(phase, record, clock):
     """Log a record, and once the time left -> what the progress bar shows of it."""
     log = phase.run.log
     log.record(record, phase.run.mark)
-    if is_first and math.isfinite(clock.seconds_per_step):
+    if not clock.told and math.isfinite(clock.seconds_per_step):
         left = describe_time(clock.seconds_per_step * (phase.cfg.steps - phase.step))
         log.line(f"{clock.seconds_per_step:.3g} s per step: {left} to go")
+        clock.told = True
     chosen = [key for key in ("loss_total", "soon_skill", "clips_per_s") if key in record]
     return " ".join(f"{key}:{format_number(record[key])}" for key in chosen)
 
 
 def train_phase(phase):
-    """The steps of a phase that are left, with log, evaluations and checkpoints -> whether a stop ended it before its last."""
+    """The steps of a phase that are left, with log, evaluations and checkpoints -> whether a stop ended it."""
     run, cfg, world = phase.run, phase.cfg, phase.world
-    process, log, progress, folder = run.process, run.log, run.progress, run.folder
+    process, log, progress = run.process, run.log, run.progress
     log.stage = f"step {progress.total + 1} of {cfg.steps + progress.total - phase.step} has begun"
-    clock, bad, last, stopping, timed, skipped_in_row = Clock(), [], "", False, False, 0
-    first_step = phase.step + 1
+    clock, last, stopping, skipped_in_row, first_step = Clock(), "", False, 0, phase.step + 1
     world.train()
     loader = phase.batches()
-    folder.closing.append(loader)
+    run.folder.closing.append(loader)
     if phase.is_due(cfg.val_every) and process.any(progress.total not in log.evaluated)[0]:  # the stop came before it
-        bad, stopping = evaluate(phase)
+        stopping = evaluate(phase)
     while phase.step < cfg.steps and not stopping:
         # -- batch
-        folder.step = progress.total
         waiting = time.perf_counter()
         batches = next_batches(loader, cfg.grad_accum, process.stop)
         waited = time.perf_counter() - waiting
-        bad += [entry for batch in batches for entry in batch["bad"]]
+        bad = [entry for batch in batches for entry in batch["bad"]]
         any_bad, stopping = process.any(bool(bad), not batches)
         if stopping:
             break
         if any_bad:
             check_bad_files(run, bad)
-            bad = []
         # -- update
         step, batches = phase.step, [for_step(batch, phase.step, process.device) for batch in batches]
         metrics, carries, finite = take_step(phase, batches, step)
@@ -6416,34 +6349,34 @@ def train_phase(phase):
         run.scaler.update()
         phase.optimizer.zero_grad(set_to_none=True)
         phase.advance()
-        progress.seconds = time.perf_counter() - run.began
         clock.tick(waited)
         log.bar(phase.step, cfg.steps, f"{describe_time(progress.seconds)} {last}", f"{phase.name} step".strip())
         # -- log
         if phase.step in (first_step, cfg.steps) or phase.step % cfg.log_every == 0 or stopping:
             clock.close()
             looks = [world.look(batch, carry) for batch, carry in zip(batches, carries)]
-            last = log_step(phase, log_values(phase, metrics, looks, clock), clock, not timed)
-            timed = timed or math.isfinite(clock.seconds_per_step)
-        # -- evaluate and save
+            last = log_step(phase, log_values(phase, metrics, looks, clock), clock)
+        # -- save and evaluate
         pause = time.perf_counter()
-        is_last_of_fit = phase.name and phase.step == cfg.steps
-        if (phase.is_due(cfg.val_every) or is_last_of_fit) and not stopping:
-            bad, stopping = evaluate(phase)
         if phase.is_due(cfg.ckpt_every) and not stopping:
-            folder.step = progress.total
             save_run(run)
+        if phase.is_due(cfg.val_every) and not stopping:
+            stopping = evaluate(phase)
+        if phase.name and phase.step == cfg.steps:  # after a stop as well: it takes a moment, and is due only here
+            evaluate(phase)
         clock.skip_pause(pause)
     loader.close()
-    folder.step = progress.total
     return stopping
 
 
 def resume(run, state, path):
-    """Take in a checkpoint, if there is one, and prepare folder and log for what follows. UserError when it does not fit."""
-    cfg, process, log, world = run.cfg, run.process, run.log, run.world
+    """Take in a checkpoint, if there is one, and prepare folder and log for what follows. UserError where it does not
+    fit."""
+    cfg, process, log, world, anew = run.cfg, run.process, run.log, run.world, ""
     if state is not None:
         check_frozen(state, world, path)
+        if (kept := fit_steps_kept(state, world)) < state["after"]:
+            state["after"], anew = kept, "; its steps after that come anew"
         try:
             world.restore(state)
             restore_run(state, run)
@@ -6451,12 +6384,10 @@ def resume(run, state, path):
             why = str(error).splitlines()[0]
             raise UserError(f"checkpoint {path}: does not fit this model ({why})") from error
         run.progress = Progress(**{entry.name: state[entry.name] for entry in fields(Progress)})
-        if run.progress.step < cfg.steps:  # extended: what follows training comes anew at its new end
-            run.progress.after = 0
     progress = run.progress
     is_done = progress.step >= cfg.steps and not phase_at(world.phases(), progress.after)[0]
     if state is not None:
-        log.line(f"resumed from {path} at step {progress.total}")
+        log.line(f"resumed from {path} at step {progress.total}{anew}")
         if process.is_main:
             retire_later(cfg, progress, is_done, path)
     if process.is_main:  # with the id of the launch, so not before what it does not go on from is out of the way
@@ -6467,32 +6398,37 @@ def resume(run, state, path):
     quarantine = digest(sorted(run.source.quarantine))
     check_ranks(process, weights=digest(fingerprint(world)), quarantine=quarantine)
     run.began -= progress.seconds
-    process.stop.saved = progress.total
+    process.stop.saved = run.folder.step = progress.total
 
 
-def begin_phase(run, name, begin, before, phase_opt):
-    """The Phase of a Fit after training, its optimizer as in the checkpoint that the run goes on from inside it."""
+def begin_phase(last, name, begin, phase_opt):
+    """What follows the phase `last` -> the Phase of a Fit, its optimizer as in the checkpoint that the run goes on from
+    inside it."""
+    run = last.run
     run.folder.where = f"before the {name} phase began; run the same command to go on"
-    fit = run.world.eval().requires_grad_(False).open_phase(name, run, before).to(run.process.device)
+    fit = (
+        run.world.eval()
+        .requires_grad_(False)
+        .open_phase(name, run, last.world if last.name else None)
+        .to(run.process.device)
+    )
     run.phase_optimizer, wrapped = fit.optimizer(), wrap(fit, run.process)
     if run.process.world_size > 1:
         throw_away_pass(run, wrapped, fit.batch(0))
-    if phase_opt is not None and run.progress.after > begin:
+    if run.progress.after > begin:
         run.phase_optimizer.load_state_dict(phase_opt)
     return Phase(run, fit, wrapped, run.phase_optimizer, name, begin)
 
 
 def run_phases(run, wrapped, phase_opt):
-    """Training and what follows it -> whether a stop ended a phase before its last step."""
-    phases = run.world.phases()
-    stopped = train_phase(Phase(run, run.world, wrapped, run.optimizer))
-    fit = None
-    while not stopped and (name := phase_at(phases, run.progress.after)[0]):
-        begin = phase_at(phases, run.progress.after)[1]
-        if run.progress.after == begin:
-            save_run(run)  # a stop while latents are made costs them alone
-        phase = begin_phase(run, name, begin, fit, phase_opt)
-        stopped, fit, phase_opt = train_phase(phase), phase.world, None
+    """Training and the fits that follow it -> whether a stop ended one of them."""
+    phase = Phase(run, run.world, wrapped, run.optimizer)
+    while not (stopped := train_phase(phase)):
+        name, begin = phase_at(run.world.phases(), run.progress.after)
+        if not name:
+            break
+        save_unsaved(run)  # a stop while latents are made costs them alone
+        phase = begin_phase(phase, name, begin, phase_opt)
     return stopped
 
 
@@ -6506,8 +6442,7 @@ def finish(run):
     """After ckpt_final.pt: evaluate on held-out data, report -> exit code. StoppedTogether on a signal."""
     cfg, world, log, seconds = run.cfg, run.world, run.log, max(END_S, 0.01 * run.progress.seconds)
     log.stage = "evaluating on held-out data after the last step"
-    values, bad = validate(run, time.monotonic() + seconds)
-    check_bad_files(run, bad)
+    values = validate(run, time.monotonic() + seconds)
     if values["val_clips"] < cfg.val_clips:
         log.line(f"evaluation: its {seconds:.0f} s were over after {values['val_clips']:.0f} of {cfg.val_clips} clips")
     log.record({"step": run.progress.total, **values}, run.mark)
@@ -6520,8 +6455,7 @@ def finish(run):
 
 
 def run_world(world, run, overrides, argv, videos):
-    """The run itself, inside its folder -> exit code. StoppedTogether, on all ranks, where a signal comes while there
-    is nothing new to save."""
+    """The run itself, inside its folder -> exit code. StoppedTogether where a signal comes while nothing is unsaved."""
     cfg, process, log = run.cfg, run.process, run.log
     # -- data
     run.began, run.argv = time.perf_counter(), list(argv)
@@ -6551,8 +6485,7 @@ def run_world(world, run, overrides, argv, videos):
 
     # -- steps
     if run_phases(run, wrapped, phase_opt):
-        if process.any(process.is_main and process.stop.saved < run.progress.total)[0]:
-            save_run(run, must=True)
+        save_unsaved(run, must=True)
         total = run.progress.total
         where = f"at step {total}{', saved' if total else ''}; run the same command to go on"
         return end_early(process.stop, run.folder, log.line, where)
@@ -6579,10 +6512,7 @@ def attempt(world, cfg, overrides, argv, videos, process, folder):
 
 def train(cfg, overrides=None, argv=(), stop=None, world=VJepaAutoV2):
     """Run a config from its first or its last saved step to the end -> exit code. Owns out_dir and says how the run
-    ended.
-
-    `stop` is the flag that a signal sets; without one, the run hears signals itself, until it returns.
-    """
+    ended. `stop` is the flag that a signal sets; without one, the run hears signals itself until it returns."""
     own, stop = stop is None, stop or StopFlag()
     try:
         validate_config(cfg)
@@ -6603,10 +6533,9 @@ def train(cfg, overrides=None, argv=(), stop=None, world=VJepaAutoV2):
     except RuntimeError as error:
         if process.world_size == 1 or not failed_collective(error):
             raise
-        silent = ", ".join(map(str, process.silent_ranks()))
-        who = (
-            f"rank {silent} did not answer: dead, hung or stopped" if silent else "all ranks are alive: a slow network?"
-        )
+        who = "all ranks are alive: a slow network?"
+        if silent := ", ".join(map(str, process.silent_ranks())):
+            who = f"rank {silent} did not answer: dead, hung or stopped"
         cure = f"run the same command to go on from the last checkpoint (dist_timeout_s = {cfg.dist_timeout_s:g})"
         raise UserError(f"ranks lost each other at step {folder.step} ({flat(error)[:120]}); {who}; {cure}") from error
     finally:
@@ -6638,8 +6567,8 @@ def start(world, argv, stop):
 
 
 def open_streams():
-    """Put /dev/null where stdin, stdout or stderr was closed: else the next file opened, a checkpoint say, takes what
-    goes to them."""
+    """Put /dev/null where stdin, stdout or stderr was closed: else the next file opened, a checkpoint say, gets their
+    text."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(number, True)
     os.close(number)
@@ -6647,10 +6576,7 @@ def open_streams():
 
 def report_errors(command, *args):
     """Run what a command line asks for -> its exit code, 0 for none. Every error a user can cause ends in one line on
-    stderr.
-
-    A console that is lost neither ends the command nor changes its exit code.
-    """
+    stderr. A console that is lost neither ends the command nor changes its exit code."""
     open_streams()
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # those that a tool's imports held back come now
@@ -6667,8 +6593,8 @@ def report_errors(command, *args):
 
 
 def main(argv=None, world=VJepaAutoV2):
-    """Command line -> exit code of a world. Signals are heard from here on; one that was obeyed is not heard again while the
-    process ends."""
+    """Command line -> exit code of a world. Signals are heard from here on; one that was obeyed is not heard again
+    while the process ends."""
     stop, code = StopFlag(), EXIT_ERROR
     try:
         code = report_errors(start, world, sys.argv[1:] if argv is None else list(argv), stop)

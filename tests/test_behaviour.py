@@ -59,9 +59,11 @@ def test_one_short_held_out_file_is_not_called_a_collapse(tmp_path, scene_folder
     one.write_bytes(sorted((scene_folder / "videos").glob("*.mp4"))[0].read_bytes())
     cfg = small_config()
     source = V.open_data(V.VJepaAutoV2, cfg, [V.VideoFile("one.mp4", str(one))], True, None)
-    values, bad = V.validate(new_phase(new_model(cfg), source=source).run)
+    run = new_phase(new_model(cfg), source=source).run
+    run.log = V.RunLog(cfg, False)
+    values = V.validate(run)
     assert (
-        bad == []
+        run.log.bad == {}
         and not source.held_out
         and math.isnan(values["val_target_std_clips"])
         and values["val_target_std"] > 0.2

@@ -7,10 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, V, small_config
+from conftest import ROOT, V, small_config
 from training import cpu_process, new_model, new_phase
 
 STILL = ("online", "predictor", "outcome", "target", "read_out")  # what the flow phase must not touch
@@ -85,43 +86,85 @@ def test_a_finished_phase_is_not_repeated_and_an_extended_run_repeats_it(whole, 
     assert "flow phase" in capsys.readouterr().out and not equal(first["flow"], checkpoint(tmp_path / "run")["flow"])
 
 
-@pytest.mark.parametrize(
-    "part, at, left",
-    [
-        ("cache_latents", 0, ["ckpt_3.pt"]),
-        ("SoonFit.batch", 3, ["ckpt_3.pt", "ckpt_6.pt"]),
-        ("flow_coordinates", 0, ["ckpt_3.pt", "ckpt_8.pt"]),
-        ("FlowFit.batch", 2, ["ckpt_10.pt", "ckpt_3.pt", "ckpt_8.pt"]),
-    ],
-)
-def test_a_stop_in_the_phase_costs_nothing(whole, tmp_path, monkeypatch, part, at, left):
-    """Stopped while latents are made, or in any step of both fits: exit code 75, what was done is saved, and the same
-    command gives the bits of an unstopped run. Seen red with the optimizer of the phase left out of the checkpoint."""
-    owner, name = (V, part) if "." not in part else (getattr(V, part.split(".")[0]), part.split(".")[1])
-    cfg, plain, calls = phase_config(tmp_path / "cut"), getattr(owner, name), []
+def stopped_run(cfg, owner, name, call):
+    """Run a config and send this process a signal when a function of the script is called for the `call`th time."""
+    plain, calls = getattr(owner, name), []
 
-    def stopped(*args):
-        calls.append(args)
-        if len(calls) == at + (not at):
+    def signalled(*args):
+        calls.append(name)
+        if len(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(*args)
 
-    monkeypatch.setattr(owner, name, stopped)
-    assert V.train(cfg) == V.EXIT_STOPPED
-    assert sorted(path.name for path in (tmp_path / "cut" / "checkpoints").glob("*.pt")) == left
-    monkeypatch.setattr(owner, name, plain)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        assert V.train(cfg) == V.EXIT_STOPPED
+    return sorted(path.name for path in Path(cfg.out_dir).glob("checkpoints/*.pt"))
+
+
+@pytest.mark.parametrize(
+    "owner, name, call, left",
+    [
+        (V, "cache_latents", 1, ["ckpt_3.pt"]),
+        (V.SoonFit, "batch", 3, ["ckpt_3.pt", "ckpt_6.pt"]),
+        (V.SoonFit, "batch", 5, ["ckpt_3.pt", "ckpt_8.pt"]),
+        (V, "flow_coordinates", 1, ["ckpt_3.pt", "ckpt_8.pt"]),
+        (V.FlowFit, "batch", 2, ["ckpt_10.pt", "ckpt_3.pt", "ckpt_8.pt"]),
+        (V.FlowFit, "batch", 6, ["ckpt_14.pt", "ckpt_3.pt", "ckpt_8.pt"]),
+    ],
+)
+def test_a_stop_in_the_phase_costs_nothing(whole, tmp_path, owner, name, call, left):
+    """Stopped while latents are made, or in any step of both fits, their last included: exit code 75, what was done is
+    saved, and the same command gives the bits and the log of an unstopped run. Seen red with the optimizer of the phase
+    left out of the checkpoint, and without the evaluation of a fit whose last step was stopped."""
+    cfg = phase_config(tmp_path / "cut")
+    assert stopped_run(cfg, owner, name, call) == left
     assert V.train(cfg) == V.EXIT_OK
     one, two = checkpoint(whole), checkpoint(tmp_path / "cut")
     assert all(equal(one[name], two[name]) for name in (*STILL, "soon_predictor", "flow", "flow_ema", "flow_stats"))
     assert phase_facts(whole) == phase_facts(tmp_path / "cut")
 
 
+def test_other_fits_than_before_come_anew(whole, tmp_path, capsys):
+    """More steps of the flow: what SOON learned stays. Fewer of SOON after a stop inside its fit: both fits begin anew,
+    with the bits of a run that was never stopped. Seen red: SOON's optimizer went into the flow net's fit."""
+    more = phase_config(shutil.copytree(whole, tmp_path / "more"), flow_fit_steps=8)
+    assert V.train(more) == V.EXIT_OK
+    assert "at step 8; its steps after that come anew" in capsys.readouterr().out
+    one, two = checkpoint(whole), checkpoint(tmp_path / "more")
+    assert equal(one["soon_predictor"], two["soon_predictor"]) and not equal(one["flow"], two["flow"])
+    assert (two["step"], two["after"]) == (3, 13)
+
+    cut, fewer = phase_config(tmp_path / "cut"), dict(soon_fit_steps=2, flow_fit_steps=2)
+    assert stopped_run(cut, V.SoonFit, "batch", 3) == ["ckpt_3.pt", "ckpt_6.pt"]
+    assert V.train(V.replace(cut, **fewer)) == V.EXIT_OK
+    assert V.train(phase_config(tmp_path / "straight", **fewer)) == V.EXIT_OK
+    one, two = checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "cut")
+    assert all(equal(one[name], two[name]) for name in (*STILL, "soon_predictor", "flow", "flow_ema", "flow_stats"))
+
+
+def test_a_run_extended_after_a_stop_in_a_fit_goes_on_from_its_own_steps(tmp_path, capsys):
+    """Stopped in step 6, the third of a fit after three of training, then extended and stopped in step 5: the same
+    command goes on from there. Seen red: ckpt_6.pt still counted as the newest, and training was at step 3 again."""
+    cfg = phase_config(tmp_path / "run")
+    assert stopped_run(cfg, V.SoonFit, "batch", 3) == ["ckpt_3.pt", "ckpt_6.pt"]
+    longer = V.replace(cfg, steps=7)
+    assert stopped_run(longer, V, "take_step", 2) == ["ckpt_3.pt", "ckpt_5.pt"]
+    capsys.readouterr()
+    assert V.train(longer) == V.EXIT_OK
+    assert "ckpt_5.pt at step 5\n" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(tmp_path / "run") if "loss_total" in row] == list(range(1, 19))
+
+
+def metrics(out_dir):
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
 def phase_facts(out_dir):
     """What metrics.jsonl tells of the steps after training: phase, step, losses."""
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    facts = [
-        (row["phase"], row["step"], row.get("loss_total"), row.get("val_loss_flow")) for row in rows if "phase" in row
-    ]
+    names = ("phase", "step", "loss_total", "val_loss_soon", "val_loss_flow")
+    facts = [tuple(row.get(name) for name in names) for row in metrics(out_dir) if "phase" in row]
     assert [fact[1] for fact in facts if fact[2] is not None] == list(range(4, 15))
     return facts
 
@@ -230,7 +273,8 @@ def test_fewer_clips_than_directions(tmp_path):
 
 @pytest.mark.slow
 def test_ranks_share_one_flow(tmp_path):
-    """Two ranks fit one net on their shares of the clips, over pooled tokens, and the run ends with one checkpoint."""
+    """Two ranks fit one net on their shares of the clips, over pooled tokens, and the run ends with one checkpoint: the
+    same, to the bit, when a rank was told to stop in the last step of SOON, and again in the midst of the flow."""
     flags = dict(
         image_size=32,
         patch=8,
@@ -257,32 +301,31 @@ def test_ranks_share_one_flow(tmp_path):
         steps=2,
         scenes="render",
         flow_fit_clips=32,
-        flow_fit_steps=4,
+        flow_fit_steps=5,
         flow_fit_batch=4,
         soon_fit_steps=3,
         soon_fit_batch=4,
         device="cpu",
         val_clips=4,
         log_every=1,
-        out_dir=str(tmp_path / "run"),
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(SCRIPT),
-        "--no-picture",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "tests" / "faulty_run.py"), "--no-picture"]
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "flow phase: latents of 32 clips" in done.stdout
-    state = V.load_checkpoint(tmp_path / "run" / "checkpoints" / "ckpt_final.pt")
-    assert state["after"] == 7 and state["flow"]["out.weight"].any()
+    states = []
+    for name, faults in (("whole", [[]]), ("cut", [[["SIGTERM", 1, 2, 0]], [["SIGTERM", 1, 3, 0]], []])):
+        out_dir = tmp_path / name
+        for fault in faults:
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "FAULTS": json.dumps(fault)}
+            run = dict(capture_output=True, text=True, cwd=ROOT, env=env, timeout=240)
+            done = subprocess.run([*command, "--out_dir", str(out_dir)], **run)
+            assert (done.returncode == 0) == (not fault), done.stderr[-3000:]
+            assert "flow phase: latents of 32 clips" in done.stdout
+        states.append(V.load_checkpoint(out_dir / "checkpoints" / "ckpt_final.pt"))
+        assert (states[-1]["step"], states[-1]["after"]) == (2, 8) and states[-1]["flow"]["out.weight"].any()
+        assert [row["step"] for row in metrics(out_dir) if "loss_total" in row] == list(range(1, 11))
+    whole, cut = states
+    assert all(equal(whole[name], cut[name]) for name in (*STILL, "soon_predictor", "flow", "flow_ema", "flow_stats"))
 
 
 def test_latents_kept_in_bf16_serve_a_net_in_fp32(tmp_path, monkeypatch):

@@ -395,6 +395,23 @@ def test_a_killed_run_repeats_from_its_checkpoint_and_no_step_twice(straight, sc
     assert not list((tmp_path / "checkpoints").glob(".*.tmp"))  # the torn temporary file is swept
 
 
+def test_a_run_killed_in_an_evaluation_loses_no_step(straight, scene_folder, tmp_path):
+    """Died in the evaluation after step 3: the checkpoint of that step was there, and the run goes on with what was
+    due, to the same end. Seen red with the checkpoint written after the evaluation."""
+
+    def dying(*args):
+        raise KeyboardInterrupt
+
+    cfg = config(scene_folder, tmp_path, ckpt_every=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(V, "validate", dying)
+        with pytest.raises(KeyboardInterrupt):
+            V.train(cfg)
+    assert [step for step, _ in V.checkpoint_files(tmp_path)] == [3]
+    assert V.train(cfg) == 0
+    assert facts(tmp_path) == facts(straight) and same(checkpoint(tmp_path)["online"], checkpoint(straight)["online"])
+
+
 def forget_rng(monkeypatch):
     monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
 
