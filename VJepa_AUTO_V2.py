@@ -125,14 +125,19 @@ def mix_shares(scene_mix):
     """A value of scene_mix -> share of every kind in SCENE_KINDS, summing to 1. ValueError when it cannot be read."""
     shares = dict.fromkeys(SCENE_KINDS, 0.0)
     for part in SCENE_MIXES.get(scene_mix, scene_mix).split(","):
-        kind, _, weight = part.partition("=")
-        if kind.strip() not in shares:
-            raise ValueError(f"{kind.strip()!r} is not one of {', '.join((*SCENE_MIXES, *SCENE_KINDS))}")
-        shares[kind.strip()] = float(weight)
+        kind, _, weight = part.strip().partition("=")
+        if (kind := kind.strip()) not in shares:
+            raise ValueError(f"{kind!r} is not one of {', '.join((*SCENE_MIXES, *SCENE_KINDS))}")
+        shares[kind] = float(weight)
     total = sum(shares.values())
     if not (0 < total < math.inf) or min(shares.values()) < 0:
         raise ValueError("shares must be zero or above, one of them above")
     return [share / total for share in shares.values()]
+
+
+def broken(*rules):
+    """Rows (whether a rule is broken, the field to name, the rule) -> [(field, rule)] of those that are."""
+    return [(name, rule) for is_broken, name, rule in rules if is_broken]
 
 
 # fmt: off
@@ -142,14 +147,14 @@ def mix_shares(scene_mix):
 class RunConfig:
     """What every world needs. Edit a default to change it for every run; pass `--field value` to change one run.
 
-    A world derives its own dataclass, with what it adds to these tables: PRESETS (name -> {field: value}), RANGES (field ->
-    (smallest, largest), None leaves a side open), CHOICES, MUST_MATCH (what decides what weights mean or which samples come
-    next: a checkpoint with other values is not resumed) and `rules`.
+    A world derives its own dataclass, with what it adds to these tables: PRESETS (name -> {field: value}), RANGES
+    (field -> (smallest, largest), None leaves a side open), CHOICES, MUST_MATCH (what decides what weights mean or
+    which samples come next: a checkpoint with other values is not resumed) and `rules`.
     """
 
     # -- run
     preset: str = "base"  # a named set of overrides (base = these defaults)
-    data_root: str = ""  # folder of videos, one video, or a list file (csv, txt, jsonl); empty = built-in driving scenes
+    data_root: str = ""  # folder of videos, one video, or a list (csv, txt, jsonl); empty = built-in driving scenes
     video_glob: str = "*"  # *.mp4: by name; sub/*.mp4: by path below data_root; **/: any folders or none
     out_dir: str = "runs/vjepa_auto_v2"  # everything the run writes
     resume: str = "auto"  # auto (newest checkpoint in out_dir) | never | a checkpoint file
@@ -185,18 +190,19 @@ class RunConfig:
     RANGES = {
         "steps": (1, 10**9), "seed": (0, 2**31 - 1), "val_fraction": (0, 0.9), "max_bad_fraction": (0, 0.99),
         "decode_timeout_s": (0.1, 10**6), "num_workers": (0, 512), "batch_size": (1, 65536), "grad_accum": (1, 65536),
-        "lr": (0, None), "min_lr": (0, None), "weight_decay": (0, None), "warmup_steps": (0, 10**9), "grad_clip": (0, None),
-        "max_skipped_steps": (1, 10**9), "log_every": (1, 10**9), "ckpt_every": (1, 10**9), "keep_last": (1, 10**9),
-        "val_every": (0, 10**9), "val_clips": (2, 10**7), "dist_timeout_s": (1, 10**6),
+        "lr": (0, None), "min_lr": (0, None), "weight_decay": (0, None), "grad_clip": (0, None),
+        "warmup_steps": (0, 10**9), "max_skipped_steps": (1, 10**9), "log_every": (1, 10**9), "ckpt_every": (1, 10**9),
+        "keep_last": (1, 10**9), "val_every": (0, 10**9), "val_clips": (2, 10**7), "dist_timeout_s": (1, 10**6),
     }
     CHOICES = {"device": ("auto", "cuda", "mps", "cpu")}
     MUST_MATCH = ("seed",)
 
     def __init_subclass__(cls):
         """TypeError where a field of a derived dataclass would hide a property or a method above it."""
+        base = cls.__base__
         for name in inspect.get_annotations(cls):
-            if callable(hidden := getattr(cls.__base__, name, None)) or isinstance(hidden, property):
-                raise TypeError(f"{cls.__name__}: a field must not be called {name}, which {cls.__base__.__name__} computes")
+            if callable(hidden := getattr(base, name, None)) or isinstance(hidden, property):
+                raise TypeError(f"{cls.__name__}: a field must not be called {name}, which {base.__name__} computes")
 
     def __post_init__(self):
         """A ~ at the front of a path is the home folder, wherever the config comes from."""
@@ -205,18 +211,18 @@ class RunConfig:
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
 
     def rules(self):
-        """What ranges and choices cannot say -> list of (field, rule it breaks). Every value is in its own range by then."""
-        wanted = (("out_dir", "must name a folder"), ("resume", "must be auto, never or a checkpoint file"))
-        problems = [(name, rule) for name, rule in wanted if not getattr(self, name).strip()]
-        unknown = sorted({t for t in self.track.split(",") if t} - {"tensorboard", "wandb"})
-        if unknown:
-            problems.append(("track", f"{', '.join(unknown)} is not one of tensorboard, wandb"))
-        return problems
+        """What ranges and choices cannot say -> list of (field, rule it breaks). Values are in their ranges by then."""
+        unknown = ", ".join(sorted(set(filter(None, self.track.split(","))) - {"tensorboard", "wandb"}))
+        return broken(
+            (not self.out_dir.strip(), "out_dir", "must name a folder"),
+            (not self.resume.strip(), "resume", "must be auto, never or a checkpoint file"),
+            (unknown, "track", f"{unknown} is not one of tensorboard, wandb"),
+        )
 
     def in_order(self, *pairs):
         """The rule broken by pairs of fields of which the first exceeds the second, as in `rules`."""
-        over = [(low, high) for low, high in pairs if getattr(self, low) > getattr(self, high)]
-        return [(low, f"must not exceed {high} = {getattr(self, high)}") for low, high in over]
+        values = [(low, getattr(self, low), high, getattr(self, high)) for low, high in pairs]
+        return broken(*((a > b, low, f"must not exceed {high} = {b}") for low, a, high, b in values))
 
     @property
     def warmup(self) -> int:
@@ -268,17 +274,20 @@ class ClipConfig(RunConfig):
         return self.image_size if isinstance(self.image_size, int) else self.image_size[1]
 
     def rules(self):
-        problems = super().rules()
-        if not 1 <= min(self.height, self.width) <= max(self.height, self.width) <= 8192:
-            problems.append(("image_size", "must lie in 1 to 8192"))
-        if self.num_frames < self.now_frames + self.soon_frames:
-            least = self.now_frames + self.soon_frames
-            problems.append(("num_frames", f"must be at least now + soon frames = {least}"))
+        problem, least, sides = "", self.now_frames + self.soon_frames, (self.height, self.width)
         try:
             mix_shares(self.scene_mix)
         except ValueError as error:
-            problems.append(("scene_mix", str(error)))
-        return problems + self.in_order(("crop_scale_min", "crop_scale_max"), ("crop_ratio_min", "crop_ratio_max"))
+            problem = str(error)
+        return [
+            *super().rules(),
+            *broken(
+                (not 1 <= min(sides) <= max(sides) <= 8192, "image_size", "must lie in 1 to 8192"),
+                (self.num_frames < least, "num_frames", f"must be at least now + soon frames = {least}"),
+                (problem, "scene_mix", problem),
+            ),
+            *self.in_order(("crop_scale_min", "crop_scale_max"), ("crop_ratio_min", "crop_ratio_max")),
+        ]
 
 
 @dataclass
@@ -337,7 +346,7 @@ class VJepaAutoV2Config(ClipConfig):
     flow_context_grad: float = 0.0  # share of the flow gradient that reaches the encoder
     flow_lr: float = 5e-4  # learning rate of the flow net, same schedule
     flow_ema: float = 0.999  # highest momentum of the flow net's own EMA
-    flow_fit_clips: int = 0  # clips whose frozen latents the flow net is fitted on after the last step; 0 = it learns along
+    flow_fit_clips: int = 0  # clips whose frozen latents the flow net is fitted on after training; 0 = it learns along
     flow_fit_steps: int = 2000  # optimizer steps of that flow phase
     flow_fit_batch: int = 128  # clips per step of the flow phase and process, flow_draws draws each
     flow_fit_lr: float = 1e-3  # peak learning rate of the flow phase, SOON included
@@ -346,51 +355,53 @@ class VJepaAutoV2Config(ClipConfig):
     # -- end of a run
     picture: bool = True  # write futures.png at the end
 
+    MINUTES = dict(  # what tiny and proof share
+        image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=96,
+        enc_depth=4, pred_dim=96, pred_depth=3, num_heads=2, batch_size=8, lr=1.5e-3, warmup_steps=50,
+        ema_momentum=0.992, ema_momentum_end=0.998, lambda_soon=2.0, flow_depth=3, flow_chunks=2, num_workers=2,
+        outcome_queue=256, crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
+    )
     PRESETS = {
         "tiny": dict(
-            image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=96, enc_depth=4,
-            pred_dim=96, pred_depth=3, num_heads=2, batch_size=8, steps=500, lr=1.5e-3, warmup_steps=50, ema_momentum=0.992,
-            ema_momentum_end=0.998, lambda_soon=2.0, flow_dim=256, flow_depth=3, flow_heads=4, flow_chunks=2, flow_draws=16,
-            flow_lr=2e-3, num_workers=2, log_every=25, ckpt_every=125, val_every=125, outcome_queue=256, scene_clips=768,
-            scene_size=96, crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
+            MINUTES, steps=500, flow_dim=256, flow_heads=4, flow_draws=16, flow_lr=2e-3, scene_clips=768, scene_size=96,
+            log_every=25, ckpt_every=125, val_every=125,
         ),
         "small": dict(
-            image_size=128, num_frames=36, now_frames=4, soon_frames=16, eventually_frames=16, enc_dim=384, enc_depth=12,
-            pred_dim=192, pred_depth=6, num_heads=6, batch_size=32, lr=3e-4, ema_momentum=0.998, ema_momentum_end=0.9998,
-            flow_dim=384, flow_heads=6, amp=True,
+            image_size=128, num_frames=36, now_frames=4, soon_frames=16, eventually_frames=16, enc_dim=384,
+            enc_depth=12, pred_dim=192, pred_depth=6, num_heads=6, batch_size=32, lr=3e-4, ema_momentum=0.998,
+            ema_momentum_end=0.9998, flow_dim=384, flow_heads=6, amp=True,
         ),
         "proof": dict(
-            image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=96, enc_depth=4,
-            pred_dim=96, pred_depth=3, num_heads=2, batch_size=8, steps=5000, lr=1.5e-3, warmup_steps=50, ema_momentum=0.992,
-            ema_momentum_end=0.998, lambda_soon=2.0, scenes="render", flow_dim=512, flow_depth=3, flow_heads=8,
-            flow_rank=1024, flow_chunks=2, flow_draws=4, flow_shift=3.0, flow_fit_clips=100000, flow_fit_steps=4000,
-            soon_fit_steps=3000, num_workers=2, log_every=50, ckpt_every=500, val_every=500, outcome_queue=256,
-            crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
+            MINUTES, steps=5000, scenes="render", flow_dim=512, flow_heads=8, flow_rank=1024, flow_draws=4,
+            flow_shift=3.0, flow_fit_clips=100000, flow_fit_steps=4000, soon_fit_steps=3000, log_every=50,
+            ckpt_every=500, val_every=500,
         ),
         "large": dict(
-            enc_dim=1024, enc_depth=24, num_heads=16, flow_dim=1024, flow_heads=16, batch_size=4, grad_checkpoint=True, amp=True,
+            enc_dim=1024, enc_depth=24, num_heads=16, flow_dim=1024, flow_heads=16, batch_size=4, grad_checkpoint=True,
+            amp=True,
         ),
     }
     RANGES = {
-        "num_frames": (3, 100000), "eventually_frames": (1, 100000),
-        "tubelet_t": (1, 100000), "patch": (1, 8192), "enc_dim": (6, 65536), "enc_depth": (1, 1000), "pred_dim": (6, 65536),
-        "pred_depth": (1, 1000), "num_heads": (1, 65536), "mlp_ratio": (0.1, 64), "dropout": (0, 0.9),
-        "ema_momentum": (0, 1), "ema_momentum_end": (0, 1), "short_num_blocks": (1, 1000), "short_scale": (0.001, 1),
+        "num_frames": (3, 100000), "eventually_frames": (1, 100000), "tubelet_t": (1, 100000), "patch": (1, 8192),
+        "enc_dim": (6, 65536), "enc_depth": (1, 1000), "pred_dim": (6, 65536), "pred_depth": (1, 1000),
+        "num_heads": (1, 65536), "mlp_ratio": (0.1, 64), "dropout": (0, 0.9), "ema_momentum": (0, 1),
+        "ema_momentum_end": (0, 1), "short_num_blocks": (1, 1000), "short_scale": (0.001, 1),
         "long_num_blocks": (1, 1000), "long_scale": (0.001, 1), "aspect_min": (0.05, 20), "aspect_max": (0.05, 20),
         "short_visible": (0, 0.99), "long_visible": (0, 0.99), "mask_draws": (1, 64), "lambda_vjepa": (0, 10**6),
-        "lambda_soon": (0, 10**6), "lambda_eventually": (0, 10**6), "lambda_flow": (0, 10**6), "lambda_supcon": (0, 10**6),
-        "supcon_temperature": (1e-4, None), "outcome_queries": (1, 65536), "outcome_temperature": (1e-4, None),
-        "outcome_queue": (0, 10**7), "flow_dim": (2, 65536), "flow_depth": (1, 1000), "flow_heads": (1, 65536),
-        "flow_rank": (1, 4096), "flow_chunks": (1, 100000), "flow_joint_max": (0, 2**62), "flow_pool": (1, 8192),
-        "flow_draws": (1, 4096), "flow_shift": (0, 1000), "flow_steps": (1, 10000), "flow_context_grad": (0, 1),
-        "flow_lr": (0, None), "flow_ema": (0, 1), "flow_fit_clips": (0, 10**9), "flow_fit_steps": (1, 10**9),
-        "flow_fit_batch": (1, 65536), "flow_fit_lr": (0, None), "soon_fit_steps": (0, 10**9), "soon_fit_batch": (1, 65536),
+        "lambda_soon": (0, 10**6), "lambda_eventually": (0, 10**6), "lambda_flow": (0, 10**6),
+        "lambda_supcon": (0, 10**6), "supcon_temperature": (1e-4, None), "outcome_queries": (1, 65536),
+        "outcome_temperature": (1e-4, None), "outcome_queue": (0, 10**7), "flow_dim": (2, 65536),
+        "flow_depth": (1, 1000), "flow_heads": (1, 65536), "flow_rank": (1, 4096), "flow_chunks": (1, 100000),
+        "flow_joint_max": (0, 2**62), "flow_pool": (1, 8192), "flow_draws": (1, 4096), "flow_shift": (0, 1000),
+        "flow_steps": (1, 10000), "flow_context_grad": (0, 1), "flow_lr": (0, None), "flow_ema": (0, 1),
+        "flow_fit_clips": (0, 10**9), "flow_fit_steps": (1, 10**9), "flow_fit_batch": (1, 65536),
+        "flow_fit_lr": (0, None), "soon_fit_steps": (0, 10**9), "soon_fit_batch": (1, 65536),
     }
     CHOICES = {"pos_embed": ("sincos", "rope"), "outcome_target": ("mean", "delta"), "flow_rest": ("mean", "gaussian")}
     MUST_MATCH = (
-        "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim",
-        "pred_depth", "num_heads", "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target", "flow_dim",
-        "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool",
+        "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim", "pred_depth", "num_heads",
+        "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target", "flow_dim", "flow_depth",
+        "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool",
     )
 
     @property
@@ -428,8 +439,7 @@ class VJepaAutoV2Config(ClipConfig):
     @property
     def flow_tokens(self) -> int:
         """N, the number of noised flow tokens."""
-        pooled = self.soon_frames // self.tubelet_t * self.flow_pool**2 + self.flow_chunks
-        return 1 if self.flow_joint else pooled
+        return 1 if self.flow_joint else self.soon_frames // self.tubelet_t * self.flow_pool**2 + self.flow_chunks
 
     @property
     def tau_shift(self) -> float:
@@ -438,43 +448,37 @@ class VJepaAutoV2Config(ClipConfig):
         return self.flow_shift or (1.0 if dims <= 1000 else min(12.0, math.sqrt(dims / 1000)))
 
     def rules(self):
-        problems = super().rules()
-        parts = self.now_frames + self.soon_frames + self.eventually_frames
-        if self.num_frames != parts:
-            problems.append(("num_frames", f"must equal now + soon + eventually frames = {parts}"))
+        total = self.now_frames + self.soon_frames + self.eventually_frames
+        losses = self.lambda_vjepa + self.lambda_soon + self.lambda_eventually + self.lambda_supcon
+        rows = [(self.num_frames != total, "num_frames", f"must equal now + soon + eventually frames = {total}")]
         for name in ("now_frames", "soon_frames", "eventually_frames"):
-            if getattr(self, name) % self.tubelet_t:
-                problems.append((name, f"must be divisible by tubelet_t = {self.tubelet_t}"))
+            rows += [(getattr(self, name) % self.tubelet_t, name, f"must be divisible by tubelet_t = {self.tubelet_t}")]
         for side in dict.fromkeys((self.height, self.width)):
-            if side % self.patch:
-                problems.append(("image_size", f"{side} must be divisible by patch = {self.patch}"))
+            rows += [(side % self.patch, "image_size", f"{side} must be divisible by patch = {self.patch}")]
         for name, heads in (("enc_dim", "num_heads"), ("pred_dim", "num_heads"), ("flow_dim", "flow_heads")):
             width, count = getattr(self, name), getattr(self, heads)
-            if width % count:
-                problems.append((name, f"must be divisible by {heads} = {count}"))
-            elif name != "flow_dim" and self.pos_embed == "rope" and (width // count < 6 or width // count % 2):
-                rule = f"rope needs an even number of channels per head, at least 6, not {width // count}"
-                problems.append((name, rule))
-            if width % 2:
-                problems.append((name, "must be even, the position code pairs sine and cosine"))
-        problems += self.in_order(("aspect_min", "aspect_max"))
-        if not problems and self.sites < 2:
-            problems.append(("image_size", f"needs at least 2 patches of {self.patch} to mask one"))
-        if not problems and self.flow_chunks > self.eventually_tubelets:
-            rule = f"only {self.eventually_tubelets} EVENTUALLY tubelets to chunk"
-            problems.append(("flow_chunks", rule))
-        if not self.flow_joint and not problems and self.flow_pool > min(self.grid[1:]):
-            problems.append(("flow_pool", f"exceeds the {self.grid[1]} x {self.grid[2]} token grid"))
+            odd = self.pos_embed == "rope" and name != "flow_dim" and (width // count < 6 or width // count % 2)
+            even_heads = f"rope needs an even number of channels per head, at least 6, not {width // count}"
+            rows += [
+                (width % count, name, f"must be divisible by {heads} = {count}"),
+                (odd and not width % count, name, even_heads),
+                (width % 2, name, "must be even, the position code pairs sine and cosine"),
+            ]
+        no_fit = self.soon_fit_steps and not self.flow_fit_clips
+        rows += [
+            (no_fit, "soon_fit_steps", "the flow phase fits SOON, and flow_fit_clips = 0 leaves it out"),
+            (losses <= 0, "lambda_vjepa", "at least one of vjepa, soon, eventually, supcon must train the encoder"),
+        ]
+        problems = [*super().rules(), *broken(*rows), *self.in_order(("aspect_min", "aspect_max"))]
+        tubelets, (_, high, wide) = self.eventually_tubelets, self.grid
         span = (self.soon_tokens + self.flow_chunks) * self.enc_dim if self.flow_joint else self.enc_dim
-        if not problems and self.flow_rank > span:
-            problems.append(("flow_rank", f"exceeds the {span} numbers that a direction spans"))
-        if self.soon_fit_steps and not self.flow_fit_clips:
-            rule = "the flow phase fits SOON, and flow_fit_clips = 0 leaves it out"
-            problems.append(("soon_fit_steps", rule))
-        if self.lambda_vjepa + self.lambda_soon + self.lambda_eventually + self.lambda_supcon <= 0:
-            rule = "at least one of vjepa, soon, eventually, supcon must train the encoder"
-            problems.append(("lambda_vjepa", rule))
-        return problems
+        pool = not self.flow_joint and self.flow_pool > min(high, wide)
+        return problems or broken(  # what needs a grid, and whole tubelets
+            (self.sites < 2, "image_size", f"needs at least 2 patches of {self.patch} to mask one"),
+            (self.flow_chunks > tubelets, "flow_chunks", f"only {tubelets} EVENTUALLY tubelets to chunk"),
+            (pool, "flow_pool", f"exceeds the {high} x {wide} token grid"),
+            (self.flow_rank > span, "flow_rank", f"exceeds the {span} numbers that a direction spans"),
+        )
 
 
 # fmt: on
@@ -492,13 +496,13 @@ def preset_config(preset, **overrides):
 
 MAX_LINE = 4000  # characters of a message or of a line of the log
 SILENCE_S = 18.0  # after so long without a word a run says what it is at: nobody waits 20 s for a sign of life
-# Control characters, line separators, changes of the writing direction, which show another name than the one that is there,
-# and the surrogates that stand for bytes of a file name that is not UTF-8.
+# Control characters, line separators, changes of the writing direction, which show another name than is there, and the
+# surrogates that stand for bytes of a file name that is not UTF-8.
 UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
 def one_line(text, limit=300):
-    """Any text -> one printable line: what would break a message, a log or a terminal stands as \\x1b, a long rest as ..."""
+    """Any text -> one printable line: what would break a log or a terminal stands as \\x1b, a long rest as ..."""
     text = re.sub(UNPRINTABLE, lambda match: repr(match[0])[1:-1], str(text)[: limit + 1])
     return text if len(text) <= limit else text[:limit] + "..."
 
@@ -514,11 +518,8 @@ def reason_of(error):
 
 
 def emit(text, stream):
-    """Write text to a console stream -> "" or why it did not get out. It cannot fail: what the encoding lacks is
-    escaped.
-
-    A stream that broke is pointed at /dev/null: whoever flushes it later, Python at its end included, would fail again.
-    """
+    """Write text to a console stream -> "" or why it did not get out. What the encoding lacks is escaped; a stream that
+    broke is pointed at /dev/null, since whoever flushes it later, Python at its end included, would fail again."""
     if stream is None:  # closed before the program began
         return "closed"
     encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -535,8 +536,8 @@ def emit(text, stream):
 
 
 def say(text, stream=None):
-    """One line for the user on stdout, or on the stream given. All that is printed goes through here: what comes from
-    outside (names, errors, settings) can neither begin a line of its own nor reach the terminal as control codes."""
+    """One line for the user on stdout, or on the stream given, where all that is printed goes through: what comes from
+    outside can neither begin a line of its own nor reach the terminal as control codes."""
     return emit(one_line(text, MAX_LINE) + "\n", sys.stdout if stream is None else stream)
 
 
@@ -553,25 +554,20 @@ def progress_bar(share, text):
 
 def fits(kind, value):
     """Whether a value has a field's type: a whole number will do for float, a pair of them for image_size."""
-    if kind is float:
-        return isinstance(value, float) or fits(int, value)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    if kind in (str, bool):
-        return isinstance(value, kind)
+    if kind in (str, bool, float):
+        return isinstance(value, kind) or kind is float and fits(int, value)
     sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
     return all(fits(int, side) for side in sides)
 
 
 def shown(value):
-    """A value of any type for a message. Lists of anything but plain values are counted, not printed: they may be deep."""
-    if isinstance(value, int) and not fits(int, value) and not isinstance(value, bool):
+    """A value of any type for a message. Lists of anything but plain values, which may be deep, are only counted."""
+    if isinstance(value, int) and abs(value) >= 2**63:
         return f"too large a number ({value.bit_length()} bits)"
-    if (
-        isinstance(value, dict)
-        or isinstance(value, (list, tuple))
-        and not all(fits(float, part) or isinstance(part, str) for part in value)
-    ):
+    parts = value if isinstance(value, (list, tuple)) else ()
+    if isinstance(value, dict) or not all(isinstance(part, str) or fits(float, part) for part in parts):
         return f"a {type(value).__name__} of {len(value)}"
     return one_line(repr(value), 100)
 
@@ -602,7 +598,7 @@ def field_types(Config):
 
 
 def type_problems(cfg):
-    """Fields of another type than their own, and texts that no log line or path should hold -> list of messages."""
+    """Fields of another type than their own, and texts that no log line or path may hold -> list of messages."""
     problems = []
     for name, kind in field_types(type(cfg)).items():
         value, wanted = getattr(cfg, name), getattr(kind, "__name__", "a number or a pair of numbers")
@@ -614,15 +610,14 @@ def type_problems(cfg):
 
 
 def value_problems(cfg):
-    """Fields whose value lies outside its range or choices -> list of messages. Assumes that every value has its type."""
+    """Fields whose value lies outside its range or choices -> list of messages. Every value has its type by then."""
     problems = []
     for name, (low, high) in merged(type(cfg), "RANGES").items():
         value = getattr(cfg, name)
-        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
-            span = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
-            problems.append(refusal(cfg, name, f"must lie in {span}"))
-    choices = {"preset": merged(type(cfg), "PRESETS"), **merged(type(cfg), "CHOICES")}
-    for name, allowed in choices.items():
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        if not math.isfinite(value) or not low <= value <= high:
+            problems.append(refusal(cfg, name, f"must lie in {low} to {high}"))
+    for name, allowed in {"preset": merged(type(cfg), "PRESETS"), **merged(type(cfg), "CHOICES")}.items():
         if getattr(cfg, name) not in allowed:
             problems.append(refusal(cfg, name, f"must be one of {', '.join(allowed)}"))
     return problems
@@ -630,9 +625,8 @@ def value_problems(cfg):
 
 def validate_config(cfg):
     """Raise UsageError naming every field that breaks a rule, its value, the rule and the flag to change."""
-    broken = type_problems(cfg) or value_problems(cfg)
-    problems = broken or [refusal(cfg, name, rule) for name, rule in cfg.rules()]
-    if problems:
+    odd = type_problems(cfg) or value_problems(cfg)
+    if problems := odd or [refusal(cfg, name, rule) for name, rule in cfg.rules()]:
         raise UsageError("config: " + "; ".join(problems))
 
 
@@ -663,10 +657,10 @@ def field_help(Config):
 
 def parse_image_size(text):
     """'224' -> 224, '128,256' -> (128, 256). ValueError otherwise."""
-    parts = [int(part) for part in str(text).split(",")]
-    if len(parts) > 2:
+    height, *width = map(int, text.split(","))
+    if len(width) > 1:
         raise ValueError(text)
-    return parts[0] if len(parts) == 1 else tuple(parts)
+    return (height, *width) if width else height
 
 
 def coerce(kind, name, value, source):
@@ -685,17 +679,18 @@ def nearest(name, known):
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-class DuplicateKey(ValueError):
-    """A mapping names its key, the argument, a second time."""
+def twice(key, *lines):
+    """The error of a mapping that names a key in more than one line: the last one would silently win."""
+    return ValueError(f"key {shown(key)} stands twice, in lines {' and '.join(map(str, lines))}")
 
 
-def unique_pairs(pairs):
-    """The pairs of a JSON object -> dict. DuplicateKey where the last one would silently win."""
-    values = {}
-    for key, value in pairs:
-        if key in values:
-            raise DuplicateKey(key)
-        values[key] = value
+def unique_pairs(text, pairs):
+    """The pairs of an object in a JSON text -> dict. ValueError for a key that stands twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        places = re.finditer(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", text)
+        raise twice(key, *(text.count("\n", 0, place.start()) + 1 for place in places))
     return values
 
 
@@ -705,20 +700,12 @@ def refuse_constant(name):
 
 
 def parse_json(text, constant=refuse_constant):
-    """JSON text -> plain values. ValueError or RecursionError when it cannot be read. `constant` gets NaN and its
-    like."""
-    try:
-        return json.loads(text, object_pairs_hook=unique_pairs, parse_constant=constant)
-    except DuplicateKey as error:
-        (key,) = error.args
-        places = re.finditer(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:", text)
-        lines = " and ".join(str(text.count("\n", 0, place.start()) + 1) for place in places)
-        raise ValueError(f"key {shown(key)} stands twice, in lines {lines}") from error
+    """JSON text -> plain values. ValueError or RecursionError where it is none. `constant` gets NaN and its like."""
+    return json.loads(text, object_pairs_hook=partial(unique_pairs, text), parse_constant=constant)
 
 
 def read_text(path, most_bytes):
-    """A file that a user wrote -> its text, a byte-order mark left out. OSError, or ValueError where it is not
-    UTF-8."""
+    """A file that a user wrote -> its text, a byte-order mark left out. OSError; ValueError where it is not UTF-8."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a file")  # a pipe or a device may have no end
     with open(path, "rb") as file:
@@ -738,33 +725,32 @@ def read_mapping(path, most_bytes):
 
 
 def yaml_value(node, seen):
-    """A YAML node -> plain value. `seen` holds the ids of nodes met before: an alias, of which nine lines can make a billion values."""
-    kind, line = node.tag.removeprefix("tag:yaml.org,2002:"), node.start_mark.line + 1
+    """A YAML node -> plain value. `seen`: ids of nodes met before. Nine lines of aliases can make a billion values."""
+    kind, line, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.start_mark.line + 1, node.value
     if id(node) in seen:
         raise ValueError(f"line {line}: aliases are not allowed")
     seen.add(id(node))
     if (node.id, kind) == ("sequence", "seq"):
-        return [yaml_value(part, seen) for part in node.value]
+        return [yaml_value(part, seen) for part in text]
     if (node.id, kind) == ("mapping", "map"):
         values, lines = {}, {}
-        for key_node, value_node in node.value:
+        for key_node, value_node in text:
             key, line = yaml_value(key_node, seen), key_node.start_mark.line + 1
             if not isinstance(key, str):
                 raise ValueError(f"line {line}: key {shown(key)} is not a text")
             if key in values:
-                raise ValueError(f"key {shown(key)} stands twice, in lines {lines[key]} and {line}")
+                raise twice(key, lines[key], line)
             values[key], lines[key] = yaml_value(value_node, seen), line
         return values
-    if node.id != "scalar" or kind != "str" and not re.fullmatch(YAML_WORDS.get(kind, "(?!)"), node.value):
+    if node.id != "scalar" or kind != "str" and not re.fullmatch(YAML_WORDS.get(kind, "(?!)"), text):
         raise ValueError(f"line {line}: tag {node.tag} is not allowed here")
-    readers = {"null": None, "bool": node.value.lower() in ("true", "yes", "on"), "str": node.value}
-    if kind in readers:
-        return readers[kind]
-    return int(node.value) if kind == "int" else float(node.value.lower().replace(".i", "i").replace(".n", "n"))
+    if kind in ("int", "float"):
+        return int(text) if kind == "int" else float(re.sub(r"\.([in])", r"\1", text.lower()))
+    return {"null": None, "bool": text.lower() in ("true", "yes", "on"), "str": text}[kind]
 
 
 def parse_yaml(text):
-    """YAML text -> plain values; nothing in it can name a Python object. ValueError or RecursionError when it cannot be read."""
+    """YAML text -> plain values, never a Python object. ValueError or RecursionError where it cannot be read."""
     import yaml
 
     loader = type("ConfigLoader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": {}})
@@ -777,63 +763,62 @@ def parse_yaml(text):
     return None if node is None else yaml_value(node, set())
 
 
+def config_error(path, why):
+    """The UsageError of a config file."""
+    return UsageError(f"config {one_line(path)}: {why}")
+
+
 def parse_config(path):
     """One JSON or YAML file -> its mapping, keys unchecked. UsageError says in one line why it cannot be read."""
-    kind = "YAML" if path.suffix in (".yaml", ".yml") else "JSON"
-    if kind == "YAML" and importlib.util.find_spec("yaml") is None:
-        raise UsageError(f"config {one_line(path)}: YAML needs pyyaml (pip install pyyaml), or write the file as JSON")
+    is_yaml = path.suffix in (".yaml", ".yml")
+    if is_yaml and importlib.util.find_spec("yaml") is None:
+        raise config_error(path, "YAML needs pyyaml (pip install pyyaml), or write the file as JSON")
     try:
         text = read_text(path, MAX_CONFIG_BYTES)
+        data = parse_yaml(text) if is_yaml else parse_json(text, float)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"config {one_line(path)}: cannot be read ({one_line(error)})") from error
-    try:
-        data = parse_yaml(text) if kind == "YAML" else parse_json(text, float)
+        raise config_error(path, f"cannot be read ({one_line(error)})") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"config {one_line(path)}: not valid {kind} ({one_line(error)})") from error
-    data = (
-        data.get("config", data) if isinstance(data, dict) and "versions" in data else data
-    )  # a run's own config.json
+        raise config_error(path, f"not valid {'YAML' if is_yaml else 'JSON'} ({one_line(error)})") from error
+    if isinstance(data, dict) and "versions" in data:  # a run's own config.json
+        data = data.get("config", data)
     if not isinstance(data, dict):
-        raise UsageError(f"config {one_line(path)}: must hold a mapping of fields, not {type(data).__name__}")
+        raise config_error(path, f"must hold a mapping of fields, not {type(data).__name__}")
     return data
 
 
 def read_config_file(path, Config, seen=None):
-    """One config with all that it inherits -> {field: value}. `seen`: files met so far -> their values, None while they are read.
-
-    An inherited file lies in the folder of the first one or below it. Loops and unknown keys raise UsageError, like all else.
-    """
+    """One config with all that it inherits, from the folder of the first one or below -> {field: value}. `seen`: files
+    met so far -> their values, None while they are read. UsageError for loops and unknown keys, like all else."""
     seen = {} if seen is None else seen
-    path = Path(path if re.search(UNPRINTABLE, str(path)) else os.path.realpath(os.path.expanduser(path)))
+    if not re.search(UNPRINTABLE, str(path)):
+        path = Path(os.path.realpath(os.path.expanduser(path)))
     if re.search(UNPRINTABLE, str(path)):
-        raise UsageError(f"config {one_line(path)}: its name must hold no control characters, and only UTF-8")
+        raise config_error(path, "its name must hold no control characters, and only UTF-8")
     trail = [*(file for file, values in seen.items() if values is None), path]
     if path in trail[:-1]:
-        raise UsageError(f"config {one_line(path)}: inherits itself through {' -> '.join(file.name for file in trail)}")
-    if not path.is_relative_to(trail[0].parent):
-        raise UsageError(
-            f"config {one_line(trail[-2])}: inherits {one_line(path)}, which lies outside {one_line(trail[0].parent)}; move it there"
-        )
+        raise config_error(path, f"inherits itself through {' -> '.join(file.name for file in trail)}")
+    if not path.is_relative_to(home := trail[0].parent):
+        outside = f"inherits {one_line(path)}, which lies outside {one_line(home)}; move it there"
+        raise config_error(trail[-2], outside)
     if len(trail) > MAX_INHERITS + 1:
-        raise UsageError(f"config {one_line(path)}: more than {MAX_INHERITS} files inherit from each other")
+        raise config_error(path, f"more than {MAX_INHERITS} files inherit from each other")
     if path in seen:
         return seen[path]
     seen[path] = None
-    data = parse_config(path)
+    data, types, values = parse_config(path), field_types(Config), {}
     parents = data.pop("inherits", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise UsageError(f"config {one_line(path)}: inherits = {shown(parents)} must be a file name or a list of them")
-    merged = {}
+        raise config_error(path, f"inherits = {shown(parents)} must be a file name or a list of them")
     for parent in parents:
-        merged.update(read_config_file(path.parent / os.path.expanduser(parent), Config, seen))
-    types = field_types(Config)
+        values |= read_config_file(path.parent / os.path.expanduser(parent), Config, seen)
     for key, value in data.items():
         if key not in types:
-            raise UsageError(f"config {one_line(path)}: unknown key {shown(key)}{nearest(key, types)}")
-        merged[key] = coerce(types[key], key, value, f"config {one_line(path)}")
-    seen[path] = merged
-    return merged
+            raise config_error(path, f"unknown key {shown(key)}{nearest(key, types)}")
+        values[key] = coerce(types[key], key, value, f"config {one_line(path)}")
+    seen[path] = values
+    return values
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -845,23 +830,20 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def build_parser(world):
     """A flag for every config field of a world, with - or _ in its name, and no abbreviations."""
-    Config, program = world.Config, os.path.basename(inspect.getfile(world))
-    does = flat(world.__doc__ or "").split(": ")[0]
+    Config, does = world.Config, flat(world.__doc__ or "").split(": ")[0]
+    program = os.path.basename(inspect.getfile(world))
     parser = ArgumentParser(prog=program, allow_abbrev=False, description=does)
     files = "JSON or YAML file of fields; later files win"
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help=files)
     shown_only = "print the resolved config and leave"
     parser.add_argument("--print_config", "--print-config", action="store_true", help=shown_only)
-    comments, types = field_help(Config), field_types(Config)
-    for entry in fields(Config):
-        flags = list(dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"]))
+    comments = field_help(Config)
+    for entry, kind in zip(fields(Config), field_types(Config).values()):
+        flags = dict.fromkeys((f"--{entry.name}", f"--{entry.name.replace('_', '-')}"))
         words = comments.get(entry.name, "").replace("%", "%%") + f" [{entry.default}]"
-        options = dict(dest=entry.name, default=argparse.SUPPRESS, help=words)
-        if types[entry.name] is bool:
-            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
-        else:
-            kind = parse_image_size if types[entry.name] == int | tuple else types[entry.name]
-            parser.add_argument(*flags, type=kind, metavar=entry.name.upper(), **options)
+        kinds = dict(type=parse_image_size if kind == int | tuple else kind, metavar=entry.name.upper())
+        options = dict(action=argparse.BooleanOptionalAction) if kind is bool else kinds
+        parser.add_argument(*flags, dest=entry.name, default=argparse.SUPPRESS, help=words, **options)
     return parser
 
 
@@ -870,14 +852,12 @@ def resolve_config(argv, world):
     parser = build_parser(world)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        guess = nearest(unknown[0].split("=")[0], known)
+        guess = nearest(unknown[0].split("=")[0], parser._option_string_actions)
         raise UsageError(f"unknown argument {one_line(unknown[0])}{guess}; --help lists all flags")
-    flags = {name: value for name, value in vars(args).items() if name not in ("config", "print_config")}
-    from_files = {}
+    overrides = {}
     for path in args.config:
-        from_files.update(read_config_file(path, world.Config))
-    overrides = {**from_files, **flags}
+        overrides |= read_config_file(path, world.Config)
+    overrides |= {name: value for name, value in vars(args).items() if name not in ("config", "print_config")}
     preset, presets = overrides.get("preset", world.Config.preset), merged(world.Config, "PRESETS")
     if preset not in presets:
         raise UsageError(f"preset {shown(preset)}: must be one of {', '.join(presets)}{nearest(preset, presets)}")
@@ -5145,8 +5125,8 @@ class VJepaAutoV2(World):
 
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps and samples of all ranks in training, steps of the phases after it, seconds over
-    all restarts, steps skipped."""
+    """How far a run is: steps and samples of all ranks in training, steps of the phases after it, seconds over all
+    restarts, steps skipped."""
 
     step: int = 0
     after: int = 0
@@ -5169,28 +5149,34 @@ def size_and_time(path):
     return [info.st_size, info.st_mtime_ns]
 
 
-def written_record(path):
-    """What is on record of a checkpoint's name -> [[size, time, SHA-256], that of the one before], [] where the record
-    is absent or damaged: then nothing is proven, and nothing is deleted."""
-    known = read_mapping(path.parent / WRITTEN, 2**22).get(path.name, [])
-    good = isinstance(known, list) and all(isinstance(entry, list) and len(entry) == 3 for entry in known)
-    return known if good else []
+def written_record(folder):
+    """What is on record in a folder of checkpoints -> {name: [[size, time, SHA-256], that of the one before]}. Where it
+    is absent or damaged nothing is proven, and nothing is deleted."""
+    return {
+        name: known
+        for name, known in read_mapping(folder / WRITTEN, 2**22).items()
+        if os.path.lexists(folder / name)
+        and isinstance(known, list)
+        and all(isinstance(entry, list) and len(entry) == 3 for entry in known)
+    }
+
+
+def recorded_hashes(path):
+    """SHA-256 on record for a checkpoint that is the very file a run wrote -> list, empty for anything else."""
+    known = written_record(path.parent).get(path.name, []) if path.is_file() else []
+    return [sha256 for *written, sha256 in known if written == size_and_time(path)]
 
 
 def is_written(path):
     """Whether a run wrote this checkpoint, by its record: no other file is ever overwritten or deleted."""
-    return path.is_file() and size_and_time(path) in [entry[:2] for entry in written_record(path)]
+    return bool(recorded_hashes(path))
 
 
 def note_written(path, source, sha256):
-    """Put on record that a run wrote the file `source`, which is about to get the name `path`; the one that still has
-    that name stays on record."""
-    record = {
-        name: known
-        for name, known in read_mapping(path.parent / WRITTEN, 2**22).items()
-        if os.path.lexists(path.parent / name)
-    }
-    record[path.name] = [[*size_and_time(source), sha256], *written_record(path)[:1]]
+    """Put on record that a run wrote the file `source`, about to be named `path`; what still has that name stays on
+    record."""
+    record = written_record(path.parent)
+    record[path.name] = [[*size_and_time(source), sha256], *record.get(path.name, [])[:1]]
     write_atomic(path.parent / WRITTEN, lambda handle: handle.write(json.dumps(record).encode()))
 
 
@@ -5203,9 +5189,8 @@ def free_name(path):
 def move_checkpoint(path, target):
     """Rename a checkpoint, over an older one of that name if there is one."""
     free_name(target)
-    if is_written(path):
-        here = size_and_time(path)
-        note_written(target, path, next(entry[2] for entry in written_record(path) if entry[:2] == here))
+    if hashes := recorded_hashes(path):
+        note_written(target, path, hashes[0])
     os.replace(path, target)
     sync_folder(target.parent)
 
@@ -5222,18 +5207,12 @@ def source_text(path=__file__):
 
 
 def identity(world):
-    """What tells a world, its class, from any other -> {name, file, sha256}. The file stands below this file's folder if it
-    lies there; this file itself has one name, whatever a copy of it is called."""
+    """What tells a world, its class, from any other -> {name, file, sha256}. A file below this one's folder is named
+    from there; this file itself has one name, whatever a copy of it is called."""
     path, own = Path(inspect.getfile(world)).resolve(), Path(__file__).resolve()
     file = path.relative_to(own.parent) if path.is_relative_to(own.parent) else path
-    name = f"{MARK}.py" if path == own else file.as_posix()
-    return {"name": world.__name__, "file": name, "sha256": sha256_of(source_text(str(path)).encode())}
-
-
-def is_same_world(saved, world):
-    """Whether a checkpoint's world is this class: of its name, and of its file or one with the same content."""
-    own = identity(world)
-    return saved["name"] == own["name"] and (saved["file"] == own["file"] or saved["sha256"] == own["sha256"])
+    sha256 = sha256_of(source_text(str(path)).encode())
+    return {"name": world.__name__, "file": f"{MARK}.py" if path == own else file.as_posix(), "sha256": sha256}
 
 
 def subclasses(cls):
@@ -5253,42 +5232,39 @@ def import_world(path, name):
         sys.modules[module] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(sys.modules[module])
-        except Exception as error:  # somebody's code: anything may come out of it
+        except (Exception, SystemExit) as error:  # somebody's code: anything may come out of it
             del sys.modules[module]
-            raise WrongWorld(f"world file {path} cannot be imported ({type(error).__name__}: {error})") from error
-    if not isinstance(world := getattr(sys.modules[module], name, None), type) or not issubclass(world, World):
-        raise WrongWorld(f"world file {path} holds no world called {name}")
+            why = f"{type(error).__name__}: {flat(error)}"
+            raise WrongWorld(f"world file {path} cannot be imported ({why})") from error
+    world = getattr(sys.modules[module], name, None)
+    if not isinstance(world, type) or not issubclass(world, World):
+        raise WrongWorld(f"world file {path} holds no world called {one_line(name)}")
     return world
 
 
 def find_world(saved):
-    """What a checkpoint says of its world -> the class: one that is loaded, else that of the file it names, also when it
-    was edited since, else a file of that name and content in worlds/. WrongWorld when there is none.
-
-    A file elsewhere is run only when it still has the content that the checkpoint knows.
-    """
-    name, file, sha256 = (str(saved[key]) for key in ("name", "file", "sha256"))
-    loaded = [world for world in subclasses(World) if (world.__name__, identity(world)["file"]) == (name, file)]
-    if loaded:
-        return loaded[-1]
+    """What a checkpoint says of its world -> the class: one that is loaded, else from the file it names, or from one of
+    that name in worlds/. WrongWorld when there is none. A file in another folder called worlds is run only while it has
+    the content that the checkpoint knows; no other file is ever run on a checkpoint's word."""
+    name, file, sha256 = (saved[key] for key in ("name", "file", "sha256"))
+    for world in reversed(subclasses(World)):
+        if world.__name__ == name and identity(world)["file"] == file:
+            return world
     here = Path(__file__).resolve().parent
-    places = [(here / file).resolve(), here / "worlds" / Path(file).name]
-    for path in dict.fromkeys(places):
-        if path.is_file() and (
-            sha256_of(path.read_bytes()) == sha256 or path.parent == here / "worlds" == places[0].parent
-        ):
+    named, twin = (here / file).resolve(), here / "worlds" / Path(file).name
+    for path in (named, twin):
+        known = path.is_file() and (named == twin or sha256_of(path.read_bytes()) == sha256)
+        if known and path.parent.name == "worlds":
             return import_world(path, name)
-    raise WrongWorld(
-        f"made by the world {one_line(name)} of {one_line(file)}, and there is no such file; "
-        f"put it into {here}/worlds, or import it first"
-    )
+    missing = f"made by the world {one_line(name)} of {one_line(file)}, and there is no such file"
+    raise WrongWorld(f"{missing}; put it into {here}/worlds, or import it first")
 
 
 CHECKPOINT_FORMAT = 3  # 3: any world, steps after training; 2: VJepaAutoV2 alone
 # fmt: off
 LOOP_KEYS = (
-    "format", "step", "after", "consumed", "seconds", "skipped", "cfg", "world", "frozen", "opt", "phase_opt", "scaler", "rng",
-    "world_size", "precision", "data", "source",
+    "format", "step", "after", "consumed", "seconds", "skipped", "cfg", "world", "frozen", "opt", "phase_opt", "scaler",
+    "rng", "world_size", "precision", "data", "source",
 )
 # fmt: on
 
@@ -5297,11 +5273,11 @@ def frozen_hashes(world):
     """SHA-256 of the weights of every FROZEN child -> {name: hash}."""
     hashes = {}
     for name in world.FROZEN:
-        digest = hashlib.sha256()
+        found = hashlib.sha256()
         for key, value in getattr(world, name).state_dict().items():
-            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode() + raw.numpy().tobytes())
-        hashes[name] = digest.hexdigest()
+            found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        hashes[name] = found.hexdigest()
     return hashes
 
 
@@ -5309,7 +5285,6 @@ def checkpoint_state(run):
     """Everything a restart needs as one dict of tensors and plain values; collective, since every rank adds its RNG."""
     process, world = run.process, run.world
     cuda_rng = torch.cuda.get_rng_state(process.device) if process.device.type == "cuda" else None
-    rng = process.collect({"torch": torch.get_rng_state(), "cuda": cuda_rng})
     own = {
         "format": CHECKPOINT_FORMAT,
         **asdict(run.progress),
@@ -5319,7 +5294,7 @@ def checkpoint_state(run):
         "opt": run.optimizer.state_dict(),
         "phase_opt": run.phase_optimizer and run.phase_optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
-        "rng": rng,
+        "rng": process.collect({"torch": torch.get_rng_state(), "cuda": cuda_rng}),
         "world_size": process.world_size,
         "precision": PRECISIONS[process.amp_dtype],
         "data": run.source.listing(),
@@ -5333,12 +5308,9 @@ def checkpoint_state(run):
 
 def checkpoint_files(out_dir):
     """Finished checkpoints of a run folder, oldest first -> [(step, path)]; ckpt_final.pt counts as the newest."""
-    found = []
-    for path in (Path(out_dir) / "checkpoints").glob("ckpt_*.pt"):
-        match = re.fullmatch(r"ckpt_(\d+|final)\.pt", path.name)
-        if match:
-            found.append((math.inf if match[1] == "final" else int(match[1]), path))
-    return sorted(found)
+    paths = (Path(out_dir) / "checkpoints").glob("ckpt_*.pt")
+    found = [(match[1], path) for path in paths if (match := re.fullmatch(r"ckpt_(\d+|final)\.pt", path.name))]
+    return sorted((math.inf if step == "final" else int(step), path) for step, path in found)
 
 
 def steps_of(state):
@@ -5347,8 +5319,8 @@ def steps_of(state):
 
 
 def save_checkpoint(state, out_dir, cfg, final):
-    """Write ckpt_<step>.pt or ckpt_final.pt atomically, then drop what exceeds keep_last -> path. OSError when the disk
-    refuses: what was there before still stands."""
+    """Write ckpt_<step>.pt or ckpt_final.pt atomically, then drop what exceeds keep_last -> path. OSError where the
+    disk refuses: what was there before still stands."""
     folder = Path(out_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("ckpt_final.pt" if final else f"ckpt_{steps_of(state)}.pt")
@@ -5367,29 +5339,26 @@ class BadCheckpoint(UserError):
 def damage_of(path):
     """What is wrong with the bytes of a checkpoint -> text, "" when they are those that were written.
 
-    Its SHA-256 is on record beside it. For a file that was copied without the record the archive's own CRC-32 must do,
-    which torch.load does not compare: one in 300 bits flipped in the archive's directory gets by with other content.
+    Its SHA-256 is on record beside it. Where it was copied without that, the archive's own CRC-32 must do, which
+    torch.load does not compare: of bits flipped in the archive's directory one in 300 gets by with other content.
     """
-    known = [entry[2] for entry in written_record(path)]
+    known = [entry[2] for entry in written_record(path.parent).get(path.name, [])]
     if not known:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         return f"checksum of {damaged}" if damaged else ""
+    found = hashlib.sha256()
     with open(path, "rb") as handle:
-        found = hashlib.sha256()
         while block := handle.read(1 << 22):
             found.update(block)
-    return (
-        "" if found.hexdigest() in known else f"its SHA-256 is {found.hexdigest()[:12]}..., not {str(known[0])[:12]}..."
-    )
+    found = found.hexdigest()
+    return "" if found in known else f"its SHA-256 is {found[:12]}..., not {str(known[0])[:12]}..."
 
 
 def saved_config(state, world):
-    """The config in a checkpoint; fields that the world no longer has are left out. UsageError, TypeError where it is
-    none."""
+    """The config in a checkpoint, less fields that the world no longer has. UsageError, TypeError where it is none."""
     known = {name: value for name, value in state["cfg"].items() if name in field_types(world.Config)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
-    cfg = world.Config(**values)
+    cfg = world.Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
     validate_config(cfg)
     return cfg
 
@@ -5404,21 +5373,17 @@ def checkpoint_template(world, cfg_json):
 
 def compare_tensors(found, wanted, name):
     """ValueError unless a dict of tensors has the keys, shapes and types of another."""
-    odd = found.keys() ^ wanted.keys()
-    if odd:
+    if odd := found.keys() ^ wanted.keys():
         raise ValueError(f"{name}: {shown(sorted(map(str, odd))[0])} is missing or too much")
     for key, tensor in wanted.items():
-        value = found[key]
-        if (
-            not isinstance(value, torch.Tensor)
-            or (value.shape, value.dtype) != (tensor.shape, tensor.dtype)
-            or (value.layout, value.device.type) != (torch.strided, "cpu")
-        ):
+        value, kind = found[key], (tensor.shape, tensor.dtype, torch.strided, "cpu")
+        is_tensor = isinstance(value, torch.Tensor)
+        if not is_tensor or (value.shape, value.dtype, value.layout, value.device.type) != kind:
             raise ValueError(f"{name}: {key} is not a {str(tensor.dtype)[6:]} of shape {list(tensor.shape)}")
 
 
 def same_kind(value, wanted):
-    """Whether a setting of an optimizer group is of another one's kind: flags, finite numbers, texts, lists of such."""
+    """Whether a setting of an optimizer is of another one's kind: flags, finite numbers, texts, lists of such."""
     if isinstance(wanted, (list, tuple)):
         return isinstance(value, (list, tuple)) and len(value) == len(wanted) and all(map(same_kind, value, wanted))
     if wanted is None or isinstance(wanted, bool):
@@ -5427,24 +5392,21 @@ def same_kind(value, wanted):
 
 
 def compare_optimizer(found, optimizer, name="opt"):
-    """ValueError unless the state of an optimizer is one that this optimizer can have. Later versions of torch may add
-    settings."""
+    """ValueError unless an optimizer can have this state. Later versions of torch may add settings."""
     for group, wanted in zip(found["param_groups"], optimizer.state_dict()["param_groups"], strict=True):
         odd = [key for key, value in wanted.items() if key in group and not same_kind(group[key], value)]
         if odd or group["params"] != wanted["params"] or not {"lr", "weight_decay", "peak_lr"} <= group.keys():
             raise ValueError(f"{name}: a group of parameters has other settings{': ' + odd[0] if odd else ''}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    needed = ("exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ()
     for number, entry in found["state"].items():
         moment = parameters[operator.index(number)]
-        wanted = {"step": torch.empty((), device="meta"), **dict.fromkeys(needed, moment)}
-        compare_tensors(
-            {key: entry[key] for key in wanted} if needed else {}, wanted if needed else {}, f"{name} {number}"
-        )
+        if isinstance(optimizer, torch.optim.AdamW):  # what others keep of a parameter only they know
+            wanted = {"step": torch.empty((), device="meta"), "exp_avg": moment, "exp_avg_sq": moment}
+            compare_tensors({key: entry[key] for key in wanted}, wanted, f"{name} {number}")
 
 
 def phase_at(phases, after):
-    """Which of the phases [(name, steps)] the step number `after` after training belongs to -> (name, steps before it);
+    """Which of the phases [(name, steps)] step number `after` after training belongs to -> (name, steps before it);
     ("", all of them) when they are done."""
     begin = 0
     for name, steps in phases:
@@ -5457,25 +5419,20 @@ def phase_at(phases, after):
 def check_insides(state, world):
     """ValueError, or whatever else wrong types lead to, unless a checkpoint holds what one of its own config holds."""
     model, optimizer = checkpoint_template(world, json.dumps(asdict(saved_config(state, world))))
-    counts = (
-        ("step", 0, 10**9),
-        ("after", 0, 10**9),
-        ("consumed", 0, 2**62),
-        ("skipped", 0, 10**9),
-        ("world_size", 1, 10**6),
-    )
-    for name, least, most in counts:
-        if not fits(int, state[name]) or not least <= state[name] <= most:
+    counts, data = ("step", "after", "consumed", "skipped", "world_size"), state["data"]
+    good = {name: fits(int, state[name]) and 0 <= state[name] < 2**62 for name in counts}
+    good["seconds"] = fits(float, state["seconds"]) and 0 <= state["seconds"] < math.inf
+    good["precision"] = state["precision"] in PRECISIONS.values()
+    for name in good:
+        if not good[name]:
             raise ValueError(f"{name} = {shown(state[name])}")
-    if not fits(float, state["seconds"]) or not 0 <= state["seconds"] < math.inf:
-        raise ValueError(f"seconds = {shown(state['seconds'])}")
-    if state["precision"] not in PRECISIONS.values():
-        raise ValueError(f"precision = {shown(state['precision'])}")
-    if not all(isinstance(text, str) for text in (state["source"], state["data"]["kind"], state["data"]["root"])):
-        raise ValueError("source and data must be texts")
-    files, names = state["data"].get("files", 0), state["data"].get("names", [])
-    if not fits(int, files) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    names = data.get("names", [])
+    if not isinstance(names, list) or not fits(int, data.get("files", 0)):
         raise ValueError("data: its listing is a count and a list of names")
+    if not all(isinstance(text, str) for text in (state["source"], data["kind"], data["root"], *names)):
+        raise ValueError("source and data must be texts")
+    if state["frozen"].keys() != set(world.FROZEN) or not all(map(same_kind, state["frozen"].values(), world.FROZEN)):
+        raise ValueError(f"frozen: no hashes of {', '.join(world.FROZEN) or 'nothing'}")
     model.expect(state)
     for name, wanted in model.snapshot().items():
         if wanted is not None:
@@ -5488,7 +5445,7 @@ def check_insides(state, world):
     wanted = torch.amp.GradScaler("cpu", enabled=True).state_dict()
     if state["scaler"] and not all(same_kind(state["scaler"][name], 1) for name in wanted):
         raise ValueError("scaler: not all of its values are numbers")
-    if len(state["rng"]) != state["world_size"]:
+    if not state["rng"] or len(state["rng"]) != state["world_size"]:
         raise ValueError(f"rng: of {len(state['rng'])} ranks, world_size = {state['world_size']}")
     for rng in state["rng"]:
         torch.Generator().set_state(rng["torch"])
@@ -5498,42 +5455,46 @@ def check_insides(state, world):
 
 def upgrade(state):
     """The entries of a checkpoint of format 2, which only VJepaAutoV2 wrote, as they are now."""
-    fits_of = ("soon_fit_steps", "flow_fit_steps")
-    after = sum(state["cfg"].get(name, 0) for name in fits_of) if state.get("flow_fitted") else 0
+    steps = [state["cfg"].get(name, 0) for name in ("soon_fit_steps", "flow_fit_steps")]
     world = {"name": "VJepaAutoV2", "file": f"{MARK}.py", "sha256": sha256_of(state["source"].encode())}
-    new = {"precision": "fp32", "soon_predictor": None, **state, "format": CHECKPOINT_FORMAT}
-    return {**new, "after": after, "world": world, "frozen": {}, "phase_opt": None}
+    new = {"format": CHECKPOINT_FORMAT, "after": sum(steps) if state.get("flow_fitted") else 0, "world": world}
+    return {"precision": "fp32", "soon_predictor": None, **state, **new, "frozen": {}, "phase_opt": None}
 
 
 def read_checkpoint(path):
-    """The bytes of a checkpoint, proven and loaded with weights_only -> its dict. BadCheckpoint for another format."""
+    """A checkpoint, its bytes proven, loaded with weights_only -> its dict. BadCheckpoint for another format."""
     if damage := damage_of(path):
         raise zipfile.BadZipFile(damage)
     state = torch.load(path, map_location="cpu", weights_only=True)
-    entries = state.keys() if isinstance(state, dict) else set()
-    if "format" in entries and state["format"] not in (2, CHECKPOINT_FORMAT):
+    state = state if isinstance(state, dict) else {}
+    if "format" in state and state["format"] not in (2, CHECKPOINT_FORMAT):
         known = f"this file reads formats 2 and {CHECKPOINT_FORMAT}"
         raise BadCheckpoint(f"checkpoint {path}: format {shown(state['format'])}, {known}")
-    state = upgrade(state) if "format" in entries and state["format"] == 2 else state
-    if missing := set(LOOP_KEYS) - (state.keys() if isinstance(state, dict) else set()):
-        lacking = ", ".join(sorted(missing))
-        raise BadCheckpoint(f"checkpoint {path}: not a VJepa_AUTO_V2 checkpoint (it lacks {lacking})")
+    state = upgrade(state) if state.get("format") == 2 else state
+    if missing := ", ".join(sorted(set(LOOP_KEYS) - state.keys())):
+        raise BadCheckpoint(f"checkpoint {path}: not a VJepa_AUTO_V2 checkpoint (it lacks {missing})")
     return state
 
 
-def world_of(state, world):
-    """The world that made a checkpoint. WrongWorld when it is not the one given, or cannot be found."""
+def world_of(state, world=None):
+    """The world that made a checkpoint. WrongWorld when it is not the one given, that is of another name, or of another
+    file with other content, or cannot be found."""
     saved = state["world"]
-    if world is None or is_same_world(saved, world):
-        return world or find_world(saved)
-    own, made_by = identity(world), f"{one_line(saved['name'])} ({one_line(saved['file'])})"
+    if not all(isinstance(saved[key], str) for key in ("name", "file", "sha256")):
+        raise ValueError(f"world: {shown(list(saved.values()))} are not three texts")
+    if world is None:
+        return find_world(saved)
+    own = identity(world)
+    if saved["name"] == own["name"] and (saved["file"] == own["file"] or saved["sha256"] == own["sha256"]):
+        return world
+    made_by = f"made by the world {one_line(saved['name'])} ({one_line(saved['file'])})"
     cure = "use another --out_dir, or --resume never"
-    raise WrongWorld(f"made by the world {made_by}, this is {own['name']} ({own['file']}); {cure}")
+    raise WrongWorld(f"{made_by}, this is {own['name']} ({own['file']}); {cure}")
 
 
 def load_checkpoint(path, world=None, instead="use another one, or --resume never"):
-    """Read a checkpoint -> state dict on the CPU. BadCheckpoint, with what to do `instead`, when it is damaged or not one of
-    ours, UsageError when another world than the one given made it."""
+    """Read a checkpoint -> state dict on the CPU. BadCheckpoint, with what to do `instead`, where it is damaged or none
+    of ours, UsageError where it is absent or of another world than the one given."""
     path = Path(path)
     if not os.path.lexists(path):
         raise UsageError(f"resume {path}: no such checkpoint")
@@ -5547,27 +5508,24 @@ def load_checkpoint(path, world=None, instead="use another one, or --resume neve
     except WrongWorld as error:
         raise WrongWorld(f"checkpoint {path}: {error}") from error
     except Exception as error:  # a foreign file makes the unpickler, and whoever looks at its insides, raise anything
-        why = f"{type(error).__name__}: {flat(error)[:160]}"
-        unusable = f"not readable, damaged or made by another version ({why}); {instead}"
-        raise BadCheckpoint(f"checkpoint {path}: {unusable}") from error
+        why = f"not readable, damaged or made by another version ({type(error).__name__}: {flat(error)[:160]})"
+        raise BadCheckpoint(f"checkpoint {path}: {why}; {instead}") from error
     return state
 
 
 def newest_checkpoint(out_dir, tell, world=None):
-    """Newest checkpoint of a run folder that can be trusted -> (its state, its path), (None, None) in a folder without any.
-
-    Damaged ones are told and passed over; when all are damaged that is a UserError: a run never starts anew by itself.
-    """
+    """Newest checkpoint of a run folder that can be trusted -> (state, path), (None, None) where there is none. Damaged
+    ones are told and passed over; when all are, that is a UserError: a run never starts anew by itself."""
     reasons = []
     for _, path in reversed(checkpoint_files(out_dir)):
         try:
             state = load_checkpoint(path, world)
         except BadCheckpoint as error:
             reasons.append(str(error))
-        else:
-            for reason in reasons:
-                tell(f"WARNING: {reason}")
-            return state, path
+            continue
+        for reason in reasons:
+            tell(f"WARNING: {reason}")
+        return state, path
     if reasons:
         none = "none of its checkpoints can be read, so nothing starts over unasked"
         raise UserError(f"out_dir {out_dir}: {none}; the newest: {reasons[0]}")
@@ -5576,7 +5534,7 @@ def newest_checkpoint(out_dir, tell, world=None):
 
 def check_same_run(state, cfg, path):
     """UsageError naming the fields in which a checkpoint and this config cannot be the same run. Whether a loss has
-    weight decides which parameters the optimizer holds."""
+    weight decides which parameters learn."""
     plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), state["cfg"]))
     names = [name for cls in reversed(type(cfg).__mro__) for name in vars(cls).get("MUST_MATCH", ())]
     different = [name for name in names if plain[name] != saved.get(name)]
@@ -5588,11 +5546,11 @@ def check_same_run(state, cfg, path):
 
 
 def check_frozen(state, world, path):
-    """UsageError when FROZEN parts are not those that a checkpoint was made with, which it holds by their hash alone."""
+    """UsageError when FROZEN parts are others than those of which a checkpoint holds the hashes."""
     changed = [name for name, sha256 in frozen_hashes(world).items() if state["frozen"].get(name) != sha256]
     if changed:
-        others = f"the frozen weights of {', '.join(changed)} are others than those it was made with"
-        raise UsageError(f"checkpoint {path}: {others}")
+        others = "are others than those it was made with"
+        raise UsageError(f"checkpoint {path}: the frozen weights of {', '.join(changed)} {others}")
 
 
 def restore_run(state, run):
@@ -5608,8 +5566,8 @@ def restore_run(state, run):
 
 
 def load_model(path, device="cpu", world=None):
-    """Checkpoint -> (its world in eval mode on the device, its config): what tools and notebooks start from. The world is
-    found by what the checkpoint says, unless its class is given."""
+    """Checkpoint -> (its world in eval mode on the device, its config): what tools and notebooks start from. The world
+    is found by what the checkpoint says, unless its class is given."""
     state = load_checkpoint(path, world, "use another one")
     world = world_of(state, world)
     cfg = saved_config(state, world)
@@ -5650,14 +5608,14 @@ def val_keys(world):
         "val_loss_total": "loss_total on held-out data",
         **{f"val_{key}": f"{key} on held-out data" for key in world.KEYS},
         **{f"val_{key}": text for key, text in world.VAL_KEYS.items()},
-        "val_clips": "held-out clips that this evaluation saw; fewer than asked for when the last one ran out of its time",
+        "val_clips": "held-out clips that this evaluation saw; fewer than asked for when the last one ran out of time",
     }
 
 
 def run_info(run):
-    """Versions, commit, world, data and decoders (in the order in which they are tried) of a run for config.json -> dict."""
-    source, git, commit = run.source, shutil.which("git"), ""
-    if git:
+    """Versions, commit, world, data and decoders, as they are tried in turn, of a run for config.json -> dict."""
+    source, commit = run.source, ""
+    if git := shutil.which("git"):
         head = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "numpy", "av")}
@@ -5679,55 +5637,39 @@ def format_number(value):
     return str(value) if isinstance(value, (int, str)) else f"{value:.4g}"
 
 
-def read_rows(path, types):
-    """The objects of a jsonl file that have these keys -> (list of dicts, numbers of the lines that are none: damaged,
-    or torn by a kill)."""
-    rows, damaged = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            row = parse_json(line.decode("utf-8"))
-            if not all(fits(kind, row[key]) for key, kind in types.items()):
-                raise ValueError("a value of another type")
-            json.dumps(row, allow_nan=False)  # 1e999 is read as infinity
-        except (ValueError, TypeError, LookupError, RecursionError):
-            damaged.append(number)
-        else:
-            rows.append(row)
-    return rows, damaged
+def write_rows(path, rows):
+    """A list of dicts -> a jsonl file."""
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    write_atomic(path, lambda handle: handle.write(content))
 
 
 class Tracker:
     """One of the packages that --track names. Whatever a foreign package raises costs the tracker, never the run."""
 
     def __init__(self, package, cfg, tell):
-        self.package, self.tell, self.writer = package, tell, None
-        self.call(self.open, cfg)
+        self.package, self.tell = package, tell
+        self.writer = self.call(self.open, cfg)
 
     def call(self, work, *args):
-        """Let the package work, and leave it out from its first failure on."""
+        """What work of the package gives; it is left out from its first failure on."""
         try:
-            work(*args)
+            return work(*args)
         except (Exception, SystemExit) as error:  # a foreign package's, of any kind: a full disk, a login
             self.writer = None
             why = f"{type(error).__name__}: {error}"
             self.tell(f"WARNING: track: {self.package} failed ({why}) and is left out from here on")
 
     def open(self, cfg):
-        """Start the package."""
+        """Start the package -> what takes the records."""
+        folder = Path(cfg.out_dir)
         if self.package == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(Path(cfg.out_dir) / "tensorboard"))
-        else:
-            import wandb
+            return SummaryWriter(str(folder / "tensorboard"))
+        import wandb
 
-            self.writer = wandb.init(
-                project="vjepa_auto_v2",
-                name=Path(cfg.out_dir).name,
-                dir=cfg.out_dir,
-                config=asdict(cfg),
-                resume="allow",
-            )
+        shared = dict(project="vjepa_auto_v2", name=folder.name, resume="allow")
+        return wandb.init(dir=cfg.out_dir, config=asdict(cfg), **shared)
 
     def record(self, values):
         """Hand over one record of metrics.jsonl."""
@@ -5748,32 +5690,28 @@ class Tracker:
 class RunLog:
     """Console text to stdout and train.log, records to metrics.jsonl, bad files to bad_files.jsonl. Silent off rank 0.
 
-    `folder` is the RunFolder, without which nobody checks whether out_dir is still ours; with it a thread tells `stage`,
+    `folder`: the RunFolder, without which nobody checks whether out_dir is still ours; with it a thread tells `stage`,
     what the run is at, whenever nothing else is said. A console that is lost costs nothing else.
     """
 
     def __init__(self, cfg, is_main, folder=None):
-        self.folder, self.is_main, self.owner, self.bad, self.trackers = Path(cfg.out_dir), is_main, folder, {}, []
-        self.bar_width, self.pending, self.evaluated, self.lost = 0, {}, set(), ""
-        self.stage, self.spoken, self.lock, self.closed = (
-            "starting",
-            time.monotonic(),
-            threading.RLock(),
-            threading.Event(),
-        )
-        packages = list(filter(None, cfg.track.split(","))) if is_main else []
+        self.folder, self.is_main, self.owner, self.pulse = Path(cfg.out_dir), is_main, folder, None
+        self.bad, self.evaluated = {}, set()  # why each bad file is one; the steps that were evaluated
+        self.bar_width, self.pending, self.lost = 0, {}, ""  # lines that wait for the disk; how the console was lost
+        self.stage, self.spoken = "starting", time.monotonic()
+        self.lock, self.closed = threading.RLock(), threading.Event()
+        packages = [package for package in cfg.track.split(",") if package and is_main]
         for package in packages:
             if importlib.util.find_spec(package) is None:
-                raise UsageError(
-                    f"track = {cfg.track}: {package} is not installed (pip install {package}), or leave --track out"
-                )
+                cure = f"is not installed (pip install {package}), or leave --track out"
+                raise UsageError(f"track = {cfg.track}: {package} {cure}")
         self.trackers = [Tracker(package, cfg, self.line) for package in packages]
-        self.pulse = threading.Thread(target=self.tell_stage, daemon=True) if is_main and folder is not None else None
-        if self.pulse is not None:
+        if is_main and folder is not None:
+            self.pulse = threading.Thread(target=self.tell_stage, daemon=True)
             self.pulse.start()
 
     def tell_stage(self):
-        """Say now and then what the run is at, for as long as nothing else is said: run in a thread."""
+        """In a thread: say now and then what the run is at, for as long as nothing else is said."""
         while not self.closed.wait(min(1.0, SILENCE_S)):
             if time.monotonic() - self.spoken >= SILENCE_S:
                 try:
@@ -5787,8 +5725,8 @@ class RunLog:
             return
         text = one_line(text, MAX_LINE) + "\n"
         with self.lock:
-            self.clear_bar()
-            self.show(text)
+            wiped, self.bar_width = "\r" + " " * self.bar_width + "\r" if self.bar_width else "", 0
+            self.show(wiped + text)
             self.append("train.log", text)
 
     def show(self, text):
@@ -5797,7 +5735,7 @@ class RunLog:
         self.lost = self.lost or emit(text, sys.stdout)
 
     def append(self, name, text):
-        """Add whole lines to a file of the run. While the disk refuses they wait in memory, and no half line stays behind."""
+        """Add whole lines to a file of the run. While the disk refuses they wait in memory, and no half line stays."""
         with self.lock:
             path, size, told = self.folder / name, None, name in self.pending
             waiting = self.pending.pop(name, "") + text
@@ -5823,10 +5761,8 @@ class RunLog:
         for name in list(self.pending):
             self.append(name, "")
         if self.is_main and self.lost:
-            why = one_line(self.lost)
-            self.append(
-                "train.log", f"WARNING: the console was lost in this run ({why}); this file holds all its lines\n"
-            )
+            why = f"the console was lost in this run ({one_line(self.lost)})"
+            self.append("train.log", f"WARNING: {why}; this file holds all its lines\n")
 
     def bar(self, step, steps, text, what="step"):
         """Progress bar on a terminal; nothing elsewhere, where plain lines tell. `what` is counted."""
@@ -5837,14 +5773,9 @@ class RunLog:
                 self.show("\r" + bar.ljust(self.bar_width))
                 self.bar_width = len(bar)
 
-    def clear_bar(self):
-        if self.bar_width:
-            self.show("\r" + " " * self.bar_width + "\r")
-            self.bar_width = 0
-
     def record(self, values, mark=""):
-        """One object in metrics.jsonl and one `key:value` line, prefixed by `mark`. JSON knows no NaN and no infinity:
-        null."""
+        """One object in metrics.jsonl, null where JSON knows no NaN and no infinity, and one `key:value` line, prefixed
+        by `mark`."""
         if not self.is_main:
             return
         absent = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -5854,7 +5785,8 @@ class RunLog:
             tracker.record(values)
 
     def add_bad(self, entries):
-        """Name files that could not be decoded, each once, and once more when it must not be opened again. This is history, not what counts now."""
+        """Name files that could not be decoded, each once, and once more when it must not be opened again. This is
+        history, not what counts now."""
         for name, reason in entries:
             if name in self.bad and (self.bad[name].startswith(QUARANTINED) or not reason.startswith(QUARANTINED)):
                 continue
@@ -5863,29 +5795,36 @@ class RunLog:
                 self.append("bad_files.jsonl", json.dumps({"path": name, "reason": reason}) + "\n")
                 self.line(f"bad file: {name}: {reason}")
 
-    def forget_after(self, step, finished):
-        """Drop records beyond a resumed step, so that metrics.jsonl holds no step twice; read the bad files and
-        evaluated steps known so far.
-
-        Lines that are damaged are told and left out.
-        """
-        for name, types in (("metrics.jsonl", {"step": int}), ("bad_files.jsonl", {"path": str, "reason": str})):
-            path = self.folder / name
-            if not path.is_file():
-                continue
-            rows, damaged = read_rows(path, types)
-            if damaged:
-                numbers = ", ".join(map(str, damaged[:10])) + ("..." if damaged[10:] else "")
-                self.line(f"WARNING: {path}: line {numbers} cannot be read, damaged or torn, and is left out")
-            if name == "bad_files.jsonl":
-                self.bad = {row["path"]: row["reason"] for row in rows}
+    def read_rows(self, name, types):
+        """The objects in a jsonl file of the run that have these keys; what else its lines hold, damaged or torn by a
+        kill, is told and left out."""
+        path, rows, damaged = self.folder / name, [], []
+        for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
+            try:
+                row = parse_json(line.decode("utf-8"))
+                if not all(fits(kind, row[key]) for key, kind in types.items()):
+                    raise ValueError("a value of another type")
+                json.dumps(row, allow_nan=False)  # 1e999 is read as infinity
+            except (ValueError, TypeError, LookupError, RecursionError):
+                damaged.append(str(number))
             else:
-                last = {id(row) for row in rows if "val_clips" in row}
-                self.evaluated = {row["step"] for row in rows if any(key.startswith("val_") for key in row)}
-                rows = [row for row in rows if row["step"] < step + (not finished or id(row) not in last)]
-            if self.is_main and (damaged or name == "metrics.jsonl"):
-                kept = "".join(json.dumps(row) + "\n" for row in rows)
-                write_atomic(path, lambda handle: handle.write(kept.encode()))
+                rows.append(row)
+        if damaged:
+            numbers = ", ".join(damaged[:10]) + "..." * (len(damaged) > 10)
+            self.line(f"WARNING: {path}: line {numbers} cannot be read, damaged or torn, and is left out")
+        return rows
+
+    def forget_after(self, step, finished):
+        """Drop records beyond a resumed step, so that metrics.jsonl holds no step twice, and of a finished run its last
+        evaluation; read the bad files and evaluated steps known so far."""
+        rows = self.read_rows("metrics.jsonl", {"step": int})
+        bad = self.read_rows("bad_files.jsonl", {"path": str, "reason": str})
+        self.bad = {row["path"]: row["reason"] for row in bad}
+        self.evaluated = {row["step"] for row in rows if any(key.startswith("val_") for key in row)}
+        rows = [row for row in rows if row["step"] < step + (not finished or "val_clips" not in row)]
+        for path, kept in ((self.folder / "metrics.jsonl", rows), (self.folder / "bad_files.jsonl", bad)):
+            if self.is_main and path.is_file():
+                write_rows(path, kept)
 
 
 # Names that belong to a run in its folder, checkpoints aside.
@@ -5900,31 +5839,24 @@ def sweep_folder(folder):
             stale.unlink(missing_ok=True)
 
 
-def is_run_folder(folder):
-    """Whether a run has owned this folder before: its lease stands there, or a config.json as a run writes it."""
-    config = read_mapping(folder / "config.json", 2**20)
-    return os.path.exists(folder / ".lease") or {"versions", "config"} <= config.keys()
-
-
 def clear_folder(folder):
-    """Move aside what bears a run's name and cannot be a run's: all of it in a folder that was none, else what is no
-    file (a pipe would block)."""
-    known = is_run_folder(folder)
-    for path in [folder / name for name in RUN_FILES]:
-        if os.path.lexists(path) and not (known and path.is_file()):
-            move_aside(path)
-    files = folder / ".lease", folder / "checkpoints" / WRITTEN
-    kept = ((folder / "checkpoints", Path.is_dir), *((path, Path.is_file) for path in files))
-    for path, is_right in kept:
-        if os.path.lexists(path) and not is_right(path):
+    """Move aside what bears a run's name and cannot be a run's: all of it in a folder that no run has owned, which has
+    neither a lease nor a config.json as runs write it, else what is no file (a pipe would block)."""
+    checkpoints, config = folder / "checkpoints", read_mapping(folder / "config.json", 2**20)
+    known = os.path.exists(folder / ".lease") or {"versions", "config"} <= config.keys()
+    right = {folder / name: known and (folder / name).is_file() for name in RUN_FILES}
+    right[checkpoints] = checkpoints.is_dir()
+    right |= {path: path.is_file() for path in (folder / ".lease", checkpoints / WRITTEN)}
+    for path in right:
+        if os.path.lexists(path) and not right[path]:
             move_aside(path)
 
 
 class RunFolder:
     """out_dir while a run owns it: nobody else writes there, and status.json says how the run stands and how it ended.
 
-    The lock is a POSIX record lock on .lease, which the kernel drops with the process, whatever ends it: a lease cannot go
-    stale. Forked loader workers do not inherit it. Ranks other than 0 hold nothing.
+    The lock is a POSIX record lock on .lease, which the kernel drops with the process, whatever ends it: a lease cannot
+    go stale. Forked loader workers do not inherit it. Ranks other than 0 hold nothing.
     """
 
     def __init__(self, cfg, process):
@@ -5941,9 +5873,8 @@ class RunFolder:
             sweep_folder(self.folder)
             self.write_status("running", None)
         except OSError as error:
-            raise UserError(
-                f"out_dir {cfg.out_dir}: cannot be written ({reason_of(error)}); choose another --out_dir"
-            ) from error
+            why = f"cannot be written ({reason_of(error)})"
+            raise UserError(f"out_dir {cfg.out_dir}: {why}; choose another --out_dir") from error
 
     def take(self):
         """Lock .lease. UserError when another run holds it."""
@@ -5954,22 +5885,18 @@ class RunFolder:
             handle.seek(0)
             owner = handle.read(300).strip() or "unknown"
             handle.close()
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"out_dir {self.folder}: another run writes there ({owner}); stop it, or choose another --out_dir"
-                ) from error
-            raise UserError(
-                f"out_dir {self.folder}: its file system gives no locks ({error.strerror}), "
-                "so nothing would keep a second run away; choose another --out_dir"
-            ) from error
+            why = f"another run writes there ({owner}); stop it, or"
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                why = f"its file system gives no locks ({error.strerror}), so nothing would keep a second run away;"
+            raise UserError(f"out_dir {self.folder}: {why} choose another --out_dir") from error
         handle.truncate(0)
         handle.write(f"host {socket.gethostname()}, pid {os.getpid()}")
         handle.flush()
         self.lease = handle
 
     def check(self):
-        """OSError unless out_dir still is the folder whose lease this run holds: it may have been removed, and made
-        anew by another run."""
+        """OSError unless out_dir still is the folder whose lease this run holds: it may have been removed, and another
+        run may have made it anew."""
         if self.lease is None:
             return
         try:
@@ -5983,21 +5910,14 @@ class RunFolder:
 
     def write_status(self, state, exit_code):
         """Write status.json. state: running | finished | stopped | failed; running with a dead pid means killed."""
-        values = {
-            "state": state,
-            "exit_code": exit_code,
-            "step": self.step,
-            "reason": self.reason,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "attempt": restart_count(),
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
+        values = {"state": state, "exit_code": exit_code, "step": self.step, "reason": self.reason}
+        values |= {"host": socket.gethostname(), "pid": os.getpid(), "attempt": restart_count()}
+        values["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.check()
         write_atomic(self.folder / "status.json", lambda handle: handle.write(json.dumps(values).encode()))
 
     def status(self, state, exit_code):
-        """Write how the run ended, or say why that is not possible: it must not hide the end itself."""
+        """Write how the run ended, or say why that cannot be: it must not hide the end itself."""
         if self.lease is None:
             return
         try:
@@ -6021,7 +5941,7 @@ class RunFolder:
 
 
 def put_aside(cfg):
-    """`--resume never` in a used folder: move the old run's files to previous_<k> instead of mixing with or losing them."""
+    """`--resume never` in a used folder: move the old run's files to previous_<k>, so that none is mixed or lost."""
     folder = Path(cfg.out_dir)
     old = [folder / name for name in ("checkpoints", *RUN_FILES) if name != "status.json"]
     old = [path for path in old if path.is_file() or path.is_dir() and any(path.iterdir())]
