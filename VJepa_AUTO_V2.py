@@ -2347,11 +2347,18 @@ class Attendant:
             raise Stopped
 
 
+def describe_form(value):
+    """Type and shape of a tensor for a message, such as float32 [4, 6]; of anything else its type."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype)[6:]} {list(value.shape)}"
+    return f"a {type(value).__name__}, which is no tensor"
+
+
 class FileDataset(torch.utils.data.Dataset):
     """Sample i is a pure function of (seed, i): which file, what is read of it, and what the world draws for it.
 
     Another kind of data derives from it: SUFFIXES, `read_file`, `blank`, and `plan` where a window is not enough. A
-    file that cannot be read is named in the sample's `bad` list and replaced by the next one of an order drawn from
+    file that cannot be read, or has another form than `blank`, is named in the sample's `bad` list and replaced by the next one of an order drawn from
     (seed, i); when none can be read the sample is blank and the list names every file: the caller must end the run.
     `data_root` locates annotations, `quarantine` (name -> reason) holds files that must not be opened, `watch`, an
     Attendant, is told which file is in hand, `draw` is the world's.
@@ -2364,13 +2371,13 @@ class FileDataset(torch.utils.data.Dataset):
         self.cfg, self.videos, self.data_root, self.stream, self.draw = cfg, videos, data_root, stream, draw
         self.quarantine = {} if quarantine is None else quarantine
         self.maneuvers = {name: number for number, name in enumerate(maneuvers)}
-        self.watch, self.waited, self.retried = Attendant(), 0.0, set()
+        self.watch, self.waited, self.retried, self.form = Attendant(), 0.0, set(), {}
 
     @classmethod
     def read_one(cls, cfg, video):
         """Read a file to see whether it can be, in a process of its own: until one is found for the held-out side."""
         data = cls(cfg, [video], "", "val")
-        data.read_file(video, data.plan(np.random.default_rng(0)))
+        data.check_form(data.read_file(video, data.plan(np.random.default_rng(0))))
 
     @staticmethod
     def notes(cfg, source):
@@ -2382,12 +2389,21 @@ class FileDataset(torch.utils.data.Dataset):
         return rng.random()
 
     def read_file(self, video, plan):
-        """A file -> dict of tensors, static in shape. BadFile with the reason where it cannot be."""
+        """A file -> dict of tensors in the form of `blank`. BadFile with the reason where it cannot be read."""
         raise NotImplementedError
 
     def blank(self):
-        """A dict like that of `read_file` where nothing can be read."""
+        """A dict like that of `read_file` where nothing can be read: its names, types and shapes are every sample's."""
         raise NotImplementedError
+
+    def check_form(self, content):
+        """BadFile where what was read has not the form of `blank`: samples that differ cannot be stacked."""
+        found = {key: describe_form(value) for key, value in content.items()}
+        self.form = self.form or {key: describe_form(value) for key, value in self.blank().items()}
+        odd = [key for key in {**self.form, **found} if found.get(key) != self.form.get(key)]
+        if odd:
+            wanted = self.form.get(odd[0], "absent")
+            raise BadFile(f"{odd[0]} is {found.get(odd[0], 'absent')}, and {wanted} in other samples")
 
     def __len__(self):
         return len(self.videos)
@@ -2413,6 +2429,7 @@ class FileDataset(torch.utils.data.Dataset):
             try:
                 with self.watch.holding(number):
                     content = self.read_file(video, plan)
+                    self.check_form(content)
             except BadFile as error:
                 there = os.path.exists(video.path)
                 away = not there and self.are_away()
@@ -2476,6 +2493,9 @@ class ClipDataset(FileDataset):
         annotation = {"maneuver": video.label or "", **{key: value for key, value in noted if value is not None}}
         plan = replace(plan, noted_fps=annotation.get("fps") or 0.0)
         return read_frames(video.path, plan, self.cfg.decoder), annotation
+
+    def check_form(self, content):
+        """Frames come from the decoder in the shape that was asked for."""
 
     def decode(self, index, height, width):
         """-> (uint8 [T, height, width, 3], file number, annotation, bad files as (name, reason), flipped)."""
@@ -2561,6 +2581,8 @@ class DataSource:
         """The dataset of a stream: train files for `train` and `bank`, held-out files for `val`."""
         videos = self.val if stream == "val" else self.train
         kind = {"random": NoiseDataset, "render": SceneDataset}.get(self.kind, self.Dataset)
+        if not issubclass(kind, self.Dataset):  # a world's own samples, of frames that are made up
+            kind = type(self.Dataset.__name__, (kind, self.Dataset), {})
         return kind(cfg, videos, self.root, stream, self.maneuvers, self.quarantine, self.draw)
 
 
@@ -2582,8 +2604,9 @@ def instead_of_videos(cfg, videos):
 def list_data(cfg, Dataset=ClipDataset):
     """The files that a config names, [] for built-in scenes. UsageError for a wrong or a missing path."""
     suffixes, must = Dataset.SUFFIXES, not Dataset.HAS_SCENES
-    if must and not cfg.data_root:
-        raise UsageError(f"data_root = '': must name a folder or a list of files {', '.join(suffixes)} (--data_root)")
+    if must and not os.path.exists(cfg.data_root):  # no scenes stand in
+        wanted = f"must name a folder or a list of files {', '.join(suffixes)} (--data_root)"
+        raise UsageError(f"data_root = {cfg.data_root or repr('')}: {wanted}")
     videos = find_videos(cfg.data_root, cfg.video_glob, suffixes) if cfg.data_root else Listing()
     if cfg.data_root and not videos and (must or cfg.missing_data == "error"):
         raise UsageError(f"data_root {cfg.data_root}: {nothing_found(cfg, videos, suffixes)} (--video_glob)")
@@ -3517,7 +3540,7 @@ class World(nn.Module):
     name and file. Randomness of a sample belongs into `draw`, state into `after_step`: so a run is resumed to the bit.
     """
 
-    Config = RunConfig  # the dataclass of its settings
+    Config = ClipConfig  # the dataclass of its settings; derived from RunConfig where files are no videos
     Dataset = ClipDataset  # the FileDataset that reads its files
     KEYS = {}  # what `forward` and `figures` give, {key: meaning}; an evaluation logs the same keys behind val_
     TRAIN_KEYS = {}  # what `state` gives, and NAME_grad_norm of the groups that are clipped apart
@@ -3525,9 +3548,38 @@ class World(nn.Module):
     NO_DECAY = ()  # ends of the names of matrices without weight decay
     FROZEN = ()  # names of children whose weights `__init__` takes from elsewhere: checkpoints hold only their hash
 
+    def __init_subclass__(cls):
+        """TypeError for what would otherwise show after days, or never: a setting that has no flag, no loss, no field."""
+        super().__init_subclass__()
+        Config, known = cls.Config, {entry.name for entry in fields(cls.Config)}
+        problems = [
+            f"{name} must be a tuple of names" for name in ("NO_DECAY", "FROZEN") if isinstance(getattr(cls, name), str)
+        ]
+        if "__dataclass_fields__" not in vars(Config) and inspect.get_annotations(Config):
+            problems.append(f"{Config.__name__} lacks @dataclass above it")
+        if issubclass(cls.Dataset, ClipDataset) and not issubclass(Config, ClipConfig):
+            problems.append(f"{Config.__name__} must derive from ClipConfig, or name a Dataset that reads other files")
+        named = {name for each in Config.__mro__ for name in vars(each).get("MUST_MATCH", ())}
+        named = named.union(
+            *(merged(Config, table) for table in ("RANGES", "CHOICES")), *merged(Config, "PRESETS").values()
+        )
+        problems += [
+            f"{Config.__name__} has no field {name}, which a table of it names" for name in sorted(named - known)
+        ]
+        lambdas = [name for name in known if name.startswith("lambda_") and f"loss_{name[7:]}" not in cls.KEYS]
+        problems += [f"{name} weighs loss_{name[7:]}, of which KEYS says nothing" for name in sorted(lambdas)]
+        if problems:
+            raise TypeError(f"{cls.__name__}: {'; '.join(problems)}")
+
     def __init__(self, cfg, rank=0, world_size=1):
         super().__init__()
         self.cfg, self.rank, self.world_size = cfg, rank, world_size
+
+    def __setattr__(self, name, value):
+        """As nn.Module's. TypeError where an attribute, a child say, would take the place of something that the loop calls."""
+        if callable(getattr(World, name, None)) and name in vars(World):
+            raise TypeError(f"{type(self).__name__}: an attribute must not be called {name}, which the loop calls")
+        super().__setattr__(name, value)
 
     # -- samples
     @staticmethod
@@ -3557,19 +3609,29 @@ class World(nn.Module):
             **losses,
         }
 
+    def trained(self):
+        """What learns -> {name: parameter}: what asks for a gradient and is not FROZEN."""
+        frozen = tuple(f"{name}." for name in self.FROZEN)
+        return {name: p for name, p in self.named_parameters() if p.requires_grad and not name.startswith(frozen)}
+
     def groups(self):
         """Optimizer groups, each trained parameter in one: `decay`, `no_decay`, and others, which are clipped apart."""
         groups = {"decay": [], "no_decay": []}
-        frozen = tuple(f"{name}." for name in self.FROZEN)
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad and not name.startswith(frozen):
-                plain = parameter.ndim < 2 or name.endswith(self.NO_DECAY)
-                groups["no_decay" if plain else "decay"].append(parameter)
+        for name, parameter in self.trained().items():
+            plain = parameter.ndim < 2 or name.endswith(self.NO_DECAY)
+            groups["no_decay" if plain else "decay"].append(parameter)
         return [param_group(self.cfg, *item) for item in groups.items() if item[1]]
 
     def optimizer(self):
-        """AdamW (0.9, 0.95), fused: 3.5 times faster than the plain loop on the CPU as well."""
-        return torch.optim.AdamW(self.groups(), betas=(0.9, 0.95), eps=1e-8, fused=True)
+        """AdamW (0.9, 0.95), fused: 3.5 times faster than the plain loop on the CPU as well. ValueError where `groups`
+        leaves out something that should learn."""
+        groups = self.groups()
+        given = {id(parameter) for group in groups for parameter in group["params"]}
+        left_out = [name for name, parameter in self.trained().items() if id(parameter) not in given]
+        if left_out:
+            what = f"no group of {type(self).__name__} holds {name_some(left_out)}"
+            raise ValueError(f"{what}; call requires_grad_(False) on what does not learn")
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def after_step(self, carries, step):
         """Take in what the micro-steps of a step left, on all ranks alike: EMA copies, queues, statistics."""
@@ -3609,7 +3671,7 @@ class World(nn.Module):
     def describe(self):
         """Lines about the model; by default its parameters."""
         sizes = {name: sum(p.numel() for p in child.parameters()) / 1e6 for name, child in self.named_children()}
-        return ["parameters: " + ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items() if size)]
+        return ["parameters: " + ", ".join(f"{name} {size:.3g} M" for name, size in sizes.items() if size)]
 
     def flops(self):
         """FLOP of a training step on one sample, forward and backward -> {part: FLOP}, {} where nobody counted."""
@@ -3654,8 +3716,10 @@ class World(nn.Module):
 class Fit(World):
     """Steps on latents that frozen networks made, after training: a world for the loop, which draws its own batches.
 
-    `net` alone learns; `model` holds it and all that stands still. One clip in twenty is held out; when its loss rises
-    while the other falls, the net learns clips by heart.
+    A subclass makes its latents in `__init__(model, run, before)`, then calls this one's, and has KEYS, `batch` and `forward`.
+    What learns is a part of `model`, named by its `phase_groups`: a checkpoint holds the model's weights and the optimizer,
+    nothing of the Fit. One clip in twenty is held out; when its loss rises while the other falls, the net learns clips by
+    heart.
     """
 
     def __init__(self, model, name, num_steps, batch_size, num_clips):

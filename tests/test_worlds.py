@@ -300,7 +300,119 @@ def test_such_a_world_needs_its_files(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(V.UsageError, match=r"no video matches '\*' among \.npy"):
         V.train(feature_config(tmp_path / "empty", tmp_path / "run"), world=Rollout)
+    with pytest.raises(V.UsageError, match=r"absent: must name a folder or a list of files \.npy \(--data_root\)$"):
+        V.train(feature_config(tmp_path / "absent", tmp_path / "run"), world=Rollout)
     assert not {"image_size", "decoder", "scenes", "enc_dim"} & V.field_types(FeatureConfig).keys()
+
+
+class Loose(Features):
+    """Features that do not look at what they read, with clips of another name, length or type among them."""
+
+    def read_file(self, video, plan):
+        number = int(re.search(r"\d+", video.name)[0])
+        if number == 3:
+            raise V.BadFile("junk")
+        rows = torch.tensor(np.load(video.path))[: 3 if number == 1 else 4].to(torch.float64 if number == 2 else None)
+        sample = self.blank(rows)
+        return {"state" if number == 4 and key == "states" else key: value for key, value in sample.items()}
+
+
+def test_a_file_of_another_form_is_a_bad_file(feature_folder):
+    """Samples are stacked: what differs from `blank` in name, shape or type is named and replaced. Seen red without
+    check_form: torch.stack ended the run with a traceback."""
+    cfg = feature_config(feature_folder, "")
+    data = Loose(cfg, V.list_data(cfg, Features), "", "train")
+    bad = {name: reason for index in range(12) for name, reason in data[index]["bad"]}
+    assert bad == {
+        "feature_1.npy": "states is float32 [3, 6], and float32 [4, 6] in other samples",
+        "feature_2.npy": "states is float64 [4, 6], and float32 [4, 6] in other samples",
+        "feature_3.npy": "junk",
+        "feature_4.npy": "states is absent, and float32 [4, 6] in other samples",
+    }
+    with pytest.raises(V.BadFile, match=r"x is a ndarray, which is no tensor, and absent in other samples"):
+        data.check_form({**data.blank(), "x": np.zeros(3)})
+
+
+class Marked(V.ClipDataset):
+    """Clips with something of their own beside the frames."""
+
+    def sample(self, index):
+        content, number, bad = super().sample(index)
+        return {**content, "mark": torch.tensor(index)}, number, bad
+
+    def blank(self):
+        return {**super().blank(), "mark": torch.tensor(0)}
+
+
+@pytest.mark.parametrize(("kind", "made_up"), [("render", V.SceneDataset), ("random", V.NoiseDataset)])
+def test_made_up_frames_come_in_a_world_s_own_samples(kind, made_up):
+    """Seen red when SceneDataset and NoiseDataset took the place of the world's Dataset: `mark` was missing."""
+    cfg, videos = small_config(), [V.VideoFile(f"scene_{number}", "") for number in range(4)]
+    own = V.DataSource(kind, "", videos, videos, [], True, Marked).dataset(cfg, "train")
+    plain = V.DataSource(kind, "", videos, videos, [], True).dataset(cfg, "train")
+    assert isinstance(own, Marked) and type(plain) is made_up
+    assert int(own[2]["mark"]) == 2 and torch.equal(own[2]["frames"], plain[2]["frames"])
+
+
+class DecoderFit(V.Fit):
+    """The decoder of a Decoded learns on cached latents."""
+
+    KEYS = {"loss_decoded": "squared error of the decoded state"}
+
+    def __init__(self, model, run, before):
+        data = run.source.dataset(run.cfg, "train")
+        with torch.no_grad():
+            latents = torch.cat([model.encode(data[index]["states"]) for index in range(24)])
+        super().__init__(model, "decoder", model.cfg.steps, 8, len(latents))
+        self.latents = latents
+
+    def batch(self, step=None):
+        chosen = torch.arange(self.kept, len(self.latents))
+        if step is not None:
+            chosen = torch.randint(self.kept, (self.cfg.batch_size,), generator=self.rng(step))
+        return {"latents": self.latents[chosen]}
+
+    def forward(self, batch):
+        loss = (self.model.decoder(batch["latents"]) - batch["latents"]).square().mean()
+        return {"loss_total": loss, "loss_decoded": loss}, {}, {}
+
+
+class Decoded(Rollout):
+    """The same with a decoder that is fitted after training."""
+
+    def __init__(self, cfg, rank=0, world_size=1):
+        super().__init__(cfg, rank, world_size)
+        self.decoder = nn.Linear(cfg.width, cfg.width).requires_grad_(False)
+
+    def phases(self):
+        return [("decoder", self.cfg.steps)]
+
+    def phase_groups(self, name):
+        return [V.param_group(self.cfg, "decay", list(self.decoder.parameters()), 1e-2)]
+
+    def open_phase(self, name, run, before):
+        return DecoderFit(self, run, before)
+
+
+def test_a_world_fits_a_part_after_training_and_resumes_inside(feature_folder, tmp_path, monkeypatch):
+    """Stopped in the middle of its own phase, the same config ends with the records and weights of an unbroken run."""
+    whole = feature_config(feature_folder, tmp_path / "whole", ckpt_every=3)
+    assert V.train(whole, world=Decoded) == 0
+    losses = [row["loss_decoded"] for row in facts(tmp_path / "whole") if "loss_decoded" in row]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    cut, real = feature_config(feature_folder, tmp_path / "cut", ckpt_every=3), V.apply_step
+
+    def stopping(phase, carries, step):
+        real(phase, carries, step)
+        if phase.name and step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(V, "apply_step", stopping)
+    assert V.train(cut, world=Decoded) == 75
+    monkeypatch.undo()
+    assert V.train(cut, world=Decoded) == 0
+    assert facts(tmp_path / "cut") == facts(tmp_path / "whole")
+    assert same_weights(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
 def test_schedules_buffers_and_frozen_parts_come_back(feature_folder, tmp_path, monkeypatch):
@@ -397,6 +509,83 @@ def test_a_field_cannot_hide_what_a_config_computes():
         TypeError, match=r"Odd\.names: a field is an int, float, str, bool or int \| tuple, not <class 'list'>"
     ):
         V.field_types(Odd)
+
+
+class Undecorated(FeatureConfig):
+    depth: int = 2  # no flag: @dataclass is missing
+
+
+@dataclass
+class Misnamed(FeatureConfig):
+    PRESETS = {"tiny": {"widht": 3}}
+    RANGES = {"lenght": (1, 9)}
+    MUST_MATCH = ("hiden",)
+
+
+@dataclass
+class Weighed(FeatureConfig):
+    lambda_roll: float = 1.0  # weight of the rollout
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ({"Config": Undecorated}, "Undecorated lacks @dataclass above it"),
+        ({"Config": Misnamed}, "Misnamed has no field hiden, .* no field lenght, .* no field widht, which a table"),
+        ({"Config": Weighed}, "lambda_roll weighs loss_roll, of which KEYS says nothing"),
+        ({"Dataset": V.ClipDataset}, "FeatureConfig must derive from ClipConfig, or name a Dataset that reads other"),
+        ({"FROZEN": "backbone"}, "FROZEN must be a tuple of names"),
+    ],
+)
+def test_a_world_s_slips_are_told_when_it_is_defined(members, told):
+    """Each was silent, or an AttributeError in the loop, at the first resume at the latest."""
+    with pytest.raises(TypeError, match=f"^Slip: .*{told}"):
+        type("Slip", (Rollout,), members)
+
+
+@pytest.mark.parametrize("name", ["state", "groups", "report"])
+def test_an_attribute_cannot_hide_what_the_loop_calls(name):
+    """A child called state would be called as the hook, or the hook as the child. Seen red without __setattr__."""
+    model = Rollout(FeatureConfig())
+    with pytest.raises(TypeError, match=f"Rollout: an attribute must not be called {name}, which the loop calls"):
+        setattr(model, name, nn.Linear(2, 2))
+
+
+def test_a_parameter_in_no_group_is_told():
+    """It would never learn, without a word. What needs no gradient may stay out."""
+
+    class Partial(Rollout):
+        def groups(self):
+            return super().groups()[:1]
+
+    model = Partial(FeatureConfig())
+    with pytest.raises(ValueError, match=r"no group of Partial holds offset, cell\.bias_ih, cell\.bias_hh and 1 more"):
+        model.optimizer()
+    for name in ("offset", "cell.bias_ih", "cell.bias_hh", "out.bias"):
+        model.get_parameter(name).requires_grad_(False)
+    assert model.trained().keys() == {"cell.weight_ih", "cell.weight_hh", "out.weight"}
+    model.optimizer()
+
+
+def public(cls):
+    """Names of the public members that a class itself defines; fields of a dataclass stand in docs/config.md."""
+    return {name for name in vars(cls) if not name.startswith("_")} - getattr(cls, "__dataclass_fields__", {}).keys()
+
+
+@pytest.mark.parametrize(
+    ("title", "members"),
+    [
+        ("## World", public(V.World) | public(V.Fit)),
+        ("## FileDataset", public(V.FileDataset)),
+        ("## RunConfig", public(V.RunConfig)),
+    ],
+)
+def test_page_of_worlds_names_every_member(title, members):
+    """docs/worlds.md has a line for each member of the classes that a world derives from, and for nothing else."""
+    text = (ROOT / "docs" / "worlds.md").read_text(encoding="utf-8").split(f"{title}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?) \| (.+) \|$", text, re.MULTILINE)
+    assert {name for cell, _ in rows for name in re.findall(r"`(\w+)`", cell)} == members
+    assert all(meaning.strip() for _, meaning in rows)
 
 
 def test_a_snapshot_may_not_use_the_loop_s_names():
