@@ -25,7 +25,7 @@ Axis letters, the same in the whole file:
     D encoder width    P predictor width   nh heads   S sampled futures   F future tokens
     R draws per clip   N noised flow tokens of k dimensions each
 
-Names: `frames` are the decoder's uint8 pictures, `clip` is normalised video, `context` is the online encoder's output on
+Names: `frames` are the decoder's uint8 pictures, `clip` is normalised video, `context` the online encoder's output on
 kept tokens, `targets` the target encoder's output, `preds` the predictor's. tau is flow time: 0 is noise, 1 is data.
 
 Sources: V-JEPA (arXiv 2404.08471), V-JEPA 2 (2506.09985), InfoNCE (1807.03748), SupCon (2004.11362), flow matching
@@ -35,7 +35,7 @@ RankMe (2210.02885), incremental PCA (Ross et al. 2008), AdaLN-zero (DiT, 2212.0
 
 import signal
 
-# what asks a run to stop; where this file is what was started, it waits until somebody listens (StopFlag): seconds later
+# what asks a run to stop; where this file is what was started, it waits until StopFlag listens, seconds later
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -2358,8 +2358,9 @@ class FileDataset(torch.utils.data.Dataset):
     """Sample i is a pure function of (seed, i): which file, what is read of it, and what the world draws for it.
 
     Another kind of data derives from it: SUFFIXES, `read_file`, `blank`, and `plan` where a window is not enough. A
-    file that cannot be read, or has another form than `blank`, is named in the sample's `bad` list and replaced by the next one of an order drawn from
-    (seed, i); when none can be read the sample is blank and the list names every file: the caller must end the run.
+    file that cannot be read, or has another form than `blank`, is named in the sample's `bad` list and replaced by the
+    next one of an order drawn from (seed, i); when none can be read the sample is blank and the list names every file:
+    the caller must end the run.
     `data_root` locates annotations, `quarantine` (name -> reason) holds files that must not be opened, `watch`, an
     Attendant, is told which file is in hand, `draw` is the world's.
     """
@@ -3549,7 +3550,7 @@ class World(nn.Module):
     FROZEN = ()  # names of children whose weights `__init__` takes from elsewhere: checkpoints hold only their hash
 
     def __init_subclass__(cls):
-        """TypeError for what would otherwise show after days, or never: a setting that has no flag, no loss, no field."""
+        """TypeError for what would otherwise show after days, or never: a setting without flag, loss or field."""
         super().__init_subclass__()
         Config, known = cls.Config, {entry.name for entry in fields(cls.Config)}
         problems = [
@@ -3576,7 +3577,7 @@ class World(nn.Module):
         self.cfg, self.rank, self.world_size = cfg, rank, world_size
 
     def __setattr__(self, name, value):
-        """As nn.Module's. TypeError where an attribute, a child say, would take the place of something that the loop calls."""
+        """As nn.Module's. TypeError where an attribute, a child say, would hide something that the loop calls."""
         if callable(getattr(World, name, None)) and name in vars(World):
             raise TypeError(f"{type(self).__name__}: an attribute must not be called {name}, which the loop calls")
         super().__setattr__(name, value)
@@ -3716,10 +3717,10 @@ class World(nn.Module):
 class Fit(World):
     """Steps on latents that frozen networks made, after training: a world for the loop, which draws its own batches.
 
-    A subclass makes its latents in `__init__(model, run, before)`, then calls this one's, and has KEYS, `batch` and `forward`.
-    What learns is a part of `model`, named by its `phase_groups`: a checkpoint holds the model's weights and the optimizer,
-    nothing of the Fit. One clip in twenty is held out; when its loss rises while the other falls, the net learns clips by
-    heart.
+    A subclass makes its latents in `__init__(model, run, before)`, then calls this one's, and has KEYS, `batch` and
+    `forward`. What learns is a part of `model`, named by its `phase_groups`: a checkpoint holds the model's weights and
+    the optimizer, nothing of the Fit. One clip in twenty is held out; when its loss rises while the other falls, the
+    net learns clips by heart.
     """
 
     def __init__(self, model, name, num_steps, batch_size, num_clips):
