@@ -5296,9 +5296,13 @@ def saved_config(state, world):
 @lru_cache(maxsize=4)
 def checkpoint_template(world, cfg_json):
     """A config as JSON -> (a world of it without memory, its optimizer): what a checkpoint is compared with."""
-    with torch.device("meta"):
-        model = world(saved_config({"cfg": json.loads(cfg_json)}, world))
-        return model, model.optimizer()
+    cfg = saved_config({"cfg": json.loads(cfg_json)}, world)
+    try:
+        with torch.device("meta"):
+            model = world(cfg)
+    except RuntimeError:  # it reads values while it is built, as .item() or weights from a file do: made, then emptied
+        model = world(cfg).to("meta")
+    return model, model.optimizer()
 
 
 def compare_tensors(found, wanted, name):
@@ -5515,14 +5519,16 @@ def load_model(path, device="cpu", world=None):
 def log_keys(world):
     """{key: meaning} of the log lines of a world, its class, in their order."""
     own = {**world.KEYS, **world.TRAIN_KEYS}
-    return {
+    before = {
         "step": "optimizer steps done, those after training included",
         "phase": "which fit after training the step belongs to; absent in training",
         "loss_total": "weighted sum of the losses that train",
-        **{key: text for key, text in own.items() if key.startswith("loss_")},
+    }
+    between = {
         "lr": "learning rate of the first group of parameters",
         "grad_norm": "gradient norm before clipping, without groups that are clipped apart",
-        **{key: text for key, text in own.items() if not key.startswith("loss_")},
+    }
+    after = {
         "clips_per_s": "clips per second over all ranks since the last line, warm-up left out",
         "data_wait": "share of that time spent waiting for the loader",
         "mem_gb": "peak memory in GB: GPU memory on cuda, else resident memory of rank 0",
@@ -5530,6 +5536,11 @@ def log_keys(world):
         "skipped_steps": "steps skipped so far for a non-finite loss or gradient",
         "time": "seconds since the run started, over all restarts",
     }
+    if taken := own.keys() & {*before, *between, *after, "clips"}:
+        raise TypeError(f"{world.__name__}: the loop itself logs {min(taken)}; give yours another name")
+    losses = {key: text for key, text in own.items() if key.startswith("loss_")}
+    others = {key: text for key, text in own.items() if key not in losses}
+    return {**before, **losses, **between, **others, **after}
 
 
 def val_keys(world):
@@ -5984,7 +5995,7 @@ def print_summary(run, overrides, reason):
     device = torch.cuda.get_device_name(process.device) if on_gpu else f"{torch.get_num_threads()} threads"
     kinds = {None: "fp32", torch.bfloat16: "bf16 autocast", torch.float16: "fp16 autocast + scaler"}
     precision = kinds[process.amp_dtype] + (f": {reason}" if reason else "") + ", compiled" * cfg.compile
-    held = "" if source.held_out else "; ONE FILE ONLY: validation uses the training file"
+    held = "" if source.held_out else "; NOTHING IS HELD OUT: validation uses training files"
     where = "drawn when asked for" if source.kind == "render" else f"under {source.root or 'no folder'}"
     kind = source.kind if source.Dataset.HAS_SCENES else "files"
     capped = f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else ""
@@ -6123,6 +6134,11 @@ def throw_away_pass(run, wrapped, batch):
     losses["loss_total"].backward()
     float(losses["loss_total"].detach())  # waits for the device
     passed = time.perf_counter() - began
+    if run.process.world_size > 1:
+        idle = [name for name, parameter in wrapped.module.trained().items() if parameter.grad is None]
+        if idle:  # DDP would call it an error of its own, in the next step
+            cure = "call requires_grad_(False) on what does not learn"
+            raise UserError(f"{type(wrapped.module).__name__}: {name_some(idle)} got no gradient; {cure}")
     wrapped.zero_grad(set_to_none=True)
     with torch.no_grad():
         for buffer, before in kept:
@@ -6376,7 +6392,7 @@ def log_step(phase, record, clock):
         left = describe_time(clock.seconds_per_step * (phase.cfg.steps - phase.step))
         log.line(f"{clock.seconds_per_step:.3g} s per step: {left} to go")
         clock.told = True
-    chosen = [key for key in ("loss_total", "soon_skill", "clips_per_s") if key in record]
+    chosen = [key for key in record if key in ("loss_total", "clips_per_s") or key.endswith("skill")]
     return " ".join(f"{key}:{format_number(record[key])}" for key in chosen)
 
 
@@ -6471,12 +6487,8 @@ def begin_phase(last, name, begin, phase_opt):
     inside it."""
     run = last.run
     run.folder.where = f"before the {name} phase began; run the same command to go on"
-    fit = (
-        run.world.eval()
-        .requires_grad_(False)
-        .open_phase(name, run, last.world if last.name else None)
-        .to(run.process.device)
-    )
+    world, before = run.world.eval().requires_grad_(False), last.world if last.name else None
+    fit = world.open_phase(name, run, before).to(run.process.device)
     run.phase_optimizer, wrapped = fit.optimizer(), wrap(fit, run.process)
     if run.process.world_size > 1:
         throw_away_pass(run, wrapped, fit.batch(0))

@@ -607,6 +607,48 @@ def test_worlds_of_the_project_import_the_script_alone():
     assert not math.isnan(len(TOY.read_text().splitlines())) and len(TOY.read_text().splitlines()) < 60
 
 
+class Lazy(Rollout):
+    """A world that reads a value while it is built, and has a part that no loss reaches."""
+
+    FROZEN, calm = (), 0.0
+
+    def __init__(self, cfg, rank=0, world_size=1):
+        super().__init__(cfg, rank, world_size)
+        self.backbone, self.idle = nn.Identity(), nn.Linear(2, 2)
+        self.calm = torch.linspace(0, 1, 3)[1].item()
+
+    def encode(self, states):
+        return states
+
+
+def test_a_world_that_reads_values_while_it_is_built_is_resumed(feature_folder, tmp_path):
+    """.item() in __init__ is no damage of the checkpoint. Seen red with a template on the meta device alone."""
+    cfg = feature_config(feature_folder, tmp_path, steps=2)
+    assert V.train(cfg, world=Lazy) == 0
+    assert V.load_model(tmp_path / "checkpoints" / "ckpt_final.pt", world=Lazy)[0].calm == 0.5
+
+
+def test_a_part_without_gradient_is_named_where_ranks_would_wait_for_it(feature_folder, tmp_path):
+    """One process lets it be; several are told before the first step. Seen red: an error in DDP's own words."""
+    cfg = feature_config(feature_folder, tmp_path)
+    phase = new_phase(Lazy(cfg), source=V.open_data(Lazy, cfg, V.list_data(cfg, Features), True, lambda: None))
+    batch, wrapped = V.noise_batch(phase.run, 4), nn.Module()
+    V.throw_away_pass(phase.run, phase.world, batch)
+    wrapped.module = phase.world
+    wrapped.forward = phase.world.forward
+    phase.run.process.world_size = 2
+    with pytest.raises(V.UserError, match="Lazy: idle.weight, idle.bias got no gradient; call requires_grad_"):
+        V.throw_away_pass(phase.run, wrapped, batch)
+
+
+@pytest.mark.parametrize("key", ["time", "lr", "clips"])
+def test_a_key_of_the_loop_cannot_be_a_world_s(key):
+    """What a world would log under a name of the loop would be overwritten without a word."""
+    taken = type("Taken", (Rollout,), {"KEYS": {**Rollout.KEYS, key: "mine"}})
+    with pytest.raises(TypeError, match=f"Taken: the loop itself logs {key}"):
+        V.log_keys(taken)
+
+
 # -- checkpoints of format 2
 
 
