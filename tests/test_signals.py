@@ -202,7 +202,7 @@ STAGES = {
     "batch": ({}, "next_batches", 2, "at step 1, saved", 1),
     "latents": (FLOW, "cache_latents", 1, "before the soon phase began", 3),
     "soon fit": (FLOW, "take_step", 4, "at step 4, saved", 3),
-    "flow coordinates": (FLOW, "flow_coordinates", 1, "at step 5, saved", 3),
+    "flow coordinates": (FLOW, "flow_coordinates", 1, "before the flow phase began", 3),
     "flow fit": (FLOW, "take_step", 7, "at step 7, saved", 3),
     "final save": ({}, "save_checkpoint", 2, "after its last step, saved", 3),
     "final evaluation": ({}, "validate", 1, "after its last step, saved", 3),
