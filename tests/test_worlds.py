@@ -1,5 +1,7 @@
 """The seam between the loop and its worlds: a toy world of pixels, one of precomputed features, and old checkpoints."""
 
+import contextlib
+import io
 import json
 import lzma
 import math
@@ -55,6 +57,17 @@ def run(path, out_dir, *more, ranks=1):
     return result.returncode, result.stdout + result.stderr
 
 
+def run_here(path, out_dir, *more):
+    """The same in this process, which has torch already."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            code = V.main([*FLAGS, "--out_dir", str(out_dir), *more], world=V.import_world(path, "Toy"))
+        except SystemExit as ended:  # --help
+            code = ended.code
+    return code, output.getvalue()
+
+
 def facts(out_dir):
     """What must be equal in two runs: every record without times and memory."""
     rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
@@ -86,19 +99,28 @@ def killed_after(path, out_dir, step, number, *more):
 # -- a toy world of thirty lines
 
 
+STOPPED = ["--steps", "24", "--batch_size", "2", "--ckpt_every", "5", "--val_every", "10"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(toy, tmp_path_factory):
+    """The run that nobody stops -> run folder."""
+    out_dir = tmp_path_factory.mktemp("unbroken")
+    assert run_here(toy, out_dir, *STOPPED)[0] == 0
+    return out_dir
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_world_of_thirty_lines_is_stopped_and_resumed(toy, tmp_path, number):
+def test_a_world_of_thirty_lines_is_stopped_and_resumed(toy, unbroken, tmp_path, number):
     """Stopped or killed in the middle, the same command ends with the records and the weights of an unbroken run."""
-    more = ["--steps", "40", "--ckpt_every", "5", "--val_every", "10"]
-    assert run(toy, tmp_path / "whole", *more)[0] == 0
-    code = killed_after(toy, tmp_path / "cut", 7, number, *more)
+    code = killed_after(toy, tmp_path, 7, number, *STOPPED)
     assert code == (75 if number == signal.SIGTERM else -number)
-    code, output = run(toy, tmp_path / "cut", *more)
+    code, output = run_here(toy, tmp_path, *STOPPED)
     assert code == 0 and "resumed from" in output
-    assert facts(tmp_path / "cut") == facts(tmp_path / "whole") and len(facts(tmp_path / "whole")) == 44
-    assert same_weights(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-    status = json.loads((tmp_path / "cut" / "status.json").read_text())
-    assert (status["state"], status["exit_code"], status["step"]) == ("finished", 0, 40)
+    assert facts(tmp_path) == facts(unbroken) and len(facts(unbroken)) == 27
+    assert same_weights(weights(tmp_path), weights(unbroken))
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("finished", 0, 24)
 
 
 @pytest.mark.slow
@@ -118,12 +140,12 @@ def test_two_ranks_of_a_world_are_one(toy, tmp_path):
 
 def test_help_and_errors_are_of_the_world(toy, tmp_path):
     """--help shows the world's fields alone; what it does not have is refused like a misspelt flag."""
-    result = subprocess.run([sys.executable, str(toy), "--help"], env=environment(), capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.startswith("usage: toy.py") and "--hidden" in result.stdout
-    assert "channels between the convolutions" in " ".join(result.stdout.split()) and "--flow" not in result.stdout
-    code, output = run(toy, tmp_path / "run", "--enc_dim", "96")
+    code, output = run_here(toy, tmp_path / "run", "--help")
+    assert code == 0 and output.startswith("usage: toy.py") and "--hidden" in output and "--flow" not in output
+    assert "channels between the convolutions" in " ".join(output.split())
+    code, output = run_here(toy, tmp_path / "run", "--enc_dim", "96")
     assert code == 2 and output.startswith("error: unknown argument --enc_dim") and output.count("\n") == 1
-    code, output = run(toy, tmp_path / "run", "--hidden", "0")
+    code, output = run_here(toy, tmp_path / "run", "--hidden", "0")
     assert code == 2 and "hidden = 0: must lie in 1 to 4096 (--hidden)" in output and output.count("\n") == 1
 
 
@@ -131,7 +153,7 @@ def test_help_and_errors_are_of_the_world(toy, tmp_path):
 def toy_run(toy, tmp_path_factory):
     """Two steps of the toy world -> run folder."""
     out_dir = tmp_path_factory.mktemp("toy_run")
-    code, output = run(toy, out_dir, "--steps", "2", "--val_every", "0")
+    code, output = run_here(toy, out_dir, "--steps", "2", "--val_every", "0")
     assert code == 0, output
     return out_dir
 
@@ -164,7 +186,7 @@ def test_two_worlds_of_one_stem_are_told_apart(toy, toy_run, tmp_path):
     second = tmp_path / "worlds" / "toy.py"
     second.parent.mkdir()
     second.write_text(toy.read_text().replace("5, padding=2", "3, padding=1"))
-    code, output = run(second, toy_run, "--steps", "3")
+    code, output = run_here(second, toy_run, "--steps", "3")
     assert code == 2 and output.splitlines()[-1].startswith(f"error: checkpoint {toy_run}")
     assert f"made by the world Toy ({toy})" in output and f"this is Toy ({second})" in output
     cfg = small_config(steps=3, out_dir=str(toy_run))
