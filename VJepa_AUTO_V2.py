@@ -82,7 +82,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -2468,10 +2468,13 @@ class FileDataset(torch.utils.data.Dataset):
         content, number, bad = self.first_good(index, self.plan(sample_rng(self.cfg.seed, self.stream, index, 2)))
         return self.blank() if content is None else content, number, bad
 
-    def __getitem__(self, index):
-        sample, number, bad = self.sample(index)
+    def whole(self, index, sample, number, bad):
+        """Sample `index` with what the world draws for it and where it comes from -> dict, all tensors but `bad`."""
         drawn = self.draw(self.cfg, self.stream, index) if self.draw else {}
         return {**sample, **drawn, "file": torch.tensor(number), "index": torch.tensor(index), "bad": bad}
+
+    def __getitem__(self, index):
+        return self.whole(index, *self.sample(index))
 
 
 class ClipDataset(FileDataset):
@@ -3045,8 +3048,8 @@ class ClipLoader:
 
 def batch_bytes(data, num_samples):
     """Room that the arrays of a batch of a FileDataset take."""
-    sample = {**data.blank(), **(data.draw(data.cfg, data.stream, 0) if data.draw else {})}
-    return num_samples * sum(value.nbytes for value in sample.values()) + 2**16
+    sample = data.whole(0, data.blank(), -1, [])
+    return num_samples * sum(value.nbytes for key, value in sample.items() if key != "bad") + 2**16
 
 
 def open_loader(source, cfg, stream, sampler, num_workers, pin_memory=False, stopping=None):
@@ -4393,6 +4396,12 @@ def flow_momentum_at(step, cfg):
     return min(cfg.flow_ema, (1 + step) / (10 + step))
 
 
+@torch.no_grad()
+def move_ema(slow, fast, momentum):
+    """slow <- m * slow + (1 - m) * fast, in fp32, over all parameters of two equal modules."""
+    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1.0 - momentum)
+
+
 def clip_gradients(optimizer, cfg):
     """Clip each optimizer group on its own, `decay` and `no_decay` as one, so that no gradient shrinks another's
     -> {grad_norm and NAME_grad_norm: norm before clipping}."""
@@ -4518,10 +4527,8 @@ class FlowFit(Fit):
         loss = velocity_loss(flow, flow.project(batch["context"].float()), y, batch["noise"], batch["tau"])
         return {"loss_total": loss, "loss_flow": loss}, {}, {}
 
-    @torch.no_grad()
     def after_step(self, carries, step):
-        slow, fast = list(self.model.flow_ema.parameters()), list(self.model.flow.parameters())
-        torch._foreach_lerp_(slow, fast, 1 - flow_momentum_at(step, self.cfg))
+        move_ema(self.model.flow_ema, self.model.flow, flow_momentum_at(step, self.cfg))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4892,11 +4899,10 @@ class VJepaAutoV2(World):
         self.update_ema(ema_momentum_at(step, self.cfg), flow_momentum_at(step, self.cfg))
         self.absorb(carries)
 
-    @torch.no_grad()
     def update_ema(self, momentum, flow_momentum):
-        """target <- m * target + (1 - m) * online, in fp32, over all parameters; the same for the flow net."""
-        for slow, fast, m in ((self.target, self.online, momentum), (self.flow_ema, self.flow, flow_momentum)):
-            torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1.0 - m)
+        """target follows online, and the flow net's EMA the flow net."""
+        move_ema(self.target, self.online, momentum)
+        move_ema(self.flow_ema, self.flow, flow_momentum)
 
     @torch.no_grad()
     def absorb(self, carries):
@@ -5220,7 +5226,7 @@ def checkpoint_state(run):
         **asdict(run.progress),
         "cfg": asdict(world.cfg),
         "world": identity(type(world)),
-        "frozen": frozen_hashes(world),
+        "frozen": run.frozen,
         "opt": run.optimizer.state_dict(),
         "phase_opt": run.phase_optimizer and run.phase_optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
@@ -5927,6 +5933,11 @@ class Run:
         """What stands before every log line when the data are not the user's."""
         return "" if self.source.kind == "videos" else f"data:{self.source.kind} "
 
+    @cached_property
+    def frozen(self):
+        """Hashes of the world's FROZEN parts, made once: they never change, and may be large."""
+        return frozen_hashes(self.world)
+
     def loader(self, stream, first, num_batches, batch_size):
         """This rank's batches of a stream from sample number `first` on -> ClipLoader."""
         cfg, process = self.cfg, self.process
@@ -6111,12 +6122,8 @@ def noise_like(value):
 def noise_batch(run, num_samples):
     """A batch of noise in the shape of the data, with what the world draws -> dict as a loader gives it."""
     data = run.source.dataset(run.cfg, "train")
-    samples = []
-    for index in range(num_samples):
-        sample = {key: noise_like(value) for key, value in data.blank().items()}
-        drawn = run.world.draw(run.cfg, "train", index)
-        samples.append({**sample, **drawn, "file": torch.tensor(0), "index": torch.tensor(index), "bad": []})
-    return collate(samples)
+    noise = [{key: noise_like(value) for key, value in data.blank().items()} for _ in range(num_samples)]
+    return collate([data.whole(index, sample, 0, []) for index, sample in enumerate(noise)])
 
 
 def for_step(batch, step, device):

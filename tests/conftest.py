@@ -29,40 +29,43 @@ def __getattr__(name):
     raise AttributeError(name)
 
 
+# 4 x 4 sites, NOW 2 + SOON 2 + EVENTUALLY 2 tubelets: a few thousand parameters
+SMALL = dict(
+    image_size=32,
+    patch=8,
+    num_frames=12,
+    now_frames=4,
+    soon_frames=4,
+    eventually_frames=4,
+    enc_dim=48,
+    enc_depth=2,
+    pred_dim=24,
+    pred_depth=2,
+    num_heads=4,
+    outcome_queries=2,
+    outcome_queue=16,
+    flow_dim=32,
+    flow_depth=2,
+    flow_heads=4,
+    flow_rank=8,
+    flow_chunks=2,
+    flow_draws=3,
+    batch_size=2,
+    num_workers=0,
+    steps=20,
+    warmup_steps=2,
+    scene_clips=8,
+    device="cpu",
+    val_clips=4,
+    log_every=1,
+)
+
+
 def small_config(**overrides):
     """A config of a few thousand parameters: 4 x 4 sites, NOW 2 + SOON 2 + EVENTUALLY 2 tubelets."""
     import VJepa_AUTO_V2 as V
 
-    base = dict(
-        image_size=32,
-        patch=8,
-        num_frames=12,
-        now_frames=4,
-        soon_frames=4,
-        eventually_frames=4,
-        enc_dim=48,
-        enc_depth=2,
-        pred_dim=24,
-        pred_depth=2,
-        num_heads=4,
-        outcome_queries=2,
-        outcome_queue=16,
-        flow_dim=32,
-        flow_depth=2,
-        flow_heads=4,
-        flow_rank=8,
-        flow_chunks=2,
-        flow_draws=3,
-        batch_size=2,
-        num_workers=0,
-        steps=20,
-        warmup_steps=2,
-        scene_clips=8,
-        device="cpu",
-        val_clips=4,
-        log_every=1,
-    )
-    return replace(V.VJepaAutoV2Config(), **{**base, **overrides})
+    return replace(V.VJepaAutoV2Config(), **{**SMALL, **overrides})
 
 
 def random_batch(cfg, num_clips, seed=0, first=0):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import ROOT, SCRIPT, V, random_batch, small_config
+from conftest import ROOT, SCRIPT, SMALL, V, random_batch, small_config
 from training import new_model, train_steps
 
 SUPCON = dict(lambda_supcon=0.5)
@@ -225,34 +225,7 @@ def test_supcon_with_all_positives_on_one_rank(tmp_path):
 @pytest.mark.slow
 def test_torchrun_trains_to_the_end(tmp_path):
     """The documented command on two ranks: exit code 0, one final checkpoint, one log line per step (not per rank)."""
-    flags = dict(
-        image_size=32,
-        patch=8,
-        num_frames=12,
-        now_frames=4,
-        soon_frames=4,
-        eventually_frames=4,
-        enc_dim=48,
-        enc_depth=2,
-        pred_dim=24,
-        pred_depth=2,
-        num_heads=4,
-        outcome_queue=16,
-        flow_dim=32,
-        flow_depth=2,
-        flow_heads=4,
-        flow_rank=8,
-        flow_chunks=2,
-        flow_draws=3,
-        batch_size=2,
-        num_workers=0,
-        steps=4,
-        scene_clips=8,
-        device="cpu",
-        val_clips=4,
-        log_every=1,
-        out_dir=str(tmp_path / "run"),
-    )
+    flags = {**SMALL, "steps": 4, "out_dir": str(tmp_path / "run")}
     command = [
         sys.executable,
         "-m",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, V, small_config
+from conftest import ROOT, SMALL, V, small_config
 from training import cpu_process, new_model, new_phase
 
 STILL = ("online", "predictor", "outcome", "target", "read_out")  # what the flow phase must not touch
@@ -275,40 +275,8 @@ def test_fewer_clips_than_directions(tmp_path):
 def test_ranks_share_one_flow(tmp_path):
     """Two ranks fit one net on their shares of the clips, over pooled tokens, and the run ends with one checkpoint: the
     same, to the bit, when a rank was told to stop in the last step of SOON, and again in the midst of the flow."""
-    flags = dict(
-        image_size=32,
-        patch=8,
-        num_frames=12,
-        now_frames=4,
-        soon_frames=4,
-        eventually_frames=4,
-        enc_dim=48,
-        enc_depth=2,
-        pred_dim=24,
-        pred_depth=2,
-        num_heads=4,
-        outcome_queue=16,
-        flow_dim=32,
-        flow_depth=2,
-        flow_heads=4,
-        flow_rank=8,
-        flow_chunks=2,
-        flow_draws=3,
-        flow_joint_max=0,
-        flow_pool=2,
-        batch_size=2,
-        num_workers=0,
-        steps=2,
-        scenes="render",
-        flow_fit_clips=32,
-        flow_fit_steps=5,
-        flow_fit_batch=4,
-        soon_fit_steps=3,
-        soon_fit_batch=4,
-        device="cpu",
-        val_clips=4,
-        log_every=1,
-    )
+    fits = dict(flow_fit_clips=32, flow_fit_steps=5, flow_fit_batch=4, soon_fit_steps=3, soon_fit_batch=4)
+    flags = {**SMALL, "flow_joint_max": 0, "flow_pool": 2, "steps": 2, "scenes": "render", **fits}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "tests" / "faulty_run.py"), "--no-picture"]
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
