@@ -332,7 +332,7 @@ def test_bad_flags_of_make_videos_are_one_line(tmp_path, capsys, flags, words):
 
 
 @pytest.mark.parametrize("what", ["other contents", "other settings", "other physics", "a file", "a broken setting"])
-def test_foreign_folders_of_make_videos_are_refused(tmp_path, capsys, what):
+def test_foreign_folders_of_make_videos_are_refused(tmp_path, capsys, monkeypatch, what):
     """Whatever stands at --out stays as it is. Seen red with the folder taken up without a look."""
     folder = tmp_path / "out"
     if what == "a file":
@@ -342,9 +342,8 @@ def test_foreign_folders_of_make_videos_are_refused(tmp_path, capsys, what):
         (folder / "mine.txt").write_text("mine")
     else:
         assert write(folder, "--kinds", "falling", "--seed", "9" if what == "other settings" else "0") == 0
-        setting = json.loads((folder / "videos.json").read_text())
         if what == "other physics":
-            (folder / "videos.json").write_text(json.dumps({**setting, "physics": 0}))
+            monkeypatch.setattr(M, "PHYSICS", M.PHYSICS + 1)
         elif what == "a broken setting":
             (folder / "videos.json").write_text("{")
     before = contents(tmp_path)
@@ -430,14 +429,16 @@ def test_a_grown_folder_keeps_the_sides_and_the_shares(tmp_path, capsys):
     before = sides(tmp_path / "out")
     assert before["few/few_000.mp4"] == before["few/few_001.mp4"] == "train"
     make_input(tmp_path / "in", falling=50, few=10)
-    (tmp_path / "in" / "videos" / "falling" / "falling_003.mp4").unlink()
+    gone = [f"falling/falling_{number:03d}.mp4" for number in range(2, 8)]
+    for name in gone:
+        (tmp_path / "in" / "videos" / name).unlink()
     assert split(tmp_path) == 0
     after = sides(tmp_path / "out")
     assert {name: after[name] for name in before} == before
-    counts = counted({name: side for name, side in after.items() if name != "falling/falling_003.mp4"})
-    assert counts == {"falling": (39, 5, 5), "few": (8, 1, 1)}
+    counts = counted({name: side for name, side in after.items() if name not in gone})
+    assert counts["few"] == (8, 1, 1) and np.abs(np.array(counts["falling"]) - (35.2, 4.4, 4.4)).max() < 1
     told = capsys.readouterr()
-    assert "1 placed videos are gone" in told.err and "falling_003.mp4" in told.err
+    assert "6 placed videos are gone" in told.err and "falling_002.mp4" in told.err
     make_input(tmp_path / "in", falling=50)  # and it is back
     assert split(tmp_path) == 0 and sides(tmp_path / "out") == after and "gone" not in capsys.readouterr().err
 
@@ -467,18 +468,22 @@ def test_ratios_are_normalised_and_may_leave_a_side_out(tmp_path, capsys):
 
 
 def test_every_suffix_and_no_folder_named_videos(tmp_path):
-    """What the loader takes for a video is split; flat files and their annotations too. Seen red with mp4, avi and mov
-    only."""
-    (tmp_path / "in" / "annotations").mkdir(parents=True)
+    """What the loader takes for a video is split; flat files and their annotations too, and flat annotations of a
+    sub-folder. Seen red with mp4, avi and mov only, and with annotations looked for in sub-folders alone."""
+    for part in ("annotations", "deep"):
+        (tmp_path / "in" / part).mkdir(parents=True)
+    (tmp_path / "in" / "deep" / "lone.mp4").touch()
+    (tmp_path / "in" / "annotations" / "lone.json").write_text('{"maneuver": "keep"}')
     for suffix in V.VIDEO_SUFFIXES:
         (tmp_path / "in" / f"clip_{suffix[1:]}{suffix.upper()}").touch()
     (tmp_path / "in" / "notes.txt").touch()
     (tmp_path / "in" / "annotations" / "clip_mkv.json").write_text('{"maneuver": "brake"}')
     assert split(tmp_path) == 0
     found = sides(tmp_path / "out")
-    assert len(found) == len(V.VIDEO_SUFFIXES) and set(found.values()) == set(S.SIDES)
-    video = V.VideoFile(found["clip_mkv.MKV"] + "/clip_mkv.MKV", "")
-    assert V.read_annotation(str(tmp_path / "out"), video) == {"maneuver": "brake"}
+    assert len(found) == len(V.VIDEO_SUFFIXES) + 1 and set(found.values()) == set(S.SIDES)
+    for name, maneuver in (("clip_mkv.MKV", "brake"), ("deep/lone.mp4", "keep")):
+        annotation = V.read_annotation(str(tmp_path / "out"), V.VideoFile(f"{found[name]}/{name}", ""))
+        assert annotation == {"maneuver": maneuver}
 
 
 @pytest.mark.parametrize("copy", [False, True])
