@@ -3526,7 +3526,53 @@ def write_report(path, values):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11  World: what the loop asks of a model
+# 11  Schedules and clipping: step -> learning rate, EMA momentum
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lr_at(step, cfg, peak):
+    """Linear warm-up, then a cosine that reaches min_lr (at the same ratio for every group) at the last step."""
+    if step < cfg.warmup:
+        return peak * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(cfg.steps - 1 - cfg.warmup, 1)
+    floor = min(cfg.min_lr / cfg.lr, 1.0) if cfg.lr else 0.0
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def ema_momentum_at(step, cfg):
+    """Target momentum, linear from ema_momentum to ema_momentum_end where that is set."""
+    end = cfg.ema_momentum_end or cfg.ema_momentum
+    return cfg.ema_momentum + (end - cfg.ema_momentum) * step / max(cfg.steps - 1, 1)
+
+
+def flow_momentum_at(step, cfg):
+    """Momentum of the flow EMA: short at first, so that sampling follows the young net."""
+    return min(cfg.flow_ema, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def move_ema(slow, fast, momentum):
+    """slow <- m * slow + (1 - m) * fast, in fp32, over all parameters of two equal modules."""
+    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1.0 - momentum)
+
+
+def clip_gradients(optimizer, cfg):
+    """Clip each optimizer group on its own, `decay` and `no_decay` as one, so that no gradient shrinks another's
+    -> {grad_norm and NAME_grad_norm: norm before clipping}."""
+    sides = {"grad_norm": []}
+    for group in optimizer.param_groups:
+        name = "grad_norm" if group["name"] in ("decay", "no_decay") else f"{group['name']}_grad_norm"
+        sides.setdefault(name, []).extend(p.grad for p in group["params"] if p.grad is not None)
+    norms = {}
+    for name, grads in sides.items():
+        norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        if cfg.grad_clip and grads:
+            torch._foreach_mul_(grads, (cfg.grad_clip / (norms[name] + 1e-6)).clamp_max(1.0).to(grads[0].device))
+    return norms
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 12  World: what the loop asks of a model
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3550,7 +3596,8 @@ class World(nn.Module):
     TRAIN_KEYS = {}  # what `state` gives, and NAME_grad_norm of the groups that are clipped apart
     VAL_KEYS = {}  # what `held_out` gives, without val_
     NO_DECAY = ()  # ends of the names of matrices without weight decay
-    FROZEN = ()  # names of children whose weights `__init__` takes from elsewhere: checkpoints hold only their hash
+    # names of children whose weights `__init__` takes from elsewhere: checkpoints hold only their hash. It may set others
+    FROZEN = ()
 
     def __init_subclass__(cls):
         """TypeError for what would otherwise show after days, or never: a setting without flag, loss or field."""
@@ -3612,6 +3659,10 @@ class World(nn.Module):
             "loss_total": sum((weights[name] * loss for name, loss in losses.items() if weights[name]), zero),
             **losses,
         }
+
+    def lr(self, step, peak):
+        """Learning rate of a group with this peak at a step, by the step and what a checkpoint holds alone -> float."""
+        return lr_at(step, self.cfg, peak)
 
     def trained(self):
         """What learns -> {name: parameter}: what asks for a gradient and is not FROZEN."""
@@ -3763,7 +3814,7 @@ class Fit(World):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 12  Blocks: position code, attention, MLP
+# 13  Blocks: position code, attention, MLP
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3937,7 +3988,7 @@ class PositionCode(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 13  Tokenizer and encoder: clip -> tokens -> context
+# 14  Tokenizer and encoder: clip -> tokens -> context
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3982,7 +4033,7 @@ class Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 14  Predictor: context + masked positions -> predicted targets
+# 15  Predictor: context + masked positions -> predicted targets
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4015,7 +4066,7 @@ class Predictor(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 15  Outcome head: context -> outcome embedding
+# 16  Outcome head: context -> outcome embedding
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4039,7 +4090,7 @@ class OutcomeHead(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 16  Flow: context + noise -> future latents
+# 17  Flow: context + noise -> future latents
 # ---------------------------------------------------------------------------------------------------------------------
 # A future is [F, D]: all SOON tokens, then `flow_chunks` means over equal stretches of EVENTUALLY. The point forecast
 # says what NOW tells; FutureSpace holds the rest, the residual, in its leading directions; FlowNet samples there.
@@ -4281,7 +4332,7 @@ def sample_flow(flow, projected, noise, num_steps, shift):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 17  Losses and collapse gauges
+# 18  Losses and collapse gauges
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4369,52 +4420,6 @@ def gather_rows(rows, world_size):
     parts = [torch.empty_like(rows) for _ in range(world_size)]
     dist.all_gather(parts, rows.contiguous())
     return torch.stack(parts, 1).flatten(0, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 18  Schedules and clipping: step -> learning rate, EMA momentum
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def lr_at(step, cfg, peak):
-    """Linear warm-up, then a cosine that reaches min_lr (at the same ratio for every group) at the last step."""
-    if step < cfg.warmup:
-        return peak * (step + 1) / cfg.warmup
-    progress = (step - cfg.warmup) / max(cfg.steps - 1 - cfg.warmup, 1)
-    floor = min(cfg.min_lr / cfg.lr, 1.0) if cfg.lr else 0.0
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
-def ema_momentum_at(step, cfg):
-    """Target momentum, linear from ema_momentum to ema_momentum_end where that is set."""
-    end = cfg.ema_momentum_end or cfg.ema_momentum
-    return cfg.ema_momentum + (end - cfg.ema_momentum) * step / max(cfg.steps - 1, 1)
-
-
-def flow_momentum_at(step, cfg):
-    """Momentum of the flow EMA: short at first, so that sampling follows the young net."""
-    return min(cfg.flow_ema, (1 + step) / (10 + step))
-
-
-@torch.no_grad()
-def move_ema(slow, fast, momentum):
-    """slow <- m * slow + (1 - m) * fast, in fp32, over all parameters of two equal modules."""
-    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1.0 - momentum)
-
-
-def clip_gradients(optimizer, cfg):
-    """Clip each optimizer group on its own, `decay` and `no_decay` as one, so that no gradient shrinks another's
-    -> {grad_norm and NAME_grad_norm: norm before clipping}."""
-    sides = {"grad_norm": []}
-    for group in optimizer.param_groups:
-        name = "grad_norm" if group["name"] in ("decay", "no_decay") else f"{group['name']}_grad_norm"
-        sides.setdefault(name, []).extend(p.grad for p in group["params"] if p.grad is not None)
-    norms = {}
-    for name, grads in sides.items():
-        norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-        if cfg.grad_clip and grads:
-            torch._foreach_mul_(grads, (cfg.grad_clip / (norms[name] + 1e-6)).clamp_max(1.0).to(grads[0].device))
-    return norms
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5371,8 +5376,8 @@ def check_insides(state, world):
         raise ValueError("data: its listing is a count and a list of names")
     if not all(isinstance(text, str) for text in (state["source"], data["kind"], data["root"], *names)):
         raise ValueError("source and data must be texts")
-    if state["frozen"].keys() != set(world.FROZEN) or not all(map(same_kind, state["frozen"].values(), world.FROZEN)):
-        raise ValueError(f"frozen: no hashes of {', '.join(world.FROZEN) or 'nothing'}")
+    if state["frozen"].keys() != set(model.FROZEN) or not all(map(same_kind, state["frozen"].values(), model.FROZEN)):
+        raise ValueError(f"frozen: no hashes of {', '.join(model.FROZEN) or 'nothing'}")
     model.expect(state)
     for name, wanted in model.snapshot().items():
         if wanted is not None:
@@ -5487,7 +5492,8 @@ def check_same_run(state, cfg, path):
 
 def check_frozen(state, world, path):
     """UsageError when FROZEN parts are others than those of which a checkpoint holds the hashes."""
-    changed = [name for name, sha256 in frozen_hashes(world).items() if state["frozen"].get(name) != sha256]
+    hashes = frozen_hashes(world)
+    changed = [name for name in {**hashes, **state["frozen"]} if state["frozen"].get(name) != hashes.get(name)]
     if changed:
         others = "are others than those it was made with"
         raise UsageError(f"checkpoint {path}: the frozen weights of {', '.join(changed)} {others}")
@@ -6208,7 +6214,7 @@ def take_step(phase, batches, step):
     was finite on this rank)."""
     cfg, run, wrapped = phase.cfg, phase.run, phase.wrapped
     for group in phase.optimizer.param_groups:
-        group["lr"] = lr_at(step, cfg, group["peak_lr"])
+        group["lr"] = phase.world.lr(step, group["peak_lr"])
     metrics, carries = {}, []
     for number, batch in enumerate(batches):
         wrapped.require_backward_grad_sync = number == len(batches) - 1  # for DDP: ranks average once per step
@@ -6239,7 +6245,7 @@ def log_values(phase, metrics, looks, clock):
         **run.means({**values, **world.figures(looks, values)}, keys),
         **({"phase": phase.name} if phase.name else {}),
         "step": progress.total,
-        "lr": lr_at(phase.step - 1, cfg, phase.optimizer.param_groups[0]["peak_lr"]),
+        "lr": world.lr(phase.step - 1, phase.optimizer.param_groups[0]["peak_lr"]),
         **world.state(phase.step - 1),
         "clips_per_s": cfg.batch_size * cfg.grad_accum * run.process.world_size / clock.seconds_per_step,
         "data_wait": clock.data_wait,
