@@ -875,6 +875,7 @@ VIDEO_SUFFIXES = (
     *re.findall(r"\.\w+", ".mp4.m4v.mkv.mov.avi.webm.ts.mts.m2ts.3gp.3g2.f4v.wmv.asf.flv.mpg.mpeg.vob.ogv"),
     *RAW_SUFFIXES,
 )
+SIDES = ("train", "val", "test")  # folders that split a data_root
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # copies that systems and network disks keep
 SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in this order
 HEADER_WORDS = (r"(?i)(path|video|file|clip)\w*", r"(?i)(maneuver|label|class)\w*")  # a list's columns
@@ -897,11 +898,12 @@ class VideoFile:
 
 
 class Listing(list):
-    """The videos of a data_root. `notes`: lines for the user; `seen`: what else was found where no video was."""
+    """The videos of a data_root. `notes`: lines for the user; `seen`: what else was found where no video was; `sides`:
+    {side: its videos} where folders split them."""
 
     def __init__(self, videos=(), notes=(), seen=""):
         super().__init__(videos)
-        self.notes, self.seen = list(notes), seen
+        self.notes, self.seen, self.sides = list(notes), seen, {}
 
 
 def name_some(names, most=3):
@@ -976,6 +978,25 @@ def count_suffixes(names):
     return ", ".join(f"{count} {one_line(suffix, 20)}" for suffix, count in counts) or "no file at all"
 
 
+def split_by_folders(listing, root):
+    """Fill in the `sides` of a folder with train/ and val/ or test/, all of whose videos stand below these; where some
+    stand elsewhere, a note. UsageError when train/ or val/ holds none."""
+    there = [side for side in SIDES if os.path.isdir(os.path.join(root, side))]
+    if not listing or there[:1] != ["train"] or len(there) == 1:
+        return
+    sides = {side: [video for video in listing if video.name.startswith(f"{side}/")] for side in SIDES}
+    outside = sorted({video.name for video in listing}.difference(*([v.name for v in part] for part in sides.values())))
+    split = " and ".join(f"{side}/" for side in there)
+    if outside:
+        listing.notes.append(f"note: {root} holds {split}, and files elsewhere: split by the hash of all names")
+        return
+    for side in SIDES[:2]:
+        if not sides[side]:
+            cure = "move some of the others there, or let tools/split_videos.py split a folder into all three"
+            raise UsageError(f"data_root {root}: split by its folders {split}, and {side}/ holds no video; {cure}")
+    listing.sides = sides
+
+
 def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
     """Walk a folder -> Listing by name of the files with a known suffix that match the glob, one name each. Names with
     a dot in front do not count: they are hidden, or macOS's twins of other files."""
@@ -991,7 +1012,9 @@ def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
     videos, links = one_name_each(sorted(found, key=operator.attrgetter("name")))
     notes = left_out_note("WARNING", closed, f"folder(s) below {one_line(root)} cannot be read and")
     notes += left_out_note("note", links, "further name(s) of files listed already (links)")
-    return Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}")
+    listing = Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}")
+    split_by_folders(listing, root)
+    return listing
 
 
 def label_text(value):
@@ -2268,7 +2291,7 @@ def sample_mask(rng, cfg, family):
 # 7  Samples: (seed, sample number) -> frames, masks, noise
 # ---------------------------------------------------------------------------------------------------------------------
 
-STREAMS = {"train": 0, "val": 1, "bank": 2}  # separate random streams of one seed
+STREAMS = {"train": 0, "val": 1, "bank": 2, "test": 3}  # separate random streams of one seed
 
 
 def sample_rng(seed, stream, index, purpose):
@@ -2574,16 +2597,21 @@ class DataSource:
     draw: object = None
     quarantine: dict = field(default_factory=dict)  # files that no worker may open: name -> reason
     failing: dict = field(default_factory=dict)  # files not decoded when this process last tried: name -> reason
+    test: list = field(default_factory=list)  # files of test/, which no run touches
+    by_folders: bool = False  # whether folders split the files, not the hash of their names
 
     def listing(self):
-        """What a checkpoint keeps of it: the number of files, and a user's names unless they are too many."""
+        """What a checkpoint keeps of it: number of files and what splits them; a user's names unless too many."""
         names = sorted({video.name for video in (*self.train, *self.val)})
         kept = names if self.kind == "videos" and len(names) <= MAX_LISTED else []
-        return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept}
+        split = "folders" if self.by_folders else "hash"
+        return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept, "split": split}
 
     def dataset(self, cfg, stream):
-        """The dataset of a stream: train files for `train` and `bank`, held-out files for `val`."""
-        videos = self.val if stream == "val" else self.train
+        """The dataset of a stream: train files for `train` and `bank`, held-out files for `val`, those of test/ for
+        `test`, which is `val` where there are none."""
+        stream = "val" if stream == "test" and not self.test else stream
+        videos = {"val": self.val, "test": self.test}.get(stream, self.train)
         kind = {"random": NoiseDataset, "render": SceneDataset}.get(self.kind, self.Dataset)
         if not issubclass(kind, self.Dataset):  # a world's own samples, of frames that are made up
             kind = type(self.Dataset.__name__, (kind, self.Dataset), {})
@@ -2620,7 +2648,7 @@ def list_data(cfg, Dataset=ClipDataset):
 def open_data(world, cfg, videos, is_main, barrier, stopping=None):
     """Listed files -> the DataSource of a world (its class). Built-in scenes are written where they are needed, by
     rank 0, while the others wait at `barrier()`. Stopped when `stopping()` says so meanwhile."""
-    kind, root = "videos", cfg.data_root
+    kind, root, sides = "videos", cfg.data_root, getattr(videos, "sides", {})
     if not videos and cfg.data_root and cfg.missing_data == "random":
         kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
     elif not videos and cfg.scenes == "render":
@@ -2633,27 +2661,33 @@ def open_data(world, cfg, videos, is_main, barrier, stopping=None):
         root = str(scenes_folder(root, cfg)[0])
         names = sorted(f"{name}.mp4" for name in scene_names(cfg))  # not what else may stand there
         videos = [VideoFile(name, os.path.join(root, "videos", name)) for name in names]
-    if kind in ("random", "render"):
+    if sides:
+        train, val = sides["train"], sides["val"]
+    elif kind in ("random", "render"):
         train, val = split_videos(videos, cfg.val_fraction)
     else:
         train, val = split_readable(cfg, videos, world.Dataset.read_one)
     maneuvers = []
     if world.wants_labels(cfg):
-        maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names(videos, root)
-    held_out = bool(val and train)
-    return DataSource(kind, root, train or videos, val or videos, maneuvers, held_out, world.Dataset, world.draw)
+        maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names([*train, *val], root)
+    split = dict(held_out=bool(val and train), test=sides.get("test", []), by_folders=bool(sides))
+    return DataSource(
+        kind, root, train or videos, val or videos, maneuvers, Dataset=world.Dataset, draw=world.draw, **split
+    )
 
 
 def listing_change(saved, source):
     """How the data differ from `saved`, those of a checkpoint -> one line, "" where they do not or it does not say."""
-    listed = source.listing()
-    if "files" not in saved or all(saved[name] == listed[name] for name in ("kind", "files", "names")):
+    listed, saved = source.listing(), {"split": "hash", **saved}
+    if "files" not in saved or all(saved[name] == listed[name] for name in ("kind", "files", "names", "split")):
         return ""
     what = f"{saved['files']} files ({saved['kind']}) then, {listed['files']} ({listed['kind']}) now"
     if saved["kind"] == listed["kind"] and saved["names"] and listed["names"]:
         before, now = set(saved["names"]), set(listed["names"])
         changes = (("added", sorted(now - before)), ("removed", sorted(before - now)))
         what = ", ".join(f"{len(names)} {word} ({name_some(names)})" for word, names in changes if names)
+    if saved["split"] != listed["split"]:
+        what += f"{', ' * bool(what)}split by {saved['split']} then, by {listed['split']} now"
     return f"WARNING: the files are not those of the checkpoint: {what}; samples are drawn from the present ones now"
 
 
@@ -3526,7 +3560,53 @@ def write_report(path, values):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11  World: what the loop asks of a model
+# 11  Schedules and clipping: step -> learning rate, EMA momentum
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lr_at(step, cfg, peak):
+    """Linear warm-up, then a cosine that reaches min_lr (at the same ratio for every group) at the last step."""
+    if step < cfg.warmup:
+        return peak * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(cfg.steps - 1 - cfg.warmup, 1)
+    floor = min(cfg.min_lr / cfg.lr, 1.0) if cfg.lr else 0.0
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def ema_momentum_at(step, cfg):
+    """Target momentum, linear from ema_momentum to ema_momentum_end where that is set."""
+    end = cfg.ema_momentum_end or cfg.ema_momentum
+    return cfg.ema_momentum + (end - cfg.ema_momentum) * step / max(cfg.steps - 1, 1)
+
+
+def flow_momentum_at(step, cfg):
+    """Momentum of the flow EMA: short at first, so that sampling follows the young net."""
+    return min(cfg.flow_ema, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def move_ema(slow, fast, momentum):
+    """slow <- m * slow + (1 - m) * fast, in fp32, over all parameters of two equal modules."""
+    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1.0 - momentum)
+
+
+def clip_gradients(optimizer, cfg):
+    """Clip each optimizer group on its own, `decay` and `no_decay` as one, so that no gradient shrinks another's
+    -> {grad_norm and NAME_grad_norm: norm before clipping}."""
+    sides = {"grad_norm": []}
+    for group in optimizer.param_groups:
+        name = "grad_norm" if group["name"] in ("decay", "no_decay") else f"{group['name']}_grad_norm"
+        sides.setdefault(name, []).extend(p.grad for p in group["params"] if p.grad is not None)
+    norms = {}
+    for name, grads in sides.items():
+        norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        if cfg.grad_clip and grads:
+            torch._foreach_mul_(grads, (cfg.grad_clip / (norms[name] + 1e-6)).clamp_max(1.0).to(grads[0].device))
+    return norms
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 12  World: what the loop asks of a model
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3550,7 +3630,8 @@ class World(nn.Module):
     TRAIN_KEYS = {}  # what `state` gives, and NAME_grad_norm of the groups that are clipped apart
     VAL_KEYS = {}  # what `held_out` gives, without val_
     NO_DECAY = ()  # ends of the names of matrices without weight decay
-    FROZEN = ()  # names of children whose weights `__init__` takes from elsewhere: checkpoints hold only their hash
+    # names of children whose weights `__init__` takes from elsewhere: checkpoints hold only their hash; it may set it
+    FROZEN = ()
 
     def __init_subclass__(cls):
         """TypeError for what would otherwise show after days, or never: a setting without flag, loss or field."""
@@ -3612,6 +3693,10 @@ class World(nn.Module):
             "loss_total": sum((weights[name] * loss for name, loss in losses.items() if weights[name]), zero),
             **losses,
         }
+
+    def lr(self, step, peak):
+        """Learning rate of a group with this peak at a step, by the step and what a checkpoint holds alone -> float."""
+        return lr_at(step, self.cfg, peak)
 
     def trained(self):
         """What learns -> {name: parameter}: what asks for a gradient and is not FROZEN."""
@@ -3763,7 +3848,7 @@ class Fit(World):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 12  Blocks: position code, attention, MLP
+# 13  Blocks: position code, attention, MLP
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3937,7 +4022,7 @@ class PositionCode(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 13  Tokenizer and encoder: clip -> tokens -> context
+# 14  Tokenizer and encoder: clip -> tokens -> context
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3982,7 +4067,7 @@ class Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 14  Predictor: context + masked positions -> predicted targets
+# 15  Predictor: context + masked positions -> predicted targets
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4015,7 +4100,7 @@ class Predictor(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 15  Outcome head: context -> outcome embedding
+# 16  Outcome head: context -> outcome embedding
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4039,7 +4124,7 @@ class OutcomeHead(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 16  Flow: context + noise -> future latents
+# 17  Flow: context + noise -> future latents
 # ---------------------------------------------------------------------------------------------------------------------
 # A future is [F, D]: all SOON tokens, then `flow_chunks` means over equal stretches of EVENTUALLY. The point forecast
 # says what NOW tells; FutureSpace holds the rest, the residual, in its leading directions; FlowNet samples there.
@@ -4281,7 +4366,7 @@ def sample_flow(flow, projected, noise, num_steps, shift):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 17  Losses and collapse gauges
+# 18  Losses and collapse gauges
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4369,52 +4454,6 @@ def gather_rows(rows, world_size):
     parts = [torch.empty_like(rows) for _ in range(world_size)]
     dist.all_gather(parts, rows.contiguous())
     return torch.stack(parts, 1).flatten(0, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 18  Schedules and clipping: step -> learning rate, EMA momentum
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def lr_at(step, cfg, peak):
-    """Linear warm-up, then a cosine that reaches min_lr (at the same ratio for every group) at the last step."""
-    if step < cfg.warmup:
-        return peak * (step + 1) / cfg.warmup
-    progress = (step - cfg.warmup) / max(cfg.steps - 1 - cfg.warmup, 1)
-    floor = min(cfg.min_lr / cfg.lr, 1.0) if cfg.lr else 0.0
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
-def ema_momentum_at(step, cfg):
-    """Target momentum, linear from ema_momentum to ema_momentum_end where that is set."""
-    end = cfg.ema_momentum_end or cfg.ema_momentum
-    return cfg.ema_momentum + (end - cfg.ema_momentum) * step / max(cfg.steps - 1, 1)
-
-
-def flow_momentum_at(step, cfg):
-    """Momentum of the flow EMA: short at first, so that sampling follows the young net."""
-    return min(cfg.flow_ema, (1 + step) / (10 + step))
-
-
-@torch.no_grad()
-def move_ema(slow, fast, momentum):
-    """slow <- m * slow + (1 - m) * fast, in fp32, over all parameters of two equal modules."""
-    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1.0 - momentum)
-
-
-def clip_gradients(optimizer, cfg):
-    """Clip each optimizer group on its own, `decay` and `no_decay` as one, so that no gradient shrinks another's
-    -> {grad_norm and NAME_grad_norm: norm before clipping}."""
-    sides = {"grad_norm": []}
-    for group in optimizer.param_groups:
-        name = "grad_norm" if group["name"] in ("decay", "no_decay") else f"{group['name']}_grad_norm"
-        sides.setdefault(name, []).extend(p.grad for p in group["params"] if p.grad is not None)
-    norms = {}
-    for name, grads in sides.items():
-        norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-        if cfg.grad_clip and grads:
-            torch._foreach_mul_(grads, (cfg.grad_clip / (norms[name] + 1e-6)).clamp_max(1.0).to(grads[0].device))
-    return norms
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5371,8 +5410,8 @@ def check_insides(state, world):
         raise ValueError("data: its listing is a count and a list of names")
     if not all(isinstance(text, str) for text in (state["source"], data["kind"], data["root"], *names)):
         raise ValueError("source and data must be texts")
-    if state["frozen"].keys() != set(world.FROZEN) or not all(map(same_kind, state["frozen"].values(), world.FROZEN)):
-        raise ValueError(f"frozen: no hashes of {', '.join(world.FROZEN) or 'nothing'}")
+    if state["frozen"].keys() != set(model.FROZEN) or not all(map(same_kind, state["frozen"].values(), model.FROZEN)):
+        raise ValueError(f"frozen: no hashes of {', '.join(model.FROZEN) or 'nothing'}")
     model.expect(state)
     for name, wanted in model.snapshot().items():
         if wanted is not None:
@@ -5487,7 +5526,8 @@ def check_same_run(state, cfg, path):
 
 def check_frozen(state, world, path):
     """UsageError when FROZEN parts are others than those of which a checkpoint holds the hashes."""
-    changed = [name for name, sha256 in frozen_hashes(world).items() if state["frozen"].get(name) != sha256]
+    hashes = frozen_hashes(world)
+    changed = [name for name in {**hashes, **state["frozen"]} if state["frozen"].get(name) != hashes.get(name)]
     if changed:
         others = "are others than those it was made with"
         raise UsageError(f"checkpoint {path}: the frozen weights of {', '.join(changed)} {others}")
@@ -5567,6 +5607,7 @@ def run_info(run):
         commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "numpy", "av")}
     counts = {"train_files": len(source.train), "val_files": len(source.val)}
+    counts |= {"test_files": len(source.test)} if source.by_folders else {}
     decoders = DECODERS[run.cfg.decoder] if hasattr(run.cfg, "decoder") else ()
     return {
         "versions": {"python": platform.python_version(), **versions},
@@ -6009,12 +6050,16 @@ def print_summary(run, overrides, reason):
     held = "" if source.held_out else "; NOTHING IS HELD OUT: validation uses training files"
     where = "drawn when asked for" if source.kind == "render" else f"under {source.root or 'no folder'}"
     kind = source.kind if source.Dataset.HAS_SCENES else "files"
+    sides = f"{len(source.train)} train and {len(source.val)} val files"
+    if source.by_folders:
+        sides = f"split by folders: {len(source.train)} train, {len(source.val)} val, {len(source.test)} test files"
+        held = "; val_fraction is not used"
     capped = f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else ""
     changed = ", ".join(f"{name}={value}" for name, value in overrides.items())
     for line in (
         f"device: {process.device.type} ({device}), {process.world_size} process(es), {precision}",
         *run.world.describe(),
-        f"data: {kind}, {len(source.train)} train and {len(source.val)} val files {where}{held}",
+        f"data: {kind}, {sides} {where}{held}",
         *source.Dataset.notes(cfg, source),
         f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}{capped}",
         f"set: {changed or 'nothing, all defaults'}",
@@ -6208,7 +6253,7 @@ def take_step(phase, batches, step):
     was finite on this rank)."""
     cfg, run, wrapped = phase.cfg, phase.run, phase.wrapped
     for group in phase.optimizer.param_groups:
-        group["lr"] = lr_at(step, cfg, group["peak_lr"])
+        group["lr"] = phase.world.lr(step, group["peak_lr"])
     metrics, carries = {}, []
     for number, batch in enumerate(batches):
         wrapped.require_backward_grad_sync = number == len(batches) - 1  # for DDP: ranks average once per step
@@ -6239,7 +6284,7 @@ def log_values(phase, metrics, looks, clock):
         **run.means({**values, **world.figures(looks, values)}, keys),
         **({"phase": phase.name} if phase.name else {}),
         "step": progress.total,
-        "lr": lr_at(phase.step - 1, cfg, phase.optimizer.param_groups[0]["peak_lr"]),
+        "lr": world.lr(phase.step - 1, phase.optimizer.param_groups[0]["peak_lr"]),
         **world.state(phase.step - 1),
         "clips_per_s": cfg.batch_size * cfg.grad_accum * run.process.world_size / clock.seconds_per_step,
         "data_wait": clock.data_wait,
