@@ -37,7 +37,6 @@ import futures as P
 
 import VJepa_AUTO_V2 as V
 
-SIDES = ("train", "val", "test")
 SOURCES = ("model", "persistence", "linear extrapolation", "background", "ceiling")
 METRICS = ("mse", "mae", "psnr", "ssim")
 BATCH_VALUES = 2**25  # pixel values of the clips that go through the model at once
@@ -89,7 +88,7 @@ def side_of(source, split):
 def kind_of(video, annotation):
     """What is seen in a video, by its first sub-folder below the side, else by its annotation; "" where nobody says."""
     folders = video.name.split("/")[:-1]
-    folders = folders[1:] if folders[:1] and folders[0] in SIDES else folders
+    folders = folders[1:] if folders[:1] and folders[0] in V.SIDES else folders
     return folders[0] if folders else str(annotation.get("kind") or annotation.get("maneuver") or "")
 
 
@@ -899,7 +898,7 @@ def parse(argv):
     flag("--start", type=float, default=0.0, help="where clips begin in their files, in seconds [0]")
     flag("--num_clips", type=int, default=4, help="clips shown, of every kind in turn [4]")
     flag("--data_root", **path, help="folder, video or list to take clips from [the run's own data]")
-    flag("--split", choices=SIDES, help="which side of them [test where there is one, else val]")
+    flag("--split", choices=V.SIDES, help="which side of them [test where there is one, else val]")
     flag("--out", **path, help="output folder [the run's folder / rollout]")
     flag("--seed", type=int, default=0, help="which clips are shown [0]")
     flag("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
