@@ -250,9 +250,9 @@ class ResidualBlock(nn.Module):
 
 
 class FrameEncoder(nn.Module):
-    """A small residual CNN. Frames [N, 3, H, W] in [0, 1] -> latents [N, D]. The mean colour goes past the convolutions:
-    small things on a wide ground stand out sooner without it. The last map is not averaged over its places: where
-    things are is what a frame has to say."""
+    """A small residual CNN. Frames [N, 3, H, W] in [0, 1] -> latents [N, D]. The mean colour goes past the
+    convolutions: small things on a wide ground stand out sooner without it. The last map is not averaged over its
+    places: where things are is what a frame has to say."""
 
     def __init__(self, cfg):
         super().__init__()
