@@ -183,6 +183,7 @@ class RunConfig:
     keep_last: int = 3  # checkpoints kept beside the final one
     val_every: int = 1000  # steps between evaluations; 0 = only at the end
     val_clips: int = 64  # clips of an evaluation, rounded up to full batches
+    best_by: str = ""  # val_ figure by which ckpt_best.pt is kept: the smallest, with a - in front the largest
     track: str = ""  # tensorboard, wandb or both, separated by a comma
     dist_timeout_s: float = 600.0  # seconds before a stuck collective ends the run
 
@@ -833,6 +834,7 @@ def build_parser(world):
     Config, does = world.Config, flat(world.__doc__ or "").split(": ")[0]
     program = os.path.basename(inspect.getfile(world))
     parser = ArgumentParser(prog=program, allow_abbrev=False, description=does)
+    parser._negative_number_matcher = re.compile("-[^-]")  # a value may begin with a dash, as that of best_by does
     files = "JSON or YAML file of fields; later files win"
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help=files)
     shown_only = "print the resolved config and leave"
@@ -875,6 +877,7 @@ VIDEO_SUFFIXES = (
     *re.findall(r"\.\w+", ".mp4.m4v.mkv.mov.avi.webm.ts.mts.m2ts.3gp.3g2.f4v.wmv.asf.flv.mpg.mpeg.vob.ogv"),
     *RAW_SUFFIXES,
 )
+SIDES = ("train", "val", "test")  # folders that split a data_root
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # copies that systems and network disks keep
 SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in this order
 HEADER_WORDS = (r"(?i)(path|video|file|clip)\w*", r"(?i)(maneuver|label|class)\w*")  # a list's columns
@@ -897,11 +900,12 @@ class VideoFile:
 
 
 class Listing(list):
-    """The videos of a data_root. `notes`: lines for the user; `seen`: what else was found where no video was."""
+    """The videos of a data_root. `notes`: lines for the user; `seen`: what else was found where no video was; `sides`:
+    {side: its videos} where folders split them."""
 
     def __init__(self, videos=(), notes=(), seen=""):
         super().__init__(videos)
-        self.notes, self.seen = list(notes), seen
+        self.notes, self.seen, self.sides = list(notes), seen, {}
 
 
 def name_some(names, most=3):
@@ -976,6 +980,25 @@ def count_suffixes(names):
     return ", ".join(f"{count} {one_line(suffix, 20)}" for suffix, count in counts) or "no file at all"
 
 
+def split_by_folders(listing, root):
+    """Fill in the `sides` of a folder with train/ and val/ or test/, all of whose videos stand below these; where some
+    stand elsewhere, a note. UsageError when train/ or val/ holds none."""
+    there = [side for side in SIDES if os.path.isdir(os.path.join(root, side))]
+    if not listing or there[:1] != ["train"] or len(there) == 1:
+        return
+    sides = {side: [video for video in listing if video.name.startswith(f"{side}/")] for side in SIDES}
+    outside = sorted({video.name for video in listing}.difference(*([v.name for v in part] for part in sides.values())))
+    split = " and ".join(f"{side}/" for side in there)
+    if outside:
+        listing.notes.append(f"note: {root} holds {split}, and files elsewhere: split by the hash of all names")
+        return
+    for side in SIDES[:2]:
+        if not sides[side]:
+            cure = "move some of the others there, or let tools/split_videos.py split a folder into all three"
+            raise UsageError(f"data_root {root}: split by its folders {split}, and {side}/ holds no video; {cure}")
+    listing.sides = sides
+
+
 def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
     """Walk a folder -> Listing by name of the files with a known suffix that match the glob, one name each. Names with
     a dot in front do not count: they are hidden, or macOS's twins of other files."""
@@ -991,7 +1014,9 @@ def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
     videos, links = one_name_each(sorted(found, key=operator.attrgetter("name")))
     notes = left_out_note("WARNING", closed, f"folder(s) below {one_line(root)} cannot be read and")
     notes += left_out_note("note", links, "further name(s) of files listed already (links)")
-    return Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}")
+    listing = Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}")
+    split_by_folders(listing, root)
+    return listing
 
 
 def label_text(value):
@@ -2268,7 +2293,7 @@ def sample_mask(rng, cfg, family):
 # 7  Samples: (seed, sample number) -> frames, masks, noise
 # ---------------------------------------------------------------------------------------------------------------------
 
-STREAMS = {"train": 0, "val": 1, "bank": 2}  # separate random streams of one seed
+STREAMS = {"train": 0, "val": 1, "bank": 2, "test": 3}  # separate random streams of one seed
 
 
 def sample_rng(seed, stream, index, purpose):
@@ -2574,16 +2599,21 @@ class DataSource:
     draw: object = None
     quarantine: dict = field(default_factory=dict)  # files that no worker may open: name -> reason
     failing: dict = field(default_factory=dict)  # files not decoded when this process last tried: name -> reason
+    test: list = field(default_factory=list)  # files of test/, which no run touches
+    by_folders: bool = False  # whether folders split the files, not the hash of their names
 
     def listing(self):
-        """What a checkpoint keeps of it: the number of files, and a user's names unless they are too many."""
+        """What a checkpoint keeps of it: number of files and what splits them; a user's names unless too many."""
         names = sorted({video.name for video in (*self.train, *self.val)})
         kept = names if self.kind == "videos" and len(names) <= MAX_LISTED else []
-        return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept}
+        split = "folders" if self.by_folders else "hash"
+        return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept, "split": split}
 
     def dataset(self, cfg, stream):
-        """The dataset of a stream: train files for `train` and `bank`, held-out files for `val`."""
-        videos = self.val if stream == "val" else self.train
+        """The dataset of a stream: train files for `train` and `bank`, held-out files for `val`, those of test/ for
+        `test`, which is `val` where there are none."""
+        stream = "val" if stream == "test" and not self.test else stream
+        videos = {"val": self.val, "test": self.test}.get(stream, self.train)
         kind = {"random": NoiseDataset, "render": SceneDataset}.get(self.kind, self.Dataset)
         if not issubclass(kind, self.Dataset):  # a world's own samples, of frames that are made up
             kind = type(self.Dataset.__name__, (kind, self.Dataset), {})
@@ -2620,7 +2650,7 @@ def list_data(cfg, Dataset=ClipDataset):
 def open_data(world, cfg, videos, is_main, barrier, stopping=None):
     """Listed files -> the DataSource of a world (its class). Built-in scenes are written where they are needed, by
     rank 0, while the others wait at `barrier()`. Stopped when `stopping()` says so meanwhile."""
-    kind, root = "videos", cfg.data_root
+    kind, root, sides = "videos", cfg.data_root, getattr(videos, "sides", {})
     if not videos and cfg.data_root and cfg.missing_data == "random":
         kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
     elif not videos and cfg.scenes == "render":
@@ -2633,27 +2663,33 @@ def open_data(world, cfg, videos, is_main, barrier, stopping=None):
         root = str(scenes_folder(root, cfg)[0])
         names = sorted(f"{name}.mp4" for name in scene_names(cfg))  # not what else may stand there
         videos = [VideoFile(name, os.path.join(root, "videos", name)) for name in names]
-    if kind in ("random", "render"):
+    if sides:
+        train, val = sides["train"], sides["val"]
+    elif kind in ("random", "render"):
         train, val = split_videos(videos, cfg.val_fraction)
     else:
         train, val = split_readable(cfg, videos, world.Dataset.read_one)
     maneuvers = []
     if world.wants_labels(cfg):
-        maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names(videos, root)
-    held_out = bool(val and train)
-    return DataSource(kind, root, train or videos, val or videos, maneuvers, held_out, world.Dataset, world.draw)
+        maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names([*train, *val], root)
+    split = dict(held_out=bool(val and train), test=sides.get("test", []), by_folders=bool(sides))
+    return DataSource(
+        kind, root, train or videos, val or videos, maneuvers, Dataset=world.Dataset, draw=world.draw, **split
+    )
 
 
 def listing_change(saved, source):
     """How the data differ from `saved`, those of a checkpoint -> one line, "" where they do not or it does not say."""
-    listed = source.listing()
-    if "files" not in saved or all(saved[name] == listed[name] for name in ("kind", "files", "names")):
+    listed, saved = source.listing(), {"split": "hash", **saved}
+    if "files" not in saved or all(saved[name] == listed[name] for name in ("kind", "files", "names", "split")):
         return ""
     what = f"{saved['files']} files ({saved['kind']}) then, {listed['files']} ({listed['kind']}) now"
     if saved["kind"] == listed["kind"] and saved["names"] and listed["names"]:
         before, now = set(saved["names"]), set(listed["names"])
         changes = (("added", sorted(now - before)), ("removed", sorted(before - now)))
         what = ", ".join(f"{len(names)} {word} ({name_some(names)})" for word, names in changes if names)
+    if saved["split"] != listed["split"]:
+        what += f"{', ' * bool(what)}split by {saved['split']} then, by {listed['split']} now"
     return f"WARNING: the files are not those of the checkpoint: {what}; samples are drawn from the present ones now"
 
 
@@ -3526,7 +3562,53 @@ def write_report(path, values):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11  World: what the loop asks of a model
+# 11  Schedules and clipping: step -> learning rate, EMA momentum
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lr_at(step, cfg, peak):
+    """Linear warm-up, then a cosine that reaches min_lr (at the same ratio for every group) at the last step."""
+    if step < cfg.warmup:
+        return peak * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(cfg.steps - 1 - cfg.warmup, 1)
+    floor = min(cfg.min_lr / cfg.lr, 1.0) if cfg.lr else 0.0
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def ema_momentum_at(step, cfg):
+    """Target momentum, linear from ema_momentum to ema_momentum_end where that is set."""
+    end = cfg.ema_momentum_end or cfg.ema_momentum
+    return cfg.ema_momentum + (end - cfg.ema_momentum) * step / max(cfg.steps - 1, 1)
+
+
+def flow_momentum_at(step, cfg):
+    """Momentum of the flow EMA: short at first, so that sampling follows the young net."""
+    return min(cfg.flow_ema, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def move_ema(slow, fast, momentum):
+    """slow <- m * slow + (1 - m) * fast, in fp32, over all parameters of two equal modules."""
+    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1.0 - momentum)
+
+
+def clip_gradients(optimizer, cfg):
+    """Clip each optimizer group on its own, `decay` and `no_decay` as one, so that no gradient shrinks another's
+    -> {grad_norm and NAME_grad_norm: norm before clipping}."""
+    sides = {"grad_norm": []}
+    for group in optimizer.param_groups:
+        name = "grad_norm" if group["name"] in ("decay", "no_decay") else f"{group['name']}_grad_norm"
+        sides.setdefault(name, []).extend(p.grad for p in group["params"] if p.grad is not None)
+    norms = {}
+    for name, grads in sides.items():
+        norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        if cfg.grad_clip and grads:
+            torch._foreach_mul_(grads, (cfg.grad_clip / (norms[name] + 1e-6)).clamp_max(1.0).to(grads[0].device))
+    return norms
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 12  World: what the loop asks of a model
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3550,15 +3632,17 @@ class World(nn.Module):
     TRAIN_KEYS = {}  # what `state` gives, and NAME_grad_norm of the groups that are clipped apart
     VAL_KEYS = {}  # what `held_out` gives, without val_
     NO_DECAY = ()  # ends of the names of matrices without weight decay
-    FROZEN = ()  # names of children whose weights `__init__` takes from elsewhere: checkpoints hold only their hash
+    # names of children whose weights `__init__` takes from elsewhere: checkpoints hold only their hash; it may set it
+    FROZEN = ()
+    FILES = ()  # names of what `report` writes into the run folder
+    mark = ""  # what stands before every log line, such as weights:random; `__init__` may set it
 
     def __init_subclass__(cls):
         """TypeError for what would otherwise show after days, or never: a setting without flag, loss or field."""
         super().__init_subclass__()
         Config, known = cls.Config, {entry.name for entry in fields(cls.Config)}
-        problems = [
-            f"{name} must be a tuple of names" for name in ("NO_DECAY", "FROZEN") if isinstance(getattr(cls, name), str)
-        ]
+        tuples = "NO_DECAY", "FROZEN", "FILES"
+        problems = [f"{name} must be a tuple of names" for name in tuples if isinstance(getattr(cls, name), str)]
         if "__dataclass_fields__" not in vars(Config) and inspect.get_annotations(Config):
             problems.append(f"{Config.__name__} lacks @dataclass above it")
         if issubclass(cls.Dataset, ClipDataset) and not issubclass(Config, ClipConfig):
@@ -3613,6 +3697,10 @@ class World(nn.Module):
             **losses,
         }
 
+    def lr(self, step, peak):
+        """Learning rate of a group with this peak at a step, by the step and what a checkpoint holds alone -> float."""
+        return lr_at(step, self.cfg, peak)
+
     def trained(self):
         """What learns -> {name: parameter}: what asks for a gradient and is not FROZEN."""
         frozen = tuple(f"{name}." for name in self.FROZEN)
@@ -3639,6 +3727,10 @@ class World(nn.Module):
 
     def after_step(self, carries, step):
         """Take in what the micro-steps of a step left, on all ranks alike: EMA copies, queues, statistics."""
+
+    def after_validation(self, values):
+        """Take in the val_* figures of an evaluation in the middle of training, on all ranks alike, once for each: a
+        schedule by held-out figures. Figures that are not finite are NaN."""
 
     def train(self, mode=True):
         """As nn.Module.train; what is FROZEN stays in eval mode and learns nothing."""
@@ -3763,7 +3855,7 @@ class Fit(World):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 12  Blocks: position code, attention, MLP
+# 13  Blocks: position code, attention, MLP
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3937,7 +4029,7 @@ class PositionCode(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 13  Tokenizer and encoder: clip -> tokens -> context
+# 14  Tokenizer and encoder: clip -> tokens -> context
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3982,7 +4074,7 @@ class Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 14  Predictor: context + masked positions -> predicted targets
+# 15  Predictor: context + masked positions -> predicted targets
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4015,7 +4107,7 @@ class Predictor(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 15  Outcome head: context -> outcome embedding
+# 16  Outcome head: context -> outcome embedding
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4039,7 +4131,7 @@ class OutcomeHead(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 16  Flow: context + noise -> future latents
+# 17  Flow: context + noise -> future latents
 # ---------------------------------------------------------------------------------------------------------------------
 # A future is [F, D]: all SOON tokens, then `flow_chunks` means over equal stretches of EVENTUALLY. The point forecast
 # says what NOW tells; FutureSpace holds the rest, the residual, in its leading directions; FlowNet samples there.
@@ -4281,7 +4373,7 @@ def sample_flow(flow, projected, noise, num_steps, shift):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 17  Losses and collapse gauges
+# 18  Losses and collapse gauges
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4369,52 +4461,6 @@ def gather_rows(rows, world_size):
     parts = [torch.empty_like(rows) for _ in range(world_size)]
     dist.all_gather(parts, rows.contiguous())
     return torch.stack(parts, 1).flatten(0, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 18  Schedules and clipping: step -> learning rate, EMA momentum
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def lr_at(step, cfg, peak):
-    """Linear warm-up, then a cosine that reaches min_lr (at the same ratio for every group) at the last step."""
-    if step < cfg.warmup:
-        return peak * (step + 1) / cfg.warmup
-    progress = (step - cfg.warmup) / max(cfg.steps - 1 - cfg.warmup, 1)
-    floor = min(cfg.min_lr / cfg.lr, 1.0) if cfg.lr else 0.0
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
-def ema_momentum_at(step, cfg):
-    """Target momentum, linear from ema_momentum to ema_momentum_end where that is set."""
-    end = cfg.ema_momentum_end or cfg.ema_momentum
-    return cfg.ema_momentum + (end - cfg.ema_momentum) * step / max(cfg.steps - 1, 1)
-
-
-def flow_momentum_at(step, cfg):
-    """Momentum of the flow EMA: short at first, so that sampling follows the young net."""
-    return min(cfg.flow_ema, (1 + step) / (10 + step))
-
-
-@torch.no_grad()
-def move_ema(slow, fast, momentum):
-    """slow <- m * slow + (1 - m) * fast, in fp32, over all parameters of two equal modules."""
-    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1.0 - momentum)
-
-
-def clip_gradients(optimizer, cfg):
-    """Clip each optimizer group on its own, `decay` and `no_decay` as one, so that no gradient shrinks another's
-    -> {grad_norm and NAME_grad_norm: norm before clipping}."""
-    sides = {"grad_norm": []}
-    for group in optimizer.param_groups:
-        name = "grad_norm" if group["name"] in ("decay", "no_decay") else f"{group['name']}_grad_norm"
-        sides.setdefault(name, []).extend(p.grad for p in group["params"] if p.grad is not None)
-    norms = {}
-    for name, grads in sides.items():
-        norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-        if cfg.grad_clip and grads:
-            torch._foreach_mul_(grads, (cfg.grad_clip / (norms[name] + 1e-6)).clamp_max(1.0).to(grads[0].device))
-    return norms
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4729,7 +4775,7 @@ class VJepaAutoV2(World):
         "flow_spread": "deviation among sampled futures over that of real futures from the forecast; "
         "0 = one mode, 1 = as wide"
     }
-    NO_DECAY = ("mask_tokens", "queries")
+    NO_DECAY, FILES = ("mask_tokens", "queries"), ("futures.png",)
     NETWORKS = ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target")
     draw = staticmethod(mask_and_noise)
 
@@ -5062,13 +5108,17 @@ class VJepaAutoV2(World):
 @dataclass
 class Progress:
     """How far a run is: steps and samples of all ranks in training, steps of the phases after it, seconds over all
-    restarts, steps skipped."""
+    restarts, steps skipped; the step whose evaluation the world has taken in; what the best evaluation so far had of
+    the figure best_by, less being better, and its step."""
 
     step: int = 0
     after: int = 0
     consumed: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    validated: int = 0
+    best: float = math.inf
+    best_step: int = 0
 
     @property
     def total(self):
@@ -5076,6 +5126,7 @@ class Progress:
         return self.step + self.after
 
 
+BEST = "ckpt_best.pt"  # that of the best evaluation; never resumed from unasked, never deleted
 WRITTEN = ".written.json"  # in the folder of checkpoints: size, time and SHA-256 of each one that a run wrote there
 
 
@@ -5225,7 +5276,7 @@ def checkpoint_state(run):
         "format": CHECKPOINT_FORMAT,
         **asdict(run.progress),
         "cfg": asdict(world.cfg),
-        "world": identity(type(world)),
+        "world": {**identity(type(world)), "mark": world.mark},
         "frozen": run.frozen,
         "opt": run.optimizer.state_dict(),
         "phase_opt": run.phase_optimizer and run.phase_optimizer.state_dict(),
@@ -5254,12 +5305,12 @@ def steps_of(state):
     return state["step"] + state.get("after", 0)
 
 
-def save_checkpoint(state, out_dir, cfg, final):
-    """Write ckpt_<step>.pt or ckpt_final.pt atomically, then drop what exceeds keep_last -> path. OSError where the
-    disk refuses: what was there before still stands."""
+def save_checkpoint(state, out_dir, cfg, final, best=False):
+    """Write ckpt_<step>.pt, ckpt_final.pt or ckpt_best.pt atomically, then drop what exceeds keep_last -> path. OSError
+    where the disk refuses: what was there before still stands."""
     folder = Path(out_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ("ckpt_final.pt" if final else f"ckpt_{steps_of(state)}.pt")
+    path = folder / (BEST if best else "ckpt_final.pt" if final else f"ckpt_{steps_of(state)}.pt")
     free_name(path)
     write_atomic(path, lambda handle: torch.save(state, handle), partial(note_written, path))
     numbered = [old for step, old in checkpoint_files(out_dir) if step != math.inf and is_written(old)]
@@ -5292,10 +5343,13 @@ def damage_of(path):
 
 
 def saved_config(state, world):
-    """The config in a checkpoint, less fields that the world no longer has. UsageError, TypeError where it is none."""
+    """The config in a checkpoint, less fields that the world no longer has. ValueError, TypeError where it is none."""
     known = {name: value for name, value in state["cfg"].items() if name in field_types(world.Config)}
     cfg = world.Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
-    validate_config(cfg)
+    try:
+        validate_config(cfg)
+    except UsageError as error:  # no error of the user's
+        raise ValueError(str(error)) from error
     return cfg
 
 
@@ -5359,8 +5413,9 @@ def phase_at(phases, after):
 def check_insides(state, world):
     """ValueError, or whatever else wrong types lead to, unless a checkpoint holds what one of its own config holds."""
     model, optimizer = checkpoint_template(world, json.dumps(asdict(saved_config(state, world))))
-    counts, data = ("step", "after", "consumed", "skipped", "world_size"), state["data"]
+    counts, data = "step after consumed skipped validated best_step world_size".split(), state["data"]
     good = {name: fits(int, state[name]) and 0 <= state[name] < 2**62 for name in counts}
+    good["best"] = fits(float, state["best"]) and not math.isnan(state["best"])
     good["seconds"] = fits(float, state["seconds"]) and 0 <= state["seconds"] < math.inf
     good["precision"] = state["precision"] in PRECISIONS.values()
     for name in good:
@@ -5371,8 +5426,8 @@ def check_insides(state, world):
         raise ValueError("data: its listing is a count and a list of names")
     if not all(isinstance(text, str) for text in (state["source"], data["kind"], data["root"], *names)):
         raise ValueError("source and data must be texts")
-    if state["frozen"].keys() != set(world.FROZEN) or not all(map(same_kind, state["frozen"].values(), world.FROZEN)):
-        raise ValueError(f"frozen: no hashes of {', '.join(world.FROZEN) or 'nothing'}")
+    if state["frozen"].keys() != set(model.FROZEN) or not all(map(same_kind, state["frozen"].values(), model.FROZEN)):
+        raise ValueError(f"frozen: no hashes of {', '.join(model.FROZEN) or 'nothing'}")
     model.expect(state)
     for name, wanted in model.snapshot().items():
         if wanted is not None:
@@ -5413,7 +5468,7 @@ def read_checkpoint(path):
     state = upgrade(state) if state.get("format") == 2 else state
     if missing := ", ".join(sorted(set(LOOP_KEYS) - state.keys())):
         raise BadCheckpoint(f"checkpoint {path}: not a VJepa_AUTO_V2 checkpoint (it lacks {missing})")
-    return state
+    return {**asdict(Progress()), **state}  # what early checkpoints of format 3 lack
 
 
 def world_of(state, world=None):
@@ -5443,10 +5498,10 @@ def load_checkpoint(path, world=None, instead="use another one, or --resume neve
     try:
         state = read_checkpoint(path)
         check_insides(state, world_of(state, world))
-    except BadCheckpoint:
-        raise
     except WrongWorld as error:
         raise WrongWorld(f"checkpoint {path}: {error}") from error
+    except UserError:  # of the world's own, too: say, of weights that are not on this machine
+        raise
     except Exception as error:  # a foreign file makes the unpickler, and whoever looks at its insides, raise anything
         why = f"not readable, damaged or made by another version ({type(error).__name__}: {flat(error)[:160]})"
         raise BadCheckpoint(f"checkpoint {path}: {why}; {instead}") from error
@@ -5487,7 +5542,8 @@ def check_same_run(state, cfg, path):
 
 def check_frozen(state, world, path):
     """UsageError when FROZEN parts are others than those of which a checkpoint holds the hashes."""
-    changed = [name for name, sha256 in frozen_hashes(world).items() if state["frozen"].get(name) != sha256]
+    hashes = frozen_hashes(world)
+    changed = [name for name in {**hashes, **state["frozen"]} if state["frozen"].get(name) != hashes.get(name)]
     if changed:
         others = "are others than those it was made with"
         raise UsageError(f"checkpoint {path}: the frozen weights of {', '.join(changed)} {others}")
@@ -5567,11 +5623,12 @@ def run_info(run):
         commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "numpy", "av")}
     counts = {"train_files": len(source.train), "val_files": len(source.val)}
+    counts |= {"test_files": len(source.test)} if source.by_folders else {}
     decoders = DECODERS[run.cfg.decoder] if hasattr(run.cfg, "decoder") else ()
     return {
         "versions": {"python": platform.python_version(), **versions},
         "commit": commit or "unknown",
-        "world": identity(type(run.world)),
+        "world": {**identity(type(run.world)), "mark": run.world.mark},
         "command": run.argv,
         "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
         "data": {"kind": source.kind, "root": source.root, **counts},
@@ -5643,7 +5700,7 @@ class RunLog:
 
     def __init__(self, cfg, is_main, folder=None):
         self.folder, self.is_main, self.owner, self.pulse = Path(cfg.out_dir), is_main, folder, None
-        self.bad, self.evaluated = {}, set()  # why each bad file is one; the steps that were evaluated
+        self.bad, self.evaluated = {}, {}  # why each bad file is one; evaluations that were logged, by their step
         self.bar_width, self.pending, self.lost = 0, {}, ""  # lines that wait for the disk; how the console was lost
         self.stage, self.spoken = "starting", time.monotonic()
         self.lock, self.closed = threading.RLock(), threading.Event()
@@ -5763,35 +5820,38 @@ class RunLog:
 
     def forget_after(self, step, finished):
         """Drop records beyond a resumed step, so that metrics.jsonl holds no step twice, and of a finished run its last
-        evaluation; read the bad files and evaluated steps known so far."""
+        evaluation; read the bad files and evaluations known so far, NaN for what is null."""
         rows = self.read_rows("metrics.jsonl", {"step": int})
         bad = self.read_rows("bad_files.jsonl", {"path": str, "reason": str})
         self.bad = {row["path"]: row["reason"] for row in bad}
-        self.evaluated = {row["step"] for row in rows if any(key.startswith("val_") for key in row)}
+        for row in rows:
+            if values := {key: value for key, value in row.items() if key.startswith("val_")}:
+                values = {key: float(value) if fits(float, value) else math.nan for key, value in values.items()}
+                self.evaluated[row["step"]] = values
         rows = [row for row in rows if row["step"] < step + (not finished or "val_clips" not in row)]
         for path, kept in ((self.folder / "metrics.jsonl", rows), (self.folder / "bad_files.jsonl", bad)):
             if self.is_main and path.is_file():
                 write_rows(path, kept)
 
 
-# Names that belong to a run in its folder, checkpoints aside.
-RUN_FILES = ("config.json", "status.json", "metrics.jsonl", "train.log", "bad_files.jsonl", "futures.png")
+# Names that belong to a run in its folder, checkpoints and the FILES of its world aside.
+RUN_FILES = ("config.json", "status.json", "metrics.jsonl", "train.log", "bad_files.jsonl")
 
 
-def sweep_folder(folder):
-    """Delete the temporary files that killed writers left under a run's own names."""
-    own = "|".join([r"ckpt_(\d+|final)\.pt", *map(re.escape, (WRITTEN, *RUN_FILES))])
+def sweep_folder(folder, files=()):
+    """Delete the temporary files that killed writers left under a run's own names, those of its world included."""
+    own = "|".join([r"ckpt_(\d+|final|best)\.pt", *map(re.escape, (WRITTEN, *RUN_FILES, *files))])
     for stale in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
         if re.fullmatch(rf"\.({own})\.\d+\.tmp", stale.name) and stale.is_file():
             stale.unlink(missing_ok=True)
 
 
-def clear_folder(folder):
+def clear_folder(folder, files=()):
     """Move aside what bears a run's name and cannot be a run's: all of it in a folder that no run has owned, which has
     neither a lease nor a config.json as runs write it, else what is no file (a pipe would block)."""
     checkpoints, config = folder / "checkpoints", read_mapping(folder / "config.json", 2**20)
     known = os.path.exists(folder / ".lease") or {"versions", "config"} <= config.keys()
-    right = {folder / name: known and (folder / name).is_file() for name in RUN_FILES}
+    right = {folder / name: known and (folder / name).is_file() for name in (*RUN_FILES, *files)}
     right[checkpoints] = checkpoints.is_dir()
     right |= {path: path.is_file() for path in (folder / ".lease", checkpoints / WRITTEN)}
     for path in right:
@@ -5806,7 +5866,7 @@ class RunFolder:
     go stale. Forked loader workers do not inherit it. Ranks other than 0 hold nothing.
     """
 
-    def __init__(self, cfg, process):
+    def __init__(self, cfg, process, files=()):
         self.folder, self.lease, self.step, self.reason = Path(cfg.out_dir), None, 0, ""
         self.closing, self.taken, self.where = [], False, "while it started; run the same command to go on"
         if not process.is_main:
@@ -5814,10 +5874,10 @@ class RunFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.identity = self.folder.stat()
-            clear_folder(self.folder)
+            clear_folder(self.folder, files)
             (self.folder / "checkpoints").mkdir(exist_ok=True)
             self.take()
-            sweep_folder(self.folder)
+            sweep_folder(self.folder, files)
             self.write_status("running", None)
         except OSError as error:
             why = f"cannot be written ({reason_of(error)})"
@@ -5887,10 +5947,10 @@ class RunFolder:
             self.lease = None
 
 
-def put_aside(cfg):
+def put_aside(cfg, files=()):
     """`--resume never` in a used folder: move the old run's files to previous_<k>, so that none is mixed or lost."""
     folder = Path(cfg.out_dir)
-    old = [folder / name for name in ("checkpoints", *RUN_FILES) if name != "status.json"]
+    old = [folder / name for name in ("checkpoints", *RUN_FILES, *files) if name != "status.json"]
     old = [path for path in old if path.is_file() or path.is_dir() and any(path.iterdir())]
     aside = previous_folder(folder) if old else None
     for path in old:
@@ -5930,8 +5990,9 @@ class Run:
 
     @property
     def mark(self):
-        """What stands before every log line when the data are not the user's."""
-        return "" if self.source.kind == "videos" else f"data:{self.source.kind} "
+        """What stands before every log line when the data are not the user's, or the world says so."""
+        marks = [f"data:{self.source.kind}" if self.source.kind != "videos" else "", self.world.mark]
+        return "".join(f"{mark} " for mark in marks if mark)
 
     @cached_property
     def frozen(self):
@@ -5991,6 +6052,24 @@ class Phase:
 REHEARSAL_S = 10.0  # a pass longer than this is not made just to time it
 
 
+def small_presets(cfg):
+    """The presets of a config's class that are called small or tiny -> 'small or tiny', "" for none."""
+    return " or ".join(sorted(name for name in merged(type(cfg), "PRESETS") if name.endswith(("small", "tiny"))))
+
+
+def memory_cures(cfg):
+    """What needs less memory, in order of effect, by the flags that a config's class has -> text."""
+    sizes = " or ".join(f"--{name}" for name in ("image_size", "num_frames") if hasattr(cfg, name))
+    cures = (
+        ("lower --batch_size (raise --grad_accum)", True),
+        ("--grad_checkpoint", hasattr(cfg, "grad_checkpoint")),
+        ("--amp", True),
+        (f"smaller {sizes}", sizes),
+        (f"--preset {small_presets(cfg)}", small_presets(cfg)),
+    )
+    return ", ".join(text for text, helps in cures if helps)
+
+
 def measure_speed(process):
     """TFLOP/s of a matrix product on the device in the run's precision."""
     size = 4096 if process.device.type == "cuda" else 768
@@ -6009,12 +6088,16 @@ def print_summary(run, overrides, reason):
     held = "" if source.held_out else "; NOTHING IS HELD OUT: validation uses training files"
     where = "drawn when asked for" if source.kind == "render" else f"under {source.root or 'no folder'}"
     kind = source.kind if source.Dataset.HAS_SCENES else "files"
+    sides = f"{len(source.train)} train and {len(source.val)} val files"
+    if source.by_folders:
+        sides = f"split by folders: {len(source.train)} train, {len(source.val)} val, {len(source.test)} test files"
+        held = "; val_fraction is not used"
     capped = f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else ""
     changed = ", ".join(f"{name}={value}" for name, value in overrides.items())
     for line in (
         f"device: {process.device.type} ({device}), {process.world_size} process(es), {precision}",
         *run.world.describe(),
-        f"data: {kind}, {len(source.train)} train and {len(source.val)} val files {where}{held}",
+        f"data: {kind}, {sides} {where}{held}",
         *source.Dataset.notes(cfg, source),
         f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}{capped}",
         f"set: {changed or 'nothing, all defaults'}",
@@ -6036,7 +6119,8 @@ def fit_steps_kept(state, world):
 
 def retire_later(cfg, progress, is_done, resumed_from):
     """Going on from a checkpoint that is not the last of its folder: move later ones to previous_<k>, where `auto` does
-    not find them. One whose name is ahead of the steps that count, in a run that is extended, gets their number."""
+    not find them -> that folder, None where there are none. One whose name is ahead of the steps that count, in a run
+    that is extended, gets their number."""
     folder, aside = Path(cfg.out_dir), None
     for saved_step, path in checkpoint_files(folder):
         if os.path.realpath(path) == os.path.realpath(resumed_from):
@@ -6045,6 +6129,29 @@ def retire_later(cfg, progress, is_done, resumed_from):
         elif saved_step > progress.total:
             aside = aside or previous_folder(folder)
             move_checkpoint(path, aside / path.name)
+    return aside
+
+
+def open_best(run, resumed_from, aside):
+    """Look at ckpt_best.pt when a run begins, on rank 0 -> figure and step of the best so far, (inf, 0) without one.
+    It stays while it is the best known, or of the step that the run goes on from; any other, of later steps, by another
+    figure, or damaged, is moved to `aside` or a new previous_<k>."""
+    cfg, progress, log = run.cfg, run.progress, run.log
+    path = Path(cfg.out_dir) / "checkpoints" / BEST
+    if os.path.lexists(path):
+        try:
+            saved = load_checkpoint(path, type(run.world), "it is not kept as the best")
+        except (BadCheckpoint, WrongWorld) as error:
+            log.line(f"WARNING: {error}")
+        else:
+            best, same = (saved["best"], saved["best_step"]), saved["cfg"].get("best_by") == cfg.best_by
+            if same and (best == (progress.best, progress.best_step) or steps_of(saved) == progress.total):
+                return best
+        if os.path.realpath(path) != os.path.realpath(resumed_from or ""):
+            move_checkpoint(path, (aside or previous_folder(cfg.out_dir)) / BEST)
+    if progress.best_step and cfg.best_by:
+        log.line(f"note: {path} of step {progress.best_step} is no longer there; the best is looked for anew")
+    return math.inf, 0
 
 
 def is_restart(cfg):
@@ -6175,26 +6282,30 @@ def rehearse(run, wrapped):
     return max(process.collect(seconds * cfg.grad_accum)), told
 
 
-def save_run(run, final=False, must=False):
-    """Gather the state of all ranks, which must still hold the same weights, and let rank 0 write it. Where the disk
-    refuses, the run goes on to its next checkpoint; with `must`, or when another run took the folder: UserError."""
+def save_run(run, final=False, must=False, best=False):
+    """Gather the state of all ranks, which must still hold the same weights, and let rank 0 write it -> False on rank 0
+    where the disk refuses: then the run goes on to its next checkpoint; with `must`, or when another run took the
+    folder: UserError."""
     cfg, process, log, total = run.cfg, run.process, run.log, run.progress.total
     log.stage = f"saving step {total}"
     check_ranks(process, weights=digest(fingerprint(run.world)))
     state = checkpoint_state(run)
     if not process.is_main:
-        return
+        return True
     try:
         run.folder.check()
-        save_checkpoint(state, cfg.out_dir, cfg, final)
-        process.stop.saved = total
+        save_checkpoint(state, cfg.out_dir, cfg, final, best)
+        process.stop.saved = process.stop.saved if best else total  # nothing goes on from the best unasked
+        return True
     except OSError as error:
         newest = checkpoint_files(cfg.out_dir)
         stands = newest[-1][1] if newest else "no earlier one"
         text = f"checkpoint of step {total} could not be saved ({reason_of(error)}); {stands} stands"
         if must or run.folder.taken:
             raise UserError(f"{text}; make room and run the same command again") from error
-        log.line(f"WARNING: {text}, the next try is in {cfg.ckpt_every} steps")
+        retry = "after the next good evaluation" if best else f"in {cfg.ckpt_every} steps"
+        log.line(f"WARNING: {text}, the next try is {retry}")
+        return False
 
 
 def save_unsaved(run, must=False):
@@ -6208,7 +6319,7 @@ def take_step(phase, batches, step):
     was finite on this rank)."""
     cfg, run, wrapped = phase.cfg, phase.run, phase.wrapped
     for group in phase.optimizer.param_groups:
-        group["lr"] = lr_at(step, cfg, group["peak_lr"])
+        group["lr"] = phase.world.lr(step, group["peak_lr"])
     metrics, carries = {}, []
     for number, batch in enumerate(batches):
         wrapped.require_backward_grad_sync = number == len(batches) - 1  # for DDP: ranks average once per step
@@ -6239,7 +6350,7 @@ def log_values(phase, metrics, looks, clock):
         **run.means({**values, **world.figures(looks, values)}, keys),
         **({"phase": phase.name} if phase.name else {}),
         "step": progress.total,
-        "lr": lr_at(phase.step - 1, cfg, phase.optimizer.param_groups[0]["peak_lr"]),
+        "lr": world.lr(phase.step - 1, phase.optimizer.param_groups[0]["peak_lr"]),
         **world.state(phase.step - 1),
         "clips_per_s": cfg.batch_size * cfg.grad_accum * run.process.world_size / clock.seconds_per_step,
         "data_wait": clock.data_wait,
@@ -6355,6 +6466,33 @@ def end_early(stop, folder, tell, where):
     return EXIT_STOPPED
 
 
+def keep_best(run, values):
+    """Save ckpt_best.pt where an evaluation is the best so far by the figure best_by. What could not be saved does not
+    count."""
+    cfg, progress = run.cfg, run.progress
+    name, before = cfg.best_by.removeprefix("-"), (progress.best, progress.best_step)
+    if cfg.best_by and name not in values:
+        run.log.line(f"WARNING: best_by = {cfg.best_by}: this evaluation has no such figure")
+    value = values.get(name, math.nan)
+    value = value if name == cfg.best_by else -value
+    if math.isfinite(value) and value < progress.best:
+        progress.best, progress.best_step = value, progress.total
+        if run.process.any(not save_run(run, best=True))[0]:
+            progress.best, progress.best_step = before
+
+
+def take_in(phase, values):
+    """Let the world change by an evaluation in training, once for each, and keep the best checkpoint."""
+    run, progress = phase.run, phase.run.progress
+    if phase.name:
+        return
+    if progress.validated != progress.total:
+        finite = {name: value if math.isfinite(value) else math.nan for name, value in values.items()}  # as read back
+        run.world.after_validation(finite)
+        progress.validated = progress.total
+    keep_best(run, values)
+
+
 def evaluate(phase):
     """An evaluation in the middle of a run -> whether a stop cut it off: then it is due when the run goes on."""
     run = phase.run
@@ -6365,6 +6503,7 @@ def evaluate(phase):
         return True
     if any(key.startswith("val_") for key in values):
         run.log.record({"step": run.progress.total, **values}, run.mark)
+    take_in(phase, values)
     return False
 
 
@@ -6387,7 +6526,8 @@ def skip_step(phase, batches, is_mine, in_a_row):
     step = run.progress.total + 1
     run.log.line(f"step {step} skipped: loss or gradient not finite; its files: {named or 'none'}")
     if in_a_row >= cfg.max_skipped_steps:
-        cure = "lower --lr or --flow_lr, or look at the data; the last checkpoint stands"
+        rates = " or ".join(f"--{name}" for name in ("lr", "flow_lr") if hasattr(cfg, name))
+        cure = f"lower {rates}, or look at the data; the last checkpoint stands"
         raise UserError(f"{in_a_row} steps in a row were not finite; {cure}")
 
 
@@ -6412,8 +6552,12 @@ def train_phase(phase):
     world.train()
     loader = phase.batches()
     run.folder.closing.append(loader)
-    if phase.is_due(cfg.val_every) and process.any(progress.total not in log.evaluated)[0]:  # the stop came before it
-        stopping = evaluate(phase)
+    if phase.is_due(cfg.val_every):  # a stop came before it, or before what it changed was saved
+        values = process.collect(log.evaluated.get(progress.total))[0]
+        if values is None:
+            stopping = evaluate(phase)
+        else:
+            take_in(phase, values)
     while phase.step < cfg.steps and not stopping:
         # -- batch
         waiting = time.perf_counter()
@@ -6460,7 +6604,7 @@ def train_phase(phase):
 def resume(run, state, path):
     """Take in a checkpoint, if there is one, and prepare folder and log for what follows. UserError where it does not
     fit."""
-    cfg, process, log, world, anew = run.cfg, run.process, run.log, run.world, ""
+    cfg, process, log, world, anew, aside = run.cfg, run.process, run.log, run.world, "", None
     if state is not None:
         check_frozen(state, world, path)
         if (kept := fit_steps_kept(state, world)) < state["after"]:
@@ -6477,7 +6621,9 @@ def resume(run, state, path):
     if state is not None:
         log.line(f"resumed from {path} at step {progress.total}{anew}")
         if process.is_main:
-            retire_later(cfg, progress, is_done, path)
+            aside = retire_later(cfg, progress, is_done, path)
+    best = open_best(run, path, aside) if process.is_main else None
+    progress.best, progress.best_step = process.collect(best)[0]
     if process.is_main:  # with the id of the launch, so not before what it does not go on from is out of the way
         config = json.dumps({**run_info(run), "config": asdict(cfg)}, indent=2).encode()
         write_atomic(Path(cfg.out_dir) / "config.json", lambda handle: handle.write(config))
@@ -6530,6 +6676,8 @@ def finish(run):
     if values["val_clips"] < cfg.val_clips:
         log.line(f"evaluation: its {seconds:.0f} s were over after {values['val_clips']:.0f} of {cfg.val_clips} clips")
     log.record({"step": run.progress.total, **values}, run.mark)
+    if values["val_clips"] >= cfg.val_clips:
+        keep_best(run, values)
     if verdict_text := world.verdict(values):
         log.line(f"verdict: {verdict_text}")
     run.process.together(report, run, values, seconds)
@@ -6560,7 +6708,9 @@ def run_world(world, run, overrides, argv, videos):
     seconds, told = rehearse(run, wrapped)
     torch.manual_seed(cfg.seed + 1 + process.rank)  # dropout differs between ranks, weights do not
     print_summary(run, overrides, reason)
-    days = "; THAT IS DAYS: think of --preset small or tiny, fewer --steps, or a faster device"
+    presets = small_presets(cfg)
+    small = f"--preset {presets}, " * bool(presets)
+    days = f"; THAT IS DAYS: think of {small}fewer --steps, or a faster device"
     first = f"first estimate: {describe_time(seconds * cfg.steps)} for {cfg.steps} steps, {told}"
     log.line(first + days * (seconds * cfg.steps > 2 * 86400))
     resume(run, state, path)
@@ -6585,7 +6735,7 @@ def attempt(world, cfg, overrides, argv, videos, process, folder):
     names, code = [video.name for video in videos], source_text() + source_text(inspect.getfile(world))
     check_ranks(process, config=digest(asdict(cfg)), data_listing=digest(names), code=digest(code))
     if process.is_main and cfg.resume == "never" and not is_restart(cfg):
-        put_aside(cfg)
+        put_aside(cfg, world.FILES)
     log = RunLog(cfg, process.is_main, folder)
     folder.closing.append(log)
     try:
@@ -6594,18 +6744,27 @@ def attempt(world, cfg, overrides, argv, videos, process, folder):
         return end_early(process.stop, folder, log.line, folder.where)
 
 
+def check_best_by(cfg, world):
+    """UsageError unless best_by is empty or a figure that an evaluation of the world has."""
+    name, known = cfg.best_by.removeprefix("-"), val_keys(world)
+    if cfg.best_by and name not in known:
+        rule = f"is no figure of an evaluation{nearest(name, known)}; there are {', '.join(known)}"
+        raise UsageError(f"config: {refusal(cfg, 'best_by', rule)}")
+
+
 def train(cfg, overrides=None, argv=(), stop=None, world=VJepaAutoV2):
     """Run a config from its first or its last saved step to the end -> exit code. Owns out_dir and says how the run
     ended. `stop` is the flag that a signal sets; without one, the run hears signals itself until it returns."""
     own, stop = stop is None, stop or StopFlag()
     try:
         validate_config(cfg)
+        check_best_by(cfg, world)
         videos = list_data(cfg, world.Dataset)
         process, met = identify_process(cfg, stop), False
         with suppress(Stopped):
             join_ranks(process, cfg)
             met = True
-        with RunFolder(cfg, process) as folder:
+        with RunFolder(cfg, process, world.FILES) as folder:
             if met:
                 code = attempt(world, cfg, overrides or {}, argv, videos, process, folder)
             else:
@@ -6640,8 +6799,7 @@ def start(world, argv, stop):
         if not known and "can't allocate memory" not in str(error):  # the CPU allocator has no type of its own
             raise
         peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
-        cure = "in order of effect: lower --batch_size (raise --grad_accum), --grad_checkpoint, --amp, smaller "
-        cure += "--image_size or --num_frames, --preset small; nothing saved before is harmed"
+        cure = f"in order of effect: {memory_cures(cfg)}; nothing saved before is harmed"
         raise UserError(f"out of memory ({flat(error)[:160]}{peak}); {cure}") from error
     except OSError as error:
         raise UserError(f"{error}; nothing saved before is harmed, run the same command to go on") from error

@@ -1,4 +1,4 @@
-"""Sections 12-14: every loss and gauge against a float64 reference, queue, EMA, schedules, clipping.
+"""Sections 11, 18 and 21: every loss and gauge against a float64 reference, queue, EMA, schedules, clipping.
 
 The references take the networks' own outputs (recorded by hooks) and do the arithmetic of the loss again in float64.
 """

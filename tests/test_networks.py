@@ -1,4 +1,4 @@
-"""Sections 7-11 and 13-14: tokenizer, positions, attention, initialisation, optimizer groups, what networks see."""
+"""Sections 13-17: tokenizer, positions, attention, initialisation, optimizer groups, what networks see."""
 
 import math
 
