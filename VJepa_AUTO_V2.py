@@ -183,6 +183,7 @@ class RunConfig:
     keep_last: int = 3  # checkpoints kept beside the final one
     val_every: int = 1000  # steps between evaluations; 0 = only at the end
     val_clips: int = 64  # clips of an evaluation, rounded up to full batches
+    best_by: str = ""  # val_ figure by which ckpt_best.pt is kept: the smallest, with a - in front the largest
     track: str = ""  # tensorboard, wandb or both, separated by a comma
     dist_timeout_s: float = 600.0  # seconds before a stuck collective ends the run
 
@@ -833,6 +834,7 @@ def build_parser(world):
     Config, does = world.Config, flat(world.__doc__ or "").split(": ")[0]
     program = os.path.basename(inspect.getfile(world))
     parser = ArgumentParser(prog=program, allow_abbrev=False, description=does)
+    parser._negative_number_matcher = re.compile("-[^-]")  # a value may begin with a dash, as that of best_by does
     files = "JSON or YAML file of fields; later files win"
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help=files)
     shown_only = "print the resolved config and leave"
@@ -3632,14 +3634,15 @@ class World(nn.Module):
     NO_DECAY = ()  # ends of the names of matrices without weight decay
     # names of children whose weights `__init__` takes from elsewhere: checkpoints hold only their hash; it may set it
     FROZEN = ()
+    FILES = ()  # names of what `report` writes into the run folder
+    mark = ""  # what stands before every log line, such as weights:random; `__init__` may set it
 
     def __init_subclass__(cls):
         """TypeError for what would otherwise show after days, or never: a setting without flag, loss or field."""
         super().__init_subclass__()
         Config, known = cls.Config, {entry.name for entry in fields(cls.Config)}
-        problems = [
-            f"{name} must be a tuple of names" for name in ("NO_DECAY", "FROZEN") if isinstance(getattr(cls, name), str)
-        ]
+        tuples = "NO_DECAY", "FROZEN", "FILES"
+        problems = [f"{name} must be a tuple of names" for name in tuples if isinstance(getattr(cls, name), str)]
         if "__dataclass_fields__" not in vars(Config) and inspect.get_annotations(Config):
             problems.append(f"{Config.__name__} lacks @dataclass above it")
         if issubclass(cls.Dataset, ClipDataset) and not issubclass(Config, ClipConfig):
@@ -3724,6 +3727,10 @@ class World(nn.Module):
 
     def after_step(self, carries, step):
         """Take in what the micro-steps of a step left, on all ranks alike: EMA copies, queues, statistics."""
+
+    def after_validation(self, values):
+        """Take in the val_* figures of an evaluation in the middle of training, on all ranks alike, once for each: a
+        schedule by held-out figures. Figures that are not finite are NaN."""
 
     def train(self, mode=True):
         """As nn.Module.train; what is FROZEN stays in eval mode and learns nothing."""
@@ -4768,7 +4775,7 @@ class VJepaAutoV2(World):
         "flow_spread": "deviation among sampled futures over that of real futures from the forecast; "
         "0 = one mode, 1 = as wide"
     }
-    NO_DECAY = ("mask_tokens", "queries")
+    NO_DECAY, FILES = ("mask_tokens", "queries"), ("futures.png",)
     NETWORKS = ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target")
     draw = staticmethod(mask_and_noise)
 
@@ -5101,13 +5108,17 @@ class VJepaAutoV2(World):
 @dataclass
 class Progress:
     """How far a run is: steps and samples of all ranks in training, steps of the phases after it, seconds over all
-    restarts, steps skipped."""
+    restarts, steps skipped; the step whose evaluation the world has taken in; what the best evaluation so far had of
+    the figure best_by, less being better, and its step."""
 
     step: int = 0
     after: int = 0
     consumed: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    validated: int = 0
+    best: float = math.inf
+    best_step: int = 0
 
     @property
     def total(self):
@@ -5115,6 +5126,7 @@ class Progress:
         return self.step + self.after
 
 
+BEST = "ckpt_best.pt"  # that of the best evaluation; never resumed from unasked, never deleted
 WRITTEN = ".written.json"  # in the folder of checkpoints: size, time and SHA-256 of each one that a run wrote there
 
 
@@ -5264,7 +5276,7 @@ def checkpoint_state(run):
         "format": CHECKPOINT_FORMAT,
         **asdict(run.progress),
         "cfg": asdict(world.cfg),
-        "world": identity(type(world)),
+        "world": {**identity(type(world)), "mark": world.mark},
         "frozen": run.frozen,
         "opt": run.optimizer.state_dict(),
         "phase_opt": run.phase_optimizer and run.phase_optimizer.state_dict(),
@@ -5293,12 +5305,12 @@ def steps_of(state):
     return state["step"] + state.get("after", 0)
 
 
-def save_checkpoint(state, out_dir, cfg, final):
-    """Write ckpt_<step>.pt or ckpt_final.pt atomically, then drop what exceeds keep_last -> path. OSError where the
-    disk refuses: what was there before still stands."""
+def save_checkpoint(state, out_dir, cfg, final, best=False):
+    """Write ckpt_<step>.pt, ckpt_final.pt or ckpt_best.pt atomically, then drop what exceeds keep_last -> path. OSError
+    where the disk refuses: what was there before still stands."""
     folder = Path(out_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ("ckpt_final.pt" if final else f"ckpt_{steps_of(state)}.pt")
+    path = folder / (BEST if best else "ckpt_final.pt" if final else f"ckpt_{steps_of(state)}.pt")
     free_name(path)
     write_atomic(path, lambda handle: torch.save(state, handle), partial(note_written, path))
     numbered = [old for step, old in checkpoint_files(out_dir) if step != math.inf and is_written(old)]
@@ -5331,10 +5343,13 @@ def damage_of(path):
 
 
 def saved_config(state, world):
-    """The config in a checkpoint, less fields that the world no longer has. UsageError, TypeError where it is none."""
+    """The config in a checkpoint, less fields that the world no longer has. ValueError, TypeError where it is none."""
     known = {name: value for name, value in state["cfg"].items() if name in field_types(world.Config)}
     cfg = world.Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
-    validate_config(cfg)
+    try:
+        validate_config(cfg)
+    except UsageError as error:  # no error of the user's
+        raise ValueError(str(error)) from error
     return cfg
 
 
@@ -5398,8 +5413,9 @@ def phase_at(phases, after):
 def check_insides(state, world):
     """ValueError, or whatever else wrong types lead to, unless a checkpoint holds what one of its own config holds."""
     model, optimizer = checkpoint_template(world, json.dumps(asdict(saved_config(state, world))))
-    counts, data = ("step", "after", "consumed", "skipped", "world_size"), state["data"]
+    counts, data = "step after consumed skipped validated best_step world_size".split(), state["data"]
     good = {name: fits(int, state[name]) and 0 <= state[name] < 2**62 for name in counts}
+    good["best"] = fits(float, state["best"]) and not math.isnan(state["best"])
     good["seconds"] = fits(float, state["seconds"]) and 0 <= state["seconds"] < math.inf
     good["precision"] = state["precision"] in PRECISIONS.values()
     for name in good:
@@ -5452,7 +5468,7 @@ def read_checkpoint(path):
     state = upgrade(state) if state.get("format") == 2 else state
     if missing := ", ".join(sorted(set(LOOP_KEYS) - state.keys())):
         raise BadCheckpoint(f"checkpoint {path}: not a VJepa_AUTO_V2 checkpoint (it lacks {missing})")
-    return state
+    return {**asdict(Progress()), **state}  # what early checkpoints of format 3 lack
 
 
 def world_of(state, world=None):
@@ -5482,10 +5498,10 @@ def load_checkpoint(path, world=None, instead="use another one, or --resume neve
     try:
         state = read_checkpoint(path)
         check_insides(state, world_of(state, world))
-    except BadCheckpoint:
-        raise
     except WrongWorld as error:
         raise WrongWorld(f"checkpoint {path}: {error}") from error
+    except UserError:  # of the world's own, too: say, of weights that are not on this machine
+        raise
     except Exception as error:  # a foreign file makes the unpickler, and whoever looks at its insides, raise anything
         why = f"not readable, damaged or made by another version ({type(error).__name__}: {flat(error)[:160]})"
         raise BadCheckpoint(f"checkpoint {path}: {why}; {instead}") from error
@@ -5612,7 +5628,7 @@ def run_info(run):
     return {
         "versions": {"python": platform.python_version(), **versions},
         "commit": commit or "unknown",
-        "world": identity(type(run.world)),
+        "world": {**identity(type(run.world)), "mark": run.world.mark},
         "command": run.argv,
         "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
         "data": {"kind": source.kind, "root": source.root, **counts},
@@ -5684,7 +5700,7 @@ class RunLog:
 
     def __init__(self, cfg, is_main, folder=None):
         self.folder, self.is_main, self.owner, self.pulse = Path(cfg.out_dir), is_main, folder, None
-        self.bad, self.evaluated = {}, set()  # why each bad file is one; the steps that were evaluated
+        self.bad, self.evaluated = {}, {}  # why each bad file is one; evaluations that were logged, by their step
         self.bar_width, self.pending, self.lost = 0, {}, ""  # lines that wait for the disk; how the console was lost
         self.stage, self.spoken = "starting", time.monotonic()
         self.lock, self.closed = threading.RLock(), threading.Event()
@@ -5804,35 +5820,38 @@ class RunLog:
 
     def forget_after(self, step, finished):
         """Drop records beyond a resumed step, so that metrics.jsonl holds no step twice, and of a finished run its last
-        evaluation; read the bad files and evaluated steps known so far."""
+        evaluation; read the bad files and evaluations known so far, NaN for what is null."""
         rows = self.read_rows("metrics.jsonl", {"step": int})
         bad = self.read_rows("bad_files.jsonl", {"path": str, "reason": str})
         self.bad = {row["path"]: row["reason"] for row in bad}
-        self.evaluated = {row["step"] for row in rows if any(key.startswith("val_") for key in row)}
+        for row in rows:
+            if values := {key: value for key, value in row.items() if key.startswith("val_")}:
+                values = {key: float(value) if fits(float, value) else math.nan for key, value in values.items()}
+                self.evaluated[row["step"]] = values
         rows = [row for row in rows if row["step"] < step + (not finished or "val_clips" not in row)]
         for path, kept in ((self.folder / "metrics.jsonl", rows), (self.folder / "bad_files.jsonl", bad)):
             if self.is_main and path.is_file():
                 write_rows(path, kept)
 
 
-# Names that belong to a run in its folder, checkpoints aside.
-RUN_FILES = ("config.json", "status.json", "metrics.jsonl", "train.log", "bad_files.jsonl", "futures.png")
+# Names that belong to a run in its folder, checkpoints and the FILES of its world aside.
+RUN_FILES = ("config.json", "status.json", "metrics.jsonl", "train.log", "bad_files.jsonl")
 
 
-def sweep_folder(folder):
-    """Delete the temporary files that killed writers left under a run's own names."""
-    own = "|".join([r"ckpt_(\d+|final)\.pt", *map(re.escape, (WRITTEN, *RUN_FILES))])
+def sweep_folder(folder, files=()):
+    """Delete the temporary files that killed writers left under a run's own names, those of its world included."""
+    own = "|".join([r"ckpt_(\d+|final|best)\.pt", *map(re.escape, (WRITTEN, *RUN_FILES, *files))])
     for stale in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
         if re.fullmatch(rf"\.({own})\.\d+\.tmp", stale.name) and stale.is_file():
             stale.unlink(missing_ok=True)
 
 
-def clear_folder(folder):
+def clear_folder(folder, files=()):
     """Move aside what bears a run's name and cannot be a run's: all of it in a folder that no run has owned, which has
     neither a lease nor a config.json as runs write it, else what is no file (a pipe would block)."""
     checkpoints, config = folder / "checkpoints", read_mapping(folder / "config.json", 2**20)
     known = os.path.exists(folder / ".lease") or {"versions", "config"} <= config.keys()
-    right = {folder / name: known and (folder / name).is_file() for name in RUN_FILES}
+    right = {folder / name: known and (folder / name).is_file() for name in (*RUN_FILES, *files)}
     right[checkpoints] = checkpoints.is_dir()
     right |= {path: path.is_file() for path in (folder / ".lease", checkpoints / WRITTEN)}
     for path in right:
@@ -5847,7 +5866,7 @@ class RunFolder:
     go stale. Forked loader workers do not inherit it. Ranks other than 0 hold nothing.
     """
 
-    def __init__(self, cfg, process):
+    def __init__(self, cfg, process, files=()):
         self.folder, self.lease, self.step, self.reason = Path(cfg.out_dir), None, 0, ""
         self.closing, self.taken, self.where = [], False, "while it started; run the same command to go on"
         if not process.is_main:
@@ -5855,10 +5874,10 @@ class RunFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.identity = self.folder.stat()
-            clear_folder(self.folder)
+            clear_folder(self.folder, files)
             (self.folder / "checkpoints").mkdir(exist_ok=True)
             self.take()
-            sweep_folder(self.folder)
+            sweep_folder(self.folder, files)
             self.write_status("running", None)
         except OSError as error:
             why = f"cannot be written ({reason_of(error)})"
@@ -5928,10 +5947,10 @@ class RunFolder:
             self.lease = None
 
 
-def put_aside(cfg):
+def put_aside(cfg, files=()):
     """`--resume never` in a used folder: move the old run's files to previous_<k>, so that none is mixed or lost."""
     folder = Path(cfg.out_dir)
-    old = [folder / name for name in ("checkpoints", *RUN_FILES) if name != "status.json"]
+    old = [folder / name for name in ("checkpoints", *RUN_FILES, *files) if name != "status.json"]
     old = [path for path in old if path.is_file() or path.is_dir() and any(path.iterdir())]
     aside = previous_folder(folder) if old else None
     for path in old:
@@ -5971,8 +5990,9 @@ class Run:
 
     @property
     def mark(self):
-        """What stands before every log line when the data are not the user's."""
-        return "" if self.source.kind == "videos" else f"data:{self.source.kind} "
+        """What stands before every log line when the data are not the user's, or the world says so."""
+        marks = [f"data:{self.source.kind}" if self.source.kind != "videos" else "", self.world.mark]
+        return "".join(f"{mark} " for mark in marks if mark)
 
     @cached_property
     def frozen(self):
@@ -6032,6 +6052,24 @@ class Phase:
 REHEARSAL_S = 10.0  # a pass longer than this is not made just to time it
 
 
+def small_presets(cfg):
+    """The presets of a config's class that are called small or tiny -> 'small or tiny', "" for none."""
+    return " or ".join(sorted(name for name in merged(type(cfg), "PRESETS") if name.endswith(("small", "tiny"))))
+
+
+def memory_cures(cfg):
+    """What needs less memory, in order of effect, by the flags that a config's class has -> text."""
+    sizes = " or ".join(f"--{name}" for name in ("image_size", "num_frames") if hasattr(cfg, name))
+    cures = (
+        ("lower --batch_size (raise --grad_accum)", True),
+        ("--grad_checkpoint", hasattr(cfg, "grad_checkpoint")),
+        ("--amp", True),
+        (f"smaller {sizes}", sizes),
+        (f"--preset {small_presets(cfg)}", small_presets(cfg)),
+    )
+    return ", ".join(text for text, helps in cures if helps)
+
+
 def measure_speed(process):
     """TFLOP/s of a matrix product on the device in the run's precision."""
     size = 4096 if process.device.type == "cuda" else 768
@@ -6081,7 +6119,8 @@ def fit_steps_kept(state, world):
 
 def retire_later(cfg, progress, is_done, resumed_from):
     """Going on from a checkpoint that is not the last of its folder: move later ones to previous_<k>, where `auto` does
-    not find them. One whose name is ahead of the steps that count, in a run that is extended, gets their number."""
+    not find them -> that folder, None where there are none. One whose name is ahead of the steps that count, in a run
+    that is extended, gets their number."""
     folder, aside = Path(cfg.out_dir), None
     for saved_step, path in checkpoint_files(folder):
         if os.path.realpath(path) == os.path.realpath(resumed_from):
@@ -6090,6 +6129,29 @@ def retire_later(cfg, progress, is_done, resumed_from):
         elif saved_step > progress.total:
             aside = aside or previous_folder(folder)
             move_checkpoint(path, aside / path.name)
+    return aside
+
+
+def open_best(run, resumed_from, aside):
+    """Look at ckpt_best.pt when a run begins, on rank 0 -> figure and step of the best so far, (inf, 0) without one.
+    It stays while it is the best known, or of the step that the run goes on from; any other, of later steps, by another
+    figure, or damaged, is moved to `aside` or a new previous_<k>."""
+    cfg, progress, log = run.cfg, run.progress, run.log
+    path = Path(cfg.out_dir) / "checkpoints" / BEST
+    if os.path.lexists(path):
+        try:
+            saved = load_checkpoint(path, type(run.world), "it is not kept as the best")
+        except (BadCheckpoint, WrongWorld) as error:
+            log.line(f"WARNING: {error}")
+        else:
+            best, same = (saved["best"], saved["best_step"]), saved["cfg"].get("best_by") == cfg.best_by
+            if same and (best == (progress.best, progress.best_step) or steps_of(saved) == progress.total):
+                return best
+        if os.path.realpath(path) != os.path.realpath(resumed_from or ""):
+            move_checkpoint(path, (aside or previous_folder(cfg.out_dir)) / BEST)
+    if progress.best_step and cfg.best_by:
+        log.line(f"note: {path} of step {progress.best_step} is no longer there; the best is looked for anew")
+    return math.inf, 0
 
 
 def is_restart(cfg):
@@ -6220,26 +6282,30 @@ def rehearse(run, wrapped):
     return max(process.collect(seconds * cfg.grad_accum)), told
 
 
-def save_run(run, final=False, must=False):
-    """Gather the state of all ranks, which must still hold the same weights, and let rank 0 write it. Where the disk
-    refuses, the run goes on to its next checkpoint; with `must`, or when another run took the folder: UserError."""
+def save_run(run, final=False, must=False, best=False):
+    """Gather the state of all ranks, which must still hold the same weights, and let rank 0 write it -> False on rank 0
+    where the disk refuses: then the run goes on to its next checkpoint; with `must`, or when another run took the
+    folder: UserError."""
     cfg, process, log, total = run.cfg, run.process, run.log, run.progress.total
     log.stage = f"saving step {total}"
     check_ranks(process, weights=digest(fingerprint(run.world)))
     state = checkpoint_state(run)
     if not process.is_main:
-        return
+        return True
     try:
         run.folder.check()
-        save_checkpoint(state, cfg.out_dir, cfg, final)
-        process.stop.saved = total
+        save_checkpoint(state, cfg.out_dir, cfg, final, best)
+        process.stop.saved = process.stop.saved if best else total  # nothing goes on from the best unasked
+        return True
     except OSError as error:
         newest = checkpoint_files(cfg.out_dir)
         stands = newest[-1][1] if newest else "no earlier one"
         text = f"checkpoint of step {total} could not be saved ({reason_of(error)}); {stands} stands"
         if must or run.folder.taken:
             raise UserError(f"{text}; make room and run the same command again") from error
-        log.line(f"WARNING: {text}, the next try is in {cfg.ckpt_every} steps")
+        retry = "after the next good evaluation" if best else f"in {cfg.ckpt_every} steps"
+        log.line(f"WARNING: {text}, the next try is {retry}")
+        return False
 
 
 def save_unsaved(run, must=False):
@@ -6400,6 +6466,33 @@ def end_early(stop, folder, tell, where):
     return EXIT_STOPPED
 
 
+def keep_best(run, values):
+    """Save ckpt_best.pt where an evaluation is the best so far by the figure best_by. What could not be saved does not
+    count."""
+    cfg, progress = run.cfg, run.progress
+    name, before = cfg.best_by.removeprefix("-"), (progress.best, progress.best_step)
+    if cfg.best_by and name not in values:
+        run.log.line(f"WARNING: best_by = {cfg.best_by}: this evaluation has no such figure")
+    value = values.get(name, math.nan)
+    value = value if name == cfg.best_by else -value
+    if math.isfinite(value) and value < progress.best:
+        progress.best, progress.best_step = value, progress.total
+        if run.process.any(not save_run(run, best=True))[0]:
+            progress.best, progress.best_step = before
+
+
+def take_in(phase, values):
+    """Let the world change by an evaluation in training, once for each, and keep the best checkpoint."""
+    run, progress = phase.run, phase.run.progress
+    if phase.name:
+        return
+    if progress.validated != progress.total:
+        finite = {name: value if math.isfinite(value) else math.nan for name, value in values.items()}  # as read back
+        run.world.after_validation(finite)
+        progress.validated = progress.total
+    keep_best(run, values)
+
+
 def evaluate(phase):
     """An evaluation in the middle of a run -> whether a stop cut it off: then it is due when the run goes on."""
     run = phase.run
@@ -6410,6 +6503,7 @@ def evaluate(phase):
         return True
     if any(key.startswith("val_") for key in values):
         run.log.record({"step": run.progress.total, **values}, run.mark)
+    take_in(phase, values)
     return False
 
 
@@ -6432,7 +6526,8 @@ def skip_step(phase, batches, is_mine, in_a_row):
     step = run.progress.total + 1
     run.log.line(f"step {step} skipped: loss or gradient not finite; its files: {named or 'none'}")
     if in_a_row >= cfg.max_skipped_steps:
-        cure = "lower --lr or --flow_lr, or look at the data; the last checkpoint stands"
+        rates = " or ".join(f"--{name}" for name in ("lr", "flow_lr") if hasattr(cfg, name))
+        cure = f"lower {rates}, or look at the data; the last checkpoint stands"
         raise UserError(f"{in_a_row} steps in a row were not finite; {cure}")
 
 
@@ -6457,8 +6552,12 @@ def train_phase(phase):
     world.train()
     loader = phase.batches()
     run.folder.closing.append(loader)
-    if phase.is_due(cfg.val_every) and process.any(progress.total not in log.evaluated)[0]:  # the stop came before it
-        stopping = evaluate(phase)
+    if phase.is_due(cfg.val_every):  # a stop came before it, or before what it changed was saved
+        values = process.collect(log.evaluated.get(progress.total))[0]
+        if values is None:
+            stopping = evaluate(phase)
+        else:
+            take_in(phase, values)
     while phase.step < cfg.steps and not stopping:
         # -- batch
         waiting = time.perf_counter()
@@ -6505,7 +6604,7 @@ def train_phase(phase):
 def resume(run, state, path):
     """Take in a checkpoint, if there is one, and prepare folder and log for what follows. UserError where it does not
     fit."""
-    cfg, process, log, world, anew = run.cfg, run.process, run.log, run.world, ""
+    cfg, process, log, world, anew, aside = run.cfg, run.process, run.log, run.world, "", None
     if state is not None:
         check_frozen(state, world, path)
         if (kept := fit_steps_kept(state, world)) < state["after"]:
@@ -6522,7 +6621,9 @@ def resume(run, state, path):
     if state is not None:
         log.line(f"resumed from {path} at step {progress.total}{anew}")
         if process.is_main:
-            retire_later(cfg, progress, is_done, path)
+            aside = retire_later(cfg, progress, is_done, path)
+    best = open_best(run, path, aside) if process.is_main else None
+    progress.best, progress.best_step = process.collect(best)[0]
     if process.is_main:  # with the id of the launch, so not before what it does not go on from is out of the way
         config = json.dumps({**run_info(run), "config": asdict(cfg)}, indent=2).encode()
         write_atomic(Path(cfg.out_dir) / "config.json", lambda handle: handle.write(config))
@@ -6575,6 +6676,8 @@ def finish(run):
     if values["val_clips"] < cfg.val_clips:
         log.line(f"evaluation: its {seconds:.0f} s were over after {values['val_clips']:.0f} of {cfg.val_clips} clips")
     log.record({"step": run.progress.total, **values}, run.mark)
+    if values["val_clips"] >= cfg.val_clips:
+        keep_best(run, values)
     if verdict_text := world.verdict(values):
         log.line(f"verdict: {verdict_text}")
     run.process.together(report, run, values, seconds)
@@ -6605,7 +6708,9 @@ def run_world(world, run, overrides, argv, videos):
     seconds, told = rehearse(run, wrapped)
     torch.manual_seed(cfg.seed + 1 + process.rank)  # dropout differs between ranks, weights do not
     print_summary(run, overrides, reason)
-    days = "; THAT IS DAYS: think of --preset small or tiny, fewer --steps, or a faster device"
+    presets = small_presets(cfg)
+    small = f"--preset {presets}, " * bool(presets)
+    days = f"; THAT IS DAYS: think of {small}fewer --steps, or a faster device"
     first = f"first estimate: {describe_time(seconds * cfg.steps)} for {cfg.steps} steps, {told}"
     log.line(first + days * (seconds * cfg.steps > 2 * 86400))
     resume(run, state, path)
@@ -6630,7 +6735,7 @@ def attempt(world, cfg, overrides, argv, videos, process, folder):
     names, code = [video.name for video in videos], source_text() + source_text(inspect.getfile(world))
     check_ranks(process, config=digest(asdict(cfg)), data_listing=digest(names), code=digest(code))
     if process.is_main and cfg.resume == "never" and not is_restart(cfg):
-        put_aside(cfg)
+        put_aside(cfg, world.FILES)
     log = RunLog(cfg, process.is_main, folder)
     folder.closing.append(log)
     try:
@@ -6639,18 +6744,27 @@ def attempt(world, cfg, overrides, argv, videos, process, folder):
         return end_early(process.stop, folder, log.line, folder.where)
 
 
+def check_best_by(cfg, world):
+    """UsageError unless best_by is empty or a figure that an evaluation of the world has."""
+    name, known = cfg.best_by.removeprefix("-"), val_keys(world)
+    if cfg.best_by and name not in known:
+        rule = f"is no figure of an evaluation{nearest(name, known)}; there are {', '.join(known)}"
+        raise UsageError(f"config: {refusal(cfg, 'best_by', rule)}")
+
+
 def train(cfg, overrides=None, argv=(), stop=None, world=VJepaAutoV2):
     """Run a config from its first or its last saved step to the end -> exit code. Owns out_dir and says how the run
     ended. `stop` is the flag that a signal sets; without one, the run hears signals itself until it returns."""
     own, stop = stop is None, stop or StopFlag()
     try:
         validate_config(cfg)
+        check_best_by(cfg, world)
         videos = list_data(cfg, world.Dataset)
         process, met = identify_process(cfg, stop), False
         with suppress(Stopped):
             join_ranks(process, cfg)
             met = True
-        with RunFolder(cfg, process) as folder:
+        with RunFolder(cfg, process, world.FILES) as folder:
             if met:
                 code = attempt(world, cfg, overrides or {}, argv, videos, process, folder)
             else:
@@ -6685,8 +6799,7 @@ def start(world, argv, stop):
         if not known and "can't allocate memory" not in str(error):  # the CPU allocator has no type of its own
             raise
         peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
-        cure = "in order of effect: lower --batch_size (raise --grad_accum), --grad_checkpoint, --amp, smaller "
-        cure += "--image_size or --num_frames, --preset small; nothing saved before is harmed"
+        cure = f"in order of effect: {memory_cures(cfg)}; nothing saved before is harmed"
         raise UserError(f"out of memory ({flat(error)[:160]}{peak}); {cure}") from error
     except OSError as error:
         raise UserError(f"{error}; nothing saved before is harmed, run the same command to go on") from error
