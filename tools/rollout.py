@@ -153,9 +153,8 @@ def true_state(annotation, video):
     try:
         places = np.array([[one["x"], one["y"]] for one in objects], float)  # null becomes NaN
     except (TypeError, ValueError, LookupError) as error:
-        raise V.UserError(
-            f"annotation of {video.name}: objects must be a list of {{x, y}}, lists of equal length"
-        ) from (error)
+        what = "objects must be a list of {x, y}, lists of equal length"
+        raise V.UserError(f"annotation of {video.name}: {what}") from error
     if places.ndim != 3 or not places.shape[2]:
         raise V.UserError(f"annotation of {video.name}: objects must hold one x and y per frame")
     return places.mean(0).T
