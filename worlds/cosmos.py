@@ -75,6 +75,7 @@ class CosmosConfig(V.ClipConfig):
     lambda_l1: float = 0.0  # weight of their absolute error
     lambda_perceptual: float = 0.0  # weight of their error in features of a VGG16, whose weights it needs
     lambda_temporal: float = 0.1  # weight of the absolute error of their differences from frame to frame
+    lambda_latent: float = 0.01  # weight of the squared error of predicted latents, in units of their variance
     lambda_reconstruct: float = 1.0  # weight of the squared error of context frames through encoder and decoder
     painted_frames: int = 0  # frames of the future, and of the context, painted per clip and step; 0 = all
     # -- optimisation
@@ -101,7 +102,7 @@ class CosmosConfig(V.ClipConfig):
         "brightness": (0, 0.9), "latent_dim": (2, 65536), "base_channels": (8, 4096), "hidden_dim": (2, 65536),
         "num_layers": (1, 100), "num_heads": (1, 256), "dropout": (0, 0.9), "painted_frames": (0, 100000),
         "lambda_mse": (0, None), "lambda_l1": (0, None), "lambda_perceptual": (0, None), "lambda_temporal": (0, None),
-        "lambda_reconstruct": (0, None), "plateau_factor": (0.01, 0.99), "plateau_patience": (0, 10**6),
+        "lambda_latent": (0, None), "lambda_reconstruct": (0, None), "plateau_factor": (0.01, 0.99), "plateau_patience": (0, 10**6),
     }
     CHOICES = {
         "dynamics": ("gru", "lstm", "transformer"), "painter": ("auto", "plain", "attention"),
@@ -454,6 +455,7 @@ class Cosmos(V.World):
         "loss_l1": "absolute error of predicted frames",
         "loss_perceptual": "squared error of predicted frames in features of a VGG16; 0 without lambda_perceptual",
         "loss_temporal": "absolute error of the differences from one predicted frame to the next",
+        "loss_latent": "squared error of predicted latents against those of the true frames, in units of their variance",
         "loss_reconstruct": "squared error of context frames through encoder and decoder",
         "still": "squared error of the last context frame, repeated",
         "skill": "1 - loss_mse / still: above 0 is better than a world that stands still",
@@ -560,6 +562,7 @@ class Cosmos(V.World):
             "loss_l1": (guess - truth).abs().mean(),
             "loss_perceptual": self.perceptual_loss(guess, truth),
             "loss_temporal": neighbour_loss(guess, truth, soon_idx),
+            "loss_latent": self.latent_loss(future[rows, soon_idx], truth),
             "loss_reconstruct": (again - now[rows, now_idx]).square().mean(),
         }
         spread = context.detach().float().flatten(0, 1).std(0).mean()
@@ -571,6 +574,13 @@ class Cosmos(V.World):
             return guess.new_zeros(())
         critic = self.critic[0].to(guess.device)
         return critic(*((frames.flatten(0, 1) - self.image_mean) / self.image_std for frames in (guess, truth)))
+
+    def latent_loss(self, guess, truth):
+        """Latents [B, K, D] against those of the true frames [B, K, 3, H, W] -> scalar, 1 for what knows only the mean.
+        A painted thing that misses the true one tells no direction in pixels; its latent does."""
+        with torch.no_grad():
+            targets = self.encode(truth).float()
+        return (guess - targets).square().mean() / targets.flatten(0, 1).var(0).mean().clamp_min(1e-6)
 
     # -- schedule
     def lr(self, step, peak):
