@@ -86,6 +86,7 @@ class CosmosConfig(V.ClipConfig):
     plateau_factor: float = 0.5  # by which the rate is multiplied then
     plateau_patience: int = 10  # evaluations without a new best that are waited for
     val_every: int = 500  # steps between evaluations; 0 = only at the end
+    best_by: str = "val_loss_mse"  # figure of an evaluation whose smallest is kept as ckpt_best.pt; -figure: largest
 
     PRESETS = {
         "cosmos_tiny": dict(
@@ -102,7 +103,8 @@ class CosmosConfig(V.ClipConfig):
         "brightness": (0, 0.9), "latent_dim": (2, 65536), "base_channels": (8, 4096), "hidden_dim": (2, 65536),
         "num_layers": (1, 100), "num_heads": (1, 256), "dropout": (0, 0.9), "painted_frames": (0, 100000),
         "lambda_mse": (0, None), "lambda_l1": (0, None), "lambda_perceptual": (0, None), "lambda_temporal": (0, None),
-        "lambda_latent": (0, None), "lambda_reconstruct": (0, None), "plateau_factor": (0.01, 0.99), "plateau_patience": (0, 10**6),
+        "lambda_latent": (0, None), "lambda_reconstruct": (0, None), "plateau_factor": (0.01, 0.99),
+        "plateau_patience": (0, 10**6),
     }
     CHOICES = {
         "dynamics": ("gru", "lstm", "transformer"), "painter": ("auto", "plain", "attention"),
@@ -455,7 +457,7 @@ class Cosmos(V.World):
         "loss_l1": "absolute error of predicted frames",
         "loss_perceptual": "squared error of predicted frames in features of a VGG16; 0 without lambda_perceptual",
         "loss_temporal": "absolute error of the differences from one predicted frame to the next",
-        "loss_latent": "squared error of predicted latents against those of the true frames, in units of their variance",
+        "loss_latent": "squared error of predicted latents against those of the true frames, over their variance",
         "loss_reconstruct": "squared error of context frames through encoder and decoder",
         "still": "squared error of the last context frame, repeated",
         "skill": "1 - loss_mse / still: above 0 is better than a world that stands still",
