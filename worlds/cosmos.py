@@ -471,6 +471,7 @@ class Cosmos(V.World):
             self.backbone = load_backbone(cfg)
             self.encoder = Projection(cfg, self.backbone.channels, encoder_stride(cfg.encoder))
             self.FROZEN = ("backbone",) if cfg.freeze_encoder else ()
+            self.mark = "weights:random" if cfg.random_weights else ""
         else:
             self.encoder = FrameEncoder(cfg)
         self.dynamics = Transformer(cfg) if cfg.dynamics == "transformer" else Recurrent(cfg)
@@ -491,10 +492,6 @@ class Cosmos(V.World):
         if mode and self.cfg.lambda_perceptual and not self.critic:
             self.critic = (Perceptual(),)
         return self
-
-    @property
-    def mark(self):
-        return "weights:random " if self.cfg.random_weights else ""
 
     # -- samples
     @staticmethod
