@@ -320,10 +320,12 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        layers = cfg.num_layers, cfg.num_layers, 2 * cfg.hidden_dim, cfg.dropout
-        with_norms = dict(activation="gelu", batch_first=True, norm_first=True)
-        self.net = nn.Transformer(cfg.latent_dim, cfg.num_heads, *layers, **with_norms)
-        self.net.encoder.enable_nested_tensor = False
+        shape = dict(d_model=cfg.latent_dim, nhead=cfg.num_heads, dim_feedforward=2 * cfg.hidden_dim)
+        shape |= dict(dropout=cfg.dropout, activation="gelu", batch_first=True, norm_first=True)
+        norms, depth = [nn.LayerNorm(cfg.latent_dim) for _ in range(2)], cfg.num_layers
+        encoder = nn.TransformerEncoderLayer(**shape)
+        self.look_back = nn.TransformerEncoder(encoder, depth, norms[0], enable_nested_tensor=False)
+        self.look_ahead = nn.TransformerDecoder(nn.TransformerDecoderLayer(**shape), depth, norms[1])
         self.change = nn.Linear(cfg.latent_dim, cfg.latent_dim)
         nn.init.zeros_(self.change.weight), nn.init.zeros_(self.change.bias)
 
@@ -335,11 +337,11 @@ class Transformer(nn.Module):
         return latents + torch.cat([angles.sin(), angles.cos()], 1)
 
     def forward(self, latents, n):
-        memory, now = self.net.encoder(self.placed(latents, 0)), latents.shape[1] - 1
+        memory, now = self.look_back(self.placed(latents, 0)), latents.shape[1] - 1
         sequence = latents[:, -1:]
         for length in range(1, n + 1):
             mask = nn.Transformer.generate_square_subsequent_mask(length, device=latents.device)
-            output = self.net.decoder(self.placed(sequence, now), memory, tgt_mask=mask, tgt_is_causal=True)
+            output = self.look_ahead(self.placed(sequence, now), memory, tgt_mask=mask, tgt_is_causal=True)
             sequence = torch.cat([sequence, sequence[:, -1:] + self.change(output[:, -1:])], 1)
         return sequence[:, 1:]
 
