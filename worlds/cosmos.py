@@ -75,7 +75,7 @@ class CosmosConfig(V.ClipConfig):
     lambda_l1: float = 0.0  # weight of their absolute error
     lambda_perceptual: float = 0.0  # weight of their error in features of a VGG16, whose weights it needs
     lambda_temporal: float = 0.1  # weight of the absolute error of their differences from frame to frame
-    lambda_latent: float = 0.01  # weight of the squared error of predicted latents, in units of their variance
+    lambda_latent: float = 0.01  # weight of the squared error of predicted latents
     lambda_reconstruct: float = 1.0  # weight of the squared error of context frames through encoder and decoder
     painted_frames: int = 0  # frames of the future, and of the context, painted per clip and step; 0 = all
     # -- optimisation
@@ -459,7 +459,7 @@ class Cosmos(V.World):
         "loss_l1": "absolute error of predicted frames",
         "loss_perceptual": "squared error of predicted frames in features of a VGG16; 0 without lambda_perceptual",
         "loss_temporal": "absolute error of the differences from one predicted frame to the next",
-        "loss_latent": "squared error of predicted latents against those of the true frames, over their variance",
+        "loss_latent": "squared error of predicted latents against those of the true frames",
         "loss_reconstruct": "squared error of context frames through encoder and decoder",
         "still": "squared error of the last context frame, repeated",
         "skill": "1 - loss_mse / still: above 0 is better than a world that stands still",
@@ -577,11 +577,12 @@ class Cosmos(V.World):
         return critic(*((frames.flatten(0, 1) - self.image_mean) / self.image_std for frames in (guess, truth)))
 
     def latent_loss(self, guess, truth):
-        """Latents [B, K, D] against those of the true frames [B, K, 3, H, W] -> scalar, 1 for what knows only the mean.
-        A painted thing that misses the true one tells no direction in pixels; its latent does."""
+        """Latents [B, K, D] against those of the true frames [B, K, 3, H, W] -> scalar. A painted thing that misses the
+        true one tells no direction in pixels; its latent does. Not over the latents' variance: in the first steps that
+        is next to nothing, and the loss would drown all others."""
         with torch.no_grad():
             targets = self.encode(truth).float()
-        return (guess - targets).square().mean() / targets.flatten(0, 1).var(0).mean().clamp_min(1e-6)
+        return (guess - targets).square().mean()
 
     # -- schedule
     def lr(self, step, peak):
