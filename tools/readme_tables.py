@@ -1,6 +1,7 @@
 """Write what README.md and docs/ take from the code, so that they cannot drift from it.
 
-docs/config.md holds the config table, docs/log.md the log glossary, README.md the text of tests/toy_world.py.
+docs/config.md holds the config table, docs/log.md the log glossary, docs/cosmos.md both of that world, README.md the
+text of tests/toy_world.py.
 
     python tools/readme_tables.py            rewrites what stands between the marker comments of PARTS
     python tools/readme_tables.py --print    prints those parts instead
@@ -11,12 +12,16 @@ from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "worlds")]
+
+import cosmos  # noqa: E402
 
 import VJepa_AUTO_V2 as V  # noqa: E402
 
 CONFIG_MARKS = ("<!-- config table -->", "<!-- end config table -->")
 GLOSSARY_MARKS = ("<!-- log glossary -->", "<!-- end log glossary -->")
+COSMOS_CONFIG_MARKS = ("<!-- cosmos config -->", "<!-- end cosmos config -->")
+COSMOS_LOG_MARKS = ("<!-- cosmos log -->", "<!-- end cosmos log -->")
 TOY_MARKS = ("<!-- toy world -->", "<!-- end toy world -->")
 
 
@@ -25,12 +30,14 @@ def cell(text):
     return str(text).replace("|", r"\|")
 
 
-def config_table():
-    """One row per config field: `field`, default, comment -> the whole table as text."""
-    helps = V.field_help(V.VJepaAutoV2Config)
+def config_table(Config=V.VJepaAutoV2Config, but=object):
+    """One row per config field: `field`, default, comment -> the whole table as text. Those that another config class
+    has with the same default are left out."""
+    helps, known = V.field_help(Config), getattr(but, "__dataclass_fields__", {})
     rows = [
         f"| `{field.name}` | {cell(field.default if field.default != '' else '(empty)')} | {cell(helps[field.name])} |"
-        for field in fields(V.VJepaAutoV2Config)
+        for field in fields(Config)
+        if field.name not in known or known[field.name].default != field.default
     ]
     return "\n".join(["| field | default | comment |", "|---|---|---|", *rows])
 
@@ -44,6 +51,17 @@ def glossary_table():
     return "\n".join(["| key | meaning |", "|---|---|", *rows])
 
 
+def cosmos_config():
+    """What worlds/cosmos.py adds to the settings of every clip world, or has another default of."""
+    return config_table(cosmos.CosmosConfig, V.ClipConfig)
+
+
+def cosmos_log():
+    """What worlds/cosmos.py logs beside what every world does."""
+    rows = [f"| `{key}`, `val_{key}` | {cell(meaning)} |" for key, meaning in cosmos.Cosmos.KEYS.items()]
+    return "\n".join(["| key | meaning |", "|---|---|", *rows])
+
+
 def toy_world():
     """The example of a world, tests/toy_world.py, as a block of Python."""
     return f"```python\n{(ROOT / 'tests' / 'toy_world.py').read_text(encoding='utf-8').strip()}\n```"
@@ -52,6 +70,8 @@ def toy_world():
 PARTS = (  # page, its two markers, what stands between them
     ("docs/config.md", CONFIG_MARKS, config_table),
     ("docs/log.md", GLOSSARY_MARKS, glossary_table),
+    ("docs/cosmos.md", COSMOS_CONFIG_MARKS, cosmos_config),
+    ("docs/cosmos.md", COSMOS_LOG_MARKS, cosmos_log),
     ("README.md", TOY_MARKS, toy_world),
 )
 

@@ -75,6 +75,7 @@ class CosmosConfig(V.ClipConfig):
     lambda_l1: float = 0.0  # weight of their absolute error
     lambda_perceptual: float = 0.0  # weight of their error in features of a VGG16, whose weights it needs
     lambda_temporal: float = 0.1  # weight of the absolute error of their differences from frame to frame
+    lambda_latent: float = 0.01  # weight of the squared error of predicted latents
     lambda_reconstruct: float = 1.0  # weight of the squared error of context frames through encoder and decoder
     painted_frames: int = 0  # frames of the future, and of the context, painted per clip and step; 0 = all
     # -- optimisation
@@ -85,6 +86,7 @@ class CosmosConfig(V.ClipConfig):
     plateau_factor: float = 0.5  # by which the rate is multiplied then
     plateau_patience: int = 10  # evaluations without a new best that are waited for
     val_every: int = 500  # steps between evaluations; 0 = only at the end
+    best_by: str = "val_loss_mse"  # figure of an evaluation whose smallest is kept as ckpt_best.pt; -figure: largest
 
     PRESETS = {
         "cosmos_tiny": dict(
@@ -101,7 +103,8 @@ class CosmosConfig(V.ClipConfig):
         "brightness": (0, 0.9), "latent_dim": (2, 65536), "base_channels": (8, 4096), "hidden_dim": (2, 65536),
         "num_layers": (1, 100), "num_heads": (1, 256), "dropout": (0, 0.9), "painted_frames": (0, 100000),
         "lambda_mse": (0, None), "lambda_l1": (0, None), "lambda_perceptual": (0, None), "lambda_temporal": (0, None),
-        "lambda_reconstruct": (0, None), "plateau_factor": (0.01, 0.99), "plateau_patience": (0, 10**6),
+        "lambda_latent": (0, None), "lambda_reconstruct": (0, None), "plateau_factor": (0.01, 0.99),
+        "plateau_patience": (0, 10**6),
     }
     CHOICES = {
         "dynamics": ("gru", "lstm", "transformer"), "painter": ("auto", "plain", "attention"),
@@ -317,10 +320,12 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        layers = cfg.num_layers, cfg.num_layers, 2 * cfg.hidden_dim, cfg.dropout
-        with_norms = dict(activation="gelu", batch_first=True, norm_first=True)
-        self.net = nn.Transformer(cfg.latent_dim, cfg.num_heads, *layers, **with_norms)
-        self.net.encoder.enable_nested_tensor = False
+        shape = dict(d_model=cfg.latent_dim, nhead=cfg.num_heads, dim_feedforward=2 * cfg.hidden_dim)
+        shape |= dict(dropout=cfg.dropout, activation="gelu", batch_first=True, norm_first=True)
+        norms, depth = [nn.LayerNorm(cfg.latent_dim) for _ in range(2)], cfg.num_layers
+        encoder = nn.TransformerEncoderLayer(**shape)
+        self.look_back = nn.TransformerEncoder(encoder, depth, norms[0], enable_nested_tensor=False)
+        self.look_ahead = nn.TransformerDecoder(nn.TransformerDecoderLayer(**shape), depth, norms[1])
         self.change = nn.Linear(cfg.latent_dim, cfg.latent_dim)
         nn.init.zeros_(self.change.weight), nn.init.zeros_(self.change.bias)
 
@@ -332,11 +337,11 @@ class Transformer(nn.Module):
         return latents + torch.cat([angles.sin(), angles.cos()], 1)
 
     def forward(self, latents, n):
-        memory, now = self.net.encoder(self.placed(latents, 0)), latents.shape[1] - 1
+        memory, now = self.look_back(self.placed(latents, 0)), latents.shape[1] - 1
         sequence = latents[:, -1:]
         for length in range(1, n + 1):
             mask = nn.Transformer.generate_square_subsequent_mask(length, device=latents.device)
-            output = self.net.decoder(self.placed(sequence, now), memory, tgt_mask=mask, tgt_is_causal=True)
+            output = self.look_ahead(self.placed(sequence, now), memory, tgt_mask=mask, tgt_is_causal=True)
             sequence = torch.cat([sequence, sequence[:, -1:] + self.change(output[:, -1:])], 1)
         return sequence[:, 1:]
 
@@ -454,6 +459,7 @@ class Cosmos(V.World):
         "loss_l1": "absolute error of predicted frames",
         "loss_perceptual": "squared error of predicted frames in features of a VGG16; 0 without lambda_perceptual",
         "loss_temporal": "absolute error of the differences from one predicted frame to the next",
+        "loss_latent": "squared error of predicted latents against those of the true frames",
         "loss_reconstruct": "squared error of context frames through encoder and decoder",
         "still": "squared error of the last context frame, repeated",
         "skill": "1 - loss_mse / still: above 0 is better than a world that stands still",
@@ -467,6 +473,7 @@ class Cosmos(V.World):
             self.backbone = load_backbone(cfg)
             self.encoder = Projection(cfg, self.backbone.channels, encoder_stride(cfg.encoder))
             self.FROZEN = ("backbone",) if cfg.freeze_encoder else ()
+            self.mark = "weights:random" if cfg.random_weights else ""
         else:
             self.encoder = FrameEncoder(cfg)
         self.dynamics = Transformer(cfg) if cfg.dynamics == "transformer" else Recurrent(cfg)
@@ -487,10 +494,6 @@ class Cosmos(V.World):
         if mode and self.cfg.lambda_perceptual and not self.critic:
             self.critic = (Perceptual(),)
         return self
-
-    @property
-    def mark(self):
-        return "weights:random " if self.cfg.random_weights else ""
 
     # -- samples
     @staticmethod
@@ -560,6 +563,7 @@ class Cosmos(V.World):
             "loss_l1": (guess - truth).abs().mean(),
             "loss_perceptual": self.perceptual_loss(guess, truth),
             "loss_temporal": neighbour_loss(guess, truth, soon_idx),
+            "loss_latent": self.latent_loss(context, truth, soon_idx),
             "loss_reconstruct": (again - now[rows, now_idx]).square().mean(),
         }
         spread = context.detach().float().flatten(0, 1).std(0).mean()
@@ -571,6 +575,17 @@ class Cosmos(V.World):
             return guess.new_zeros(())
         critic = self.critic[0].to(guess.device)
         return critic(*((frames.flatten(0, 1) - self.image_mean) / self.image_std for frames in (guess, truth)))
+
+    def latent_loss(self, context, truth, idx):
+        """What follows latents [B, Tc, D] against the latents of the true frames [B, K, 3, H, W], numbers idx [B, K] ->
+        scalar. A painted thing that misses the true one tells no direction in pixels; its latent does. The dynamics
+        alone learn by it: the encoder would learn to say little."""
+        if not self.cfg.lambda_latent:
+            return context.new_zeros(())
+        with torch.no_grad():
+            targets = self.encode(truth).float()
+        guess = self.dynamics(context.detach(), self.cfg.soon_frames).gather(1, idx[:, :, None].expand_as(targets))
+        return (guess - targets).square().mean()
 
     # -- schedule
     def lr(self, step, peak):
