@@ -977,7 +977,8 @@ LIMITS = {
 
 def parse_arguments(argv):
     """Flags -> namespace. UsageError in one line."""
-    about = "Pictures of what a world model expects: decoded forecasts and sampled futures."
+    about = "Pictures of what a world model expects: decoded forecasts and sampled futures. `rollout` in front of the "
+    about += "flags: those of a world that predicts frames (futures.py rollout --help)."
     parser = V.ArgumentParser(description=about, allow_abbrev=False)
     path, flag = dict(default="", type=os.path.expanduser), parser.add_argument
     flag("--ckpt", required=True, type=os.path.expanduser, help="checkpoint of a run")

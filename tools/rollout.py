@@ -135,7 +135,10 @@ def opened(video, root, cfg):
     V.check_regular(video.path)
     middle = (0.0, 1.0, 1.0, 0.5, 0.5)
     plan = V.ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, *middle, cfg.frame_fps, annotation.get("fps") or 0.0)
-    return annotation, plan, *V.video_timing(video.path, plan)
+    try:
+        return annotation, plan, *V.video_timing(video.path, plan)
+    except V.DECODE_ERRORS as error:  # what bindings raise on damaged files
+        raise V.BadFile(f"its times cannot be read ({V.reason_of(error)})") from error
 
 
 def plan_from(plan, second, num_frames, duration):
@@ -263,7 +266,7 @@ def frame_errors(pictures, truth):
     """[B, n, 3, H, W] each, in [0, 1] -> {mse, mae, ssim: float64 [B, n]}."""
     off = pictures - truth
     found = {"mse": off.square().mean((2, 3, 4)), "mae": off.abs().mean((2, 3, 4))}
-    found = {name: values.double().cpu().numpy() for name, values in found.items()}
+    found = {name: values.cpu().double().numpy() for name, values in found.items()}
     found["ssim"] = similarity(pictures.flatten(0, 1), truth.flatten(0, 1)).reshape(truth.shape[:2])
     return found
 
@@ -956,8 +959,8 @@ def own_clip(path, start, most, cfg):
         raise V.UsageError(f"clip {path}: no such file")
     try:
         return [(os.path.basename(path), read_clip(V.VideoFile(os.path.basename(path), path), "", start, most, cfg))]
-    except (V.BadFile, *V.DECODE_ERRORS) as error:
-        raise V.UserError(f"clip {path}: {getattr(error, 'strerror', None) or error}") from error
+    except V.BadFile as error:
+        raise V.UserError(f"clip {path}: {error}") from error
 
 
 @torch.no_grad()
