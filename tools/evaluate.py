@@ -1,6 +1,6 @@
 """Measure a checkpoint: how well it forecasts, samples futures, reads the road and is surprised, beside its controls.
 
-    python tools/evaluate.py --ckpt runs/x/checkpoints/ckpt_final.pt [--data_root DIR] [--split val|all] [--quick]
+    python tools/evaluate.py --ckpt runs/x/checkpoints/ckpt_final.pt [--data_root DIR] [--split val|test|all] [--quick]
 
 Without --data_root the built-in scenes are rendered, from seeds that no training reaches; scenes that fit probes and
 scenes that test are never the same. Their true odds are known, so sampled futures are held against them. With
@@ -11,6 +11,9 @@ Written under --out (default: the run's folder):
 
     evaluation.json    every figure: value, 95 % bootstrap interval, n, controls, threshold, whether it was met; curves
     evaluation.html    the same as one page with charts and pictures; opens from disk, needs no network
+
+A world that predicts frames (worlds/cosmos.py) is measured on the videos of its run by tools/rollout.py, with --split
+test where they have such a folder: errors of frames per step beside baselines, and a probe of the true state.
 
 From Python: `evaluate(model, sizes, source=None, seed=0)` -> the content of evaluation.json. Needs scikit-learn (extra
 `eval`). The other tools take from here what they share: progress, probes, pooling, opening a checkpoint.
@@ -225,8 +228,9 @@ def reading_of(name):
     return f"R2 of a frozen linear probe of {name[6:-3].replace('_', ' ')} on NOW and SOON latents: 1 is perfect"
 
 
-def make_figure(name, value, interval=None, n=0, controls=None, limits=None, also=None):
-    """One entry of evaluation.json: a value with all that is needed to judge it. also: other facts beside it."""
+def make_figure(name, value, interval=None, n=0, controls=None, limits=None, also=None, reading=""):
+    """One entry of evaluation.json: a value with all that is needed to judge it. also: other facts beside it; reading:
+    what it says, where READINGS has no such name."""
     limits = limits or THRESHOLDS.get(name)
     value = None if value is None or not math.isfinite(value) else float(value)
     passed = meets(value, limits) if limits else None
@@ -243,7 +247,7 @@ def make_figure(name, value, interval=None, n=0, controls=None, limits=None, als
         "controls": controls or {},
         "expect": expectation(limits) if limits else None,
         "passed": passed,
-        "reading": f"{reading_of(name)}; {verdict}.",
+        "reading": f"{reading or reading_of(name)}; {verdict}.",
         **(also or {}),
     }
 
@@ -1898,7 +1902,9 @@ def unreadable(source, which, bad):
 def video_evaluation(study, source, split):
     """Figures on real videos: everything that needs no known odds -> (figures, curves, what was measured on)."""
     main, cfg, sizes, bad = study.main, study.cfg, study.sizes, {}
-    dataset = source.dataset(cfg, "val")
+    if split == "test" and not source.test:
+        raise V.UsageError(f"split = test: {source.root} has no test/ with videos (--split, --data_root)")
+    dataset = source.dataset(cfg, "test" if split == "test" else "val")
     if split == "all":
         dataset.videos = source.train + [video for video in source.val if source.held_out]
     batches = study.stream(VideoClips(source.dataset(cfg, "bank"), sizes.fit_videos), "training videos")
@@ -1922,7 +1928,7 @@ def video_evaluation(study, source, split):
     both, pixels = {*fit_tasks.names()} & {*tasks.names()} & {*main.probes}, (fit_pixels, test_pixels)
     figures, curves = clip_figures(study, meter, fit, test, pixels, fit_tasks.pick(both), tasks.pick(both))
     data = {"kind": "videos", "root": source.root, "split": split, "files": len(dataset.videos)}
-    data |= {"clips": len(test[0].labels), "held_out": source.held_out and split == "val", "bad_files": bad}
+    data |= {"clips": len(test[0].labels), "held_out": source.held_out and split != "all", "bad_files": bad}
     return figures, curves, data
 
 
@@ -1950,7 +1956,8 @@ def without_nan(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}  # module -> what pip calls it, where the two differ
+# module -> what pip calls it, where the two differ
+PACKAGES = {"sklearn": "scikit-learn", "skimage": "scikit-image", "PIL": "pillow"}
 
 
 def need(*modules):
@@ -2014,6 +2021,8 @@ NAMED = {  # the same thing has the same colour in every chart
     **dict.fromkeys(("mean + noise", "best of k, mean + noise"), "#E69F00"),
     **dict.fromkeys(("point forecast", "point forecast's place"), "#009E73"),
     **{"shuffled targets": "#CC79A7", "untrained encoder": "#777777"},
+    **dict.fromkeys(("persistence", "standing still"), "#D55E00"),
+    **{"linear extrapolation": "#56B4E9", "ceiling": "#222222"},
 }
 CHART = (52, 392, 10, 218)  # left, right, top, bottom of the axes inside 400 x 256 units
 
@@ -2235,6 +2244,16 @@ def control_table(verdicts):
     return f"<table>{''.join(rows)}</table>"
 
 
+def write_html(path, body):
+    """Parts of a page's body as one self-contained HTML file."""
+    page = (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Evaluation</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>"
+    )
+    V.write_own(path, lambda handle: handle.write(f"{page}<!-- {V.MARK} -->\n".encode()))
+
+
 def write_page(report, cfg, path):
     """The report as one self-contained HTML file."""
     where = {"scenes": "built-in scenes that no training saw", "videos": "real videos"}[report["data"]["kind"]]
@@ -2250,12 +2269,7 @@ def write_page(report, cfg, path):
         f'<h2>Charts</h2>{strip}<div class="charts">{"".join(charts(report["curves"]))}</div>',
         f"<h2>Every figure</h2>{''.join(figure_card(name, figure) for name, figure in report['figures'].items())}",
     ]
-    page = (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Evaluation</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>"
-    )
-    V.write_own(path, lambda handle: handle.write(f"{page}<!-- {V.MARK} -->\n".encode()))
+    write_html(path, body)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2270,8 +2284,10 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, type=os.path.expanduser, help="checkpoint file of VJepa_AUTO_V2.py")
     parser.add_argument("--data_root", **path, help="real videos (folder, video or list) instead of built-in scenes")
-    split = "with --data_root: held-out files, or all of them [val]"
-    parser.add_argument("--split", choices=("val", "all"), default="val", help=split)
+    split = "of videos: held-out files, those of test/, or all [val; of a world that predicts frames test, else val]"
+    parser.add_argument("--split", choices=("val", "test", "all"), default="", help=split)
+    horizon = "of a world that predicts frames: steps to predict [the horizon that it learned]"
+    parser.add_argument("--horizon", type=int, default=0, help=horizon)
     parser.add_argument("--out", **path, help="folder to write into [the run's folder]")
     parser.add_argument("--quick", action="store_true", help="a fifth of the scenes: wide intervals, about a minute")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
@@ -2283,8 +2299,16 @@ def parse(argv):
     return args
 
 
-def open_checkpoint(path, device):
-    """A checkpoint -> (model on the device, its config, {step, data}); data: kind and root of what it learned from."""
+def predicts_frames(model):
+    """Whether a world is one of those that tools/rollout.py measures and shows."""
+    members = (getattr(model, name, None) for name in ("encode", "decode"))
+    other = not isinstance(model, V.VJepaAutoV2) and issubclass(model.Dataset, V.ClipDataset)
+    return other and all(map(callable, members))
+
+
+def load_world(path, device):
+    """A checkpoint of any world -> (model on the device, its config, {step, data}); data: kind and root of what it
+    learned from."""
     if not os.path.lexists(path):
         raise V.UsageError(f"ckpt {path}: no such checkpoint")
     try:
@@ -2292,18 +2316,32 @@ def open_checkpoint(path, device):
     except (RuntimeError, KeyError) as error:  # names or shapes of the weights differ
         why = str(error).strip().splitlines()[0]
         raise V.UserError(f"ckpt {path}: made by another version of VJepa_AUTO_V2.py ({why})") from error
-    if not isinstance(model, V.VJepaAutoV2):
-        what = f"made by the world {type(model).__name__}; this tool looks into VJepaAutoV2 alone"
-        raise V.UserError(f"ckpt {path}: {what}")
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return model, cfg, {"step": int(state["step"]), "data": state["data"]}
 
 
-def open_videos(cfg, root):
-    """Videos under a root: folder, video or list -> (V.DataSource, config that names them). UsageError for none."""
+def check_world(model, path):
+    """UserError unless a checkpoint's model is a VJepaAutoV2."""
+    if not isinstance(model, V.VJepaAutoV2):
+        what = f"made by the world {type(model).__name__}; this tool looks into VJepaAutoV2 alone"
+        if predicts_frames(model):
+            what = f"the world {type(model).__name__} predicts frames: python tools/futures.py rollout --ckpt {path}"
+        raise V.UserError(f"ckpt {path}: {what}")
+
+
+def open_checkpoint(path, device):
+    """`load_world` of a VJepaAutoV2. UserError for another world."""
+    model, cfg, about = load_world(path, device)
+    check_world(model, path)
+    return model, cfg, about
+
+
+def open_videos(cfg, root, world=V.VJepaAutoV2):
+    """Videos under a root: folder, video or list -> (V.DataSource of a world, its class; config that names them).
+    UsageError for none."""
     cfg = replace(cfg, data_root=root, missing_data="error")
     videos = V.list_data(cfg)
-    source = V.open_data(V.VJepaAutoV2, cfg, videos, True, None)
+    source = V.open_data(world, cfg, videos, True, None)
     for note in V.data_notes(cfg, videos, source):
         V.say(note, sys.stderr)
     return source, cfg
@@ -2329,8 +2367,15 @@ def print_table(report):
 
 def run(args, sizes):
     """Load, measure, write, print -> exit code."""
-    model, cfg, about = open_checkpoint(args.ckpt, args.device)
-    source = None
+    model, cfg, about = load_world(args.ckpt, args.device)
+    if predicts_frames(model):
+        import rollout  # it imports this file
+
+        return rollout.run(model, cfg, about, args)
+    check_world(model, args.ckpt)
+    if args.horizon:
+        raise V.UsageError("horizon: VJepaAutoV2 forecasts SOON, of a fixed length; leave --horizon out")
+    source, split = None, args.split or "val"
     if args.data_root:
         source, cfg = open_videos(cfg, args.data_root)
         model.cfg = cfg
@@ -2341,7 +2386,7 @@ def run(args, sizes):
     out.mkdir(parents=True, exist_ok=True)
     progress = Progress()
     report = {"checkpoint": str(args.ckpt), "step": about["step"]}
-    report |= evaluate(model, sizes, source, args.split, args.seed, args.num_workers, progress)
+    report |= evaluate(model, sizes, source, split, args.seed, args.num_workers, progress)
     report["seconds"] = round(progress.seconds, 1)
     V.write_report(out / "evaluation.json", report)
     write_page(report, cfg, out / "evaluation.html")

@@ -14,6 +14,12 @@ the run's folder / futures):
                   videos: a plane of futures with NOW, truth, point forecast and samples
 
 A video of your own is shown with --clip FILE [--start SECONDS]. Where it ends inside SOON there is no truth to show.
+
+A world that predicts frames (worlds/cosmos.py) needs no decoder of this tool:
+
+    python tools/futures.py rollout --ckpt runs/x/checkpoints/ckpt_best.pt [--num_predict 60] [--clip FILE]
+
+writes rollout.mp4, truth beside prediction with the error of every frame, and grid.png (tools/rollout.py).
 """
 
 import signal
@@ -1029,15 +1035,21 @@ def print_report(report, source):
         V.say(f"{name:<44}{error:>10.2f}{ratio:>9.2f}")
 
 
-def show(args):
-    """Open the run, get a decoder, write the pictures -> their paths."""
-    model, source, cache, key = open_run(args)
-    perceptual = Perceptual().to(model.image_mean.device) if args.perceptual else None
-    out = Path(args.out) if args.out else E.run_folder(args.ckpt) / "futures"
+def output_folder(args, name):
+    """--out, by default a folder of this name in the run's, made where it is missing -> Path."""
+    out = Path(args.out) if args.out else E.run_folder(args.ckpt) / name
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise V.UserError(f"out {out}: cannot be written ({error.strerror}); choose another --out") from error
+    return out
+
+
+def show(args):
+    """Open the run, get a decoder, write the pictures -> their paths."""
+    model, source, cache, key = open_run(args)
+    perceptual = Perceptual().to(model.image_mean.device) if args.perceptual else None
+    out = output_folder(args, "futures")
     if args.clip:
         clip_window(args.clip, args.start, model.cfg)  # a wrong file is named before minutes of training
     decoder, saved = get_decoder(model, source, cache, key, args.minutes, args.num_workers, perceptual, args.seed)
@@ -1059,7 +1071,12 @@ def show(args):
 
 
 def main(argv=None):
-    """Command line -> exit code."""
+    """Command line -> exit code. `rollout` in front: of a world that predicts frames."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["rollout"]:
+        import rollout  # it imports this file
+
+        return V.report_errors(lambda: [V.say(path) for path in rollout.show(rollout.parse(argv[1:]))] and V.EXIT_OK)
     return V.report_errors(lambda: [V.say(path) for path in show(parse_arguments(argv))] and V.EXIT_OK)
 
 
