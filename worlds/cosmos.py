@@ -442,11 +442,12 @@ class FrameClips(V.ClipDataset):
 
 
 def painted_idx(rng, count, wanted):
-    """Which of `count` frames a step paints: all for wanted 0, else pairs of neighbours anywhere -> int64 [K]."""
+    """Which of `count` frames a step paints: all for wanted 0, else pairs of neighbours anywhere -> int64 [K]. The last
+    and the first are a pair as well: else the ends of a clip would have half the weight of other frames."""
     if not 0 < wanted < count:
         return torch.arange(count)
-    starts = rng.permutation(count - 1)[: wanted // 2]
-    return torch.from_numpy(np.sort(np.concatenate([starts, starts + 1])))
+    starts = rng.permutation(count)[: wanted // 2]
+    return torch.from_numpy(np.sort(np.concatenate([starts, (starts + 1) % count])))
 
 
 class Cosmos(V.World):
