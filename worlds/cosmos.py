@@ -421,7 +421,7 @@ def neighbour_loss(guess, truth, idx):
     of a still scene as well. guess, truth [B, K, 3, H, W] at frame numbers idx [B, K] -> scalar."""
     follow = (idx.diff(dim=1) == 1)[:, :, None, None, None]  # [B, K-1, 1, 1, 1]
     error = (guess.diff(dim=1) - truth.diff(dim=1)).abs() * follow
-    return error.sum() / (follow.sum() * error[0, 0].numel()).clamp_min(1)
+    return error.sum() / (follow.sum() * guess[0, 0].numel()).clamp_min(1)
 
 
 # -- the world
