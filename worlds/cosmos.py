@@ -326,6 +326,8 @@ class Transformer(nn.Module):
         encoder = nn.TransformerEncoderLayer(**shape)
         self.look_back = nn.TransformerEncoder(encoder, depth, norms[0], enable_nested_tensor=False)
         self.look_ahead = nn.TransformerDecoder(nn.TransformerDecoderLayer(**shape), depth, norms[1])
+        for matrix in (p for p in self.parameters() if p.ndim > 1):  # torch's stacks copy one layer
+            nn.init.xavier_uniform_(matrix)
         self.change = nn.Linear(cfg.latent_dim, cfg.latent_dim)
         nn.init.zeros_(self.change.weight), nn.init.zeros_(self.change.bias)
 
