@@ -434,7 +434,7 @@ class FrameClips(V.ClipDataset):
 
     def read_file(self, video, plan):
         seconds, fps = V.video_timing(video.path, plan)
-        wanted = plan.num_frames / plan.fps if plan.fps else 0.0
+        wanted = plan.num_frames / (plan.fps or fps)  # at 0 the frames spread over the file: none of them twice
         if seconds < wanted - 0.5 / fps:
             lasts = f"lasts {seconds:.2f} s, {round(seconds * fps)} frames at {fps:g} per second"
             raise V.BadFile(
