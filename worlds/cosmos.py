@@ -141,7 +141,8 @@ class CosmosConfig(V.ClipConfig):
              f"must be divisible by 2 x num_heads = {heads}"),
             (not self.is_pretrained and self.freeze_encoder, "freeze_encoder", "encoder cnn begins from nothing"),
             (not self.is_pretrained and self.random_weights, "random_weights", "encoder cnn always begins with such"),
-            (self.painted_frames == 1, "painted_frames", "must be 0 or at least 2: frames are compared in pairs"),
+            (self.painted_frames % 2, "painted_frames", "must be even: frames are compared in pairs"),
+            (self.schedule == "plateau" and not self.val_every, "val_every", "must not be 0 for schedule plateau"),
         )]
 
 
