@@ -149,6 +149,7 @@ class CosmosConfig(V.ClipConfig):
 # fmt: on
 
 RESNETS = ("resnet50", "resnet101")
+DINOS = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # model types of transformers
 FETCH = "python -c \"from torchvision import models; models.get_model('{}', weights='DEFAULT')\" puts them there"
 
 
@@ -159,12 +160,18 @@ def encoder_stride(encoder):
     """Pixels of a frame's side behind one place of an encoder's grid. ValueError for what is no encoder."""
     if encoder in ("cnn", *RESNETS):
         return 16 if encoder == "cnn" else 32
-    path, stride = os.path.join(os.path.expanduser(encoder), "config.json"), None
+    path, config = os.path.join(os.path.expanduser(encoder), "config.json"), None
+    what = f"is neither cnn, {', '.join(RESNETS)} nor a folder with the config.json of a DINOv2 or DINOv3 model"
+    what = f"{what}; save_pretrained of transformers writes one"
     if os.path.isfile(path):
-        stride = V.parse_json(V.read_text(path, 2**22)).get("patch_size")
+        try:
+            config = V.parse_json(V.read_text(path, 2**22))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{what} ({path}: {error})") from error
+    is_known = isinstance(config, dict) and config.get("model_type") in DINOS
+    stride = config.get("patch_size") if is_known else None
     if not V.fits(int, stride) or stride < 1:
-        what = f"is neither cnn, {', '.join(RESNETS)} nor a folder with the config.json of a DINOv2 or DINOv3 model"
-        raise ValueError(f"{what}; save_pretrained of transformers writes one")
+        raise ValueError(what)
     return stride
 
 
