@@ -28,6 +28,7 @@ sub-pixel convolution (1609.05158).
 import math
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,6 +176,18 @@ def encoder_stride(encoder):
     return stride
 
 
+@contextmanager
+def reading(what):
+    """Context in which weights are read: a UsageError says where their file is damaged or another network's."""
+    try:
+        yield
+    except V.UserError:
+        raise
+    except Exception as error:  # such a file makes its readers raise anything
+        why = f"{type(error).__name__}: {V.flat(error)[:160]}"
+        raise V.UsageError(f"{what}: its weights cannot be read ({why})") from error
+
+
 def cached_weights(name):
     """torchvision's weights of a network, which must lie in its cache -> dict of tensors. UsageError if they do not."""
     from torchvision import models
@@ -197,7 +210,8 @@ class ResNet(nn.Module):
         super().__init__()
         net = models.get_model(name)
         if has_weights:
-            net.load_state_dict(cached_weights(name))
+            with reading(f"encoder {name}"):
+                net.load_state_dict(cached_weights(name))
         self.body = nn.Sequential(*list(net.children())[:-2])
 
     def forward(self, frames):
@@ -220,7 +234,11 @@ class PatchNet(nn.Module):
         if has_weights and not any(Path(folder).glob("*.safetensors")):
             raise V.UsageError(f"encoder {folder}: holds no *.safetensors; save_pretrained of transformers writes them")
         if has_weights:
-            self.net = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+            options = dict(local_files_only=True, dtype=torch.float32, output_loading_info=True)
+            with reading(f"encoder {folder}"):
+                self.net, told = transformers.AutoModel.from_pretrained(folder, **options)
+            if absent := sorted(told["missing_keys"]):  # else they stay as they were drawn, with a warning
+                raise V.UsageError(f"encoder {folder}: its weights lack {V.name_some(absent)}")
         else:
             self.net = transformers.AutoModel.from_config(config)
         self.patch, self.channels = config.patch_size, config.hidden_size
@@ -408,12 +426,13 @@ class Perceptual(nn.Module):
         from torchvision.models.vgg import cfgs, make_layers
 
         super().__init__()
+        self.layers = make_layers(cfgs["D"])[: max(self.LAYERS) + 1]
         try:
-            weights = cached_weights("vgg16")
+            with reading("vgg16"):
+                weights = cached_weights("vgg16")
+                self.layers.load_state_dict({name: weights[f"features.{name}"] for name in self.layers.state_dict()})
         except V.UsageError as error:
             raise V.UsageError(f"lambda_perceptual: {error}, --lambda_perceptual 0 does without") from error
-        self.layers = make_layers(cfgs["D"])[: max(self.LAYERS) + 1]
-        self.layers.load_state_dict({name: weights[f"features.{name}"] for name in self.layers.state_dict()})
         self.eval().requires_grad_(False)
 
     def forward(self, guess, truth):
