@@ -692,7 +692,7 @@ def test_damaged_weights_are_refused(tmp_path, dinos, empty_hub):
     empty_hub.mkdir(parents=True)
     (empty_hub / "resnet50-11ad3fa6.pth").write_bytes(b"PK\3\4 cut short")
     told = one_line(lambda: Cosmos(config(encoder="resnet50", image_size=64)), kind=V.UsageError)
-    assert "weights of resnet50: " in told and "--random_weights is for tests" in told
+    assert told.startswith("encoder resnet50: its weights cannot be read (") and "--random_weights is for tests" in told
 
 
 @pytest.mark.parametrize(
@@ -977,7 +977,7 @@ def test_a_run_ends_with_a_picture_and_a_verdict(split, tmp_path):
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["step"]) == ("finished", 2)
     picture = Image.open(tmp_path / "rollout.png")
-    assert picture.width > 11 * 96 and picture.height > 6 * 96
+    assert picture.width > 5 * 96 and picture.height > 6 * 96  # three clips of two rows, as many frames as fit
     assert "squared error" in output and "skill" in output and "parameters: " in output
     last = facts(tmp_path)[-1]
     assert {f"val_{key}" for key in (*LOSSES, "loss_total", "still", "skill", "latent_std")} <= last.keys()
@@ -1004,7 +1004,7 @@ def test_wrong_command_lines_are_told_in_one_line(split, raw_videos, tmp_path):
         (["--num_frames", "12"], "num_frames = 12: must equal now + soon frames = 11 (--num_frames)"),
         (["--dynamics", "transformer", "--num_heads", "3"], "latent_dim = 16: must be divisible by 2 x num_heads = 6"),
         (["--dynamics", "rnn"], "dynamics = 'rnn'"),
-        (["--painted_frames", "1"], "painted_frames = 1: must be 0 or at least 2"),
+        (["--painted_frames", "3"], "painted_frames = 3: must be even"),
         (["--data_root", half], "val"),
         (["--data_root", split, "--resume", other], "made by the world VJepaAutoV2"),
         (["--data_root", split, "--now_frames", 60, "--num_frames", 66], "frames at 30 per second"),
