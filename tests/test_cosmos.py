@@ -154,7 +154,7 @@ def split(raw_videos):
 @pytest.mark.parametrize("dynamics", DYNAMICS)
 def test_any_context_and_horizon(dynamics, painter):
     """model(context, n) -> frames in [0, 1], their latents, those of the context, for any lengths, not only those of
-    training. Seen red with the context's length taken from the config."""
+    training. Seen red with the context cut to the length of training."""
     cfg = config(dynamics=dynamics, painter=painter, image_size=64)
     model = stir(new_world(cfg)).eval()
     for length, n in ((2, 1), (7, 9)):  # trained: 3 and 3
@@ -182,7 +182,7 @@ def test_verbs_fit_together():
 
 
 def test_frames_need_not_be_square():
-    """64 x 96: a step forward and back, and a rollout, height and width not mistaken for each other."""
+    """64 x 96: a step forward and back, and a rollout. Seen red with height and width swapped in the painter."""
     cfg = config(image_size=(64, 96), painter="attention")
     model = new_world(cfg)
     losses, _, _ = model(batch_of(cfg, noise(2, 6, 3, 64, 96)))
@@ -229,7 +229,7 @@ def test_attention_stands_at_8_and_16_places(size, painter, places):
 
 
 def test_attention_of_maps_is_attention_over_places():
-    """Gate 0.5, against softmax products in float64, heads of 8 channels. Seen red with places and channels swapped."""
+    """Gate 0.5, against softmax products in float64, heads of 8 channels. Seen red with heads of 4."""
     torch.manual_seed(2)
     module, x = W.MapAttention(16).double(), torch.randn(2, 16, 3, 5, dtype=torch.float64)
     with torch.no_grad():
@@ -635,6 +635,9 @@ def test_random_weights_are_marked_and_repeat(tmp_path, split, dinos, capsys):
     cfg = dino_config(folder, freeze_encoder=True, random_weights=True, data_root=str(split), steps=2, val_clips=2)
     one, two, three = new_world(cfg), new_world(cfg, seed=5), new_world(replace(cfg, seed=1))
     assert V.frozen_hashes(one) == V.frozen_hashes(two) != V.frozen_hashes(three)
+    before = torch.get_rng_state()
+    W.load_backbone(cfg)
+    assert torch.equal(before, torch.get_rng_state())
     assert not torch.equal(one.encoder.project.weight, two.encoder.project.weight)
     cfg = replace(cfg, out_dir=str(tmp_path / "run"))
     assert V.train(cfg, world=Cosmos) == 0
