@@ -593,7 +593,7 @@ class Cosmos(V.World):
             "loss_l1": (guess - truth).abs().mean(),
             "loss_perceptual": self.perceptual_loss(guess, truth),
             "loss_temporal": neighbour_loss(guess, truth, soon_idx),
-            "loss_latent": self.latent_loss(future[rows, soon_idx], truth),
+            "loss_latent": self.latent_loss(context, truth, soon_idx),
             "loss_reconstruct": (again - now[rows, now_idx]).square().mean(),
         }
         spread = context.detach().float().flatten(0, 1).std(0).mean()
@@ -606,12 +606,15 @@ class Cosmos(V.World):
         critic = self.critic[0].to(guess.device)
         return critic(*((frames.flatten(0, 1) - self.image_mean) / self.image_std for frames in (guess, truth)))
 
-    def latent_loss(self, guess, truth):
-        """Latents [B, K, D] against those of the true frames [B, K, 3, H, W] -> scalar. A painted thing that misses the
-        true one tells no direction in pixels; its latent does. Not over the latents' variance: in the first steps that
-        is next to nothing, and the loss would drown all others."""
+    def latent_loss(self, context, truth, idx):
+        """What follows latents [B, Tc, D] against the latents of the true frames [B, K, 3, H, W], numbers idx [B, K] ->
+        scalar. A painted thing that misses the true one tells no direction in pixels; its latent does. The dynamics
+        alone learn by it: the encoder would learn to say little."""
+        if not self.cfg.lambda_latent:
+            return context.new_zeros(())
         with torch.no_grad():
             targets = self.encode(truth).float()
+        guess = self.dynamics(context.detach(), self.cfg.soon_frames).gather(1, idx[:, :, None].expand_as(targets))
         return (guess - targets).square().mean()
 
     # -- schedule
