@@ -418,7 +418,12 @@ PLACES = [
 ]  # fmt: skip
 
 
-FAST = [("take_in", 2, 2, "stopped"), ("take_in", 2, 2, "killed"), ("keep_best", 2, 3, "killed")]
+FAST = [
+    ("take_in", 2, 2, "stopped"),
+    ("take_in", 2, 2, "killed"),
+    ("keep_best", 2, 3, "killed"),
+    ("keep_best", 2, 100, "stopped"),
+]
 CASES = [(*place, every, how) for place in PLACES for every in (2, 3, 100) for how in ("stopped", "killed")]
 
 
@@ -430,7 +435,7 @@ def test_resume_is_exact(lines, tmp_path, unbroken, name, at, ckpt_every, how):
     """Struck before and after its work in any of these places, the same command ends with the records, the weights and
     the best checkpoint of an unbroken run; nothing is taken in twice, nothing is left out.
 
-    Seen red without the replay in train_phase, without `validated`, and with the sets of evaluated steps.
+    Seen red without the replay in train_phase, without `validated`, and where the best counted as saved for a stop.
     """
     for after in (False, True):
         cfg = run_of_twelve(lines, tmp_path / str(after), ckpt_every=ckpt_every)
@@ -443,6 +448,9 @@ def test_resume_is_exact(lines, tmp_path, unbroken, name, at, ckpt_every, how):
                         V.train(cfg, world=Plateau)
                 else:
                     assert V.train(cfg, world=Plateau) == 75
+                    told = json.loads((Path(cfg.out_dir) / "status.json").read_text())["step"]
+                    saved = [V.load_checkpoint(path, Plateau)["step"] for _, path in V.checkpoint_files(cfg.out_dir)]
+                    assert max(saved) == told
             assert V.train(cfg, world=Plateau) == 0
         assert rows(cfg.out_dir) == rows(unbroken(ckpt_every))
         for file in ("ckpt_final.pt", BEST):

@@ -28,6 +28,7 @@ sub-pixel convolution (1609.05158).
 import math
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,13 +142,15 @@ class CosmosConfig(V.ClipConfig):
              f"must be divisible by 2 x num_heads = {heads}"),
             (not self.is_pretrained and self.freeze_encoder, "freeze_encoder", "encoder cnn begins from nothing"),
             (not self.is_pretrained and self.random_weights, "random_weights", "encoder cnn always begins with such"),
-            (self.painted_frames == 1, "painted_frames", "must be 0 or at least 2: frames are compared in pairs"),
+            (self.painted_frames % 2, "painted_frames", "must be even: frames are compared in pairs"),
+            (self.schedule == "plateau" and not self.val_every, "val_every", "must not be 0 for schedule plateau"),
         )]
 
 
 # fmt: on
 
 RESNETS = ("resnet50", "resnet101")
+DINOS = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # model types of transformers
 FETCH = "python -c \"from torchvision import models; models.get_model('{}', weights='DEFAULT')\" puts them there"
 
 
@@ -158,13 +161,31 @@ def encoder_stride(encoder):
     """Pixels of a frame's side behind one place of an encoder's grid. ValueError for what is no encoder."""
     if encoder in ("cnn", *RESNETS):
         return 16 if encoder == "cnn" else 32
-    path, stride = os.path.join(os.path.expanduser(encoder), "config.json"), None
+    path, config = os.path.join(os.path.expanduser(encoder), "config.json"), None
+    what = f"is neither cnn, {', '.join(RESNETS)} nor a folder with the config.json of a DINOv2 or DINOv3 model"
+    what = f"{what}; save_pretrained of transformers writes one"
     if os.path.isfile(path):
-        stride = V.parse_json(V.read_text(path, 2**22)).get("patch_size")
+        try:
+            config = V.parse_json(V.read_text(path, 2**22))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{what} ({path}: {error})") from error
+    is_known = isinstance(config, dict) and config.get("model_type") in DINOS
+    stride = config.get("patch_size") if is_known else None
     if not V.fits(int, stride) or stride < 1:
-        what = f"is neither cnn, {', '.join(RESNETS)} nor a folder with the config.json of a DINOv2 or DINOv3 model"
-        raise ValueError(f"{what}; save_pretrained of transformers writes one")
+        raise ValueError(what)
     return stride
+
+
+@contextmanager
+def reading(what):
+    """Context in which weights are read: a UsageError says where their file is damaged or another network's."""
+    try:
+        yield
+    except V.UserError:
+        raise
+    except Exception as error:  # such a file makes its readers raise anything
+        why = f"{type(error).__name__}: {V.flat(error)[:160]}"
+        raise V.UsageError(f"{what}: its weights cannot be read ({why})") from error
 
 
 def cached_weights(name):
@@ -189,7 +210,8 @@ class ResNet(nn.Module):
         super().__init__()
         net = models.get_model(name)
         if has_weights:
-            net.load_state_dict(cached_weights(name))
+            with reading(f"encoder {name}"):
+                net.load_state_dict(cached_weights(name))
         self.body = nn.Sequential(*list(net.children())[:-2])
 
     def forward(self, frames):
@@ -212,7 +234,11 @@ class PatchNet(nn.Module):
         if has_weights and not any(Path(folder).glob("*.safetensors")):
             raise V.UsageError(f"encoder {folder}: holds no *.safetensors; save_pretrained of transformers writes them")
         if has_weights:
-            self.net = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+            options = dict(local_files_only=True, dtype=torch.float32, output_loading_info=True)
+            with reading(f"encoder {folder}"):
+                self.net, told = transformers.AutoModel.from_pretrained(folder, **options)
+            if absent := sorted(told["missing_keys"]):  # else they stay as they were drawn, with a warning
+                raise V.UsageError(f"encoder {folder}: its weights lack {V.name_some(absent)}")
         else:
             self.net = transformers.AutoModel.from_config(config)
         self.patch, self.channels = config.patch_size, config.hidden_size
@@ -326,6 +352,8 @@ class Transformer(nn.Module):
         encoder = nn.TransformerEncoderLayer(**shape)
         self.look_back = nn.TransformerEncoder(encoder, depth, norms[0], enable_nested_tensor=False)
         self.look_ahead = nn.TransformerDecoder(nn.TransformerDecoderLayer(**shape), depth, norms[1])
+        for matrix in (p for p in self.parameters() if p.ndim > 1):  # torch's stacks copy one layer
+            nn.init.xavier_uniform_(matrix)
         self.change = nn.Linear(cfg.latent_dim, cfg.latent_dim)
         nn.init.zeros_(self.change.weight), nn.init.zeros_(self.change.bias)
 
@@ -398,12 +426,13 @@ class Perceptual(nn.Module):
         from torchvision.models.vgg import cfgs, make_layers
 
         super().__init__()
+        self.layers = make_layers(cfgs["D"])[: max(self.LAYERS) + 1]
         try:
-            weights = cached_weights("vgg16")
+            with reading("vgg16"):
+                weights = cached_weights("vgg16")
+                self.layers.load_state_dict({name: weights[f"features.{name}"] for name in self.layers.state_dict()})
         except V.UsageError as error:
             raise V.UsageError(f"lambda_perceptual: {error}, --lambda_perceptual 0 does without") from error
-        self.layers = make_layers(cfgs["D"])[: max(self.LAYERS) + 1]
-        self.layers.load_state_dict({name: weights[f"features.{name}"] for name in self.layers.state_dict()})
         self.eval().requires_grad_(False)
 
     def forward(self, guess, truth):
@@ -421,7 +450,7 @@ def neighbour_loss(guess, truth, idx):
     of a still scene as well. guess, truth [B, K, 3, H, W] at frame numbers idx [B, K] -> scalar."""
     follow = (idx.diff(dim=1) == 1)[:, :, None, None, None]  # [B, K-1, 1, 1, 1]
     error = (guess.diff(dim=1) - truth.diff(dim=1)).abs() * follow
-    return error.sum() / (follow.sum() * error[0, 0].numel()).clamp_min(1)
+    return error.sum() / (follow.sum() * guess[0, 0].numel()).clamp_min(1)
 
 
 # -- the world
@@ -432,7 +461,7 @@ class FrameClips(V.ClipDataset):
 
     def read_file(self, video, plan):
         seconds, fps = V.video_timing(video.path, plan)
-        wanted = plan.num_frames / plan.fps if plan.fps else 0.0
+        wanted = plan.num_frames / (plan.fps or fps)  # at 0 the frames spread over the file: none of them twice
         if seconds < wanted - 0.5 / fps:
             lasts = f"lasts {seconds:.2f} s, {round(seconds * fps)} frames at {fps:g} per second"
             raise V.BadFile(
@@ -442,11 +471,12 @@ class FrameClips(V.ClipDataset):
 
 
 def painted_idx(rng, count, wanted):
-    """Which of `count` frames a step paints: all for wanted 0, else pairs of neighbours anywhere -> int64 [K]."""
+    """Which of `count` frames a step paints: all for wanted 0, else pairs of neighbours anywhere -> int64 [K]. The last
+    and the first are a pair as well: else the ends of a clip would have half the weight of other frames."""
     if not 0 < wanted < count:
         return torch.arange(count)
-    starts = rng.permutation(count - 1)[: wanted // 2]
-    return torch.from_numpy(np.sort(np.concatenate([starts, starts + 1])))
+    starts = rng.permutation(count)[: wanted // 2]
+    return torch.from_numpy(np.sort(np.concatenate([starts, (starts + 1) % count])))
 
 
 class Cosmos(V.World):
