@@ -294,8 +294,9 @@ def test_the_future_is_never_seen(dynamics, painted_frames):
     frames = noise(2, 7, 3, 32, 32)
     other = torch.cat([frames[:, :3], noise(2, 4, 3, 32, 32, seed=9)], 1)
     (one, _, _), (two, _, _) = (model(batch_of(cfg, clip)) for clip in (frames, other))
-    assert len(seen) == 4
-    for first, second in zip(seen[:2], seen[2:]):
+    half = len(seen) // 2
+    assert half >= 2
+    for first, second in zip(seen[:half], seen[half:]):
         assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert one["loss_mse"] != two["loss_mse"] and one["loss_temporal"] != two["loss_temporal"]
     assert one["loss_reconstruct"] == two["loss_reconstruct"]
@@ -369,6 +370,16 @@ def test_losses_equal_a_reference_in_float64(painted_frames, is_training):
     total = sum(weight * hand[f"loss_{name.removeprefix('lambda_')}"] for name, weight in weights.items())
     assert float(losses["loss_total"]) == pytest.approx(total, rel=2e-5)
     assert {"loss_total", *LOSSES} == losses.keys() and losses["loss_perceptual"] == 0
+
+
+def test_the_dynamics_alone_learn_by_the_latent_loss():
+    """The encoder would learn to say little, so that it is soon right. Seen red with its graph kept."""
+    cfg = config()
+    model = stir(new_world(cfg))
+    losses, _, _ = model(batch_of(cfg, squares(cfg, 2)))
+    losses["loss_latent"].backward()
+    learning = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert learning == {"dynamics"}
 
 
 def test_temporal_loss_rewards_the_right_motion_alone():
