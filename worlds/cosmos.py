@@ -515,12 +515,12 @@ class Cosmos(V.World):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def train(self, mode=True):
-        """As V.World.train. A backbone's BatchNorms keep the statistics that it came with: neighbouring frames are too
-        alike to take new ones. Training with lambda_perceptual needs the VGG16."""
+        """As V.World.train. A backbone that learns stays in eval mode too: its BatchNorms keep the statistics that it
+        came with, as neighbouring frames are too alike to take new ones, and DINOv3 does not stretch its positions at
+        random. Training with lambda_perceptual needs the VGG16."""
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
+        if self.cfg.is_pretrained:
+            self.backbone.eval()
         if mode and self.cfg.lambda_perceptual and not self.critic:
             self.critic = (Perceptual(),)
         return self
