@@ -76,7 +76,6 @@ class CosmosConfig(V.ClipConfig):
     lambda_l1: float = 0.0  # weight of their absolute error
     lambda_perceptual: float = 0.0  # weight of their error in features of a VGG16, whose weights it needs
     lambda_temporal: float = 0.1  # weight of the absolute error of their differences from frame to frame
-    lambda_latent: float = 0.01  # weight of the squared error of predicted latents
     lambda_reconstruct: float = 1.0  # weight of the squared error of context frames through encoder and decoder
     painted_frames: int = 0  # frames of the future, and of the context, painted per clip and step; 0 = all
     # -- optimisation
@@ -104,8 +103,7 @@ class CosmosConfig(V.ClipConfig):
         "brightness": (0, 0.9), "latent_dim": (2, 65536), "base_channels": (8, 4096), "hidden_dim": (2, 65536),
         "num_layers": (1, 100), "num_heads": (1, 256), "dropout": (0, 0.9), "painted_frames": (0, 100000),
         "lambda_mse": (0, None), "lambda_l1": (0, None), "lambda_perceptual": (0, None), "lambda_temporal": (0, None),
-        "lambda_latent": (0, None), "lambda_reconstruct": (0, None), "plateau_factor": (0.01, 0.99),
-        "plateau_patience": (0, 10**6),
+        "lambda_reconstruct": (0, None), "plateau_factor": (0.01, 0.99), "plateau_patience": (0, 10**6),
     }
     CHOICES = {
         "dynamics": ("gru", "lstm", "transformer"), "painter": ("auto", "plain", "attention"),
@@ -489,7 +487,6 @@ class Cosmos(V.World):
         "loss_l1": "absolute error of predicted frames",
         "loss_perceptual": "squared error of predicted frames in features of a VGG16; 0 without lambda_perceptual",
         "loss_temporal": "absolute error of the differences from one predicted frame to the next",
-        "loss_latent": "squared error of predicted latents against those of the true frames",
         "loss_reconstruct": "squared error of context frames through encoder and decoder",
         "still": "squared error of the last context frame, repeated",
         "skill": "1 - loss_mse / still: above 0 is better than a world that stands still",
@@ -593,7 +590,6 @@ class Cosmos(V.World):
             "loss_l1": (guess - truth).abs().mean(),
             "loss_perceptual": self.perceptual_loss(guess, truth),
             "loss_temporal": neighbour_loss(guess, truth, soon_idx),
-            "loss_latent": self.latent_loss(context, truth, soon_idx),
             "loss_reconstruct": (again - now[rows, now_idx]).square().mean(),
         }
         spread = context.detach().float().flatten(0, 1).std(0).mean()
@@ -605,17 +601,6 @@ class Cosmos(V.World):
             return guess.new_zeros(())
         critic = self.critic[0].to(guess.device)
         return critic(*((frames.flatten(0, 1) - self.image_mean) / self.image_std for frames in (guess, truth)))
-
-    def latent_loss(self, context, truth, idx):
-        """What follows latents [B, Tc, D] against the latents of the true frames [B, K, 3, H, W], numbers idx [B, K] ->
-        scalar. A painted thing that misses the true one tells no direction in pixels; its latent does. The dynamics
-        alone learn by it: the encoder would learn to say little."""
-        if not self.cfg.lambda_latent:
-            return context.new_zeros(())
-        with torch.no_grad():
-            targets = self.encode(truth).float()
-        guess = self.dynamics(context.detach(), self.cfg.soon_frames).gather(1, idx[:, :, None].expand_as(targets))
-        return (guess - targets).square().mean()
 
     # -- schedule
     def lr(self, step, peak):
