@@ -310,6 +310,19 @@ def test_a_new_world_stands_still(dynamics):
     assert torch.equal(future, context[:, -1:].expand_as(future))
 
 
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+def test_small_changes_add_up_under_autocast(dynamics):
+    """40 changes of 1/500 are 0.08 with bf16 products too. Seen red with latents in bf16, whose steps between 0.5 and 1
+    are 1/256: nothing moved."""
+    model = new_world(config(dynamics=dynamics)).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.dynamics.change.bias.fill_(1 / 512)  # a number of bf16
+        model.encoder.project.bias.fill_(0.75)
+        _, future, context = model(noise(1, 3, 3, 32, 32), 40)
+    assert future.dtype == context.dtype == torch.float32
+    assert torch.allclose(future[:, -1] - context[:, -1], torch.tensor(40 / 512), atol=1e-4)
+
+
 def test_layers_of_the_transformer_begin_apart():
     """torch's stacks copy one layer: each must be drawn anew. Seen red: all layers were the same at the start."""
     dynamics = new_world(config(dynamics="transformer", num_layers=3)).dynamics
@@ -775,7 +788,7 @@ def test_plateau_follows_torchs_scheduler(warmup, patience, min_lr):
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.4, patience=patience, min_lr=min_lr)
     rng = np.random.default_rng(5)
     losses = np.exp(-np.minimum(np.arange(40), 15) / 8) + 0.05 * rng.random(40)
-    losses[20], losses[7] = math.nan, losses[6] * (1 - 5e-5)  # a new best that is too small to count
+    losses[20], losses[6:12] = math.nan, losses[6] * (1 - 1.9e-5 * np.arange(6))  # new bests too small to count
     rates = []
     for number, loss in enumerate(losses):
         step = 10 * (number + 1)

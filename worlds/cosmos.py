@@ -543,7 +543,7 @@ class Cosmos(V.World):
             latents = self.encoder(self.backbone((flat - self.image_mean) / self.image_std))
         else:
             latents = self.encoder(flat)
-        return latents.unflatten(0, frames.shape[:2])
+        return latents.float().unflatten(0, frames.shape[:2])  # a rollout adds small changes to them, lost in bf16
 
     def decode(self, latents):
         """Latents [B, T, D] -> frames [B, T, 3, H, W] in [0, 1]."""
