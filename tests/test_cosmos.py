@@ -377,7 +377,7 @@ def test_losses_equal_a_reference_in_float64(painted_frames, is_training):
     losses, gauges, _ = model(batch)
     hand = losses_by_hand(model, batch)
     for name, value in hand.items():  # float32 sums of some ten thousand pixels
-        assert float({**losses, **gauges}[name]) == pytest.approx(value, rel=2e-5), name
+        assert {**losses, **gauges}[name].item() == pytest.approx(value, rel=2e-5), name
     total = sum(weight * hand[f"loss_{name.removeprefix('lambda_')}"] for name, weight in weights.items())
     assert float(losses["loss_total"]) == pytest.approx(total, rel=2e-5)
     assert {"loss_total", *LOSSES} == losses.keys() and losses["loss_perceptual"] == 0
@@ -891,14 +891,18 @@ def test_draws_are_functions_of_seed_stream_and_index(split):
 
 
 @pytest.mark.parametrize("dynamics", ["gru", "transformer"])
-def test_forty_steps_learn_a_batch(dynamics):
-    """Of four clips of gliding squares, always the same: the squared error falls to a quarter at most. Seen red with
-    latents detached before the decoder."""
-    cfg = config(dynamics=dynamics, lr=5e-3, steps=40, warmup_steps=4)
-    batch = batch_of(cfg, squares(cfg, 4))
-    model = new_world(cfg)
-    history, _ = train_steps(model, lambda step: [batch], 40)
-    assert history[-1]["loss_mse"] < 0.25 * history[0]["loss_mse"]
+def test_sixty_steps_learn_a_batch(dynamics):
+    """Of one square that crosses the frame, always the same: the squared error falls to an eighth at most, and below that
+    of the best still picture, the mean of the future frames: it moves. Seen red with dynamics that do not learn."""
+    cfg = config(dynamics=dynamics, lr=1e-2, base_channels=16, latent_dim=32, steps=60, warmup_steps=4)
+    clip = np.full((1, 6, 3, 32, 32), 230, np.uint8)
+    for frame in range(6):
+        clip[:, frame, :, 4:16, 4 * frame : 4 * frame + 12] = 20
+    batch = batch_of(cfg, torch.from_numpy(clip))
+    future = batch["frames"][:, 3:] / 255
+    still = float((future - future.mean(1, keepdim=True)).square().mean())
+    history, _ = train_steps(new_world(cfg), lambda step: [batch], 60)
+    assert history[-1]["loss_mse"] < min(still, history[0]["loss_mse"] / 8)
 
 
 def run_config(split, out_dir, **overrides):
