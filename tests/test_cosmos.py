@@ -379,7 +379,7 @@ def test_losses_equal_a_reference_in_float64(painted_frames, is_training):
     for name, value in hand.items():  # float32 sums of some ten thousand pixels
         assert {**losses, **gauges}[name].item() == pytest.approx(value, rel=2e-5), name
     total = sum(weight * hand[f"loss_{name.removeprefix('lambda_')}"] for name, weight in weights.items())
-    assert float(losses["loss_total"]) == pytest.approx(total, rel=2e-5)
+    assert losses["loss_total"].item() == pytest.approx(total, rel=2e-5)
     assert {"loss_total", *LOSSES} == losses.keys() and losses["loss_perceptual"] == 0
 
 
@@ -516,9 +516,9 @@ def test_perceptual_loss_equals_torchvisions_own_features(filled_hub):
         x, y = guess, batch["frames"][:, 3:].flatten(0, 1) / 255
         x, y = (normalize(each, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) for each in (x, y))
         distances = [F.mse_loss(features[: end + 1](x), features[: end + 1](y)) for end in (3, 8, 15, 22)]
-    assert float(losses["loss_perceptual"]) == pytest.approx(float(sum(distances) / 4), rel=1e-4)
-    assert float(losses["loss_total"]) == pytest.approx(
-        sum(getattr(cfg, f"lambda_{name[5:]}") * float(losses[name]) for name in LOSSES), rel=1e-5
+    assert losses["loss_perceptual"].item() == pytest.approx(float(sum(distances) / 4), rel=1e-4)
+    assert losses["loss_total"].item() == pytest.approx(
+        sum(getattr(cfg, f"lambda_{name[5:]}") * losses[name].item() for name in LOSSES), rel=1e-5
     )
     losses["loss_perceptual"].backward()
     assert model.decoder.unfold.weight.grad.abs().sum() > 0
@@ -892,7 +892,7 @@ def test_draws_are_functions_of_seed_stream_and_index(split):
 
 @pytest.mark.parametrize("dynamics", ["gru", "transformer"])
 def test_sixty_steps_learn_a_batch(dynamics):
-    """Of one square that crosses the frame, always the same: the squared error falls to an eighth at most, and below that
+    """Of one square that crosses the frame: the squared error falls to an eighth at most, and below that
     of the best still picture, the mean of the future frames: it moves. Seen red with dynamics that do not learn."""
     cfg = config(dynamics=dynamics, lr=1e-2, base_channels=16, latent_dim=32, steps=60, warmup_steps=4)
     clip = np.full((1, 6, 3, 32, 32), 230, np.uint8)
