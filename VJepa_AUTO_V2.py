@@ -1495,13 +1495,14 @@ def orientation(frame):
     return not signs[0, 0], int(down), int(across)
 
 
-def pyav_picture(frame, plan, pixel_aspect):
-    """One decoded frame -> uint8 [H, W, 3], turned and mirrored as it asks, pixels squared, cropped and resized."""
+def pyav_picture(frame, plan, pixel_aspect, scaler):
+    """One decoded frame -> uint8 [H, W, 3], turned and mirrored as it asks, pixels squared, cropped and resized. The
+    scaler is that of all frames of a clip: to set up one costs as much as to scale a small frame ten times."""
     on_its_side, down, across = orientation(frame)
     turn = -1 if on_its_side else 1
     scaled_w, scaled_h, x, y = crop_box(plan, *(frame.width * pixel_aspect, frame.height)[::turn])
     width, height = (scaled_w, scaled_h)[::turn]
-    picture = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
+    picture = scaler.reformat(frame, width, height, "rgb24", interpolation="AREA").to_ndarray()
     picture = picture.swapaxes(0, 1) if on_its_side else picture
     return picture[::down, ::across][y : y + plan.height, x : x + plan.width]
 
@@ -1544,6 +1545,8 @@ def pyav_frames(stream, times, fast, line, packets):
 
 def pyav_walk(container, stream, plan, fast):
     """Decode forward and keep the frame on screen at each requested time -> uint8 [T, H, W, 3]."""
+    from av.video.reformatter import VideoReformatter
+
     line, packets = time_line(container, stream, plan, fast)
     times, aspect = frame_times(plan, line.duration, line.fps), float(stream.sample_aspect_ratio or 1)
     fast = fast and not line.in_order
@@ -1554,7 +1557,7 @@ def pyav_walk(container, stream, plan, fast):
         line, packets = enter_stretch(container, stream, line, times, fast)
     elif sought:
         packets = enter_window(container, stream, line, times)
-    frames, shown, before, shown_end = [], None, -math.inf, 0.0
+    frames, shown, before, shown_end, scaler = [], None, -math.inf, 0.0, VideoReformatter()
     for frame in pyav_frames(stream, times, fast, line, packets):
         if frame.pts is None and fast:
             raise BadFile("a picture without a presentation time")  # its forerunner tells it: none may be left out
@@ -1568,7 +1571,7 @@ def pyav_walk(container, stream, plan, fast):
             raise BadFile(f"its time stamps run backwards, from {before:.2f} s to {now:.2f} s; convert it to mp4")
         due = np.searchsorted(times, now) - len(frames)  # requests that the frame before this one answers
         if shown is not None and due > 0:
-            frames += [pyav_picture(shown, plan, aspect)] * due
+            frames += [pyav_picture(shown, plan, aspect, scaler)] * due
         if len(frames) == len(times):
             return np.stack(frames)
         if frame.is_corrupt:
@@ -1580,7 +1583,7 @@ def pyav_walk(container, stream, plan, fast):
     slack = 1.0 + 2 / line.fps  # containers round their length; a missing second is a cut file
     if times[-1] > shown_end + slack and line.duration * line.fps >= plan.num_frames:
         raise BadFile(f"ends at {shown_end:.2f} s, its header promises {line.duration:.2f} s")
-    return np.stack(frames + [pyav_picture(shown, plan, aspect)] * (len(times) - len(frames)))
+    return np.stack(frames + [pyav_picture(shown, plan, aspect, scaler)] * (len(times) - len(frames)))
 
 
 def read_pyav(path, plan, fast=True):

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from conftest import FOOTAGE, ROOT, V, small_config
@@ -243,6 +244,19 @@ def test_playlists_open_nothing_but_themselves(tmp_path):
     assert Z.plain_pyav(path, Z.PLAN).shape == (12, 64, 64, 3)
     assert watch.names() == {"script.mp4", "bait.mp4"}
     watch.close()
+
+
+def test_one_scaler_for_a_clip_gives_the_frames_of_one_for_each(tmp_path):
+    """Frames of a clip are what each frame's own scaler makes of it. Seen red with another interpolation."""
+    path, rng = tmp_path / "clip.mp4", np.random.default_rng(0)
+    V.write_video(path, rng.integers(0, 256, (30, 48, 80, 3), dtype=np.uint8), 30)
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    for height, width in ((32, 32), (64, 64), (48, 80)):
+        plan = V.ClipPlan(30, 30.0, height, width, 0.0, 0.7, 1.1, 0.3, 0.6)
+        wide, high, x, y = V.crop_box(plan, 80, 48)
+        own = [f.reformat(width=wide, height=high, format="rgb24", interpolation="AREA").to_ndarray() for f in frames]
+        assert np.array_equal(V.read_pyav(path, plan), np.stack(own)[:, y : y + height, x : x + width])
 
 
 @needs_inotify

@@ -261,8 +261,10 @@ def write_mutant(folder, sources, seed, number):
 
 
 def plain_pyav(path, plan):
-    """The clip with PyAV's defaults: every frame is decoded, the one shown at each requested time is kept."""
+    """The clip with PyAV's defaults: every frame is decoded, the one on screen at each time is kept and scaled by a
+    scaler of its own."""
     import av
+    from av.video.reformatter import VideoReformatter
 
     with av.open(f"file:{path}") as container:
         stream = V.playing_stream(container)
@@ -272,7 +274,7 @@ def plain_pyav(path, plan):
         fps = float(stream.average_rate)
     times = V.frame_times(plan, starts[-1] + 1 / fps, fps)
     wanted = np.clip(np.searchsorted(starts, times, side="right") - 1, 0, len(frames) - 1)
-    return np.stack([V.pyav_picture(frames[number], plan, 1.0) for number in wanted])
+    return np.stack([V.pyav_picture(frames[number], plan, 1.0, VideoReformatter()) for number in wanted])
 
 
 def plain_decord(path, plan):

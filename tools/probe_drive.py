@@ -173,12 +173,13 @@ def read_picture(path):
 def read_pictures(drive, numbers, cfg):
     """Pictures by record number, cropped and resized as validation clips are -> {number: uint8 [H, W, 3]}."""
     import av
+    from av.video.reformatter import VideoReformatter
 
     plan = V.ClipPlan(1, 0.0, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5)
-    pictures = {}
+    pictures, scaler = {}, VideoReformatter()
     for number in E.counted(numbers, "pictures"):
         frame = av.VideoFrame.from_ndarray(read_picture(drive.paths[number]), format="rgb24")
-        pictures[int(number)] = np.ascontiguousarray(V.pyav_picture(frame, plan, 1.0))
+        pictures[int(number)] = np.ascontiguousarray(V.pyav_picture(frame, plan, 1.0, scaler))
     return pictures
 
 

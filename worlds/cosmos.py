@@ -91,8 +91,8 @@ class CosmosConfig(V.ClipConfig):
     PRESETS = {
         "cosmos_tiny": dict(
             now_frames=10, num_frames=40, base_channels=32, latent_dim=128, hidden_dim=256, dropout=0.0, brightness=0.0,
-            painted_frames=8, batch_size=16, steps=1000, lr=2e-3, warmup_steps=50, num_workers=1, log_every=20,
-            val_every=250, ckpt_every=250,
+            painted_frames=8, batch_size=8, steps=1600, lr=2e-3, warmup_steps=100, num_workers=1, log_every=50,
+            val_every=400, ckpt_every=400,
         ),
         "cosmos_gru": dict(dynamics="gru"),
         "cosmos_lstm": dict(dynamics="lstm"),
