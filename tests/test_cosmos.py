@@ -311,6 +311,13 @@ def test_a_new_world_stands_still(dynamics):
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)
+def test_nothing_cannot_be_predicted(dynamics):
+    """A loop would give one frame for 0. Seen red without the check."""
+    with pytest.raises(ValueError, match="must be at least 1"):
+        new_world(config(dynamics=dynamics))(torch.zeros(1, 3, 3, 32, 32), 0)
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS)
 def test_small_changes_add_up_under_autocast(dynamics):
     """40 changes of 1/500 are 0.08 with bf16 products too. Seen red with latents in bf16, whose steps between 0.5 and 1
     are 1/256: nothing moved."""
@@ -845,10 +852,13 @@ def test_a_video_shorter_than_its_clip_is_a_bad_file(split, frames, fps, fits):
     cfg = small_frames(frames - 2, 2, clip_fps=fps, data_root=str(split))
     data = opened(cfg).dataset(cfg, "val")
     if fits:
+        Cosmos.Dataset.read_one(cfg, data.videos[0])
         sample = data[0]
         assert sample["frames"].shape == (frames, 3, 32, 32) and sample["file"] >= 0 and sample["bad"] == []
         assert (sample["frames"][1:] != sample["frames"][:-1]).flatten(1).any(1).all()  # no frame twice
         return
+    with pytest.raises(V.BadFile):  # nor is it all that is held out
+        Cosmos.Dataset.read_one(cfg, data.videos[0])
     reason = dict(data[0]["bad"])[data.videos[0].name]
     assert "lasts 0.40 s, 12 frames at 30 per second" in reason and "now_frames and soon_frames" in reason
     assert f"a clip {frames / (fps or 30):.2f} s" in reason

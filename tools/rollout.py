@@ -1143,7 +1143,7 @@ def print_report(report):
     for name, figure in report["figures"].items():
         if figure["expect"]:
             mark = {True: "met", False: "MISSED", None: "not measured"}[figure["passed"]]
-            V.say(f"{name:<46}{with_interval(figure['value'], figure['interval']):<28}{figure['expect']:<18}{mark}")
+            V.say(f"{name:<48}{with_interval(figure['value'], figure['interval']):<28}{figure['expect']:<18}{mark}")
     for line in report["probe"]["left_out"]:
         V.say(f"position R2 left out: {line}")
     V.say(report["summary"])

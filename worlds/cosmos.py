@@ -457,6 +457,10 @@ def neighbour_loss(guess, truth, idx):
 class FrameClips(V.ClipDataset):
     """Clips of videos. One that is shorter than its clip is a bad file: its last frame repeated is no true future."""
 
+    @staticmethod
+    def read_one(cfg, video):
+        FrameClips(cfg, [video], "", "val").read_file(video, V.draw_plan(np.random.default_rng(0), cfg, "val"))
+
     def read_file(self, video, plan):
         seconds, fps = V.video_timing(video.path, plan)
         wanted = plan.num_frames / (plan.fps or fps)  # at 0 the frames spread over the file: none of them twice
@@ -559,7 +563,9 @@ class Cosmos(V.World):
 
     def predict(self, context_frames, num_predictions):
         """Frames [B, Tc, 3, H, W] -> (the n that follow [B, n, 3, H, W] in [0, 1], their latents [B, n, D], latents of
-        the context [B, Tc, D]). n may be larger than the horizon of training."""
+        the context [B, Tc, D]). n may be larger than the horizon of training. ValueError where it is below 1."""
+        if num_predictions < 1:
+            raise ValueError(f"num_predictions = {num_predictions}: must be at least 1")
         context = self.encode(context_frames)
         future = self.dynamics(context, num_predictions)
         return self.decode(future), future, context
