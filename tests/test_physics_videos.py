@@ -169,6 +169,7 @@ def test_a_clip_is_its_seed_kind_and_number():
         ]
         assert len({tuple(start) for start in starts}) == 3
         assert (state == M.simulate(kind, 7, index=5, max_balls=2)) == (kind != "bouncing")
+        assert kind == "falling" or state == M.simulate(kind, 7, index=5, max_falling=3)
     hues = {tuple(M.simulate(kind, 7, 2)["objects"][0]["colour"]) for kind in M.KINDS}
     assert len(hues) == len(M.KINDS)
     with pytest.raises(ValueError, match="no constant"):
@@ -180,7 +181,7 @@ def test_every_clip_moves_to_its_end_and_within_the_frame():
     for kind in M.KINDS:
         counts, shapes = set(), set()
         for index in range(24):
-            state = M.simulate(kind, 0, index=index)
+            state = M.simulate(kind, 0, index=index, max_falling=3)
             place, speed, radius = motion(state)
             counts.add(len(radius))
             shapes |= {thing["shape"] for thing in state["objects"]}

@@ -2,12 +2,14 @@
 
     python tools/make_videos.py --out DIR [--num_videos 128] [--kinds bouncing,pendulum,falling,projectile]
                                 [--num_frames 60] [--fps 30] [--size 64] [--seed 0] [--max_balls 8]
+                                [--max_falling 1]
     python tools/make_videos.py --sheet FILE.png
 
 Written under --out: videos/<kind>/<kind>_000.mp4, annotations/<kind>/<kind>_000.json (what `simulate` returns) and
 videos.json (the settings). Lengths are in sides of the frame, x to the right and y down from its upper left corner, and
 times in seconds: --size changes the picture and --fps the instants, never the motion. Video i of a kind depends on
---seed, the kind and i, and on --max_balls where balls bounce; on nothing else that is made beside it.
+--seed, the kind and i, on --max_balls where balls bounce and on --max_falling where things fall; on nothing else that
+is made beside it.
 
 The same command goes on where it was interrupted, and one with more videos or kinds adds them. A folder with other
 settings or other contents is refused, and no file that stands there is overwritten.
@@ -45,6 +47,7 @@ CONSTANTS = {  # sides and seconds; `simulate` takes other values by these names
     "projectile": {"gravity": 1.6, "drag": 0.0, "floor_restitution": 0.7, "wall_restitution": 0.8},
 }
 MAX_BALLS = 16  # more would not find room to start
+MAX_FALLING = 3  # more would overlap
 PIVOT = (0.5, 0.06)
 STRING_WIDTH, PIVOT_RADIUS, GREY = 0.022, 0.025, (90, 90, 90)
 TRAIL = 5  # earlier frames in which a projectile is still seen
@@ -180,9 +183,9 @@ def draw_colours(rng, count):
     return colours
 
 
-def start_bouncing(rng, max_balls):
+def start_bouncing(rng, most):
     """Balls in the upper part of the frame that do not touch -> (shapes, radius [N], place [N, 2], speed [N, 2])."""
-    count, radius, places = int(rng.integers(1, max_balls + 1)), 1 / 16, []
+    count, radius, places = int(rng.integers(1, most + 1)), 1 / 16, []
     while len(places) < count:
         place = rng.uniform((radius, radius), (1 - radius, 0.62))
         if all(math.dist(place, other) > 2.1 * radius for other in places):
@@ -192,16 +195,16 @@ def start_bouncing(rng, max_balls):
     return ["circle"] * count, np.full(count, radius), np.array(places), speed
 
 
-def start_falling(rng, max_balls):
-    """One to three things in the top third, side by side; they do not meet -> as `start_bouncing`."""
-    count = int(rng.integers(1, 4))
+def start_falling(rng, most):
+    """Things in the top third, side by side; they do not meet -> as `start_bouncing`."""
+    count = int(rng.integers(1, most + 1))
     shapes = ["square" if one else "circle" for one in rng.integers(0, 2, count)]
     radius, lane = rng.uniform(0.05, 0.08, count), (rng.permutation(count) + rng.uniform(0.2, 0.8, count)) / count
     place = np.stack((np.clip(lane, radius, 1 - radius), rng.uniform(radius, 1 / 3)), 1)
     return shapes, radius, place, np.stack((rng.uniform(-0.2, 0.2, count), np.zeros(count)), 1)
 
 
-def start_projectile(rng, max_balls):
+def start_projectile(rng, most):
     """A ball thrown from the lower left, back at its height after 1 to 1.4 s and before the right wall -> as
     `start_bouncing`. Lower throws than 40 degrees, or those that would hit the wall first, are steeper instead."""
     place, seconds = rng.uniform((0.07, 0.86), (0.12, 0.93)), rng.uniform(1.0, 1.4)
@@ -229,7 +232,7 @@ def pendulum_gravity(angle, length, period):
     return length * (2 * math.pi / (period * one)) ** 2
 
 
-def simulate(kind, seed, num_frames=60, fps=30.0, index=0, max_balls=8, **changed):
+def simulate(kind, seed, num_frames=60, fps=30.0, index=0, max_balls=8, max_falling=1, **changed):
     """Video `index` of a kind -> its state, plain values: constants, and for each of `objects` shape, radius, colour
     and x, y, vx, vy, lists over frames; a pendulum has `angle` and `angular_velocity` as well. `changed`: other
     CONSTANTS of the kind. ValueError for a kind or constant that is not known."""
@@ -249,7 +252,7 @@ def simulate(kind, seed, num_frames=60, fps=30.0, index=0, max_balls=8, **change
         state.update(gravity=gravity, length=length, period=period, pivot=list(PIVOT))
         state.update(angle=angles, angular_velocity=rates)
     else:
-        shapes, radius, place, speed = STARTS[kind](rng, max_balls)
+        shapes, radius, place, speed = STARTS[kind](rng, {"bouncing": max_balls, "falling": max_falling}.get(kind, 1))
         place, speed = move_bodies(place, speed, radius, law, times, kind == "bouncing")
     colours, state["objects"] = draw_colours(rng, len(shapes)), []
     for body, shape in enumerate(shapes):
@@ -319,8 +322,9 @@ def render(state, size):
     return (inner + 0.5).astype(np.uint8)
 
 
-def draw_sheet(path, kinds, seed, max_balls, side=88, columns=8):
-    """Contact sheet: two rows for each kind, evenly spaced frames of one video in each, its instants above them."""
+def draw_sheet(path, kinds, seed, most, side=88, columns=8):
+    """Contact sheet: two rows for each kind, evenly spaced frames of one video in each, its instants above them. most:
+    max_balls, max_falling."""
     from PIL import Image, ImageDraw, ImageFont
 
     num_frames, left, top, rows = 60, 96, 24, [(kind, index) for kind in kinds for index in (0, 1)]
@@ -332,7 +336,7 @@ def draw_sheet(path, kinds, seed, max_balls, side=88, columns=8):
     for column, frame in enumerate(shown):
         draw.text((left + column * (side + 4) + 4, 2), f"{frame / 30:.2f} s", fill="black", font=font)
     for row, (kind, index) in enumerate(rows):
-        frames, y = render(simulate(kind, seed, num_frames, 30.0, index, max_balls), side), top + row * (side + 4)
+        frames, y = render(simulate(kind, seed, num_frames, 30.0, index, *most), side), top + row * (side + 4)
         draw.text((6, y + side // 2 - 16), f"{kind}\n{index}", fill="black", font=font)
         for column, frame in enumerate(shown):
             sheet.paste(Image.fromarray(frames[frame]), (left + column * (side + 4), y))
@@ -346,13 +350,14 @@ def parse(argv):
     """Command line -> namespace, `kinds` a list. UsageError names what is wrong."""
     parser = V.ArgumentParser(description="Write physics videos with the state of every frame.", allow_abbrev=False)
     parser.add_argument("--out", default="", type=os.path.expanduser, help="folder to write")
-    parser.add_argument("--num_videos", type=int, default=128, help="videos of each kind")
+    parser.add_argument("--num_videos", type=int, default=128, help="videos of each kind [128]")
     parser.add_argument("--kinds", default=",".join(KINDS), help="kinds to write, separated by commas")
-    parser.add_argument("--num_frames", type=int, default=60, help="frames of each video")
-    parser.add_argument("--fps", type=float, default=30.0, help="frames per second")
-    parser.add_argument("--size", type=int, default=64, help="pixels on each side")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same videos")
-    parser.add_argument("--max_balls", type=int, default=8, help="most balls of a bouncing video")
+    parser.add_argument("--num_frames", type=int, default=60, help="frames of each video [60]")
+    parser.add_argument("--fps", type=float, default=30.0, help="frames per second [30]")
+    parser.add_argument("--size", type=int, default=64, help="pixels on each side [64]")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same videos [0]")
+    parser.add_argument("--max_balls", type=int, default=8, help="most balls of a bouncing video [8]")
+    parser.add_argument("--max_falling", type=int, default=1, help="most things of a falling video [1]")
     parser.add_argument("--sheet", default="", type=os.path.expanduser, help="draw a contact sheet to this png")
     args = parser.parse_args(argv)
     if not args.out and not args.sheet:
@@ -369,6 +374,7 @@ def parse(argv):
         ("size", 16, 4096),
         ("seed", 0, 2**63 - 1),
         ("max_balls", 1, MAX_BALLS),
+        ("max_falling", 1, MAX_FALLING),
     ):
         value = getattr(args, name)
         if not low <= value <= high:
@@ -402,7 +408,8 @@ def write_one(folder, kind, index, args):
     video, annotation = folder / "videos" / kind / f"{name}.mp4", folder / "annotations" / kind / f"{name}.json"
     if video.is_file() and annotation.is_file():
         return False
-    state, content = simulate(kind, args.seed, args.num_frames, args.fps, index, args.max_balls), io.BytesIO()
+    most, content = (args.max_balls, args.max_falling), io.BytesIO()
+    state = simulate(kind, args.seed, args.num_frames, args.fps, index, *most)
     V.write_video(content, render(state, args.size), args.fps)
     V.write_new(video, content.getvalue())
     V.write_new(annotation, json.dumps(state, allow_nan=False).encode())
@@ -428,10 +435,11 @@ def make(argv):
     """Draw the sheet, write the folder, as the flags say."""
     args, began = parse(argv), time.perf_counter()
     if args.sheet:
-        draw_sheet(args.sheet, args.kinds, args.seed, args.max_balls)
+        draw_sheet(args.sheet, args.kinds, args.seed, (args.max_balls, args.max_falling))
         V.say(f"written: {args.sheet}")
     if args.out:
-        settings = {name: getattr(args, name) for name in ("seed", "num_frames", "fps", "size", "max_balls")}
+        names = ("seed", "num_frames", "fps", "size", "max_balls", "max_falling")
+        settings = {name: getattr(args, name) for name in names}
         open_folder(Path(args.out), {"physics": PHYSICS, **settings})
         written, seconds = write_all(Path(args.out), args), time.perf_counter() - began
         there = len(args.kinds) * args.num_videos - written
