@@ -174,6 +174,9 @@ FREE = {
     "scaler",
     "rng",
     "world_size",
+    "best",  # absent in older ones, as these three may be
+    "best_step",
+    "validated",
 }
 
 

@@ -105,10 +105,10 @@ def status(out_dir):
 
 
 def steps_logged(out_dir):
+    """Steps of the training lines in a run's log; a last line that a kill has torn, where it crosses a page, is none."""
     path = Path(out_dir) / "metrics.jsonl"
-    return (
-        [row["step"] for row in map(json.loads, path.read_text().splitlines()) if "lr" in row] if path.exists() else []
-    )
+    whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+    return [row["step"] for row in map(json.loads, whole) if "lr" in row]
 
 
 def trace_of(folder):
