@@ -105,7 +105,7 @@ def status(out_dir):
 
 
 def steps_logged(out_dir):
-    """Steps of the training lines in a run's log; a last line that a kill has torn, where it crosses a page, is none."""
+    """Steps of the training lines in a run's log, without a last line that a kill has torn where it crosses a page."""
     path = Path(out_dir) / "metrics.jsonl"
     whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
     return [row["step"] for row in map(json.loads, whole) if "lr" in row]

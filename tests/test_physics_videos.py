@@ -558,6 +558,7 @@ def test_bad_input_of_split_videos_is_one_line(tmp_path, capsys, what, flags, co
     assert words in error and error.count("\n") == 1 and contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_both_real_commands(tmp_path):
     """From the command line to annotations found in the split, in processes of their own. Seen red with the path of the
     script left out of theirs."""
