@@ -229,6 +229,11 @@ class RunConfig:
     def warmup(self) -> int:
         return min(self.warmup_steps, self.steps // 10)
 
+    @property
+    def lr_floor(self) -> float:
+        """Share of its peak that a learning rate never falls below."""
+        return min(self.min_lr / self.lr, 1.0) if self.lr else 0.0
+
 
 @dataclass
 class ClipConfig(RunConfig):
@@ -3574,7 +3579,7 @@ def lr_at(step, cfg, peak):
     if step < cfg.warmup:
         return peak * (step + 1) / cfg.warmup
     progress = (step - cfg.warmup) / max(cfg.steps - 1 - cfg.warmup, 1)
-    floor = min(cfg.min_lr / cfg.lr, 1.0) if cfg.lr else 0.0
+    floor = cfg.lr_floor
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT, V
-from training import cpu_process, new_state, train_steps
+from training import cpu_process, new_state, stop_after_update, train_steps
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -929,14 +928,7 @@ def test_an_interrupted_run_is_equal_to_the_bit(split, tmp_path, monkeypatch):
     plateau = dict(schedule="plateau", plateau_patience=0, plateau_factor=0.5, lr=0.05)
     whole, cut = (run_config(split, tmp_path / name, **options, **plateau) for name in ("whole", "cut"))
     assert V.train(whole, world=Cosmos) == 0
-    real = V.apply_step
-
-    def stopping(phase, carries, step):
-        real(phase, carries, step)
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(V, "apply_step", stopping)
+    stop_after_update(monkeypatch, lambda phase, step: step == 2)
     assert V.train(cut, world=Cosmos) == 75
     monkeypatch.undo()
     assert V.train(cut, world=Cosmos) == 0

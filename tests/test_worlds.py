@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import ROOT, V, small_config
-from training import cpu_process, new_phase
+from training import cpu_process, new_phase, stop_after_update
 
 TOY = ROOT / "tests" / "toy_world.py"
 FLAGS = ["--device", "cpu", "--num_workers", "0", "--scene_clips", "8", "--log_every", "1", "--val_clips", "4"]
@@ -415,14 +415,8 @@ def test_a_world_fits_a_part_after_training_and_resumes_inside(feature_folder, t
     assert V.train(whole, world=Decoded) == 0
     losses = [row["loss_decoded"] for row in facts(tmp_path / "whole") if "loss_decoded" in row]
     assert len(losses) == 8 and losses[-1] < losses[0]
-    cut, real = feature_config(feature_folder, tmp_path / "cut", ckpt_every=3), V.apply_step
-
-    def stopping(phase, carries, step):
-        real(phase, carries, step)
-        if phase.name and step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(V, "apply_step", stopping)
+    cut = feature_config(feature_folder, tmp_path / "cut", ckpt_every=3)
+    stop_after_update(monkeypatch, lambda phase, step: phase.name and step == 4)
     assert V.train(cut, world=Decoded) == 75
     monkeypatch.undo()
     assert V.train(cut, world=Decoded) == 0

@@ -1,5 +1,8 @@
 """What several test files need: a seeded model, a CPU process, and training steps exactly as the loop takes them."""
 
+import os
+import signal
+
 import torch
 from conftest import V
 
@@ -31,6 +34,18 @@ def new_state(model, source=None, **progress):
     run = new_phase(model, source=source).run
     run.progress = V.Progress(**progress)
     return V.checkpoint_state(run)
+
+
+def stop_after_update(monkeypatch, is_time):
+    """Send this process SIGTERM after the update of a step of which is_time(phase, step) is true."""
+    real = V.apply_step
+
+    def stopping(phase, carries, step):
+        real(phase, carries, step)
+        if is_time(phase, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(V, "apply_step", stopping)
 
 
 def train_steps(model, batches_at, num_steps, process=None, wrapped=None):

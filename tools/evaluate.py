@@ -2336,6 +2336,23 @@ def open_checkpoint(path, device):
     return model, cfg, about
 
 
+def videos_of(data, data_root):
+    """Where videos are: those of a run, {kind, root}, or those given instead -> path. UsageError where it is gone."""
+    root = data_root or data["root"]
+    if not os.path.exists(root):
+        gone = "" if data_root else ", the run's videos are gone; say where they are (--data_root)"
+        raise V.UsageError(f"data_root {root}: no such file or folder{gone}")
+    return root
+
+
+def check_limits(args, limits):
+    """UsageError for a flag outside its {name: (low, high)}; None, where none was given, is inside."""
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise V.UsageError(f"{name} = {value}: must lie in {low} to {high} (--{name})")
+
+
 def open_videos(cfg, root, world=V.VJepaAutoV2):
     """Videos under a root: folder, video or list -> (V.DataSource of a world, its class; config that names them).
     UsageError for none."""

@@ -994,9 +994,7 @@ def parse_arguments(argv):
     flag("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     flag("--seed", type=int, default=0, help="which scenes or clips are shown, and the noise of the samples [0]")
     args = parser.parse_args(argv)
-    for name, (low, high) in LIMITS.items():
-        if not low <= getattr(args, name) <= high:
-            raise V.UsageError(f"{name} = {getattr(args, name)}: must lie in {low} to {high} (--{name})")
+    E.check_limits(args, LIMITS)
     E.need("PIL", "matplotlib")
     return args
 
@@ -1007,11 +1005,7 @@ def open_source(cfg, data, data_root):
         return None
     if not data_root and data["kind"] == "random":
         raise V.UserError("data_root: this run was trained on random pixels; give videos to look at (--data_root)")
-    root = data_root or data["root"]
-    if not os.path.exists(root):
-        gone = "" if data_root else ", the run's videos are gone; say where they are (--data_root)"
-        raise V.UsageError(f"data_root {root}: no such file or folder{gone}")
-    return E.open_videos(cfg, root)[0]
+    return E.open_videos(cfg, E.videos_of(data, data_root))[0]
 
 
 def open_run(args):
@@ -1073,12 +1067,12 @@ def show(args):
 
 def main(argv=None):
     """Command line -> exit code. `rollout` in front: of a world that predicts frames."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv, parse, draw = sys.argv[1:] if argv is None else argv, parse_arguments, show
     if argv[:1] == ["rollout"]:
         import rollout  # it imports this file
 
-        return V.report_errors(lambda: [V.say(path) for path in rollout.show(rollout.parse(argv[1:]))] and V.EXIT_OK)
-    return V.report_errors(lambda: [V.say(path) for path in show(parse_arguments(argv))] and V.EXIT_OK)
+        argv, parse, draw = argv[1:], rollout.parse, rollout.show
+    return V.report_errors(lambda: [V.say(path) for path in draw(parse(argv))] and V.EXIT_OK)
 
 
 if __name__ == "__main__":

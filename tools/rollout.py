@@ -68,11 +68,7 @@ def open_source(model, data, data_root):
     """Videos of a run, {kind, root}, or those given instead -> (V.DataSource, config that names them). UsageError."""
     if not data_root and data["kind"] in ("render", "random"):
         raise V.UserError("data_root: this run was not trained on video files; give some to look at (--data_root)")
-    root = data_root or data["root"]
-    if not os.path.exists(root):
-        gone = "" if data_root else ", the run's videos are gone; say where they are (--data_root)"
-        raise V.UsageError(f"data_root {root}: no such file or folder{gone}")
-    return E.open_videos(model.cfg, root, type(model))
+    return E.open_videos(model.cfg, E.videos_of(data, data_root), type(model))
 
 
 def side_of(source, split):
@@ -905,10 +901,7 @@ def parse(argv):
     flag("--seed", type=int, default=0, help="which clips are shown [0]")
     flag("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     args = parser.parse_args(argv)
-    for name, (low, high) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise V.UsageError(f"{name} = {value}: must lie in {low} to {high} (--{name})")
+    E.check_limits(args, LIMITS)
     E.need("PIL")
     return args
 

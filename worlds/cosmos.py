@@ -620,8 +620,8 @@ class Cosmos(V.World):
         if self.cfg.schedule == "plateau":
             best, waited, share = self.plateau.tolist()
             optimizer = torch.optim.SGD([torch.zeros(1)], lr=share)
-            cfg, least = self.cfg, min(self.cfg.min_lr / self.cfg.lr, 1.0) if self.cfg.lr else 0.0
-            rule = dict(factor=cfg.plateau_factor, patience=cfg.plateau_patience, min_lr=least)
+            cfg = self.cfg
+            rule = dict(factor=cfg.plateau_factor, patience=cfg.plateau_patience, min_lr=cfg.lr_floor)
             scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **rule)
             scheduler.best, scheduler.num_bad_epochs = best, int(waited)
             scheduler.step(values["val_loss_total"])
