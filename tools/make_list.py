@@ -32,6 +32,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +41,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import VJepa_AUTO_V2 as V
 
-MAX_GAP_S = 0.5  # frames further apart are no motion that can be followed
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+MAX_GAP_S = 0.5  # frames further apart, and more than 2.5 usual steps, are no motion that can be followed
 TIME_FILES = ("timestamps.txt", "times.txt", "timestamps.npy", "times.npy", "frame_times", "frame_times.npy")
 SPEED_UNITS = {"m/s": 1.0, "km/h": 1 / 3.6, "mph": 0.44704}
 ANGLE_UNITS = {"rad": 1.0, "deg": math.pi / 180}
+SPELLINGS = {"ms": "m/s", "mps": "m/s", "kmh": "km/h", "kph": "km/h", "kmph": "km/h"}
 LEROBOT_VERSIONS = ("v2.0", "v2.1", "v3.0")
 CITYSCAPES_FPS, BDD_TRACK_FPS = 17.0, 5.0
 OXTS_COLUMNS = {"speed": (8, 1.0), "yaw_rate": (22, -1.0)}  # vf, forward; wu, about the upward axis, + = left there
@@ -67,18 +68,25 @@ class Found:
         self.lines.append({"seconds": seconds, **line})
         if V.is_terminal(sys.stderr) and time.monotonic() - self.spoken > 0.5:
             self.spoken = time.monotonic()
-            V.emit(f"\r{len(self.lines)} listed", sys.stderr)
+            V.emit(f"\r{len(self.lines)} listed ", sys.stderr)
 
     def leave_out(self, name, reason):
         self.left_out.setdefault(V.flat(reason), []).append(name)
 
+    def attempt(self, name, add, *args, **line):
+        """Let a function add the lines of a drive, which is left out where it raises BadFile -> what it returned."""
+        try:
+            return add(self, *args, **line)
+        except V.BadFile as error:
+            self.leave_out(name, error)
 
-# -- times, pictures, arrays ------------------------------------------------------------------------------------------
+
+# -- times and pictures -----------------------------------------------------------------------------------------------
 
 
 def natural(name):
     """Sorting key in which 2 comes before 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(name)) if part]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split("([0-9]+)", name)]
 
 
 def number_in(name):
@@ -89,35 +97,31 @@ def number_in(name):
 
 def epoch_in(name):
     """Seconds since 1970 that a file name ends in: in s with a fraction, or whole ms, us or ns. None for others."""
-    found = re.search(r"(?<!\d)(1\d{9}\.\d+|1\d{12}|1\d{15}|1\d{18})\D*$", os.path.splitext(name)[0])
-    if not found:
-        return None
-    return float(found[1]) if "." in found[1] else int(found[1]) / 10 ** (len(found[1]) - 10)
+    found = re.search(r"(?<!\d)(1\d{9})(?:\.(\d+)|(\d{3}|\d{6}|\d{9}))\D*$", os.path.splitext(name)[0])
+    return float(f"{found[1]}.{found[2] or found[3]}") if found else None
 
 
-def load_array(path):
-    """A npy file, with or without suffix -> float64 array. BadFile says why there is none."""
+def pictures_of(names):
+    """The pictures among the names of a folder, in natural order."""
+    return sorted((name for name in names if name.lower().endswith(V.PICTURE_SUFFIXES)), key=natural)
+
+
+def load_numbers(path):
+    """A npy file, whatever its suffix, or a text with a number or a date and time in each line -> float64 [N], of
+    dates seconds. BadFile says why there is none."""
+    where = f"{path.parent.name}/{path.name}"
     try:
-        return np.asarray(np.load(path, allow_pickle=False), np.float64)
-    except FileNotFoundError as error:
-        raise V.BadFile(f"{path.parent.name}/{path.name} missing") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise V.BadFile(f"{path.parent.name}/{path.name} cannot be read ({V.reason_of(error)})") from error
-
-
-def load_times(path):
-    """A file of times -> seconds, float64 [T]: npy, or in each line of a text seconds or date and time. BadFile."""
-    if path.suffix != ".txt":
-        return load_array(path).ravel()
-    try:
-        lines = [line.strip() for line in V.read_text(path, V.MAX_LIST_BYTES).splitlines() if line.strip(" #\t")]
-        if lines and "-" in lines[0][1:] and ":" in lines[0]:
+        with open(path, "rb") as file:
+            if file.read(6) == b"\x93NUMPY":
+                return np.load(path, allow_pickle=False).astype(np.float64).ravel()
+        lines = [line.strip() for line in V.read_text(path, V.MAX_LIST_BYTES).splitlines() if line.strip()]
+        if lines and ":" in lines[0]:
             return np.array([line.replace(" ", "T") for line in lines], "datetime64[ns]").astype(np.int64) / 1e9
         return np.array(lines, np.float64)
     except FileNotFoundError as error:
-        raise V.BadFile(f"{path.parent.name}/{path.name} missing") from error
-    except (OSError, ValueError) as error:
-        raise V.BadFile(f"{path.parent.name}/{path.name} cannot be read ({V.reason_of(error)})") from error
+        raise V.BadFile(f"{where} missing") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise V.BadFile(f"{where} cannot be read ({V.reason_of(error)})") from error
 
 
 def runs_of(seconds):
@@ -150,16 +154,6 @@ def sample_signals(sources, start, length, fps):
     return {"fps": round(fps, 6), **sampled} if sampled else {}
 
 
-def add_timed(found, media, times_file, seconds, sources=None, **line):
-    """A line for each part without a gap of what has a file of times. media: {"video" or "frames": Path}."""
-    runs, step = runs_of(seconds)
-    for first, after in runs:
-        begin, length = seconds[first] - seconds[0], seconds[after - 1] - seconds[first] + step
-        signals = sample_signals(sources or {}, seconds[first], length, 1 / step)
-        part = {} if after - first == len(seconds) else {"begin": round(begin, 6), "length": round(length, 6)}
-        found.add(length, **media, **part, times=times_file, signals=signals, **line)
-
-
 def check_sizes(paths):
     """BadFile where pictures cannot be read or have not one size."""
     from PIL import Image
@@ -168,23 +162,41 @@ def check_sizes(paths):
     for path in paths:
         try:
             with Image.open(path) as image:
-                sizes.setdefault(image.size, path)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+                sizes.setdefault(image.size, path.name)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise V.BadFile(f"{path.name} cannot be read ({V.reason_of(error)})") from error
         if len(sizes) > 1:
-            (one, first), (other, path) = sizes.items()
-            shapes = f"{one[0]} x {one[1]} ({first.name}), {other[0]} x {other[1]} ({path.name})"
+            shapes = ", ".join(f"{width} x {height} ({name})" for (width, height), name in sizes.items())
             raise V.BadFile(f"pictures of mixed sizes: {shapes}")
 
 
-def add_pictures(found, paths, seconds, **line):
+def add_timed(found, media, times_file, seconds, sources, **line):
+    """A line for each part without a gap of what has a file of times. media: {"video" or "frames": Path}, sources:
+    signals as (times, values) on the same clock."""
+    runs, step = runs_of(seconds)
+    for first, after in runs:
+        begin, length = seconds[first] - seconds[0], seconds[after - 1] - seconds[first] + step
+        signals = sample_signals(sources, seconds[first], length, 1 / step)
+        part = {} if after - first == len(seconds) else {"begin": round(begin, 6), "length": round(length, 6)}
+        found.add(length, **media, **part, times=times_file, signals=signals, **line)
+
+
+def add_pictures(found, paths, seconds, group):
     """A line with a csv for each part without a gap of pictures whose times are known. BadFile."""
-    seconds = np.asarray(seconds, np.float64)
     runs, step = runs_of(seconds)
     check_sizes(paths)
     for first, after in runs:
         frames = list(zip(paths[first:after], (seconds[first:after] - seconds[first]).round(6).tolist()))
-        found.add(frames[-1][1] + step, frames=frames, **line)
+        found.add(frames[-1][1] + step, frames=frames, group=group)
+
+
+def add_timed_folder(found, folder, names, times_file, sources, group):
+    """Lines of a folder of pictures with a file of times, one for each picture. BadFile."""
+    seconds = load_numbers(times_file)
+    if len(seconds) != len(names):
+        raise V.BadFile(f"{times_file.name} has {len(seconds)} times for {len(names)} pictures")
+    check_sizes([folder / name for name in names])
+    add_timed(found, {"frames": folder}, times_file, seconds, sources, group=group)
 
 
 # -- LeRobot ----------------------------------------------------------------------------------------------------------
@@ -221,35 +233,33 @@ def is_depth(feature):
 
 def pick_camera(info, wanted, found):
     """The key of the camera to take. UsageError where there is none, or not the one that --camera names."""
-    kinds = {key: feature.get("dtype") for key, feature in info["features"].items()}
-    depth = [key for key, kind in kinds.items() if kind == "video" and is_depth(info["features"][key])]
-    videos = [key for key, kind in kinds.items() if kind == "video" and key not in depth]
-    known = f"cameras: {', '.join(videos) or 'none'}"
-    if wanted:
-        named = [key for key in kinds if key == wanted] or [key for key in kinds if key.endswith(f".{wanted}")]
-        if [key for key in named if key in depth]:
-            raise V.UsageError(f"--camera {wanted}: a depth camera, whose pictures are distances; {known}")
-        if [key for key in named if kinds[key] == "image"]:
-            raise V.UsageError(f"--camera {wanted}: its pictures lie in parquet files, which are not read; {known}")
-        if not [key for key in named if key in videos]:
-            raise V.UsageError(f"--camera {wanted}: no such camera{V.nearest(wanted, videos)}; {known}")
-        videos = [key for key in named if key in videos]
-    elif not videos:
-        images = [key for key, kind in kinds.items() if kind == "image"]
-        where = f"pictures of {', '.join(images)} lie in parquet files, which are not read" if images else "no camera"
-        where += f"; depth cameras are left out ({', '.join(depth)})" if depth else ""
-        raise V.UsageError(f"LeRobot data set without videos (--camera): {where}; record it with videos")
-    front = [key for key in videos if re.search(r"front|forward|center|centre|ego|head", key, re.IGNORECASE)]
-    if len(videos) > 1 and not front:
+    videos, refused = [], {}
+    for key, feature in info["features"].items():
+        if feature.get("dtype") == "image":
+            refused[key] = "its pictures lie in parquet files, which are not read"
+        elif feature.get("dtype") == "video" and is_depth(feature):
+            refused[key] = "a depth camera, whose pictures are distances"
+        elif feature.get("dtype") == "video":
+            videos.append(key)
+    known, keys = f"cameras: {', '.join(videos) or 'none'}", [*videos, *refused]
+    named = [key for key in keys if key == wanted] or [key for key in keys if wanted and key.endswith(f".{wanted}")]
+    if wanted and not named:
+        raise V.UsageError(f"--camera {wanted}: no such camera{V.nearest(wanted, videos)}; {known}")
+    if named and named[0] in refused:
+        raise V.UsageError(f"--camera {wanted}: {refused[named[0]]}; {known}")
+    if not videos:
+        reasons = "; ".join(f"{key}: {reason}" for key, reason in refused.items()) or "none at all"
+        raise V.UsageError(f"LeRobot data set without a camera that can be read (--camera): {reasons}")
+    front = [key for key in videos if re.search("front|forward|center|centre|ego|head", key, re.IGNORECASE)]
+    if not named and not front and len(videos) > 1:
         raise V.UsageError(f"several cameras, none of them in front; name one with --camera; {known}")
-    chosen = (front or videos)[0] if len(videos) > 1 else videos[0]
-    others = [key for key in kinds if kinds[key] == "video" and key not in (chosen, *depth)]
-    more = f"; not taken: {', '.join(others)} (--camera)" if others else ""
-    found.notes.append(f"camera: {chosen}{more}" + (f"; depth left out: {', '.join(depth)}" if depth else ""))
+    chosen = (named or front or videos)[0]
+    others = [key for key in videos if key != chosen] + [f"{key}, {reason}" for key, reason in refused.items()]
+    found.notes.append(f"camera: {chosen}" + f"; not taken (--camera): {'; '.join(others)}" * bool(others))
     return chosen
 
 
-def read_table(path, columns):
+def read_table(path, columns, optional=()):
     """Columns of a parquet file -> pyarrow table. UsageError where it cannot be read, or pyarrow is absent."""
     try:
         import pyarrow
@@ -258,24 +268,23 @@ def read_table(path, columns):
         what = "parquet files need pyarrow: pip install pyarrow"
         raise V.UsageError(f"{path}: {what} (without it LeRobot v2 works with --no-signals)") from error
     try:
-        table = parquet.ParquetFile(path).read(columns=list(columns))
+        table = parquet.ParquetFile(path).read(columns=[*columns, *optional])
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise V.UsageError(f"{path}: cannot be read ({V.reason_of(error)})") from error
-    missing = [name for name in columns if name not in table.column_names]
-    if missing:
+    if missing := [name for name in columns if name not in table.column_names]:
         raise V.UsageError(f"{path}: has no column {', '.join(missing)}")
     return table
 
 
-def fill_path(root, info, name, **values):
+def fill_path(root, info, name, values):
     """A path of a LeRobot data set from the template in its info.json. UsageError for a template of other fields."""
-    template = info.get(name)
     try:
-        if re.search(r"\{[^}]*[.\[!]", template):
+        if re.search(r"\{[^}]*[.\[!]", info[name]):
             raise ValueError("a field with an attribute")
-        return root / template.format(total_episodes=info.get("total_episodes", 0), **values)
-    except (TypeError, ValueError, LookupError) as error:
-        raise V.UsageError(f"{root}/meta/info.json: {name} {V.shown(template)} cannot be filled in") from error
+        return root / info[name].format(total_episodes=info.get("total_episodes", 0), **values)
+    except (AttributeError, TypeError, ValueError, LookupError) as error:
+        shown = V.shown(info.get(name))
+        raise V.UsageError(f"{root}/meta/info.json: {name} {shown} cannot be filled in") from error
 
 
 def episodes_v2(root, info, camera):
@@ -284,11 +293,11 @@ def episodes_v2(root, info, camera):
     try:
         for line in filter(str.strip, V.read_text(path, V.MAX_LIST_BYTES).splitlines()):
             row = V.parse_json(line, float)
-            index, length = int(row["episode_index"]), int(row["length"])
-            place = dict(episode_chunk=index // int(info.get("chunks_size") or 1000), episode_index=index)
-            video, data = fill_path(root, info, "video_path", video_key=camera, **place), None
-            data = fill_path(root, info, "data_path", **place)
-            episodes.append(dict(index=index, length=length, tasks=row.get("tasks"), video=video, data=data))
+            one = dict(index=int(row["episode_index"]), length=int(row["length"]), tasks=row.get("tasks"))
+            chunk = one["index"] // int(info.get("chunks_size") or 1000)
+            place = dict(episode_chunk=chunk, episode_index=one["index"], video_key=camera)
+            paths = {kind: fill_path(root, info, f"{kind}_path", place) for kind in ("video", "data")}
+            episodes.append({**one, **paths})
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise V.UsageError(f"{path}: cannot be read ({type(error).__name__}: {V.reason_of(error)})") from error
     return episodes
@@ -296,34 +305,27 @@ def episodes_v2(root, info, camera):
 
 def episodes_v3(root, info, camera):
     """meta/episodes/*/*.parquet -> as `episodes_v2`, with `first`, the episode's first frame in its video."""
-    keys = {name: f"videos/{camera}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")}
-    columns = ["episode_index", "length", "data/chunk_index", "data/file_index", *keys.values()]
-    paths, episodes = sorted((root / "meta" / "episodes").glob("*/*.parquet")), []
+    begin, paths = f"videos/{camera}/from_timestamp", sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+    places = {
+        kind: [f"{where}/{name}_index" for name in ("chunk", "file")]
+        for kind, where in (("video", f"videos/{camera}"), ("data", "data"))
+    }
+    columns, episodes = ["episode_index", "length", begin, *places["video"], *places["data"]], []
     if not paths:
         raise V.UsageError(f"{root}: no meta/episodes/chunk-*/file-*.parquet, which LeRobot v3.0 needs")
     for path in paths:
-        table = read_table(path, columns)
-        tasks = read_table(path, ["tasks"]).column("tasks").to_pylist() if has_tasks(path) else [None] * len(table)
-        for row, task in zip(table.to_pylist(), tasks):
+        for row in read_table(path, columns, ["tasks"]).to_pylist():
             try:
-                index, length, since = int(row["episode_index"]), int(row["length"]), row[keys["from_timestamp"]]
-                place = {name: int(row[keys[name]]) for name in ("chunk_index", "file_index")}
-                stored = {name: int(row[f"data/{name}"]) for name in ("chunk_index", "file_index")}
-                first = round(since * info["fps"])
+                numbers = {name: int(row[name]) for name in columns if name != begin}
+                one = dict(index=numbers["episode_index"], length=numbers["length"], tasks=row.get("tasks"))
+                one["first"] = round(row[begin] * info["fps"])
             except (TypeError, ValueError, OverflowError) as error:
                 raise V.UsageError(f"{path}: an episode with an empty field ({V.reason_of(error)})") from error
-            video = fill_path(root, info, "video_path", video_key=camera, **place)
-            data = fill_path(root, info, "data_path", **stored)
-            one = dict(index=index, length=length, tasks=task, video=video, data=data, first=first)
+            for kind, (chunk, file) in places.items():
+                place = dict(video_key=camera, chunk_index=numbers[chunk], file_index=numbers[file])
+                one[kind] = fill_path(root, info, f"{kind}_path", place)
             episodes.append(one)
     return episodes
-
-
-def has_tasks(path):
-    """Whether a parquet file has the column `tasks`."""
-    from pyarrow import parquet
-
-    return "tasks" in parquet.read_schema(path).names
 
 
 def find_signals(info, args, found):
@@ -342,15 +344,14 @@ def find_signals(info, args, found):
             match, units = re.fullmatch(pattern, name), SPEED_UNITS if kind == "speed" else ANGLE_UNITS
             if not match or kind in chosen:
                 continue
-            said = (match[1] or "").lower().replace("_", "").replace("/", "")
-            said = {"ms": "m/s", "mps": "m/s", "kmh": "km/h", "kph": "km/h", "kmph": "km/h"}.get(said, said)
-            unit = said or (args.speed_unit if kind == "speed" else args.angle_unit)
-            if unit in units:
+            flag = "speed_unit" if kind == "speed" else "angle_unit"
+            said = re.sub("[_/]", "", match[1] or "").lower()
+            unit = SPELLINGS.get(said, said) or getattr(args, flag)
+            if unit:
                 chosen[kind] = key, place, units[unit]
                 found.notes.append(f"{kind}: {name} in {unit}")
             else:
-                flag = "--speed_unit" if kind == "speed" else "--angle_unit"
-                unclear.append(f"{name} ({flag})")
+                unclear.append(f"{name} (--{flag})")
     if unclear:
         found.notes.append(f"signals without a unit, left out until a flag says it: {', '.join(unclear[:4])}")
     elif not chosen:
@@ -366,12 +367,14 @@ def column_values(table, feature, place):
     return values.reshape(len(values), -1)[:, place or 0].astype(np.float64)
 
 
-def lerobot_signals(chosen, episodes, fps):
+def lerobot_signals(chosen, episodes, fps, found):
     """{episode: {"fps", signal: values}} of the chosen columns. Every parquet file is read once."""
     files, signals = {}, {}
     for episode in episodes:
         files.setdefault(episode["data"], []).append(episode)
-    for path, inside in files.items() if chosen else ():
+    gone = [path for path in files if chosen and not path.is_file()]
+    found.notes += V.left_out_note("signals", list(map(str, gone)), "parquet file(s) are not there and")
+    for path in (path for path in files if chosen and path not in gone):
         features = dict.fromkeys(feature for feature, _, _ in chosen.values())
         table = read_table(path, ["episode_index", *features])
         try:
@@ -379,7 +382,7 @@ def lerobot_signals(chosen, episodes, fps):
             values = {kind: column_values(table, key, at) * by for kind, (key, at, by) in chosen.items()}
         except (ValueError, TypeError, IndexError) as error:
             raise V.UsageError(f"{path}: signals cannot be read ({V.reason_of(error)}); try --no-signals") from error
-        for episode in inside:
+        for episode in files[path]:
             rows = np.flatnonzero(whose == episode["index"])[: episode["length"]]
             signals[episode["index"]] = {"fps": fps, **{kind: column[rows] for kind, column in values.items()}}
     return signals
@@ -410,13 +413,13 @@ def read_lerobot(root, tree, args, found):
                 check_rate(video, fps)
         if not there[video]:
             found.leave_out(f"episode {episode['index']}", "its video is not there")
-        elif episode["length"] < 2 or first < ends.get(video, 0) or first and version != "v3.0":
+        elif episode["length"] < 2 or first < ends.get(video, 0):
             found.leave_out(f"episode {episode['index']}", "shorter than two frames, or in the frames of another one")
         else:
             episodes.append(episode)
             ends[video] = first + episode["length"] if version == "v3.0" else 0
     chosen = find_signals(info, args, found) if args.signals else {}
-    signals = lerobot_signals(chosen, episodes, fps)
+    signals = lerobot_signals(chosen, episodes, fps, found)
     for episode in sorted(episodes, key=lambda one: one["index"]):
         length = episode["length"] / fps
         part = dict(begin=round(episode["first"] / fps, 6), length=round(length, 6)) if "first" in episode else {}
@@ -441,70 +444,64 @@ def comma_signals(folder):
     right. What cannot be read is absent."""
     sources = {}
     for name, place, factor in (("speed", "speed", 1.0), ("steer", "steering_angle", -ANGLE_UNITS["deg"])):
-        try:
-            times, values = (load_array(folder / "processed_log/CAN" / place / part).ravel() for part in ("t", "value"))
-        except V.BadFile:
-            continue  # the segment is worth as much without: the summary counts signals
-        if len(times) == len(values):
-            sources[name] = times, values * factor
+        with suppress(V.BadFile):  # the segment is worth as much without: the summary counts signals
+            times, values = (load_numbers(folder / "processed_log/CAN" / place / part) for part in ("t", "value"))
+            sources |= {name: (times, values * factor)} if len(times) == len(values) else {}
     return sources
+
+
+def add_segment(found, folder, with_signals):
+    """The lines of a segment of comma2k19. BadFile."""
+    times_file = folder / "global_pose" / "frame_times"
+    seconds = load_numbers(times_file)
+    if len(seconds) < 1200:  # a whole minute: shorter ones are counted, all of them would be 100 GB to read
+        count = count_frames(folder / "video.hevc")
+        if len(seconds) < count:
+            raise V.BadFile(f"global_pose/frame_times too short ({len(seconds)} times for {count} frames)")
+        seconds = seconds[:count]
+    sources = comma_signals(folder) if with_signals else {}
+    add_timed(found, {"video": folder / "video.hevc"}, times_file, seconds, sources, group=folder.parent.name)
 
 
 def read_comma2k19(root, tree, args, found):
     """comma2k19: a segment of a minute is a line, a drive (dongle|start) a group. Bare HEVC: times are frame_times."""
     folders = sorted((folder for folder, names in tree.items() if "video.hevc" in names), key=natural)
     for folder in (Path(os.path.abspath(root / folder)) for folder in folders):
-        name, times_file = f"{folder.parent.name}/{folder.name}", folder / "global_pose" / "frame_times"
-        try:
-            seconds = load_array(times_file).ravel()
-            if len(seconds) < 1200:  # a whole minute: shorter ones are counted, all of them would be 100 GB to read
-                count = count_frames(folder / "video.hevc")
-                if len(seconds) < count:
-                    raise V.BadFile(f"global_pose/frame_times too short ({len(seconds)} times for {count} frames)")
-                seconds = seconds[:count]
-            sources = comma_signals(folder) if args.signals else {}
-            add_timed(found, {"video": folder / "video.hevc"}, times_file, seconds, sources, group=folder.parent.name)
-        except V.BadFile as error:
-            found.leave_out(name, error)
+        found.attempt(f"{folder.parent.name}/{folder.name}", add_segment, folder, args.signals)
     found.what = f"comma2k19, {len(folders)} segments"
 
 
 def read_nuscenes(root, tree, args, found):
     """nuScenes: pictures of samples/ and sweeps/ of one camera in the order of the microseconds in their names, a line
     for each part of a log without a gap."""
-    cameras = {folder.split("/")[-2] for folder in tree if re.fullmatch(r"(.*/)?(samples|sweeps)/CAM_\w+/", folder)}
-    camera, logs, places = args.camera or "CAM_FRONT", {}, set()
+    camera, cameras, places, logs = args.camera or "CAM_FRONT", set(), set(), {}
     for folder, names in tree.items():
-        if re.fullmatch(rf"(.*/)?(samples|sweeps)/{re.escape(camera)}/", folder):
-            places.add(folder.split("/")[-3])
-            for name in names:
-                if match := re.fullmatch(rf"(.+)__{re.escape(camera)}__(\d{{16}})\.(jpg|jpeg|png)", name):
-                    logs.setdefault(match[1], {})[int(match[2])] = root / folder / name
+        match = re.fullmatch(r"(?:.*/)?(samples|sweeps)/(CAM_\w+)/", folder)
+        cameras.update([match[2]] if match else [])
+        for name in names if match and match[2] == camera else ():
+            places.add(match[1])
+            if stamp := re.fullmatch(rf"(.+)__{camera}__(\d{{16}})\.\w+", name):
+                logs.setdefault(stamp[1], {})[int(stamp[2])] = root / folder / name
     if not logs:
         raise V.UsageError(f"--camera {camera}: nuScenes has no pictures of it here; {', '.join(sorted(cameras))}")
-    if places != {"samples", "sweeps"}:
+    if len(places) == 1:
         found.notes.append(f"note: only {places.pop()}/{camera} is here; samples/ are 2, with sweeps/ 12 per second")
     for log, pictures in sorted(logs.items()):
         stamps = sorted(pictures)
         seconds = (np.array(stamps) - stamps[0]) / 1e6
-        try:
-            add_pictures(found, [pictures[stamp] for stamp in stamps], seconds, group=log)
-        except V.BadFile as error:
-            found.leave_out(log, error)
+        found.attempt(log, add_pictures, [pictures[stamp] for stamp in stamps], seconds, log)
     found.what = f"nuScenes {camera}, {len(logs)} logs"
 
 
 def kitti_signals(folder):
-    """oxts of a KITTI drive -> {signal: (times, values)}, {} where it is absent or not whole."""
-    names = sorted((folder / "oxts" / "data").glob("*.txt"))
+    """oxts of a KITTI drive -> {signal: (times, values)}, {} where it is absent or not whole: the summary counts."""
     try:
-        seconds = load_times(folder / "oxts" / "timestamps.txt")
-        rows = np.array([V.read_text(name, 10**5).split()[:25] for name in names], np.float64)
+        seconds, names = load_numbers(folder / "oxts" / "timestamps.txt"), (folder / "oxts" / "data").glob("*.txt")
+        rows = np.array([V.read_text(name, 10**5).split()[:25] for name in sorted(names)], np.float64)
     except (V.BadFile, OSError, ValueError):
-        return {}  # the summary counts signals
-    if rows.ndim != 2 or len(rows) != len(seconds):
         return {}
-    return {name: (seconds, rows[:, column] * factor) for name, (column, factor) in OXTS_COLUMNS.items()}
+    whole = rows.shape == (len(seconds), 25)
+    return {name: (seconds, rows[:, at] * by) for name, (at, by) in OXTS_COLUMNS.items()} if whole else {}
 
 
 def read_kitti(root, tree, args, found):
@@ -513,39 +510,24 @@ def read_kitti(root, tree, args, found):
     for folder in sorted(tree, key=natural):
         match = re.fullmatch(r"(.*/)?(image_\d\d)/data/", folder)
         cameras.update([match[2]] if match else [])
-        if not match or match[2] != camera:
-            continue
-        names = sorted((name for name in tree[folder] if name.lower().endswith(PICTURES)), key=natural)
-        drive, times_file, drives = root / (match[1] or ""), root / folder / ".." / "timestamps.txt", drives + 1
-        name = Path(os.path.abspath(drive)).name
-        try:
-            times_file = Path(os.path.normpath(times_file))
-            seconds = load_times(times_file)
-            if len(seconds) != len(names):
-                raise V.BadFile(f"timestamps.txt has {len(seconds)} times for {len(names)} pictures")
-            check_sizes([root / folder / name for name in names])
-            sources, line = (
-                kitti_signals(drive) if args.signals else {},
-                {"group": re.sub(r"_(sync|extract)$", "", name)},
-            )
-            add_timed(found, {"frames": root / folder}, times_file, seconds, sources, **line)
-        except V.BadFile as error:
-            found.leave_out(name, error)
+        if match and match[2] == camera:
+            drive, drives = Path(os.path.abspath(root / (match[1] or ""))), drives + 1
+            sources, group = kitti_signals(drive) if args.signals else {}, re.sub("_(sync|extract)$", "", drive.name)
+            place, names = drive / camera, pictures_of(tree[folder])
+            times = place / "timestamps.txt"
+            found.attempt(drive.name, add_timed_folder, place / "data", names, times, sources, group)
     if not drives:
         raise V.UsageError(f"--camera {camera}: no such folder in this KITTI data set; {', '.join(sorted(cameras))}")
     found.what = f"KITTI raw {camera}, {drives} drives"
 
 
 def add_numbered(found, root, sequences, fps):
-    """Lines of {(group, name): {frame number: path below root}} at a known rate; a missing number is a missing frame,
-    half a second of them a gap."""
-    for (group, name), pictures in sorted(sequences.items()):
+    """Lines of {group: {frame number: path below root}} at a known rate; a missing number is a missing frame, half a
+    second of them a gap."""
+    for group, pictures in sorted(sequences.items()):
         numbers = sorted(pictures)
-        try:
-            paths = [root / pictures[number] for number in numbers]
-            add_pictures(found, paths, (np.array(numbers) - numbers[0]) / fps, group=group)
-        except V.BadFile as error:
-            found.leave_out(name, error)
+        seconds = (np.array(numbers) - numbers[0]) / fps
+        found.attempt(group, add_pictures, [root / pictures[number] for number in numbers], seconds, group)
 
 
 def read_bdd100k(root, tree, args, found):
@@ -556,9 +538,8 @@ def read_bdd100k(root, tree, args, found):
             for name in sorted(name for name in tree[folder] if name.lower().endswith(".mov")):
                 found.add(None, video=root / folder / name, group=name[:-4])
         match = re.fullmatch(rf"(.*/)?images/track/{side}/([^/]+)/", folder)
-        for name in tree[folder] if match else ():
-            if name.lower().endswith(PICTURES) and number_in(name) is not None:
-                sequences.setdefault((match[3], match[3]), {})[number_in(name)] = folder + name
+        for name in pictures_of(tree[folder]) if match else ():
+            sequences.setdefault(match[3], {})[number_in(name)] = folder + name
     if not found.lines and not sequences:
         what = "holds single frames of unrelated videos (images/100k, images/10k), of which no clip can be made"
         raise V.UsageError(f"{root}: BDD100K {what}; fetch videos/ or images/track (--side {args.side})")
@@ -579,7 +560,7 @@ def read_cityscapes(root, tree, args, found):
         if "leftImg8bit_sequence" in parts and args.side in ("all", *parts):
             for name in names:
                 if match := re.fullmatch(r"(.+_\d{6})_(\d{6})_leftImg8bit\.\w+", name):
-                    sequences.setdefault((match[1], match[1]), {})[int(match[2])] = folder + name
+                    sequences.setdefault(match[1], {})[int(match[2])] = folder + name
     if not sequences:
         what = "leftImg8bit holds single frames, each of another snippet, of which no clip can be made"
         raise V.UsageError(f"{root}: Cityscapes {what}; fetch leftImg8bit_sequence (--side {args.side})")
@@ -588,36 +569,30 @@ def read_cityscapes(root, tree, args, found):
 
 
 def add_folder(found, folder, names, frame_fps):
-    """A folder of pictures -> its lines, and how their times are known. Times in the names, then a file of times, then
-    --frame_fps, with which a missing number is a missing frame. BadFile."""
-    paths, group = [folder / name for name in names], {"group": folder.name}
-    epochs, numbers = [epoch_in(name) for name in names], [number_in(name) for name in names]
-    if None not in epochs:
-        paths = [path for _, path in sorted(zip(epochs, paths))]
-        add_pictures(found, paths, np.array(sorted(epochs)) - min(epochs), **group)
+    """A folder of pictures -> how their times are known. Times in the names, then a file of times, then --frame_fps,
+    with which a missing number is a missing frame. BadFile."""
+    paths, group, times = [folder / name for name in names], folder.name, [epoch_in(name) for name in names]
+    if None not in times:
+        add_pictures(found, [path for _, path in sorted(zip(times, paths))], np.array(sorted(times)), group)
         return "times in their names"
     for place in (one / name for one in (folder, folder.parent) for name in TIME_FILES):
         if place.is_file():
-            seconds = load_times(place)
-            if len(seconds) != len(names):
-                raise V.BadFile(f"{place.name} has {len(seconds)} times for {len(names)} pictures")
-            check_sizes(paths)
-            add_timed(found, {"frames": folder}, place, seconds, **group)
+            add_timed_folder(found, folder, names, place, {}, group)
             return f"times of {place.name}"
     if not frame_fps:
         sought = "none in their names, no timestamps.txt or times.txt beside them"
         raise V.BadFile(f"pictures without times ({sought}); give their rate, --frame_fps N")
-    steps = np.diff([number or 0 for number in numbers])
-    if None not in numbers and (steps <= 0).any():
-        at = int(np.argmax(steps <= 0))
+    numbers = [number_in(name) for name in names]
+    steps = [] if None in numbers else np.diff(numbers).tolist()
+    if min(steps, default=1) <= 0:
+        at = next(at for at, step in enumerate(steps) if step <= 0)
         raise V.BadFile(f"names that are no one sequence ({names[at]}, {names[at + 1]}): a folder for each drive")
-    if None not in numbers and len(set(steps.tolist())) > 1:
-        seconds = (np.array(numbers) - numbers[0]) / (float(np.median(steps)) * frame_fps)
-        add_pictures(found, paths, seconds, **group)
+    if len(set(steps)) > 1:
+        add_pictures(found, paths, (np.array(numbers) - numbers[0]) / np.median(steps) / frame_fps, group)
     else:
         runs_of(np.arange(len(names)))
         check_sizes(paths)
-        found.add(len(names) / frame_fps, frames=folder, fps=frame_fps, **group)
+        found.add(len(names) / frame_fps, frames=folder, fps=frame_fps, group=group)
     return f"--frame_fps {frame_fps:g}"
 
 
@@ -625,16 +600,12 @@ def read_pictures(root, tree, args, found):
     """Any folders of pictures: each is a drive, in natural order of the names."""
     drives, ways = 0, Counter()
     for folder in sorted(tree, key=natural):
-        names = sorted((name for name in tree[folder] if name.lower().endswith(PICTURES)), key=natural)
-        names = [name for name in names if name[0] != "."]
-        if names:
+        if names := [name for name in pictures_of(tree[folder]) if name[0] != "."]:
             drives += 1
-            try:
-                ways[add_folder(found, Path(os.path.abspath(root / folder)), names, args.frame_fps)] += 1
-            except V.BadFile as error:
-                found.leave_out(folder.rstrip("/") or root.name, error)
-    how = ", ".join(f"{way} ({count})" for way, count in ways.items())
-    found.what = f"folders of pictures, {drives} of them" + (f"; {how}" if how else "")
+            place = Path(os.path.abspath(root / folder))
+            ways[found.attempt(folder.rstrip("/") or root.name, add_folder, place, names, args.frame_fps)] += 1
+    how = ", ".join(f"{way} ({count})" for way, count in ways.items() if way)
+    found.what = f"folders of pictures, {drives} of them" + f"; {how}" * bool(how)
 
 
 def read_kinetics(path, found):
@@ -650,7 +621,7 @@ def read_kinetics(path, found):
     found.what = f"Kinetics list, {len(listing)} videos, {len({video.label for video in listing})} classes"
 
 
-PICTURE = rf"[^/]+({'|'.join(re.escape(suffix) for suffix in PICTURES)})"
+PICTURE = rf"[^/]+({'|'.join(re.escape(suffix) for suffix in V.PICTURE_SUFFIXES)})"
 LAYOUTS = {  # how a layout is seen from a path below the folder, the words for that, and who reads it; first one wins
     "lerobot": (
         r"(meta/(info\.json|episodes.*)|data/chunk-.*\.parquet|[^/]+\.lance/.*)",
@@ -666,7 +637,7 @@ LAYOUTS = {  # how a layout is seen from a path below the folder, the words for 
         read_bdd100k,
     ),
     "cityscapes": (r"(.*/)?.+_\d{6}_\d{6}_leftImg8bit\.\w+", "leftImg8bit_sequence/<side>/<city>/*", read_cityscapes),
-    "pictures": (rf"(.*/)?{PICTURE}", "pictures (" + " ".join(PICTURES) + ")", read_pictures),
+    "pictures": (rf"(.*/)?{PICTURE}", "pictures (" + " ".join(V.PICTURE_SUFFIXES) + ")", read_pictures),
 }
 
 
