@@ -41,7 +41,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import VJepa_AUTO_V2 as V
 
-MAX_GAP_S = 0.5  # frames further apart, and more than 2.5 usual steps, are no motion that can be followed
 TIME_FILES = ("timestamps.txt", "times.txt", "timestamps.npy", "times.npy", "frame_times", "frame_times.npy")
 SPEED_UNITS = {"m/s": 1.0, "km/h": 1 / 3.6, "mph": 0.44704}
 ANGLE_UNITS = {"rad": 1.0, "deg": math.pi / 180}
@@ -133,7 +132,7 @@ def runs_of(seconds):
     if not np.isfinite(seconds).all() or (steps <= 0).any():
         raise V.BadFile("times that do not rise from frame to frame")
     step = float(np.median(steps))
-    cuts = np.flatnonzero(steps > max(MAX_GAP_S, 2.5 * step)) + 1
+    cuts = np.flatnonzero(steps > max(V.GAP_S, V.GAP_STEPS * step)) + 1
     runs = [(int(a), int(b)) for a, b in zip([0, *cuts], [*cuts, len(seconds)]) if b - a > 1]
     if not runs:
         raise V.BadFile("no two frames without a gap between them")
