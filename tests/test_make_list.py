@@ -656,6 +656,11 @@ def test_windows_of_drives(comma, tmp_path, capsys):
     make(comma, tmp_path / "comma.jsonl", capsys)
     annotations = check_windows(tmp_path / "comma.jsonl", [(episode, 60, 0, 20.0004) for episode in range(3)], 24)
     assert len(annotations[2]["steer"]) == 60
+    folder = write_segment(tmp_path / "gap", "a1|2018-08-02--08-34-47", 0, 7)
+    times = folder / "global_pose/frame_times"
+    save_array(times, np.load(times) + 3.0 * (np.arange(60) >= 25))
+    make(tmp_path / "gap", tmp_path / "gap.jsonl", capsys)
+    check_windows(tmp_path / "gap.jsonl", [(7, 25, 0, 20.0004), (7, 35, 25, 20.0004)], 20)
     make(write_nuscenes(tmp_path / "nuscenes"), tmp_path / "nuscenes.jsonl", capsys)
     check_windows(tmp_path / "nuscenes.jsonl", [(0, 24, 0, 12), (0, 24, 24, 12)], 20)
     for episode, drive in enumerate(("2011_09_26_drive_0001", "2011_09_26_drive_0002")):
