@@ -652,7 +652,7 @@ def test_no_window_of_lerobot_is_of_a_wrong_episode(version, codec, fps, tmp_pat
 
 
 def test_windows_of_drives(comma, tmp_path, capsys):
-    """comma2k19 at 20.0004 Hz where the stream says 25; parts between gaps of nuScenes, KITTI, Cityscapes, pictures."""
+    """comma2k19 at 20.0004 Hz where the stream says 25, and all the others, between their gaps."""
     make(comma, tmp_path / "comma.jsonl", capsys)
     annotations = check_windows(tmp_path / "comma.jsonl", [(episode, 60, 0, 20.0004) for episode in range(3)], 24)
     assert len(annotations[2]["steer"]) == 60
@@ -670,6 +670,17 @@ def test_windows_of_drives(comma, tmp_path, capsys):
     assert annotations[0]["yaw_rate"][3] == -0.25
     make(write_cityscapes(tmp_path / "city"), tmp_path / "city.jsonl", capsys)
     check_windows(tmp_path / "city.jsonl", [(0, 30, 0, 17), (0, 30, 30, 17)], 20, clip_fps=8.5)
+    track = tmp_path / "track/images/track/train/a-b"
+    save_pictures(track, [f"a-b-{n:07d}.jpg" for n in (*range(1, 13), *range(20, 32))], 4)
+    make(tmp_path / "track", tmp_path / "track.jsonl", capsys)
+    check_windows(tmp_path / "track.jsonl", [(4, 12, 0, 5), (4, 12, 12, 5)], 20, clip_fps=2.5)
+    for episode, side in enumerate(("train", "val")):
+        encode(tmp_path / "bdd/videos" / side / f"{side}.mov", [picture(episode, n) for n in range(40)], 30)
+    make(tmp_path / "bdd", tmp_path / "bdd.jsonl", capsys)
+    check_windows(tmp_path / "bdd.jsonl", [(0, 40, 0, 30), (1, 40, 0, 30)], 20)
+    (tmp_path / "bdd/kinetics.csv").write_text("videos/val/val.mov 3\n")
+    make(tmp_path / "bdd/kinetics.csv", tmp_path / "kinetics.jsonl", capsys)
+    assert check_windows(tmp_path / "kinetics.jsonl", [(1, 40, 0, 30)], 10)[0]["maneuver"] == "3"
     save_pictures(tmp_path / "drives/a", [f"{n}.png" for n in range(1, 13)])
     save_pictures(tmp_path / "drives/b", [f"{1526915243012 + 100 * n}.png" for n in range(12)], 1)
     make(tmp_path / "drives", tmp_path / "drives.jsonl", capsys, "--frame_fps", "10")
