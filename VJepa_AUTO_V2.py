@@ -207,8 +207,8 @@ class RunConfig:
 
     def __post_init__(self):
         """A ~ at the front of a path is the home folder, wherever the config comes from."""
-        for name in ("data_root", "out_dir", "resume"):
-            if isinstance(getattr(self, name), str):
+        for name in ("data_root", "out_dir", "resume", "latents"):
+            if isinstance(getattr(self, name, None), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
 
     def rules(self):
@@ -249,6 +249,7 @@ class ClipConfig(RunConfig):
     frame_fps: float = 0.0  # frames per second of raw H.264 / HEVC without times; 0 = as header or annotation say
     decoder: str = "auto"  # auto (pyav, then decord) | pyav | decord
     missing_data: str = "scenes"  # when data_root holds no video: scenes | error | random
+    latents: str = ""  # folder or csv of latents cached by tools/cache_latents.py, read instead of videos
     crop_scale_min: float = 0.6  # smallest crop, share of the largest box that fits the frame
     crop_scale_max: float = 1.0  # largest crop, same unit
     crop_ratio_min: float = 0.85  # stretch of the crop's aspect ratio
@@ -270,6 +271,7 @@ class ClipConfig(RunConfig):
         "scenes": ("files", "render"),
     }
     MUST_MATCH = ("image_size", "num_frames", "now_frames", "soon_frames", "channels")
+    UNCROPPED = dict(crop_scale_min=1.0, crop_scale_max=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, hflip=False)
 
     @property
     def height(self) -> int:
@@ -291,6 +293,8 @@ class ClipConfig(RunConfig):
                 (not 1 <= min(sides) <= max(sides) <= 8192, "image_size", "must lie in 1 to 8192"),
                 (self.num_frames < least, "num_frames", f"must be at least now + soon frames = {least}"),
                 (problem, "scene_mix", problem),
+                *((self.latents and getattr(self, name) != plain, name, f"must be {plain}: cached latents are of clips "
+                   "as they are") for name, plain in self.UNCROPPED.items()),
             ),
             *self.in_order(("crop_scale_min", "crop_scale_max"), ("crop_ratio_min", "crop_ratio_max")),
         ]
@@ -316,6 +320,9 @@ class VJepaAutoV2Config(ClipConfig):
     pos_embed: str = "sincos"  # sincos (added once) | rope (rotary, inside attention, V-JEPA 2 form)
     grad_checkpoint: bool = False  # recompute block activations in backward: less memory, about 26 % more compute
     # -- objective
+    init_from: str = ""  # STUB
+    freeze_encoder: bool = False  # the encoder of init_from learns nothing: NOW's and the target encoder in one
+    teacher: str = "ema"  # ema (the target follows the encoder) | frozen (it is that of init_from, of any width)
     ema_momentum: float = 0.996  # target encoder momentum
     ema_momentum_end: float = 0.0  # momentum at the last step, linear in between; 0 = constant
     short_num_blocks: int = 8  # blocks of a short-range mask
@@ -403,11 +410,14 @@ class VJepaAutoV2Config(ClipConfig):
         "flow_fit_clips": (0, 10**9), "flow_fit_steps": (1, 10**9), "flow_fit_batch": (1, 65536),
         "flow_fit_lr": (0, None), "soon_fit_steps": (0, 10**9), "soon_fit_batch": (1, 65536),
     }
-    CHOICES = {"pos_embed": ("sincos", "rope"), "outcome_target": ("mean", "delta"), "flow_rest": ("mean", "gaussian")}
+    CHOICES = {
+        "pos_embed": ("sincos", "rope"), "outcome_target": ("mean", "delta"), "flow_rest": ("mean", "gaussian"),
+        "teacher": ("ema", "frozen"),
+    }
     MUST_MATCH = (
         "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim", "pred_depth", "num_heads",
         "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target", "flow_dim", "flow_depth",
-        "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool",
+        "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool", "freeze_encoder", "teacher",
     )
 
     @property
@@ -471,9 +481,15 @@ class VJepaAutoV2Config(ClipConfig):
                 (width % 2, name, "must be even, the position code pairs sine and cosine"),
             ]
         no_fit = self.soon_fit_steps and not self.flow_fit_clips
+        taught, needs = self.teacher == "frozen", "needs the weights of init_from (--init_from)"
         rows += [
+            (self.freeze_encoder and not self.init_from, "freeze_encoder", needs),
+            (taught and not self.init_from, "teacher", needs),
+            (taught and self.freeze_encoder, "teacher", "freeze_encoder leaves nothing to teach"),
+            (self.latents and not self.freeze_encoder, "latents", "needs a frozen encoder (--freeze_encoder)"),
+            (self.latents and self.lambda_vjepa, "lambda_vjepa", "must be 0: cached latents know no masks"),
             (no_fit, "soon_fit_steps", "the flow phase fits SOON, and flow_fit_clips = 0 leaves it out"),
-            (losses <= 0, "lambda_vjepa", "at least one of vjepa, soon, eventually, supcon must train the encoder"),
+            (losses <= 0, "lambda_vjepa", "at least one of vjepa, soon, eventually, supcon must train the networks"),
         ]
         problems = [*super().rules(), *broken(*rows), *self.in_order(("aspect_min", "aspect_max"))]
         tubelets, (_, high, wide) = self.eventually_tubelets, self.grid
@@ -2578,6 +2594,116 @@ class SceneDataset(ClipDataset):
         return (frames[:, :, ::-1] if flip else frames), index % len(self.videos), labels, [], flip
 
 
+class LatentDataset(FileDataset):
+    """What a frozen encoder makes of clips, a cached file for each. `cache`: what cache.json says, the forms of a
+    foreign cache; `world`, without memory, takes clips of a foreign one apart."""
+
+    SUFFIXES, cache, world = (".pt",), {}, None
+
+    @staticmethod
+    def notes(cfg, source):
+        cache, what = source.Dataset.cache, f"latents {cfg.latents}: whole clips were encoded, so NOW saw its future"
+        told = (
+            f"latents: {cfg.latents}, made by {cache['settings']['world']}" if "frozen" in cache else f"WARNING: {what}"
+        )
+        return [f"{told}; pictures are neither read nor encoded"]
+
+    def read_file(self, video, plan):
+        check_regular(video.path)
+        try:
+            found = torch.load(video.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # such a file makes the unpickler raise anything
+            raise BadFile(f"latents cannot be read ({type(error).__name__}: {flat(error)[:160]})") from error
+        if "frozen" not in self.cache:
+            found = self.world.latents_of(whole_tokens(found, plan))
+        if not isinstance(found, dict):
+            raise BadFile(f"latents are no dict of tensors, but {describe_form(found)}")
+        if odd := [name for name, value in found.items() if torch.is_tensor(value) and not value.isfinite().all()]:
+            raise BadFile(f"latents hold NaN or infinity: {name_some(odd)}")
+        return {**found, "maneuver": torch.tensor(self.maneuvers.get(video.label, -1))}
+
+    def blank(self):
+        forms = self.cache["tensors"].items()
+        zeros = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms}
+        return {**zeros, "maneuver": torch.tensor(-1)}
+
+
+def whole_tokens(found, plan):
+    """A foreign file, [B, D, T, H, W] or [D, T, H, W] -> tokens [L, D] of one clip, drawn by plan in 0 to 1. BadFile
+    for anything else."""
+    if not torch.is_tensor(found) or found.ndim not in (4, 5) or not found.is_floating_point() or not len(found):
+        raise BadFile(f"latents are no tensor [B, D, T, H, W] or [D, T, H, W], but {describe_form(found)}")
+    clip = found[int(plan * len(found))] if found.ndim == 5 else found
+    return clip.flatten(1).T.float()
+
+
+def tensor_forms(tensors):
+    """Dict of tensors -> {name: [shape, type]} for cache.json."""
+    return {name: [list(value.shape), str(value.dtype)[6:]] for name, value in tensors.items()}
+
+
+def latent_settings(world, cfg):
+    """What decides, beside frozen weights, what the latents of a world, its class, are -> {name: value} for JSON."""
+    values = {"world": world.__name__, **{name: getattr(cfg, name) for name in world.latent_fields}}
+    return json.loads(json.dumps(values))
+
+
+def read_cache(world, cfg):
+    """The csv of `latents` and its cache.json -> (its path, rows, cache, {} for one of others). UsageError where they
+    cannot be read or were made with other settings than the config's."""
+    place, cache, what = Path(cfg.latents), {}, f"latents {one_line(cfg.latents)}"
+    index = place / "index.csv" if place.is_dir() else place
+    about, here = index.parent / "cache.json", latent_settings(world, cfg)
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(index, MAX_LIST_BYTES), newline="")))
+        if place.is_dir() or index.name == "index.csv" and about.is_file():
+            cache = parse_json(read_text(about, 2**24))
+            [torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in cache["tensors"].values()]
+            other = [f"{name} = {value} (here {here.get(name)})" for name, value in cache["settings"].items()]
+            other = [text for text, name in zip(other, cache["settings"]) if cache["settings"][name] != here.get(name)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, csv.Error) as error:
+        made = f"python tools/cache_latents.py --out {one_line(place)} makes it, and goes on where it was stopped"
+        raise UsageError(
+            f"{what}: no {index.name} or cache.json that can be read ({reason_of(error)}); {made}"
+        ) from error
+    if cache and other:
+        raise UsageError(f"{what}: made with {', '.join(other)}; use the same, or another cache (--latents)")
+    if not rows or not all(row.get("out_path") for row in rows):
+        raise UsageError(f"{what}: {index.name} has no rows with a path in a column out_path")
+    return index, rows, cache
+
+
+def list_latents(world, cfg):
+    """The clips of a cache -> Listing with the class that reads them, `Dataset`, and `root`, a list of their videos.
+    UsageError as of read_cache, for a world without such latents, and where no foreign file fits."""
+    if world.latents is World.latents:
+        raise UsageError(f"latents = {one_line(cfg.latents)}: {world.__name__} has none to read (--latents)")
+    index, rows, cache = read_cache(world, cfg)
+    listing, reason = Listing(), "no file"
+    for row in rows:
+        path = os.path.join(index.parent, os.path.expanduser(row["out_path"]))
+        listing.append(VideoFile(row.get("name") or row["out_path"], path, row.get("maneuver") or ""))
+    if cache.get("split") == "folders":
+        listing.sides = {side: [clip for clip in listing if clip.name.startswith(f"{side}/")] for side in SIDES}
+    with torch.device("meta"):
+        listing.Dataset = type("LatentDataset", (LatentDataset,), {"cache": cache, "world": world(cfg)})
+    listing.root, data = (
+        str(index.parent / "list.jsonl" if cache else index),
+        listing.Dataset(cfg, listing, "", "train"),
+    )
+    for clip in listing[: 0 if cache else 16]:
+        try:
+            found = data.read_file(clip, 0.0)
+        except BadFile as error:
+            reason = f"{clip.name}: {error}"
+        else:
+            listing.Dataset.cache = {"tensors": tensor_forms({k: v for k, v in found.items() if k != "maneuver"})}
+            break
+    if not listing.Dataset.cache:
+        raise UsageError(f"latents {one_line(cfg.latents)}: no usable file among its first ({reason})")
+    return listing
+
+
 def maneuver_names(videos, data_root):
     """All maneuvers that lists and annotations name, mirrored ones included -> sorted list."""
     names = set()
@@ -2658,7 +2784,8 @@ def list_data(cfg, Dataset=ClipDataset):
 def open_data(world, cfg, videos, is_main, barrier, stopping=None):
     """Listed files -> the DataSource of a world (its class). Built-in scenes are written where they are needed, by
     rank 0, while the others wait at `barrier()`. Stopped when `stopping()` says so meanwhile."""
-    kind, root, sides = "videos", cfg.data_root, getattr(videos, "sides", {})
+    kind, root, sides = "videos", getattr(videos, "root", cfg.data_root), getattr(videos, "sides", {})
+    Dataset = getattr(videos, "Dataset", world.Dataset)
     if not videos and cfg.data_root and cfg.missing_data == "random":
         kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
     elif not videos and cfg.scenes == "render":
@@ -2676,14 +2803,12 @@ def open_data(world, cfg, videos, is_main, barrier, stopping=None):
     elif kind in ("random", "render"):
         train, val = split_videos(videos, cfg.val_fraction)
     else:
-        train, val = split_readable(cfg, videos, world.Dataset.read_one)
+        train, val = split_readable(cfg, videos, Dataset.read_one)
     maneuvers = []
     if world.wants_labels(cfg):
         maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names([*train, *val], root)
     split = dict(held_out=bool(val and train), test=sides.get("test", []), by_folders=bool(sides))
-    return DataSource(
-        kind, root, train or videos, val or videos, maneuvers, Dataset=world.Dataset, draw=world.draw, **split
-    )
+    return DataSource(kind, root, train or videos, val or videos, maneuvers, Dataset=Dataset, draw=world.draw, **split)
 
 
 def listing_change(saved, source):
@@ -3673,7 +3798,7 @@ class World(nn.Module):
 
     def __setattr__(self, name, value):
         """As nn.Module's. TypeError where an attribute, a child say, would hide something that the loop calls."""
-        if callable(getattr(World, name, None)) and name in vars(World):
+        if callable(getattr(type(self), name, None)) and name in vars(World):
             raise TypeError(f"{type(self).__name__}: an attribute must not be called {name}, which the loop calls")
         super().__setattr__(name, value)
 
@@ -3687,6 +3812,18 @@ class World(nn.Module):
     def wants_labels(cfg):
         """Whether samples carry the number of their maneuver."""
         return False
+
+    # -- latents of a frozen encoder
+    latent_fields = ()  # names of the settings that decide what latents are
+
+    def latents(self, batch):
+        """All that `forward` needs of the clips of a batch, where no trained part has touched it -> {name: tensor [B,
+        ...]}. tools/cache_latents.py keeps it; with --latents, a batch holds these instead of `frames`."""
+        return {}
+
+    def latents_of(self, whole):
+        """`latents` of one clip, without batch axis, from all its tokens [L, D]: a cache that others made."""
+        raise BadFile(f"{type(self).__name__} reads no latents of whole clips")
 
     # -- a step
     def forward(self, batch):
@@ -3825,6 +3962,8 @@ class Fit(World):
     the optimizer, nothing of the Fit. One clip in twenty is held out; when its loss rises while the other falls, the
     net learns clips by heart.
     """
+
+    latents = None  # not asked of a Fit, which may call its own so
 
     def __init__(self, model, name, num_steps, batch_size, num_clips):
         cfg = replace(model.cfg, steps=num_steps, warmup_steps=num_steps, batch_size=batch_size, grad_accum=1)
@@ -4067,6 +4206,7 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
+        self.cfg = cfg
         self.tokenizer, self.position = Tokenizer(cfg), PositionCode(cfg, cfg.enc_dim)
         self.trunk = Trunk(cfg, cfg.enc_dim, cfg.enc_depth)
 
@@ -4112,6 +4252,17 @@ class Predictor(nn.Module):
             holes = holes + seen[:, -self.sites :].repeat(1, mask_idx.shape[1] // self.sites, 1)
         x = self.position.add(torch.cat([seen, holes.to(seen.dtype)], 1), idx)  # [B, K + M, P]
         return self.out(self.trunk(x, self.position.rope(idx))[:, keep_idx.shape[1] :])
+
+
+def load_encoder(path):
+    """STUB"""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UsageError(f"init_from {path}: {reason_of(error)}") from error
+    encoder = Encoder(VJepaAutoV2Config(**state["cfg"]))
+    encoder.load_state_dict(state["target"])
+    return encoder.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4489,8 +4640,8 @@ def cache_latents(model, run):
     with spare_threads(cfg.num_workers):
         for number, batch in enumerate(process.in_step(loader)):
             with autocast(process):
-                clip = model.normalise(batch["frames"].to(process.device))
-                parts = model.now_context(clip), model.future_target(model.make_targets(clip))
+                batch = to_device(batch, process.device)
+                parts = model.context_of(batch), model.future_target(model.targets_of(batch))
             # taken whole: joining pieces in the end would need the memory twice
             cached = cached or [torch.empty((num_batches * size, *part.shape[1:]), dtype=kept) for part in parts]
             for whole, part in zip(cached, parts):
@@ -4598,6 +4749,8 @@ def verdict(metrics, cfg):
         std, what = metrics["val_target_std"], "(one held-out clip)"
     collapsed = std < 0.2 or rank < 0.05 * cfg.enc_dim
     health = "COLLAPSED: lower lr, raise ema_momentum or warm up longer" if collapsed else "no sign of collapse"
+    if collapsed and (cfg.freeze_encoder or cfg.teacher == "frozen"):
+        health = "LOW: the frozen encoder hardly tells these clips apart"
     moves = f"{'' if skill > 0 else 'no '}better than a world that stands still"
     moves = "nothing moves in the held-out clips" if math.isnan(skill) else moves
     return (
@@ -4618,7 +4771,7 @@ def encode_bank(model, source, process, num_clips, deadline):
         if process.stop.asked():  # rank 0 alone is here, the others learn of it afterwards
             raise Stopped
         with autocast(process):
-            targets = model.make_targets(model.normalise(batch["frames"].to(process.device)))
+            targets = model.targets_of(to_device(batch, process.device))
         usable = batch["file"] >= 0
         futures.append(model.future_target(targets)[usable].flatten(1).cpu())
         numbers += batch["index"][usable].tolist()
@@ -4692,6 +4845,16 @@ def save_picture(image, path):
     write_own(path, partial(image.save, format="PNG", optimize=True, pnginfo=info))
 
 
+def videos_behind(world, cfg, path):
+    """The list that tools/cache_latents.py left of a cache's windows -> (their DataSource, names that are gone)."""
+    if not path.endswith(".jsonl") or not os.path.exists(path):
+        return None, [path]
+    cfg = replace(cfg, latents="", data_root=path)
+    videos = list_data(cfg)
+    gone = [video.name for video in videos if not os.path.exists(video.path)]
+    return None if gone else open_data(world, cfg, videos, True, None), gone
+
+
 @torch.no_grad()
 def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, num_samples=4):
     """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames
@@ -4699,7 +4862,7 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
     clip is drawn at least, the others while `seconds` last, of which the search may take two fifths."""
     cfg, began = model.cfg, time.monotonic()
     data = {stream: source.dataset(cfg, stream) for stream in ("val", "bank")}
-    budget = (2e15 if process.device.type == "cuda" else 2e13) / model.flops()["target"]
+    budget = (2e15 if process.device.type == "cuda" else 2e13) / (model.flops()["target"] or 1.0)
     wanted = int(min(max(budget, 16), 256))
     bank = encode_bank(model, source, process, wanted, began + 0.4 * seconds)
     grow = max(1, round(96 / min(cfg.height, cfg.width)))
@@ -4725,10 +4888,11 @@ def block_flops(num_tokens, dim, mlp_ratio):
     return 2 * num_tokens * dim * dim * (4 + 2 * mlp_ratio) + 4 * num_tokens**2 * dim
 
 
-def flops_per_clip(cfg):
-    """Multiply-adds times two of one training step on one clip, forward and backward, by module -> {name: FLOP}."""
+def flops_per_clip(cfg, teacher):
+    """Multiply-adds times two of one training step on one clip, forward and backward, by module -> {name: FLOP}.
+    `teacher`: the config of the target encoder."""
     D, P, L, ratio = cfg.enc_dim, cfg.pred_dim, cfg.num_tokens, cfg.mlp_ratio
-    kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES]
+    kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES if cfg.lambda_vjepa]
     tokenizer = 2 * L * D * 3 * cfg.tubelet_t * cfg.patch**2
     masked = [block_flops(num_tokens, D, ratio) for num_tokens in kept for _ in range(cfg.mask_draws)]
     online = cfg.enc_depth * (sum(masked) + block_flops(cfg.now_tokens, D, ratio)) + tokenizer
@@ -4737,9 +4901,10 @@ def flops_per_clip(cfg):
     mixing = RN * 2 * W * W * 6 + 4 * K * W * D + 4 * RN * (K + cfg.flow_tokens) * W
     flow = cfg.flow_depth * (RN * 2 * W * W * 8 + mixing * (not cfg.flow_joint)) + 2 * K * D * W * cfg.flow_joint
     again = 4 if cfg.grad_checkpoint else 3
+    target = teacher.enc_depth * block_flops(L, teacher.enc_dim, teacher.mlp_ratio) + tokenizer * teacher.enc_dim / D
     return {
-        "online": again * online,
-        "target": cfg.enc_depth * block_flops(L, D, ratio) + tokenizer,
+        "online": (1 if cfg.freeze_encoder else again) * online * (not cfg.latents),
+        "target": target * (not cfg.latents),
         "predictor": again * cfg.pred_depth * filled,
         "flow": 3 * flow * bool(cfg.lambda_flow),
     }
@@ -4748,11 +4913,40 @@ def flops_per_clip(cfg):
 def memory_estimate_gb(cfg, num_parameters):
     """Weights, gradients, AdamW state and saved activations of a micro-step -> GB. 53 bytes per token, channel and
     block under autocast (70 in fp32) were measured with saved-tensor hooks; checkpointing keeps one input per block."""
-    kept = cfg.mask_draws * sum(family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES) + cfg.now_tokens
-    filled = 2 * cfg.mask_draws * cfg.num_tokens + cfg.now_tokens + cfg.soon_tokens
+    draws = cfg.mask_draws * bool(cfg.lambda_vjepa)
+    kept = draws * sum(family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES) + cfg.now_tokens
+    kept *= not cfg.freeze_encoder
+    filled = 2 * draws * cfg.num_tokens + cfg.now_tokens + cfg.soon_tokens
     per_value = 5 if cfg.grad_checkpoint else 53 if cfg.amp else 70
     values = kept * cfg.enc_dim * cfg.enc_depth + filled * cfg.pred_dim * cfg.pred_depth
     return (num_parameters * 16 + cfg.batch_size * values * per_value) / 1e9
+
+
+SHAPE_FIELDS = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio", "pos_embed")  # what an encoder's weights decide
+
+
+def frozen_encoder(cfg):
+    """The encoder of init_from on the token grid of a config, which learns nothing. UsageError where it cuts clips into
+    other tokens, or with freeze_encoder, has other shapes. On the meta device one of the config's own shapes."""
+    if torch.get_default_device().type == "meta":
+        return Encoder(cfg).eval().requires_grad_(False)
+    encoder = load_encoder(cfg.init_from)
+    must = ("patch", "tubelet_t", *(SHAPE_FIELDS if cfg.freeze_encoder else ()))
+    values = [(name, getattr(encoder.cfg, name), getattr(cfg, name)) for name in must]
+    if other := [f"{name} = {value} (here {own}, --{name})" for name, value, own in values if value != own]:
+        raise UsageError(f"init_from {cfg.init_from}: its encoder has {', '.join(other)}")
+    encoder.cfg = replace(cfg, **{name: getattr(encoder.cfg, name) for name in SHAPE_FIELDS})
+    encoder.position = PositionCode(encoder.cfg, encoder.cfg.enc_dim)
+    return encoder.eval().requires_grad_(False)
+
+
+def fixed_map(width, wanted, seed):
+    """Orthonormal random matrix [width, wanted], the same wherever it is drawn: onto a smaller width it keeps distances
+    nearly, onto a larger one exactly. One that learns would let targets collapse."""
+    rows = torch.randn((max(width, wanted), min(width, wanted)), generator=torch.Generator().manual_seed(seed)).double()
+    directions, upper = torch.linalg.qr(rows)
+    directions = (directions * upper.diagonal().sign()).float()  # else only up to signs
+    return directions if width > wanted else directions.T
 
 
 class VJepaAutoV2(World):
@@ -4775,10 +4969,11 @@ class VJepaAutoV2(World):
         "outcome_top1": "share of clips whose own future ranks first among all keys",
     }
     TRAIN_KEYS = {
-        "ema_momentum": "momentum of the target encoder",
+        "ema_momentum": "momentum of the target encoder; absent where that is frozen",
         "flow_grad_norm": "gradient norm of the flow net before clipping",
         "flow_explained": "share of the residual's variance inside the flow's directions",
     }
+    latent_fields = (*ClipConfig.MUST_MATCH, *"clip_fps eventually_frames tubelet_t patch num_heads pos_embed".split())
     VAL_KEYS = {
         "flow_spread": "deviation among sampled futures over that of real futures from the forecast; "
         "0 = one mode, 1 = as wide"
@@ -4789,11 +4984,15 @@ class VJepaAutoV2(World):
 
     def __init__(self, cfg, rank=0, world_size=1):
         super().__init__(cfg, rank, world_size)
-        self.online, self.predictor = Encoder(cfg), Predictor(cfg)
+        self.online = frozen_encoder(cfg) if cfg.freeze_encoder else Encoder(cfg)
+        self.predictor = Predictor(cfg)
         self.outcome, self.flow = OutcomeHead(cfg), FlowNet(cfg)
         self.read_out = nn.Linear(cfg.enc_dim, cfg.flow_chunks * cfg.enc_dim)  # forecast of the EVENTUALLY chunks
         init_weights(self.read_out)
-        self.target, self.flow_ema = copy.deepcopy(self.online), copy.deepcopy(self.flow)
+        self.target, self.flow_ema = self.make_target(), copy.deepcopy(self.flow)
+        self.FROZEN = ("online",) * cfg.freeze_encoder + ("target",) * (cfg.teacher == "frozen")
+        known = {*self.FROZEN, "target"} if self.FROZEN else ()  # one module has both names where the encoder is frozen
+        self.NETWORKS = tuple(name for name in self.NETWORKS if name not in known)
         self.soon_predictor = None  # the predictor's copy that the flow phase fits to SOON alone
         self.space = FutureSpace(cfg)
         self.register_buffer("queue", torch.zeros(cfg.outcome_queue, cfg.enc_dim))
@@ -4816,6 +5015,19 @@ class VJepaAutoV2(World):
             getattr(self, name).requires_grad_(False)
         self.target.eval(), self.flow_ema.eval()
 
+    def make_target(self):
+        """The target encoder: a copy of the online one, which follows it; or what is frozen. One of another width gets
+        a fixed map onto ours. The online encoder of a frozen target begins as its copy where it has its shapes."""
+        cfg = self.cfg
+        if cfg.freeze_encoder or cfg.teacher == "ema":
+            return self.online if cfg.freeze_encoder else copy.deepcopy(self.online)
+        target, shapes = frozen_encoder(cfg), {key: value.shape for key, value in self.online.state_dict().items()}
+        if target.cfg.enc_dim != cfg.enc_dim:
+            self.register_buffer("target_map", fixed_map(target.cfg.enc_dim, cfg.enc_dim, cfg.seed), persistent=False)
+        if shapes == {key: value.shape for key, value in target.state_dict().items()}:
+            self.online.load_state_dict(target.state_dict())
+        return target
+
     @staticmethod
     def wants_labels(cfg):
         return bool(cfg.lambda_supcon)
@@ -4834,8 +5046,40 @@ class VJepaAutoV2(World):
 
     @torch.no_grad()
     def make_targets(self, clip):
-        """clip [B, T, C, H, W] -> targets [B, L, D]: EMA encoder on the whole clip, LayerNorm without affine."""
-        return layer_norm(self.target(clip))
+        """clip [B, T, C, H, W] -> targets [B, L, D]: target encoder on the whole clip, LayerNorm without affine."""
+        targets = self.target(clip)
+        if hasattr(self, "target_map"):
+            targets = layer_norm(targets) @ self.target_map
+        return layer_norm(targets)
+
+    @torch.no_grad()
+    def latents(self, batch):
+        """What training needs of clips: the NOW context [B, K, D], made of NOW alone, and targets [B, L', D]: those of
+        NOW and SOON, and of EVENTUALLY the mean of each tubelet, as only means of it are ever used."""
+        return self.brief(self.now_context(batch["frames"]), self.make_targets(self.normalise(batch["frames"])))
+
+    def latents_of(self, whole):
+        """Tokens [L, D] of a whole clip by the frozen encoder, of which NOW's saw the future -> as `latents`, without
+        batch. BadFile for others than this encoder's."""
+        if whole.shape != (self.cfg.num_tokens, self.cfg.enc_dim):
+            grid = " x ".join(map(str, self.cfg.grid))
+            raise BadFile(f"holds {list(whole.shape)} tokens and channels, not {grid} tokens of {self.cfg.enc_dim}")
+        brief = self.brief(whole[None, : self.cfg.now_tokens], layer_norm(whole[None]))
+        return {name: value[0] for name, value in brief.items()}
+
+    def brief(self, context, targets):
+        """NOW context and targets [B, L, D] -> `latents`."""
+        soon, later = targets.tensor_split((self.cfg.now_tokens + self.cfg.soon_tokens,), 1)
+        later = later.unflatten(1, (self.cfg.eventually_tubelets, -1)).mean(2)
+        return {"context": context, "targets": torch.cat([soon, later], 1)}
+
+    def context_of(self, batch):
+        """NOW context [B, K, D] of a batch of clips or of their latents."""
+        return batch["context"].float() if "context" in batch else self.now_context(batch["frames"])
+
+    def targets_of(self, batch):
+        """Targets of a batch of clips [B, L, D]; of their latents [B, L', D], as in `latents`."""
+        return batch["targets"].float() if "targets" in batch else self.make_targets(self.normalise(batch["frames"]))
 
     def encode_now(self, tokens):
         """Tokens [B, >= NOW, D] -> context of the NOW tokens alone [B, K, D]."""
@@ -4868,7 +5112,7 @@ class VJepaAutoV2(World):
 
     def outcome_key(self, targets):
         """targets [B, L, D] -> mean EVENTUALLY target [B, D], minus the mean NOW target for `outcome_target` delta."""
-        key = targets[:, -self.cfg.eventually_tubelets * self.cfg.sites :].mean(1)
+        key = targets[:, self.cfg.now_tokens + self.cfg.soon_tokens :].mean(1)
         return key - targets[:, : self.cfg.now_tokens].mean(1) if self.cfg.outcome_target == "delta" else key
 
     def gather(self, rows):
@@ -4886,7 +5130,7 @@ class VJepaAutoV2(World):
     def future_target(self, targets):
         """targets [B, L, D] -> a future [B, F, D]: the SOON tokens, then the chunk means of EVENTUALLY."""
         cfg, later = self.cfg, self.cfg.now_tokens + self.cfg.soon_tokens
-        tubelets = targets[:, later:].reshape(len(targets), cfg.eventually_tubelets, cfg.sites, -1).mean(2)
+        tubelets = targets[:, later:].unflatten(1, (cfg.eventually_tubelets, -1)).mean(2)  # [B, t, D]
         chunks = [part.mean(1) for part in tubelets.tensor_split(cfg.flow_chunks, 1)]
         return torch.cat([targets[:, cfg.now_tokens : later], torch.stack(chunks, 1)], 1)
 
@@ -4915,17 +5159,18 @@ class VJepaAutoV2(World):
         return loss, rows, residual.square().mean((0, 1))
 
     def forward(self, batch):
-        cfg = self.cfg
-        clip = self.normalise(batch["frames"])  # [B, T, C, H, W]
-        targets = self.make_targets(clip)  # [B, L, D]
-        tokens = self.online.tokenizer(clip)  # [B, L, D]
+        cfg, targets = self.cfg, self.targets_of(batch)  # [B, L, D]
         losses = dict.fromkeys(("loss_vjepa", "loss_soon", "loss_eventually", "loss_flow"), targets.new_zeros(()))
         gauges, carry = {}, {"targets": targets, "key": self.outcome_key(targets)}
-        if cfg.lambda_vjepa:
-            losses["loss_vjepa"] = self.now_loss(tokens, targets, batch)
-        context = self.encode_now(tokens)  # [B, K, D]
+        if "context" in batch:
+            context = self.context_of(batch)  # [B, K, D]
+        else:
+            tokens = self.online.tokenizer(self.normalise(batch["frames"]))  # [B, L, D]
+            if cfg.lambda_vjepa:
+                losses["loss_vjepa"] = self.now_loss(tokens, targets, batch)
+            context = self.encode_now(tokens)  # [B, K, D]
         soon_preds = self.predict_soon(context)  # [B, M, D]
-        soon_targets = gather_tokens(targets, self.soon_idx.expand(len(clip), -1))
+        soon_targets = gather_tokens(targets, self.soon_idx.expand(len(targets), -1))
         losses["loss_soon"] = l1_loss(soon_preds, soon_targets)
         still = targets[:, cfg.now_tokens - cfg.sites : cfg.now_tokens]  # [B, h*w, D], as if nothing moved
         gauges["persistence"] = l1_loss(still.repeat(1, cfg.soon_tokens // cfg.sites, 1), soon_targets)
@@ -4954,8 +5199,9 @@ class VJepaAutoV2(World):
         self.absorb(carries)
 
     def update_ema(self, momentum, flow_momentum):
-        """target follows online, and the flow net's EMA the flow net."""
-        move_ema(self.target, self.online, momentum)
+        """target follows online unless it is frozen, and the flow net's EMA the flow net."""
+        if not self.FROZEN:
+            move_ema(self.target, self.online, momentum)
         move_ema(self.flow_ema, self.flow, flow_momentum)
 
     @torch.no_grad()
@@ -4979,7 +5225,10 @@ class VJepaAutoV2(World):
             dist.broadcast(value, 0)
 
     def look(self, batch, carry):
-        return {"targets": gauge_tokens(carry["targets"]), "brightness": batch["frames"].float().flatten(1).mean(1)}
+        targets, clips = carry["targets"], batch["context"] if "context" in batch else batch["frames"]
+        if self.cfg.freeze_encoder:  # latents hold EVENTUALLY as means
+            targets = targets[:, : self.cfg.now_tokens + self.cfg.soon_tokens]
+        return {"targets": gauge_tokens(targets), "brightness": clips.float().flatten(1).mean(1)}
 
     def figures(self, looks, means):
         targets, brightness = (torch.cat([look[name] for look in looks]) for name in ("targets", "brightness"))
@@ -4994,12 +5243,13 @@ class VJepaAutoV2(World):
         }
 
     def state(self, step):
-        return {"ema_momentum": ema_momentum_at(step, self.cfg), "flow_explained": float(self.space.explained)}
+        momentum = {} if self.FROZEN else {"ema_momentum": ema_momentum_at(step, self.cfg)}
+        return {**momentum, "flow_explained": float(self.space.explained)}
 
     def held_out(self, batch, carry):
         if not self.cfg.lambda_flow:
             return {"flow_spread": 0.0}
-        context = self.now_context(batch["frames"])
+        context = self.context_of(batch)
         samples = self.sample_futures(context, 8, generator=torch.Generator(context.device).manual_seed(0))
         residual = self.future_target(carry["targets"]) - self.forecast(context)
         return {"flow_spread": float(samples.std(1).square().mean().sqrt() / residual.square().mean().sqrt())}
@@ -5011,9 +5261,15 @@ class VJepaAutoV2(World):
         path, log = Path(run.cfg.out_dir) / "futures.png", run.log
         if not self.cfg.picture:
             return
+        source = run.source
+        if self.cfg.latents:
+            source, gone = videos_behind(type(self), self.cfg, source.root)
+            if gone:
+                log.line(f"picture: none, as the videos behind the latents are not there: {name_some(gone)}")
+                return
         log.stage = "drawing futures.png"
         try:
-            cut = draw_futures(self, run.source, run.process, values, path, seconds)
+            cut = draw_futures(self, source, run.process, values, path, seconds)
         except OSError as error:  # a full disk
             log.line(f"WARNING: {path} could not be written ({error.strerror})")
         else:
@@ -5026,11 +5282,14 @@ class VJepaAutoV2(World):
         spread = f"{cfg.clip_fps:g} per second" if cfg.clip_fps else "spread over the file"
         visible = (f"{name} {family_visible(cfg, name)}/{cfg.sites} sites" for name in MASK_FAMILIES)
         shares = (f"{name} {value / sum(flops.values()):.0%}" for name, value in flops.items())
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in self.trained().values())
         trained += sum(p.numel() for p in self.target.parameters()) / 4
+        target = "frozen, target as well" if cfg.freeze_encoder else "target = online"
+        if cfg.teacher == "frozen":
+            target = f"target {sum(p.numel() for p in self.target.parameters()) / 1e6:.2f} M, frozen"
         grid = f"grid {' x '.join(map(str, cfg.grid))} = {cfg.num_tokens} tokens"
         return [
-            f"parameters: {', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())} (target = online)",
+            f"parameters: {', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())} ({target})",
             f"clip: {cfg.num_frames} frames of {cfg.height} x {cfg.width}, {spread} -> {grid}; "
             f"visible under a mask: {', '.join(visible)}",
             f"step: {clips} clips, {sum(flops.values()) * clips / 1e12:.3g} TFLOP ({', '.join(shares)}); memory about "
@@ -5038,7 +5297,7 @@ class VJepaAutoV2(World):
         ]
 
     def flops(self):
-        return flops_per_clip(self.cfg)
+        return flops_per_clip(self.cfg, self.target.cfg)
 
     @staticmethod
     def typical_part(cfg, device):
@@ -5538,7 +5797,8 @@ def newest_checkpoint(out_dir, tell, world=None):
 def check_same_run(state, cfg, path):
     """UsageError naming the fields in which a checkpoint and this config cannot be the same run. Whether a loss has
     weight decides which parameters learn."""
-    plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), state["cfg"]))
+    saved = {**asdict(type(cfg)()), **state["cfg"]}  # a field that is younger than the checkpoint had its default
+    plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), saved))
     names = [name for cls in reversed(type(cfg).__mro__) for name in vars(cls).get("MUST_MATCH", ())]
     different = [name for name in names if plain[name] != saved.get(name)]
     different += [name for name in plain if name.startswith("lambda_") and bool(plain[name]) != bool(saved.get(name))]
@@ -6227,6 +6487,13 @@ def build_world(world, run):
     return wrap(run.world, process)
 
 
+def check_cache(run):
+    """UsageError where cached latents are those of other frozen weights than the world's."""
+    made_by = getattr(run.source.Dataset, "cache", {}).get("frozen")
+    if made_by is not None and made_by != run.frozen:
+        raise UsageError(f"latents {run.cfg.latents}: made by an encoder with other weights (--latents)")
+
+
 def noise_like(value):
     """Noise in the shape of a tensor of a sample; whole numbers other than bytes stay as they are."""
     if value.dtype == torch.uint8:
@@ -6711,6 +6978,7 @@ def run_world(world, run, overrides, argv, videos):
     # -- model
     log.stage = "building the model and timing a pass on noise"
     wrapped = build_world(world, run)
+    check_cache(run)
     process.amp_dtype, reason = choose_precision(world, cfg, process, state["precision"] if state else "")
     run.scaler = torch.amp.GradScaler(process.device.type, enabled=process.amp_dtype == torch.float16)
     seconds, told = rehearse(run, wrapped)
@@ -6767,7 +7035,7 @@ def train(cfg, overrides=None, argv=(), stop=None, world=VJepaAutoV2):
     try:
         validate_config(cfg)
         check_best_by(cfg, world)
-        videos = list_data(cfg, world.Dataset)
+        videos = list_latents(world, cfg) if getattr(cfg, "latents", "") else list_data(cfg, world.Dataset)
         process, met = identify_process(cfg, stop), False
         with suppress(Stopped):
             join_ranks(process, cfg)
