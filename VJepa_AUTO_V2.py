@@ -2682,7 +2682,8 @@ def list_latents(world, cfg):
     listing, reason = Listing(), "no file"
     for row in rows:
         path = os.path.join(index.parent, os.path.expanduser(row["out_path"]))
-        listing.append(VideoFile(row.get("name") or row["out_path"], path, row.get("maneuver") or ""))
+        name, label, group = row.get("name") or row["out_path"], row.get("maneuver") or "", row.get("group") or ""
+        listing.append(VideoFile(name, path, label, group=group))
     if cache.get("split") == "folders":
         listing.sides = {side: [clip for clip in listing if clip.name.startswith(f"{side}/")] for side in SIDES}
     with torch.device("meta"):

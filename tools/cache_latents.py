@@ -39,6 +39,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 
 import VJepa_AUTO_V2 as V
@@ -105,17 +106,27 @@ class Lengths(V.FileDataset):
         return [index] if index < len(self.videos) else []
 
     def read_file(self, video, plan):
-        plan = V.ClipPlan(self.cfg.num_frames, self.cfg.clip_fps, self.cfg.height, self.cfg.width, 0, 1, 1, 0.5, 0.5)
-        return {"seconds": torch.tensor(usable_seconds(video, plan, self.data_root), dtype=torch.float64)}
+        plan = V.draw_plan(np.random.default_rng(0), self.cfg, "val")
+        plan = V.fit_plan(plan, video, V.read_annotation(self.data_root, video))
+        return {"seconds": torch.tensor(V.video_timing(video.path, plan)[0], dtype=torch.float64)}
 
     def blank(self):
         return {"seconds": torch.zeros((), dtype=torch.float64)}
 
 
-def usable_seconds(video, plan, root):
-    """Seconds of a video that windows may cover. BadFile for a bad one."""
-    seconds, _ = V.video_timing(video.path, plan)
-    return seconds
+def stretches_of(video, seconds):
+    """The parts of a video between gaps in the told times of its frames -> [(begin, seconds)]; one, of so many usable
+    seconds, where none are told."""
+    told = video.path if video.pictures and video.path.lower().endswith(".csv") else video.times
+    if not told:
+        return [(video.begin, seconds)]
+    times, _ = V.read_times(told)
+    steps = np.diff(times)
+    step = float(np.median(steps))
+    gaps = np.flatnonzero(steps > max(V.GAP_S, V.GAP_STEPS * step))
+    begins = np.maximum(times[[0, *gaps + 1]], video.begin)
+    ends = np.minimum(times[[*gaps, -1]] + step, video.begin + video.length if video.length else math.inf)
+    return [(float(begin), float(end - begin)) for begin, end in zip(begins, ends) if end - begin > step]
 
 
 @dataclass(frozen=True)
@@ -134,20 +145,20 @@ class Window:
         return f"clips/{hashlib.sha256(what).hexdigest()[:24]}.pt"
 
 
-def windows_of(video, seconds, cfg, every_s):
-    """The windows of a video of so many seconds -> [Window]."""
-    length = round(cfg.num_frames / cfg.clip_fps, 6) if cfg.clip_fps else math.inf
-    if seconds < length:  # one clip is spread over it
-        starts, length = [0.0], round(seconds, 6)
-    else:
-        every = every_s or length
-        starts = [round(number * every, 6) for number in range(math.floor((seconds - length) / every + 1e-6) + 1)]
-    found = []
-    for start in starts:
-        begin = round(video.begin + start, 6)
-        whole = len(starts) == 1 and length >= seconds  # as the list has it: no end that rounding could cut
-        part = replace(video, name=f"{video.name}@{begin:g}", begin=begin, length=video.length if whole else length)
-        found.append(Window(part, video.name, video.drive, length))
+def windows_of(cfg, video, seconds, every_s):
+    """The windows of a video of so many usable seconds -> [Window]. Each has the maneuver and the rate of its video."""
+    noted = V.read_annotation(cfg.data_root, video)
+    fps = video.fps or cfg.frame_fps or noted.get("fps") or 0.0
+    video = replace(video, label=noted.get("maneuver", video.label), fps=fps, signals="")
+    length, found = round(cfg.num_frames / cfg.clip_fps, 6) if cfg.clip_fps else math.inf, []
+    for first, there in stretches_of(video, seconds):
+        every, taken = every_s or length, min(length, round(there, 6))
+        count = math.floor((there - length) / every + 1e-6) + 1 if there >= length else 1  # a short one is spread over
+        for begin in (round(first + number * every, 6) if number else first for number in range(count)):
+            # without an end of its own, a short one ends where its video does, which rounding could miss
+            own = taken if there >= length or video.times else video.length
+            part = replace(video, name=f"{video.name}@{begin:g}", begin=begin, length=own)
+            found.append(Window(part, video.name, video.drive, taken))
     return found
 
 
@@ -184,7 +195,7 @@ def find_windows(cfg, videos, every_s):
         seconds |= {
             number: value for number, value in zip(batch["file"].tolist(), batch["seconds"].tolist()) if number >= 0
         }
-    found = [part for number in sorted(seconds) for part in windows_of(videos[number], seconds[number], cfg, every_s)]
+    found = [part for number in sorted(seconds) for part in windows_of(cfg, videos[number], seconds[number], every_s)]
     return found, bad
 
 
@@ -316,17 +327,6 @@ def make_model(world, cfg):
     return model, V.tensor_forms({name: value[0].half() for name, value in latents.items()})
 
 
-def labelled(cfg, window):
-    """A window with the maneuver of its video's annotation, where it has one."""
-    try:
-        label = V.read_annotation(cfg.data_root, replace(window.video, name=window.name)).get(
-            "maneuver", window.video.label
-        )
-    except V.BadFile:
-        return window  # told when its frames are read
-    return replace(window, video=replace(window.video, label=label))
-
-
 def start(argv):
     """Find the windows, encode those that are missing, write the index once all are there."""
     args, rest = parse(argv)
@@ -376,7 +376,7 @@ def finish(args, cfg, windows, bad):
     elif not made:
         raise V.UserError(f"data_root {cfg.data_root}: no video could be encoded")
     else:
-        write_index(args.out, [labelled(cfg, window) for window in made])
+        write_index(args.out, made)
         V.say(f"cache: {len(made)} windows in {args.out}; train from it with --latents {args.out}")
 
 
