@@ -2668,8 +2668,9 @@ def read_cache(world, cfg):
         ) from error
     if cache and other:
         raise UsageError(f"{what}: made with {', '.join(other)}; use the same, or another cache (--latents)")
-    if not rows or not all(row.get("out_path") for row in rows):
-        raise UsageError(f"{what}: {index.name} has no rows with a path in a column out_path")
+    needed = ("out_path", "name", "begin", "group") if cache else ("out_path",)
+    if not rows or not all(row.get(name) for row in rows for name in needed):
+        raise UsageError(f"{what}: {index.name} has no rows, or not all have {', '.join(needed)}")
     return index, rows, cache
 
 
@@ -2682,8 +2683,8 @@ def list_latents(world, cfg):
     listing, reason = Listing(), "no file"
     for row in rows:
         path = os.path.join(index.parent, os.path.expanduser(row["out_path"]))
-        name, label, group = row.get("name") or row["out_path"], row.get("maneuver") or "", row.get("group") or ""
-        listing.append(VideoFile(name, path, label, group=group))
+        name = f"{row['name']}#t={row['begin']}" if cache else row["out_path"]
+        listing.append(VideoFile(name, path, row.get("maneuver") or "", group=row.get("group") or ""))
     if cache.get("split") == "folders":
         listing.sides = {side: [clip for clip in listing if clip.name.startswith(f"{side}/")] for side in SIDES}
     with torch.device("meta"):

@@ -179,7 +179,7 @@ def damage_shape(path):
     [
         (Path.unlink, "No such file"),
         (lambda path: path.write_bytes(path.read_bytes()[:1000]), "latents cannot be read"),
-        (lambda path: path.write_bytes(b""), "latents cannot be read"),
+        (lambda path: path.write_bytes(b""), "empty file"),
         (damage_nan, "NaN or infinity: context"),
         (lambda path: torch.save(Code(), path), "latents cannot be read"),
         (lambda path: torch.save([1, 2], path), "no dict of tensors, but a list"),
@@ -189,7 +189,7 @@ def damage_shape(path):
     ],
 )
 def test_a_bad_file_is_named(copy, damage, reason):
-    """Missing, cut, empty, NaN, code, other objects and shapes: a bad file, in whose place another is read."""
+    """Missing, cut, empty, NaN, code, other objects and shapes: a bad file, and another is read in its place."""
     cfg, folder = copy
     damage(folder / rows_of(folder)[0]["out_path"])
     assert reason in reason_of_first(cfg)
@@ -206,8 +206,8 @@ def test_a_bad_file_is_named(copy, damage, reason):
         (lambda folder: (folder / "cache.json").write_text("{"), "cache.json that can be read"),
         (lambda folder: (folder / "cache.json").write_text("[]"), "cache.json that can be read"),
         (lambda folder: (folder / "cache.json").write_text('{"tensors": {"a": [[-1], "x"]}}'), "that can be read"),
-        (lambda folder: (folder / "index.csv").write_text("name\na\n"), "column out_path"),
-        (lambda folder: (folder / "index.csv").write_text(""), "column out_path"),
+        (lambda folder: (folder / "index.csv").write_text("name\na\n"), "no rows, or not all have out_path"),
+        (lambda folder: (folder / "index.csv").write_text(""), "no rows, or not all have out_path"),
         (shutil.rmtree, "that can be read"),
     ],
 )
