@@ -898,6 +898,10 @@ VIDEO_SUFFIXES = (
     *re.findall(r"\.\w+", ".mp4.m4v.mkv.mov.avi.webm.ts.mts.m2ts.3gp.3g2.f4v.wmv.asf.flv.mpg.mpeg.vob.ogv"),
     *RAW_SUFFIXES,
 )
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+# fmt: off
+LIST_KEYS = ("video", "path", "frames", "begin", "length", "fps", "times", "group", "signals", "maneuver", "label")
+# fmt: on
 SIDES = ("train", "val", "test")  # folders that split a data_root
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # copies that systems and network disks keep
 SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in this order
@@ -913,20 +917,33 @@ class BadFile(Exception):
 
 @dataclass(frozen=True)
 class VideoFile:
-    """One video."""
+    """One video, one drive of pictures, or a part of one."""
 
-    name: str  # path below the data root, with /: its identity in splits and logs
+    name: str  # path below the data root, with /, and #t=begin,end of a part: its identity in logs
     path: str
     label: str = ""  # a maneuver
+    begin: float = 0.0  # seconds after the first frame from which on it may be used
+    length: float = 0.0  # seconds of it that may be; 0: up to the end
+    fps: float = 0.0  # rate of pictures, or of a raw stream
+    times: str = ""  # file with the time of each of their frames, that csv too
+    group: str = ""  # what is held out together
+    signals: str = ""  # its annotation: a file, or the JSON itself
+    pictures: str = ""  # pattern of their names, where path is a folder of pictures or a csv that lists them
+
+    @property
+    def drive(self):
+        """What no split cuts: its group, else all parts of its file."""
+        is_part = self.begin or self.length
+        return self.group or is_part and self.name.rpartition("#t=")[0] or self.name
 
 
 class Listing(list):
     """The videos of a data_root. `notes`: lines for the user; `seen`: what else was found where no video was; `sides`:
-    {side: its videos} where folders split them."""
+    {side: its videos} where folders split them; `drives`: the folders that hold pictures, as VideoFiles."""
 
-    def __init__(self, videos=(), notes=(), seen=""):
+    def __init__(self, videos=(), notes=(), seen="", drives=()):
         super().__init__(videos)
-        self.notes, self.seen, self.sides = list(notes), seen, {}
+        self.notes, self.seen, self.sides, self.drives = list(notes), seen, {}, list(drives)
 
 
 def name_some(names, most=3):
@@ -976,17 +993,20 @@ def walk_folder(root, closed):
 
 def one_name_each(videos):
     """Leave out further names of one file (links) -> (videos, names left out). One that brings another label stays,
-    under the first name: the split goes by names, so no file ever stands on both sides."""
-    first, kept, left_out = {}, [], []
+    under the first name: the split goes by names, so no file ever stands on both sides. Parts of a file are files of
+    their own, on one side unless their groups say otherwise."""
+    first, drives, kept, left_out = {}, {}, [], []
     for video in videos:
         key = video.name
         with suppress(OSError, ValueError):
             info = os.stat(video.path)
             if info.st_ino and stat.S_ISREG(info.st_mode):  # some network disks give one number to many files
                 key = info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
-        known, labels = first.setdefault(key, (video, {video.label}))
+        drive = drives.setdefault(key, video.drive)
+        known, labels = first.setdefault((key, video.begin, video.length), (video, {video.label}))
         if video.name == known.name or video.label not in labels:
-            kept.append(replace(video, name=known.name))
+            part = replace(video, name=known.name)
+            kept.append(part if part.group or part.drive == drive else replace(part, group=drive))
         else:
             left_out.append(video.name)
         if video.name != known.name:
@@ -1023,30 +1043,51 @@ def split_by_folders(listing, root):
 def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
     """Walk a folder -> Listing by name of the files with a known suffix that match the glob, one name each. Names with
     a dot in front do not count: they are hidden, or macOS's twins of other files."""
-    matches, found, others, closed = glob_pattern(video_glob).match, [], [], []
+    matches, found, others, closed, drives = glob_pattern(video_glob).match, [], [], [], {}
     below = "videos/" if os.path.basename(root) == "videos" else ""  # a glob may name that folder or not
     for parent, entry in walk_folder(root, closed):
         name, path = entry.name, parent + entry.name
-        known = name.lower().endswith(suffixes) and name[0] != "."
-        if known and any(map(matches, (name, path, below + path))):
+        wanted = name[0] != "." and any(map(matches, (name, path, below + path)))
+        if wanted and name.lower().endswith(suffixes):
             found.append(VideoFile(path, os.path.join(root, path)))
         else:
             others.append(name)
+            if wanted and parent not in drives and name.lower().endswith(PICTURE_SUFFIXES):
+                drive = parent[:-1] or os.path.basename(os.path.abspath(root))
+                drives[parent] = VideoFile(drive, os.path.join(root, parent), pictures="*")
     videos, links = one_name_each(sorted(found, key=operator.attrgetter("name")))
     notes = left_out_note("WARNING", closed, f"folder(s) below {one_line(root)} cannot be read and")
     notes += left_out_note("note", links, "further name(s) of files listed already (links)")
-    listing = Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}")
+    listing = Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}", drives.values())
     split_by_folders(listing, root)
     return listing
 
 
-def label_text(value):
+def label_text(value, what="label"):
     """A label of a list or an annotation -> text, "" for null alone. ValueError for no plain text or number."""
     if value is None:
         return ""
     if not isinstance(value, (str, bool)) and not fits(float, value) or re.search(UNPRINTABLE, str(value)):
-        raise ValueError(f"label {shown(value)} must be a text without control characters or a number")
+        raise ValueError(f"{what} {shown(value)} must be a text without control characters or a number")
     return str(value)
+
+
+def check_annotation(annotation):
+    """Bring what is read of an annotation to its types, in place. ValueError names the key."""
+    if not isinstance(annotation, dict):
+        raise ValueError("must hold a JSON object")
+    fps = annotation.get("fps")
+    if fps is not None and not (fits(float, fps) and 0 < fps <= 10**6):
+        raise ValueError(f"fps = {shown(fps)} must be a positive number")
+    label = label_text(annotation.pop("maneuver", None))
+    if label:
+        annotation["maneuver"] = label
+    for name in SIGNALS:
+        values = annotation.get(name) if isinstance(annotation.get(name), list) else []
+        if not set(map(type, values)) <= {int, float, bool, type(None)}:
+            raise ValueError(f"{name} must be a list of numbers, null where it is unknown")
+        if not all(abs(value) < 1e30 for value in values if value is not None):
+            raise ValueError(f"{name} holds a number that is too large")
 
 
 def csv_cells(line, separator):
@@ -1084,24 +1125,52 @@ def text_readings(line, header):
     return [pair for pair in named + (quoted + split if '"' in line else split + quoted) if pair[0]]
 
 
-def json_reading(line):
-    """A line of a jsonl list -> (path, label). ValueError or RecursionError says what it lacks."""
-    row = parse_json(line)
-    path = row.get("video") or row.get("path") if isinstance(row, dict) else None
-    if not path or not isinstance(path, str) and not fits(int, path):
-        raise ValueError("it has no such text")
-    return str(path), label_text(row.get("maneuver")) or row.get("label")
+def listed_path(folder, path, key="path"):
+    """A path in a list -> the absolute one. ValueError where no file can be called so."""
+    if not isinstance(path, str) or "\0" in path:
+        raise ValueError(f"{key} = {shown(path)} must be a text without NUL")
+    os.fsencode(path)  # UnicodeEncodeError for what the file system's encoding lacks
+    return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
+
+
+def listed_number(row, key, least=1e-9):
+    """A number of a jsonl line, 0 where there is none. ValueError for one out of its range."""
+    if key in row and not (fits(float, row[key]) and least <= row[key] <= 10**9):
+        raise ValueError(f"{key} = {shown(row[key])} must be a number {'above 0' if least else 'from 0 on'}")
+    return float(row.get(key, 0))
+
+
+def json_video(row, folder):
+    """A line of a jsonl list -> VideoFile. ValueError says what is wrong with it."""
+    row = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {}
+    frames, video = row.get("frames"), row.get("video") or row.get("path")
+    path = str(video) if fits(int, video) else video or frames
+    if not path or video and frames:
+        raise ValueError("a line is a JSON object that names either a 'video' (or 'path') or 'frames'")
+    place, pictures, times, signals = listed_path(folder, path), "", row.get("times"), row.get("signals", "")
+    if times and not frames and not place.lower().endswith(RAW_SUFFIXES):
+        raise ValueError("times are for pictures and raw streams: this video holds its own")
+    times = listed_path(folder, times, "times") if times else ""
+    if frames:
+        is_pattern = re.search(r"[*?[]", os.path.basename(place)) and not os.path.isdir(place)
+        times = place if place.lower().endswith(".csv") else times
+        place, pictures = os.path.split(place) if is_pattern else (place, "*")
+    if isinstance(signals, dict):
+        check_annotation(dict(signals))
+        signals = json.dumps(signals)
+    else:
+        signals = signals and listed_path(folder, signals, "signals")
+    begin, length, fps = (listed_number(row, *key) for key in (("begin", 0), ("length",), ("fps",)))
+    if begin or length:
+        path += f"#t={begin:.12g}" + f",{begin + length:.12g}" * bool(length)
+    label, group = label_text(row.get("maneuver")) or row.get("label"), label_text(row.get("group"), "group")
+    return VideoFile(path, place, label_text(label), begin, length, fps, times, group, signals, pictures)
 
 
 def listed_video(readings, folder, is_comment):
     """What a line may say, [(path, label)] -> VideoFile, None for a comment. ValueError for no path or label. Which
     reading holds is seen on the disk; where no such file exists, the first that ends like a video is taken."""
-    found = []
-    for path, label in readings:
-        if "\0" in path:
-            raise ValueError("a path holds no NUL")
-        os.fsencode(path)  # UnicodeEncodeError for what the file system's encoding lacks
-        found.append((path, os.path.abspath(os.path.join(folder, os.path.expanduser(path))), label))
+    found = [(path, listed_path(folder, path), label) for path, label in readings]
     present = [one for one in found if os.path.isfile(one[1])] or [one for one in found if os.path.exists(one[1])]
     if not present and (is_comment or not found):
         return None
@@ -1113,7 +1182,7 @@ def listed_video(readings, folder, is_comment):
 def read_list(path):
     """A csv, txt or jsonl list, blank lines, comments (#) and a header left out -> Listing in its order. UsageError
     names a line that is not understood."""
-    folder, found, header = os.path.dirname(os.path.abspath(path)), [], None
+    folder, found, header, keys = os.path.dirname(os.path.abspath(path)), [], None, {}
     try:
         text = read_text(path, MAX_LIST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
@@ -1128,13 +1197,19 @@ def read_list(path):
                 header = not os.path.isfile(os.path.join(folder, line)) and list_header(line) or ()
                 if header:
                     continue
-            readings = [json_reading(line)] if as_json else text_readings(line, header)
-            found.append(listed_video(readings, folder, is_comment))
+            if as_json:
+                row = parse_json(line)
+                found.append(json_video(row, folder))
+                keys |= dict.fromkeys(row)
+            else:
+                found.append(listed_video(text_readings(line, header), folder, is_comment))
         except (ValueError, RecursionError, csv.Error) as error:
-            needs = "needs a JSON object with a key 'video' or 'path'" if as_json else "cannot be understood"
-            raise UsageError(f"data_root {one_line(path)} line {number}: {needs} ({one_line(error)})") from error
+            why = f"cannot be understood ({one_line(error)})"
+            raise UsageError(f"data_root {one_line(path)} line {number}: {why}") from error
     videos, links = one_name_each(filter(None, found))
     notes = left_out_note("note", links, f"line(s) of {one_line(path)} name files again under other names (links) and")
+    unknown = [key + nearest(key, LIST_KEYS) for key in keys if key not in LIST_KEYS]
+    notes += left_out_note("note", unknown, f"key(s) of {one_line(path)} mean nothing here and")
     return Listing(videos, notes, "the list names no video")
 
 
@@ -1156,47 +1231,31 @@ def find_videos(data_root, video_glob, suffixes=VIDEO_SUFFIXES):
 
 
 def split_videos(videos, val_fraction, at_least=1):
-    """Hold out files by the hash of their name, never by window -> (train, val), from two files up both non-empty."""
-    names = {video.name for video in videos}  # a list may name a file more than once
+    """Hold out drives by the hash of their name, never by window -> (train, val), from two up both non-empty."""
+    names = {video.drive for video in videos}  # a list may name a file more than once
     hashes = {name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest() for name in names}
     threshold = f"{int(val_fraction * 16**8):08x}"
     num_val = max(sum(hashed[:8] < threshold for hashed in hashes.values()), at_least if val_fraction > 0 else 0)
     val = set(sorted(hashes, key=hashes.get)[: max(min(num_val, len(names) - 1), 0)])
-    return [video for video in videos if video.name not in val], [video for video in videos if video.name in val]
-
-
-def check_annotation(annotation):
-    """Bring what is read of an annotation to its types, in place. ValueError names the key."""
-    if not isinstance(annotation, dict):
-        raise ValueError("must hold a JSON object")
-    fps = annotation.get("fps")
-    if fps is not None and not (fits(float, fps) and 0 < fps <= 10**6):
-        raise ValueError(f"fps = {shown(fps)} must be a positive number")
-    label = label_text(annotation.pop("maneuver", None))
-    if label:
-        annotation["maneuver"] = label
-    for name in SIGNALS:
-        values = annotation.get(name) if isinstance(annotation.get(name), list) else []
-        if not set(map(type, values)) <= {int, float, bool, type(None)}:
-            raise ValueError(f"{name} must be a list of numbers, null where it is unknown")
-        if not all(abs(value) < 1e30 for value in values if value is not None):
-            raise ValueError(f"{name} holds a number that is too large")
+    return [video for video in videos if video.drive not in val], [video for video in videos if video.drive in val]
 
 
 def read_annotation(data_root, video):
-    """DIR/annotations/<clip>.json of a video, in its own subfolder or flat -> dict, {} when there is none. `maneuver`
-    is a text or absent. BadFile when it is not what it should be."""
-    name = os.path.splitext(video.name)[0] + ".json"
-    for place in dict.fromkeys((name, os.path.basename(name))) if data_root else ():
-        path = os.path.join(data_root, "annotations", place)
+    """The annotation of a video: its line's signals, else DIR/annotations/<clip>.json, in its own subfolder or flat ->
+    dict, {} when there is none. `maneuver` is a text or absent. BadFile when it is not what it should be."""
+    name, own = os.path.splitext(video.name)[0] + ".json", video.signals
+    places = dict.fromkeys((name, os.path.basename(name))) if data_root else ()
+    for path in [own] if own else [os.path.join(data_root, "annotations", place) for place in places]:
+        inline = path[0] == "{"
         try:
-            if stat.S_ISREG(os.stat(path).st_mode):
-                annotation = parse_json(read_text(path, MAX_ANNOTATION_BYTES))
+            if inline or own or stat.S_ISREG(os.stat(path).st_mode):
+                annotation = parse_json(path if inline else read_text(path, MAX_ANNOTATION_BYTES))
                 check_annotation(annotation)
                 return annotation
         except (OSError, ValueError, RecursionError) as error:
-            if getattr(error, "errno", None) not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-                raise BadFile(f"annotation {one_line(os.path.basename(name))}: {one_line(reason_of(error))}") from error
+            if own or getattr(error, "errno", None) not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                place = "in its line" if inline else one_line(os.path.basename(path))
+                raise BadFile(f"annotation {place}: {one_line(reason_of(error))}") from error
     return {}
 
 
@@ -1214,6 +1273,8 @@ RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times 
 RAW_FPS = 25.0  # frames per second of a bare stream of which nobody says anything
 LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC at most 16 overtake a frame
 MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further has lost what lay between
+# A longer step than both between the told times of frames is a gap, which no window crosses: seconds, usual steps.
+GAP_S, GAP_STEPS = 0.5, 2.5
 SKIPPING_CODECS = ("h264", "hevc")  # they obey skip_frame by the packet; dav1d the first packet's for the whole file
 
 
@@ -1236,6 +1297,11 @@ class ClipPlan:
     u_y: float
     frame_fps: float = 0.0  # rate of a raw stream, whatever its header says; 0: the header's
     noted_fps: float = 0.0  # rate that its annotation names, for a raw stream whose header names none
+    # -- of the file, by fit_plan
+    begin: float = 0.0  # the window lies from this second on
+    length: float = 0.0  # and within so many; 0: up to the end
+    times: str = ""  # file with the times of a raw stream's frames, or of pictures
+    pictures: str = ""  # pattern of the names of pictures
 
 
 @dataclass(frozen=True)
@@ -1252,23 +1318,39 @@ class TimeLine:
     duration: float  # seconds, at which the last frame of this stream ends
     fps: float  # mean frames per second
     in_order: bool = False  # no presentation times: frames come in order, at the times of the packets
+    told: np.ndarray | None = None  # seconds of the frames of a raw stream, where a file tells them
 
     def second(self, pts):
         """Presentation times -> seconds, to the last bit: a moment on the very border of two frames must not waver."""
+        if self.told is not None:
+            return self.told[pts]
         return (pts - self.start) * self.unit.numerator / self.unit.denominator
 
 
+def usable_part(plan, duration, native_fps):
+    """Seconds of a file that a plan may use, from plan.begin on. BadFile for a list that promises more than there is,
+    but for what containers round off."""
+    rest, slack = duration - plan.begin, 1.0 + 2 / native_fps
+    if plan.begin and rest < 0.5 / native_fps or plan.length > rest + slack:
+        part = f"from {plan.begin:.2f} s on" + f" for {plan.length:.2f} s" * bool(plan.length)
+        raise BadFile(f"lasts {duration:.2f} s, and is to be used {part}")
+    return min(rest, plan.length or rest)
+
+
 def frame_times(plan, duration, native_fps):
-    """Seconds from the first frame at which the clip's frames are taken -> float64 [T]. Half a native frame is added:
-    a request falls inside a frame, not on the border of two. A file shorter than the window gives frames over its
-    whole length; one with too few frames each of them, then the last again."""
+    """Seconds from the first frame at which the clip's frames are taken -> float64 [T], of a file of which `duration`
+    may be used. Half a native frame is added: a request falls inside a frame, not on the border of two. A file shorter
+    than the window gives frames over its whole length; one with too few frames each of them, then the last again."""
     steps, half = np.arange(plan.num_frames), 0.5 / native_fps
     window = plan.num_frames / plan.fps if plan.fps else math.inf
+    half = min(half, duration / 2) if plan.length else half
     if duration >= window - half:
-        return plan.u_start * max(duration - window, 0.0) + steps / plan.fps + half
-    if duration * native_fps < plan.num_frames:
-        return steps / native_fps + half
-    return steps * (duration / plan.num_frames) + half
+        times = plan.u_start * max(duration - window, 0.0) + steps / plan.fps + half
+    elif duration * native_fps < plan.num_frames:
+        times = steps / native_fps + half
+    else:
+        times = steps * (duration / plan.num_frames) + half
+    return plan.begin + (np.minimum(times, duration - half) if plan.length else times)  # no frame of a neighbour
 
 
 def crop_box(plan, width, height):
@@ -1310,6 +1392,59 @@ def file_stamp(container):
     return path, info.st_ino, info.st_size, info.st_mtime_ns
 
 
+@lru_cache(maxsize=64)
+def read_times(path):
+    """Times of frames: npy, a text with a line of seconds or a date for each, or a csv of path,time -> (float64 seconds
+    after the first, paths of the csv). BadFile unless they are two or more and increase."""
+    rows = []
+    try:
+        with open(path, "rb") as file:
+            is_npy = file.read(6) == b"\x93NUMPY"
+        if is_npy:
+            times = np.load(path, allow_pickle=False)
+        else:
+            rows = [row for row in csv.reader(read_text(path, MAX_LIST_BYTES).splitlines()) if row]
+            if path.lower().endswith(".csv") and rows.pop(0) != ["path", "time"]:
+                raise ValueError("its first line must be path,time")
+            times = np.array([row[-1] for row in rows])
+            times = times.astype("datetime64[ns]" if re.search(r"\d-\d", str(times[:1])) else np.float64)
+        seconds = (times - times[:1]) / (np.timedelta64(1, "s") if times.dtype.kind == "M" else 1.0)
+        steps = np.diff(seconds)
+        if seconds.ndim != 1 or not len(steps) or not np.all((0 < steps) & (steps < math.inf)):
+            raise ValueError("they must be two or more in one column, each later than the one before")
+    except (OSError, ValueError, TypeError, LookupError, MemoryError, csv.Error) as error:
+        raise BadFile(f"times {one_line(os.path.basename(path))}: {one_line(reason_of(error))}") from error
+    return seconds, [os.path.join(os.path.dirname(path), row[0].strip()) for row in rows]
+
+
+@lru_cache(maxsize=64)
+def list_pictures(folder, pattern):
+    """Pictures of a folder -> their paths in natural order, 2 before 10. BadFile."""
+    try:
+        names = fnmatch.filter(os.listdir(folder), pattern)
+    except OSError as error:
+        raise BadFile(f"cannot be read ({error.strerror})") from error
+    names = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."]
+    if not names:
+        raise BadFile(f"no picture in it ({', '.join(PICTURE_SUFFIXES)}) called {pattern}")
+    parts = {name: [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name)] for name in names}
+    return [os.path.join(folder, name) for name in sorted(sorted(names), key=parts.get)]
+
+
+def picture_line(path, plan):
+    """A drive of pictures -> (paths, seconds of each, seconds that may be used, frames per second). BadFile."""
+    if not plan.times and not plan.frame_fps:
+        raise BadFile("its pictures have no times: fps or times in its line, or --frame_fps")
+    seconds, paths = read_times(plan.times) if plan.times else ([], ())
+    if path != plan.times:
+        paths = list_pictures(path, plan.pictures)
+        seconds = seconds if plan.times else np.arange(len(paths)) / plan.frame_fps
+    if len(paths) != len(seconds):
+        raise BadFile(f"{len(paths)} pictures, and {len(seconds)} times in {one_line(os.path.basename(plan.times))}")
+    fps = 1 / float(np.median(np.diff(seconds))) if len(seconds) > 1 else plan.frame_fps
+    return paths, seconds, usable_part(plan, float(seconds[-1]) + 1 / fps, fps), fps
+
+
 @lru_cache(maxsize=256)
 def streams_alive(stamp):
     """Numbers of the video streams that show a second frame before some other one shows its hundredth -> set."""
@@ -1320,6 +1455,33 @@ def streams_alive(stamp):
             if counts[packet.stream_index] == 100:
                 break
     return {number for number, count in counts.items() if count > 1}
+
+
+def between_gaps(plan, seconds):
+    """A plan for frames at these times -> one whose window lies between two gaps: u_start draws the place among all
+    stretches into which it fits; where it fits into none, the longest one is the file."""
+    steps = np.diff(seconds)
+    step = float(np.median(steps))
+    gaps = np.flatnonzero(steps > max(GAP_S, GAP_STEPS * step))
+    begins = np.maximum(seconds[[0, *gaps + 1]], plan.begin)
+    ends = np.minimum(seconds[[*gaps, -1]] + step, plan.begin + plan.length if plan.length else math.inf)
+    lengths = ends - begins
+    if not len(gaps) or lengths.max() <= 0:  # it begins behind the end, which usable_part says
+        return plan
+    window = plan.num_frames / plan.fps - step / 2 if plan.fps else math.inf
+    until = np.cumsum(lengths * (lengths >= min(window, lengths.max())))
+    place = max(plan.u_start * until[-1], 1e-9)
+    chosen = int(np.searchsorted(until, place))
+    begin, length = float(begins[chosen]), float(lengths[chosen])
+    return replace(plan, begin=begin, length=length, u_start=float(1 - (until[chosen] - place) / length))
+
+
+def fit_plan(plan, video, annotation=()):
+    """A plan -> the same for a file: which part of it may be used, and what tells the times of its frames. BadFile."""
+    fps, noted = video.fps or plan.frame_fps, dict(annotation).get("fps") or 0.0
+    part = dict(begin=video.begin, length=video.length, times=video.times, pictures=video.pictures)
+    plan = replace(plan, frame_fps=fps, noted_fps=noted, **part)
+    return between_gaps(plan, read_times(plan.times)[0]) if plan.times else plan
 
 
 def playing_stream(container):
@@ -1442,6 +1604,12 @@ def time_line(container, stream, plan, fast=True):
     """-> (TimeLine, its packets from the first key packet on). A transport stream's line covers all its parts."""
     kind, codec, unit, stamp = container.format.name, stream.codec_context, stream.time_base, file_stamp(container)
     packets, fps = from_key(container.demux(stream)), float(stream.average_rate or stream.guessed_rate or 25)
+    if kind in RAW_FORMATS and plan.times:
+        told, count = read_times(plan.times)[0], count_packets(stamp)
+        if len(told) < count:
+            raise BadFile(f"{count} frames, and {len(told)} times in {one_line(os.path.basename(plan.times))}")
+        fps = 1 / float(np.median(np.diff(told)))
+        return TimeLine(0, unit, float(told[count - 1]) + 1 / fps, fps, in_order=True, told=told), packets
     if kind in RAW_FORMATS:
         fps = plan.frame_fps or float(codec.framerate or 0) or plan.noted_fps or RAW_FPS
         unit = 1 / Fraction(fps).limit_denominator(10**6)
@@ -1569,7 +1737,8 @@ def pyav_walk(container, stream, plan, fast):
     from av.video.reformatter import VideoReformatter
 
     line, packets = time_line(container, stream, plan, fast)
-    times, aspect = frame_times(plan, line.duration, line.fps), float(stream.sample_aspect_ratio or 1)
+    times = frame_times(plan, usable_part(plan, line.duration, line.fps), line.fps)
+    aspect = float(stream.sample_aspect_ratio or 1)
     fast = fast and not line.in_order
     sought = fast and times[0] > 1
     if not 1 / 8 <= aspect <= 8:
@@ -1626,10 +1795,43 @@ def read_pyav(path, plan, fast=True):
 
 
 def video_timing(path, plan):
-    """-> (seconds, frames per second) of a video, for frame_times of a plan. BadFile for a bad one."""
+    """-> (seconds that may be used, frames per second) of a video, for frame_times of a plan. BadFile for a bad one."""
+    if plan.pictures:
+        return picture_line(path, plan)[2:]
     with opened_stream(path) as (container, stream):
         line, _ = time_line(container, stream, plan)
-        return line.duration, line.fps
+        return usable_part(plan, line.duration, line.fps), line.fps
+
+
+def open_picture(path):
+    """A picture -> uint8 [H, W, 3], turned as it asks. BadFile."""
+    from PIL import Image, ImageOps
+
+    try:
+        check_regular(path)
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS or image.mode[0] in "IF":
+                raise BadFile(f"{image.width} x {image.height} pixels of kind {image.mode}")
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (BadFile, SyntaxError, Image.DecompressionBombError, *DECODE_ERRORS) as error:
+        raise BadFile(f"picture {one_line(os.path.basename(path))}: {one_line(reason_of(error))}") from error
+
+
+def read_pictures(path, plan):
+    """The pictures of a drive that a plan needs, no others are opened -> uint8 [T, H, W, 3]. BadFile."""
+    import av
+    from av.video.reformatter import VideoReformatter
+
+    paths, seconds, duration, fps = picture_line(path, plan)
+    wanted = np.searchsorted(seconds, frame_times(plan, duration, fps), side="right") - 1
+    frames, sizes, scaler = {}, {}, VideoReformatter()
+    for number in dict.fromkeys(wanted.tolist()):
+        picture = open_picture(paths[number])
+        sizes.setdefault(picture.shape[1::-1], os.path.basename(paths[number]))
+        if len(sizes) > 1:
+            raise BadFile("pictures of two sizes: " + ", ".join(f"{one_line(sizes[w, h])} {w} x {h}" for w, h in sizes))
+        frames[number] = pyav_picture(av.VideoFrame.from_ndarray(picture, format="rgb24"), plan, 1.0, scaler)
+    return np.stack([frames[number] for number in wanted.tolist()])
 
 
 def beyond_decord(path):
@@ -1660,7 +1862,8 @@ def read_decord(path, plan):
     decord.logging.set_level(decord.logging.FATAL)
     open_decord = partial(decord.VideoReader, path, ctx=decord.cpu(0), num_threads=1)
     try:
-        if beyond := beyond_decord(path):
+        # in HEVC and AV1 its frames may be two off, which at a border is another episode
+        if beyond := "parts of a file" if plan.begin or plan.length else beyond_decord(path):
             raise CannotOpen(f"only pyav is trusted with {beyond}")
         height, width = open_decord()[0].shape[:2]
         scaled_w, scaled_h, x, y = crop_box(plan, width, height)
@@ -1681,6 +1884,8 @@ READERS = {"pyav": read_pyav, "decord": read_decord}
 
 def read_frames(path, plan, decoder):
     """Decode just the frames of a plan, resized -> uint8 [T, H, W, 3]. BadFile with every decoder's reason."""
+    if plan.pictures:
+        return read_pictures(path, plan)
     check_regular(path)
     reasons = []
     for name in DECODERS[decoder]:
@@ -1750,7 +1955,8 @@ def told_apart(seconds, work, *args):
 
 def small_clip(cfg, video):
     """Decode a small clip of a video, for told_apart."""
-    read_frames(video.path, ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5), cfg.decoder)
+    plan = ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5, cfg.frame_fps)
+    read_frames(video.path, fit_plan(plan, video), cfg.decoder)
 
 
 def guessed_names(root, videos):
@@ -1768,7 +1974,7 @@ def guessed_names(root, videos):
 def guessed_rates(cfg, root, videos):
     """Names of the files that are read at RAW_FPS since neither frame_fps nor header nor annotation says more -> (list,
     whether all were looked at). Only raw suffixes are opened, for 20 s at most."""
-    raw = [video for video in videos if video.path.lower().endswith(RAW_SUFFIXES)]
+    raw = [video for video in videos if video.path.lower().endswith(RAW_SUFFIXES) and not (video.fps or video.times)]
     if cfg.frame_fps or not raw:
         return [], True
     return told_apart(min(cfg.decode_timeout_s, 20.0), guessed_names, root, raw)
@@ -1777,7 +1983,8 @@ def guessed_rates(cfg, root, videos):
 def split_readable(cfg, videos, read_one=small_clip):
     """split_videos, but while none of a handful of held-out files can be read by `read_one`, one more is held out."""
     train, val = split_videos(videos, cfg.val_fraction)
-    for at_least in range(len(val), min(len(val) + 8, len(videos) - 1) + 1):
+    held_out = len({number if video.drive == video.name else video.drive for number, video in enumerate(val)})
+    for at_least in range(held_out, min(held_out + 8, len(videos) - 1) + 1):
         wider = split_videos(videos, cfg.val_fraction, at_least)
         if len(val) > 8 or any(told_apart(cfg.decode_timeout_s, read_one, cfg, video)[1] for video in wider[1]):
             return wider
@@ -2544,8 +2751,7 @@ class ClipDataset(FileDataset):
         """-> (frames uint8 [T, H, W, 3], annotation)."""
         noted = read_annotation(self.data_root, video).items()
         annotation = {"maneuver": video.label or "", **{key: value for key, value in noted if value is not None}}
-        plan = replace(plan, noted_fps=annotation.get("fps") or 0.0)
-        return read_frames(video.path, plan, self.cfg.decoder), annotation
+        return read_frames(video.path, fit_plan(plan, video, annotation), self.cfg.decoder), annotation
 
     def check_form(self, content):
         """Frames come from the decoder in the shape that was asked for."""
@@ -2739,10 +2945,15 @@ class DataSource:
     by_folders: bool = False  # whether folders split the files, not the hash of their names
 
     def listing(self):
-        """What a checkpoint keeps of it: number of files and what splits them; a user's names unless too many."""
-        names = sorted({video.name for video in (*self.train, *self.val)})
+        """What a checkpoint keeps of it: number of files and what splits them, groups too; a user's names unless too
+        many."""
+        videos = (*self.train, *self.val)
+        names = sorted({video.name for video in videos})
         kept = names if self.kind == "videos" and len(names) <= MAX_LISTED else []
         split = "folders" if self.by_folders else "hash"
+        groups = sorted({(video.name, video.group) for video in videos if video.group})
+        if groups:
+            split = f"groups {hashlib.sha256(repr(groups).encode()).hexdigest()[:12]}"
         return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept, "split": split}
 
     def dataset(self, cfg, stream):
@@ -2771,6 +2982,27 @@ def instead_of_videos(cfg, videos):
     return f"no --data_root: training on built-in driving scenes, {what}"
 
 
+def drives_of_pictures(cfg, videos):
+    """What was listed -> the same, or where it is no video the folders of pictures, if --frame_fps tells their rate.
+    UsageError for layouts that would be misread without a list."""
+    root, layout = cfg.data_root, ""
+    command = f"python tools/make_list.py {root} --out LIST.jsonl"
+    with suppress(OSError, ValueError):
+        if '"codebase_version"' in read_text(os.path.join(root, "meta", "info.json"), MAX_ANNOTATION_BYTES):
+            layout = "LeRobot, whose files hold several episodes or cameras of one"
+    streams = (video.path for video in videos if video.path.endswith("/video.hevc") and not (video.fps or video.times))
+    if not cfg.frame_fps and any(os.path.exists(path[:-10] + "global_pose/frame_times") for path in streams):
+        layout = "comma2k19, whose streams hold no times"
+    if layout:
+        raise UsageError(f"data_root {root}: this is {layout}; {command} makes the list to be given instead")
+    if videos or not videos.drives:
+        return videos
+    if cfg.frame_fps:
+        return Listing(sorted(videos.drives, key=operator.attrgetter("name")))
+    rate = "--frame_fps N takes each of its folders of pictures for a drive of that rate"
+    raise UsageError(f"data_root {root}: {nothing_found(cfg, videos)}; {command} makes a list of what it knows; {rate}")
+
+
 def list_data(cfg, Dataset=ClipDataset):
     """The files that a config names, [] for built-in scenes. UsageError for a wrong or a missing path."""
     suffixes, must = Dataset.SUFFIXES, not Dataset.HAS_SCENES
@@ -2778,6 +3010,7 @@ def list_data(cfg, Dataset=ClipDataset):
         wanted = f"must name a folder or a list of files {', '.join(suffixes)} (--data_root)"
         raise UsageError(f"data_root = {cfg.data_root or repr('')}: {wanted}")
     videos = find_videos(cfg.data_root, cfg.video_glob, suffixes) if cfg.data_root else Listing()
+    videos = drives_of_pictures(cfg, videos) if cfg.data_root and not must else videos
     if cfg.data_root and not videos and (must or cfg.missing_data == "error"):
         raise UsageError(f"data_root {cfg.data_root}: {nothing_found(cfg, videos, suffixes)} (--video_glob)")
     return videos
@@ -4830,8 +5063,8 @@ def picture_rows(model, data, bank, process, number, side, num_samples):
     clip = torch.from_numpy(np.ascontiguousarray(seen.transpose(0, 3, 1, 2)))
     generator = torch.Generator(process.device).manual_seed(number)
     samples = model.sample_futures(clip[None].to(process.device), num_samples, generator=generator)[0].flatten(1).cpu()
-    own = data["val"].videos[file].name
-    other = torch.tensor([data["bank"].videos[file].name != own for file in bank_files])
+    own = data["val"].videos[file].drive
+    other = torch.tensor([data["bank"].videos[file].drive != own for file in bank_files])
     other = other if other.any() else torch.ones_like(other)  # a single file has only itself to show
     nearest = torch.cdist(samples, futures).masked_fill(~other, float("inf")).argmin(1).tolist()
     found = [data["bank"].decode(bank_numbers[entry], *side)[0] for entry in nearest]
