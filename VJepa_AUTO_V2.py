@@ -2800,6 +2800,15 @@ class SceneDataset(ClipDataset):
         return (frames[:, :, ::-1] if flip else frames), index % len(self.videos), labels, [], flip
 
 
+def whole_tokens(found, plan):
+    """A foreign file, [B, D, T, H, W] or [D, T, H, W] -> tokens [L, D] of one clip, drawn by plan in 0 to 1. BadFile
+    for anything else."""
+    if not torch.is_tensor(found) or found.ndim not in (4, 5) or not found.is_floating_point() or not len(found):
+        raise BadFile(f"latents are no tensor [B, D, T, H, W] or [D, T, H, W], but {describe_form(found)}")
+    clip = found[int(plan * len(found))] if found.ndim == 5 else found
+    return clip.flatten(1).T.float()
+
+
 class LatentDataset(FileDataset):
     """What a frozen encoder makes of clips, a cached file for each. `cache`: what cache.json says, the forms of a
     foreign cache; `world`, without memory, takes clips of a foreign one apart."""
@@ -2832,15 +2841,6 @@ class LatentDataset(FileDataset):
         forms = self.cache["tensors"].items()
         zeros = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms}
         return {**zeros, "maneuver": torch.tensor(-1)}
-
-
-def whole_tokens(found, plan):
-    """A foreign file, [B, D, T, H, W] or [D, T, H, W] -> tokens [L, D] of one clip, drawn by plan in 0 to 1. BadFile
-    for anything else."""
-    if not torch.is_tensor(found) or found.ndim not in (4, 5) or not found.is_floating_point() or not len(found):
-        raise BadFile(f"latents are no tensor [B, D, T, H, W] or [D, T, H, W], but {describe_form(found)}")
-    clip = found[int(plan * len(found))] if found.ndim == 5 else found
-    return clip.flatten(1).T.float()
 
 
 def tensor_forms(tensors):
@@ -2883,7 +2883,7 @@ def read_cache(world, cfg):
 def list_latents(world, cfg):
     """The clips of a cache -> Listing with the class that reads them, `Dataset`, and `root`, a list of their videos.
     UsageError as of read_cache, for a world without such latents, and where no foreign file fits."""
-    if world.latents is World.latents:
+    if not world.latent_fields:
         raise UsageError(f"latents = {one_line(cfg.latents)}: {world.__name__} has none to read (--latents)")
     index, rows, cache = read_cache(world, cfg)
     listing, reason = Listing(), "no file"
