@@ -2801,27 +2801,24 @@ class SceneDataset(ClipDataset):
 
 
 def whole_tokens(found, plan):
-    """A foreign file, [B, D, T, H, W] or [D, T, H, W] -> tokens [L, D] of one clip, drawn by plan in 0 to 1. BadFile
-    for anything else."""
+    """Latents that others cached, [B, D, T, H, W] or [D, T, H, W] -> tokens [L, D] of one clip, drawn by plan, 0 to 1.
+    BadFile for anything else."""
     if not torch.is_tensor(found) or found.ndim not in (4, 5) or not found.is_floating_point() or not len(found):
         raise BadFile(f"latents are no tensor [B, D, T, H, W] or [D, T, H, W], but {describe_form(found)}")
-    clip = found[int(plan * len(found))] if found.ndim == 5 else found
-    return clip.flatten(1).T.float()
+    return (found[int(plan * len(found))] if found.ndim == 5 else found).flatten(1).T.float()
 
 
 class LatentDataset(FileDataset):
-    """What a frozen encoder makes of clips, a cached file for each. `cache`: what cache.json says, the forms of a
-    foreign cache; `world`, without memory, takes clips of a foreign one apart."""
+    """What a frozen encoder makes of clips, a cached file for each. `cache`: what cache.json says; of a cache of others
+    the forms alone, and `world`, which has no memory, takes its clips apart."""
 
     SUFFIXES, cache, world = (".pt",), {}, None
 
     @staticmethod
     def notes(cfg, source):
-        cache, what = source.Dataset.cache, f"latents {cfg.latents}: whole clips were encoded, so NOW saw its future"
-        told = (
-            f"latents: {cfg.latents}, made by {cache['settings']['world']}" if "frozen" in cache else f"WARNING: {what}"
-        )
-        return [f"{told}; pictures are neither read nor encoded"]
+        own = "frozen" in source.Dataset.cache
+        told = "" if own else "WARNING: whole clips were encoded, so NOW saw its future: "
+        return [f"{told}latents of {cfg.latents} are read, videos neither decoded nor encoded"]
 
     def read_file(self, video, plan):
         check_regular(video.path)
@@ -2829,8 +2826,7 @@ class LatentDataset(FileDataset):
             found = torch.load(video.path, map_location="cpu", weights_only=True)
         except Exception as error:  # such a file makes the unpickler raise anything
             raise BadFile(f"latents cannot be read ({type(error).__name__}: {flat(error)[:160]})") from error
-        if "frozen" not in self.cache:
-            found = self.world.latents_of(whole_tokens(found, plan))
+        found = found if self.world is None else self.world.latents_of(whole_tokens(found, plan))
         if not isinstance(found, dict):
             raise BadFile(f"latents are no dict of tensors, but {describe_form(found)}")
         if odd := [name for name, value in found.items() if torch.is_tensor(value) and not value.isfinite().all()]:
@@ -2855,24 +2851,23 @@ def latent_settings(world, cfg):
 
 
 def read_cache(world, cfg):
-    """The csv of `latents` and its cache.json -> (its path, rows, cache, {} for one of others). UsageError where they
-    cannot be read or were made with other settings than the config's."""
-    place, cache, what = Path(cfg.latents), {}, f"latents {one_line(cfg.latents)}"
+    """The csv of `latents` -> (its path, rows, what its cache.json says, {} for a cache of others). UsageError where
+    they cannot be read or were made with other settings."""
+    place, cache, other, what = Path(cfg.latents), {}, [], f"latents {one_line(cfg.latents)}"
     index = place / "index.csv" if place.is_dir() else place
-    about, here = index.parent / "cache.json", latent_settings(world, cfg)
+    about = index.parent / "cache.json"
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(index, MAX_LIST_BYTES), newline="")))
         if place.is_dir() or index.name == "index.csv" and about.is_file():
             cache = parse_json(read_text(about, 2**24))
             [torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in cache["tensors"].values()]
-            other = [f"{name} = {value} (here {here.get(name)})" for name, value in cache["settings"].items()]
-            other = [text for text, name in zip(other, cache["settings"]) if cache["settings"][name] != here.get(name)]
+            here, then = latent_settings(world, cfg), cache["settings"]
+            other = [f"{name} = {then.get(name)} (here {here[name]})" for name in here if then.get(name) != here[name]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, csv.Error) as error:
-        made = f"python tools/cache_latents.py --out {one_line(place)} makes it, and goes on where it was stopped"
-        raise UsageError(
-            f"{what}: no {index.name} or cache.json that can be read ({reason_of(error)}); {made}"
-        ) from error
-    if cache and other:
+        made = "tools/cache_latents.py makes them, and goes on where it was stopped"
+        told = f"{what}: no {index.name} or cache.json that can be read ({reason_of(error)})"
+        raise UsageError(f"{told}; {made}") from error
+    if other:
         raise UsageError(f"{what}: made with {', '.join(other)}; use the same, or another cache (--latents)")
     needed = ("out_path", "name", "begin", "group") if cache else ("out_path",)
     if not rows or not all(row.get(name) for row in rows for name in needed):
@@ -2881,8 +2876,8 @@ def read_cache(world, cfg):
 
 
 def list_latents(world, cfg):
-    """The clips of a cache -> Listing with the class that reads them, `Dataset`, and `root`, a list of their videos.
-    UsageError as of read_cache, for a world without such latents, and where no foreign file fits."""
+    """The clips of a cache -> Listing, with `Dataset`, which reads them, and `root`, the list of their videos. UsageError
+    as of read_cache, for a world that reads none, and where no file of others fits."""
     if not world.latent_fields:
         raise UsageError(f"latents = {one_line(cfg.latents)}: {world.__name__} has none to read (--latents)")
     index, rows, cache = read_cache(world, cfg)
@@ -2893,23 +2888,22 @@ def list_latents(world, cfg):
         listing.append(VideoFile(name, path, row.get("maneuver") or "", group=row.get("group") or ""))
     if cache.get("split") == "folders":
         listing.sides = {side: [clip for clip in listing if clip.name.startswith(f"{side}/")] for side in SIDES}
+    listing.root = str(index.parent / "list.jsonl" if cache else index)
+    listing.Dataset = kind = type("LatentDataset", (LatentDataset,), {"cache": cache})
+    if cache:
+        return listing
     with torch.device("meta"):
-        listing.Dataset = type("LatentDataset", (LatentDataset,), {"cache": cache, "world": world(cfg)})
-    listing.root, data = (
-        str(index.parent / "list.jsonl" if cache else index),
-        listing.Dataset(cfg, listing, "", "train"),
-    )
-    for clip in listing[: 0 if cache else 16]:
+        kind.world = world(cfg)
+    for clip in listing[:16]:
         try:
-            found = data.read_file(clip, 0.0)
+            forms = tensor_forms(kind(cfg, [clip], "", "train").read_file(clip, 0.0))
         except BadFile as error:
             reason = f"{clip.name}: {error}"
         else:
-            listing.Dataset.cache = {"tensors": tensor_forms({k: v for k, v in found.items() if k != "maneuver"})}
-            break
-    if not listing.Dataset.cache:
-        raise UsageError(f"latents {one_line(cfg.latents)}: no usable file among its first ({reason})")
-    return listing
+            del forms["maneuver"]
+            kind.cache = {"tensors": forms}
+            return listing
+    raise UsageError(f"latents {one_line(cfg.latents)}: no usable file among the first ({reason})")
 
 
 def maneuver_names(videos, data_root):
@@ -4052,12 +4046,12 @@ class World(nn.Module):
     latent_fields = ()  # names of the settings that decide what latents are
 
     def latents(self, batch):
-        """All that `forward` needs of the clips of a batch, where no trained part has touched it -> {name: tensor [B,
-        ...]}. tools/cache_latents.py keeps it; with --latents, a batch holds these instead of `frames`."""
+        """All that `forward` needs of a batch's clips, made by FROZEN parts alone -> {name: tensor [B, ...]}. With
+        --latents a batch holds these, as tools/cache_latents.py kept them, instead of `frames`."""
         return {}
 
     def latents_of(self, whole):
-        """`latents` of one clip, without batch axis, from all its tokens [L, D]: a cache that others made."""
+        """All tokens [L, D] of a clip of a cache that others made -> its `latents`, without batch axis."""
         raise BadFile(f"{type(self).__name__} reads no latents of whole clips")
 
     # -- a step
@@ -5081,13 +5075,13 @@ def save_picture(image, path):
 
 
 def videos_behind(world, cfg, path):
-    """The list that tools/cache_latents.py left of a cache's windows -> (their DataSource, names that are gone)."""
+    """The list that tools/cache_latents.py left of a cache's clips -> (their DataSource or None, what is gone)."""
     if not path.endswith(".jsonl") or not os.path.exists(path):
         return None, [path]
-    cfg = replace(cfg, latents="", data_root=path)
-    videos = list_data(cfg)
-    gone = [video.name for video in videos if not os.path.exists(video.path)]
-    return None if gone else open_data(world, cfg, videos, True, None), gone
+    videos = read_list(path)
+    if gone := [video.name for video in videos if not os.path.exists(video.path)]:
+        return None, gone
+    return open_data(world, replace(cfg, data_root=path), videos, True, None), []
 
 
 @torch.no_grad()
@@ -5161,8 +5155,8 @@ SHAPE_FIELDS = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio", "pos_embed")  
 
 
 def frozen_encoder(cfg):
-    """The encoder of init_from on the token grid of a config, which learns nothing. UsageError where it cuts clips into
-    other tokens, or with freeze_encoder, has other shapes. On the meta device one of the config's own shapes."""
+    """The encoder of init_from on a config's token grid; it learns nothing. UsageError where it has other tokens or,
+    with freeze_encoder, other shapes. On the meta device nothing is read."""
     if torch.get_default_device().type == "meta":
         return Encoder(cfg).eval().requires_grad_(False)
     encoder = load_encoder(cfg.init_from)
@@ -5176,7 +5170,7 @@ def frozen_encoder(cfg):
 
 
 def fixed_map(width, wanted, seed):
-    """Orthonormal random matrix [width, wanted], the same wherever it is drawn: onto a smaller width it keeps distances
+    """Orthonormal random matrix [width, wanted], the same on every machine: onto a smaller width it keeps distances
     nearly, onto a larger one exactly. One that learns would let targets collapse."""
     rows = torch.randn((max(width, wanted), min(width, wanted)), generator=torch.Generator().manual_seed(seed)).double()
     directions, upper = torch.linalg.qr(rows)
@@ -5251,8 +5245,8 @@ class VJepaAutoV2(World):
         self.target.eval(), self.flow_ema.eval()
 
     def make_target(self):
-        """The target encoder: a copy of the online one, which follows it; or what is frozen. One of another width gets
-        a fixed map onto ours. The online encoder of a frozen target begins as its copy where it has its shapes."""
+        """The target encoder: the online one itself where that is frozen, a copy that follows it, or a frozen teacher,
+        which gets a fixed map onto another width; online begins from its weights where the shapes allow it."""
         cfg = self.cfg
         if cfg.freeze_encoder or cfg.teacher == "ema":
             return self.online if cfg.freeze_encoder else copy.deepcopy(self.online)
@@ -5289,13 +5283,12 @@ class VJepaAutoV2(World):
 
     @torch.no_grad()
     def latents(self, batch):
-        """What training needs of clips: the NOW context [B, K, D], made of NOW alone, and targets [B, L', D]: those of
-        NOW and SOON, and of EVENTUALLY the mean of each tubelet, as only means of it are ever used."""
+        """The NOW context [B, K, D], of NOW alone, and targets [B, L', D]: of EVENTUALLY the mean of each tubelet, since
+        only means of it are ever used."""
         return self.brief(self.now_context(batch["frames"]), self.make_targets(self.normalise(batch["frames"])))
 
     def latents_of(self, whole):
-        """Tokens [L, D] of a whole clip by the frozen encoder, of which NOW's saw the future -> as `latents`, without
-        batch. BadFile for others than this encoder's."""
+        """As in World; here NOW's tokens saw the future. BadFile for tokens of another grid or width."""
         if whole.shape != (self.cfg.num_tokens, self.cfg.enc_dim):
             grid = " x ".join(map(str, self.cfg.grid))
             raise BadFile(f"holds {list(whole.shape)} tokens and channels, not {grid} tokens of {self.cfg.enc_dim}")
@@ -5313,7 +5306,7 @@ class VJepaAutoV2(World):
         return batch["context"].float() if "context" in batch else self.now_context(batch["frames"])
 
     def targets_of(self, batch):
-        """Targets of a batch of clips [B, L, D]; of their latents [B, L', D], as in `latents`."""
+        """Targets of a batch of clips [B, L, D], or of their latents [B, L', D]."""
         return batch["targets"].float() if "targets" in batch else self.make_targets(self.normalise(batch["frames"]))
 
     def encode_now(self, tokens):
@@ -5500,7 +5493,7 @@ class VJepaAutoV2(World):
         if self.cfg.latents:
             source, gone = videos_behind(type(self), self.cfg, source.root)
             if gone:
-                log.line(f"picture: none, as the videos behind the latents are not there: {name_some(gone)}")
+                log.line(f"picture: none, since videos behind the latents are not there: {name_some(gone)}")
                 return
         log.stage = "drawing futures.png"
         try:

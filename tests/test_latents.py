@@ -262,7 +262,7 @@ def test_caches_of_others_that_do_not_fit(made, tmp_path):
     for content in ([1], torch.ones(3), {"a": torch.ones(1)}, torch.ones(48, 6, 4, 4, dtype=torch.int64), Code()):
         for number in range(2):
             torch.save(content, path.parent / f"{number}.pt")
-        with pytest.raises(V.UsageError, match="no usable file among its first"):
+        with pytest.raises(V.UsageError, match="no usable file among the first"):
             V.list_latents(V.VJepaAutoV2, foreign)
 
 
@@ -405,4 +405,4 @@ def test_real_runs(made, tmp_path, capsys):
     finally:
         moved.rename(cfg.data_root)
     told = capsys.readouterr().out
-    assert "picture: none, as the videos behind the latents are not there: " in told and "resumed from" in told
+    assert "picture: none, since videos behind the latents are not there: " in told and "resumed from" in told
