@@ -207,7 +207,7 @@ class RunConfig:
 
     def __post_init__(self):
         """A ~ at the front of a path is the home folder, wherever the config comes from."""
-        for name in ("data_root", "out_dir", "resume", "latents"):
+        for name in ("data_root", "out_dir", "resume", "init_from", "latents"):
             if isinstance(getattr(self, name, None), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
 
@@ -304,7 +304,7 @@ class ClipConfig(RunConfig):
 class VJepaAutoV2Config(ClipConfig):
     """The tri-temporal world: how a clip is cut into NOW, SOON and EVENTUALLY, networks, losses, and the flow net."""
 
-    preset: str = "base"  # tiny | proof | small | base | large: a named set of overrides (base = these defaults)
+    preset: str = "base"  # tiny | proof | small | base | large | vjepa2_vitl, h, g, g_384: named overrides
     # -- grid
     eventually_frames: int = 64  # far future
     tubelet_t: int = 2  # frames per token
@@ -316,11 +316,17 @@ class VJepaAutoV2Config(ClipConfig):
     pred_depth: int = 12  # predictor blocks
     num_heads: int = 12  # attention heads of encoder, predictor and outcome head
     mlp_ratio: float = 4.0  # hidden width of an MLP over its width
+    pred_heads: int = 0  # attention heads of the predictor; 0 = num_heads
+    pred_mlp_ratio: float = 0.0  # the same for the predictor; 0 = mlp_ratio
     dropout: float = 0.0  # after attention and MLP
-    pos_embed: str = "sincos"  # sincos (added once) | rope (rotary, inside attention, V-JEPA 2 form)
+    pos_embed: str = "sincos"  # sincos (added once) | rope (rotary, V-JEPA 2 form) | rope21 (V-JEPA 2.1 form)
+    soon_start: str = "last"  # SOON starts from the last NOW tubelet: last | from the mask token alone: mask (V-JEPA 2)
     grad_checkpoint: bool = False  # recompute block activations in backward: less memory, about 26 % more compute
+    # -- weights to start from
+    init_from: str = ""  # V-JEPA 2 weights (folder, .pt, hub id), or a checkpoint; resuming comes first
+    init_key: str = ""  # entry: target_encoder, ema_encoder or encoder, first found; of a checkpoint: target or online
+    allow_partial: bool = False  # start even where tensors of the encoder are missing or too many
     # -- objective
-    init_from: str = ""  # STUB
     freeze_encoder: bool = False  # the encoder of init_from learns nothing: NOW's and the target encoder in one
     teacher: str = "ema"  # ema (the target follows the encoder) | frozen (it is that of init_from, of any width)
     ema_momentum: float = 0.996  # target encoder momentum
@@ -374,6 +380,12 @@ class VJepaAutoV2Config(ClipConfig):
         ema_momentum=0.992, ema_momentum_end=0.998, lambda_soon=2.0, flow_depth=3, flow_chunks=2, num_workers=2,
         outcome_queue=256, crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
     )
+    VJEPA2 = dict(  # what the published sizes share; 8 s of 4 frames per second
+        image_size=256, num_frames=32, now_frames=8, soon_frames=8, eventually_frames=16, clip_fps=4.0,
+        enc_dim=1024, enc_depth=24, num_heads=16, pred_heads=12, pred_mlp_ratio=4.0, pos_embed="rope",
+        soon_start="mask", lr=5e-5, ema_momentum=0.999, batch_size=4, grad_accum=4, grad_checkpoint=True, amp=True,
+    )
+    VITG = dict(VJEPA2, enc_dim=1408, enc_depth=40, num_heads=22, mlp_ratio=48 / 11, batch_size=2, grad_accum=8)
     PRESETS = {
         "tiny": dict(
             MINUTES, steps=500, flow_dim=256, flow_heads=4, flow_draws=16, flow_lr=2e-3, scene_clips=768, scene_size=96,
@@ -393,11 +405,16 @@ class VJepaAutoV2Config(ClipConfig):
             enc_dim=1024, enc_depth=24, num_heads=16, flow_dim=1024, flow_heads=16, batch_size=4, grad_checkpoint=True,
             amp=True,
         ),
+        "vjepa2_vitl": VJEPA2,
+        "vjepa2_vith": dict(VJEPA2, enc_dim=1280, enc_depth=32),
+        "vjepa2_vitg": VITG,
+        "vjepa2_vitg_384": dict(VITG, image_size=384, batch_size=1, grad_accum=16),
     }
     RANGES = {
         "num_frames": (3, 100000), "eventually_frames": (1, 100000), "tubelet_t": (1, 100000), "patch": (1, 8192),
         "enc_dim": (6, 65536), "enc_depth": (1, 1000), "pred_dim": (6, 65536), "pred_depth": (1, 1000),
-        "num_heads": (1, 65536), "mlp_ratio": (0.1, 64), "dropout": (0, 0.9), "ema_momentum": (0, 1),
+        "num_heads": (1, 65536), "mlp_ratio": (0.1, 64), "pred_heads": (0, 65536), "pred_mlp_ratio": (0, 64),
+        "dropout": (0, 0.9), "ema_momentum": (0, 1),
         "ema_momentum_end": (0, 1), "short_num_blocks": (1, 1000), "short_scale": (0.001, 1),
         "long_num_blocks": (1, 1000), "long_scale": (0.001, 1), "aspect_min": (0.05, 20), "aspect_max": (0.05, 20),
         "short_visible": (0, 0.99), "long_visible": (0, 0.99), "mask_draws": (1, 64), "lambda_vjepa": (0, 10**6),
@@ -411,13 +428,14 @@ class VJepaAutoV2Config(ClipConfig):
         "flow_fit_lr": (0, None), "soon_fit_steps": (0, 10**9), "soon_fit_batch": (1, 65536),
     }
     CHOICES = {
-        "pos_embed": ("sincos", "rope"), "outcome_target": ("mean", "delta"), "flow_rest": ("mean", "gaussian"),
-        "teacher": ("ema", "frozen"),
+        "pos_embed": ("sincos", "rope", "rope21"), "soon_start": ("last", "mask"), "outcome_target": ("mean", "delta"),
+        "flow_rest": ("mean", "gaussian"), "teacher": ("ema", "frozen"),
     }
     MUST_MATCH = (
         "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim", "pred_depth", "num_heads",
-        "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target", "flow_dim", "flow_depth",
-        "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool", "freeze_encoder", "teacher",
+        "mlp_ratio", "pred_heads", "pred_mlp_ratio", "pos_embed", "soon_start", "outcome_queries", "outcome_queue",
+        "outcome_target", "flow_dim", "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max",
+        "flow_pool", "freeze_encoder", "teacher",
     )
 
     @property
@@ -471,9 +489,10 @@ class VJepaAutoV2Config(ClipConfig):
             rows += [(getattr(self, name) % self.tubelet_t, name, f"must be divisible by tubelet_t = {self.tubelet_t}")]
         for side in dict.fromkeys((self.height, self.width)):
             rows += [(side % self.patch, "image_size", f"{side} must be divisible by patch = {self.patch}")]
-        for name, heads in (("enc_dim", "num_heads"), ("pred_dim", "num_heads"), ("flow_dim", "flow_heads")):
+        of_predictor = "pred_heads" if self.pred_heads else "num_heads"
+        for name, heads in (("enc_dim", "num_heads"), ("pred_dim", of_predictor), ("flow_dim", "flow_heads")):
             width, count = getattr(self, name), getattr(self, heads)
-            odd = self.pos_embed == "rope" and name != "flow_dim" and (width // count < 6 or width // count % 2)
+            odd = self.pos_embed != "sincos" and name != "flow_dim" and (width // count < 6 or width // count % 2)
             even_heads = f"rope needs an even number of channels per head, at least 6, not {width // count}"
             rows += [
                 (width % count, name, f"must be divisible by {heads} = {count}"),
@@ -483,6 +502,7 @@ class VJepaAutoV2Config(ClipConfig):
         no_fit = self.soon_fit_steps and not self.flow_fit_clips
         taught, needs = self.teacher == "frozen", "needs the weights of init_from (--init_from)"
         rows += [
+            (self.init_key and not self.init_from, "init_key", "chooses within --init_from, which names nothing"),
             (self.freeze_encoder and not self.init_from, "freeze_encoder", needs),
             (taught and not self.init_from, "teacher", needs),
             (taught and self.freeze_encoder, "teacher", "freeze_encoder leaves nothing to teach"),
@@ -2876,8 +2896,8 @@ def read_cache(world, cfg):
 
 
 def list_latents(world, cfg):
-    """The clips of a cache -> Listing, with `Dataset`, which reads them, and `root`, the list of their videos. UsageError
-    as of read_cache, for a world that reads none, and where no file of others fits."""
+    """The clips of a cache -> Listing, with `Dataset`, which reads them, and `root`, the list of their videos.
+    UsageError as of read_cache, for a world that reads none, and where no file of others fits."""
     if not world.latent_fields:
         raise UsageError(f"latents = {one_line(cfg.latents)}: {world.__name__} has none to read (--latents)")
     index, rows, cache = read_cache(world, cfg)
@@ -4138,6 +4158,9 @@ class World(nn.Module):
         """After the last evaluation, on rank 0: draw a picture, in about so many seconds. Stopped on a signal."""
 
     # -- start-up lines
+    def take_weights(self, say):
+        """Take in weights that the config names where a run begins, not where one goes on. `say` logs a line."""
+
     def describe(self):
         """Lines about the model; by default its parameters."""
         sizes = {name: sum(p.numel() for p in child.parameters()) / 1e6 for name, child in self.named_children()}
@@ -4252,13 +4275,15 @@ def sincos_table(positions, dim):
     return F.pad(code, (0, dim - code.shape[1])).float()
 
 
-def rope_table(positions, head_dim):
+def rope_table(positions, head_dim, paired=False):
     """3D rotary angles in V-JEPA 2's published form -> (cos, sin), float32 [L, head_dim].
 
     A head's channels are split in three equal even parts (t, h, w); the rest stays unrotated (cos 1, sin 0). Each part
-    repeats its frequency list twice while rotating neighbouring pairs: the published weights expect that.
+    repeats its frequency list twice while rotating neighbouring pairs: the published weights expect that. Those of
+    V-JEPA 2.1 expect one frequency per pair (`paired`).
     """
-    angles = axis_angles(positions, head_dim // 6).repeat(1, 1, 2).flatten(1)
+    angles = axis_angles(positions, head_dim // 6)
+    angles = (angles.repeat_interleave(2, 2) if paired else angles.repeat(1, 1, 2)).flatten(1)
     rest = (0, head_dim - angles.shape[1])
     return F.pad(angles.cos(), rest, value=1.0).float(), F.pad(angles.sin(), rest).float()
 
@@ -4359,9 +4384,10 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """A stack of blocks and a last norm over tokens at given positions: [B, N, dim] -> [B, N, dim]."""
 
-    def __init__(self, cfg, dim, depth):
+    def __init__(self, cfg, dim, depth, num_heads=0, mlp_ratio=0.0):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, cfg.num_heads, cfg.mlp_ratio, cfg.dropout) for _ in range(depth))
+        sizes = dim, num_heads or cfg.num_heads, mlp_ratio or cfg.mlp_ratio, cfg.dropout
+        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(depth))
         self.norm, self.grad_checkpoint = nn.LayerNorm(dim, eps=1e-6), cfg.grad_checkpoint
         init_weights(self)
         for number, block in enumerate(self.blocks, 1):
@@ -4383,17 +4409,36 @@ def gather_tokens(tokens, idx):
 
 
 class PositionCode(nn.Module):
-    """Positions of the clip's token grid as buffers: an additive code (sincos) or rotary angles (rope)."""
+    """Positions of a token grid as buffers: an additive code (sincos) or rotary angles (rope, rope21)."""
 
-    def __init__(self, cfg, dim):
+    def __init__(self, kind, grid, dim, num_heads):
         super().__init__()
-        self.is_rope, positions = cfg.pos_embed == "rope", grid_positions(cfg.grid)
+        self.kind, self.grid, self.dim, self.num_heads, self.other = kind, grid, dim, num_heads, None
+        self.is_rope, positions = kind != "sincos", grid_positions(grid)
+        if kind == "rope21":  # rows and columns of every grid span those of its pretraining, 0 to 15
+            spans = [1.0, *(15 / max(size - 1, 1) for size in grid[1:])]
+            positions = positions * torch.tensor(spans, dtype=torch.float64)
         if self.is_rope:
-            tables = dict(zip(("cos", "sin"), rope_table(positions, dim // cfg.num_heads)))
+            tables = dict(zip(("cos", "sin"), rope_table(positions, dim // num_heads, kind == "rope21")))
         else:
             tables = {"code": sincos_table(positions, dim)}
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
+
+    def changed(self, kind=None, grid=None):
+        """The code of another kind or grid, on the same device."""
+        with torch.inference_mode(False):  # it may be made in a look at a clip, and used in training
+            code = PositionCode(kind or self.kind, grid or self.grid, self.dim, self.num_heads)
+        return code.to(next(self.buffers()))
+
+    def at(self, grid):
+        """The code of a grid: this one where it has as many rows and columns and no more tubelets, else another, which
+        is kept until one of a third grid is asked for."""
+        if grid[1:] == self.grid[1:] and grid[0] <= self.grid[0]:
+            return self
+        if self.other is None or self.other.grid != grid:
+            self.other = self.changed(grid=grid)
+        return self.other
 
     def add(self, x, idx):
         """x [B, N, dim] at positions idx [B, N] -> x with the additive code; unchanged for rope."""
@@ -4436,18 +4481,25 @@ class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.tokenizer, self.position = Tokenizer(cfg), PositionCode(cfg, cfg.enc_dim)
+        self.tokenizer = Tokenizer(cfg)
+        self.position = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads)
         self.trunk = Trunk(cfg, cfg.enc_dim, cfg.enc_depth)
 
-    def encode(self, tokens, keep_idx):
-        """tokens [B, L, D] of the tokenizer, keep_idx [B, K] -> context [B, K, D]; other tokens are never seen."""
-        x = self.position.add(gather_tokens(tokens, keep_idx), keep_idx)  # [B, K, D]
-        return self.trunk(x, self.position.rope(keep_idx))
+    def encode(self, tokens, keep_idx, grid=None):
+        """tokens [B, L, D] of the tokenizer, keep_idx [B, K] -> context [B, K, D]; other tokens are never seen. `grid`:
+        (t, h, w) of the tokens, by default the config's."""
+        position = self.position if grid is None else self.position.at(grid)
+        x = position.add(gather_tokens(tokens, keep_idx), keep_idx)  # [B, K, D]
+        return self.trunk(x, position.rope(keep_idx))
 
     def forward(self, clip):
-        """Whole clip [B, T, C, H, W], T at most num_frames -> [B, L, D]."""
+        """Whole clip [B, T, C, H, W] of any length and size in whole tubelets and patches -> [B, L, D]."""
+        sizes, units = (clip.shape[1], *clip.shape[3:]), self.tokenizer.proj.weight.shape[2:]
+        if any(size % unit for size, unit in zip(sizes, units)):
+            raise UsageError(f"a clip of {sizes[0]} x {sizes[1]} x {sizes[2]} is cut in pieces of {list(units)}")
         tokens = self.tokenizer(clip)  # [B, L, D]
-        return self.encode(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1))
+        everything = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        return self.encode(tokens, everything, tuple(size // unit for size, unit in zip(sizes, units)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4459,15 +4511,17 @@ class Predictor(nn.Module):
     """Narrow transformer that fills masked positions from a context; one mask token per family (short, long, SOON).
 
     A SOON position starts from what the context holds at its site in the last NOW tubelet, so that the trunk learns
-    what changes and need not first learn to copy.
+    what changes and need not first learn to copy; not so where `soon_start` is mask, as in published predictors.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        self.sites = cfg.sites
-        self.embed, self.position = nn.Linear(cfg.enc_dim, cfg.pred_dim), PositionCode(cfg, cfg.pred_dim)
+        self.sites, self.from_last, num_heads = cfg.sites, cfg.soon_start == "last", cfg.pred_heads or cfg.num_heads
+        self.embed = nn.Linear(cfg.enc_dim, cfg.pred_dim)
+        self.position = PositionCode(cfg.pos_embed, cfg.grid, cfg.pred_dim, num_heads)
         self.mask_tokens = nn.Parameter(torch.zeros(SOON + 1, cfg.pred_dim))
-        self.trunk, self.out = Trunk(cfg, cfg.pred_dim, cfg.pred_depth), nn.Linear(cfg.pred_dim, cfg.enc_dim)
+        self.trunk = Trunk(cfg, cfg.pred_dim, cfg.pred_depth, num_heads, cfg.pred_mlp_ratio)
+        self.out = nn.Linear(cfg.pred_dim, cfg.enc_dim)
         init_weights(self.embed)
         init_weights(self.out)
         nn.init.trunc_normal_(self.mask_tokens, std=0.02)
@@ -4477,21 +4531,10 @@ class Predictor(nn.Module):
         idx = torch.cat([keep_idx, mask_idx], 1)  # [B, K + M]
         holes = self.mask_tokens[family].expand(*mask_idx.shape, -1)  # [B, M, P]
         seen = self.embed(context)  # [B, K, P]
-        if family == SOON:
+        if family == SOON and self.from_last:
             holes = holes + seen[:, -self.sites :].repeat(1, mask_idx.shape[1] // self.sites, 1)
         x = self.position.add(torch.cat([seen, holes.to(seen.dtype)], 1), idx)  # [B, K + M, P]
         return self.out(self.trunk(x, self.position.rope(idx))[:, keep_idx.shape[1] :])
-
-
-def load_encoder(path):
-    """STUB"""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UsageError(f"init_from {path}: {reason_of(error)}") from error
-    encoder = Encoder(VJepaAutoV2Config(**state["cfg"]))
-    encoder.load_state_dict(state["target"])
-    return encoder.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5106,7 +5149,450 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 21  Model: batch -> dict of losses (online + EMA target)
+# 21  Weights: published encoders and predictors <-> ours
+# ---------------------------------------------------------------------------------------------------------------------
+# The same tensors have three sets of names: V-JEPA 2's own code, by which they travel here, transformers, and ours.
+
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 22, 1664: 26}  # by width: an official .pt does not say them
+FRAMES_SEEN = 64  # longest clips of the published pretraining
+# fmt: off
+OUR_ENCODER = (("tokenizer.", "patch_embed."), ("trunk.blocks.", "blocks."), ("trunk.norm.", "norm."))
+OUR_PREDICTOR = (
+    ("embed.", "predictor_embed."), ("trunk.blocks.", "predictor_blocks."), ("trunk.norm.", "predictor_norm."),
+    ("out.", "predictor_proj."),
+)
+TRANSFORMERS = (
+    ("encoder.embeddings.patch_embeddings.", "patch_embed."), ("encoder.layer.", "blocks."),
+    ("encoder.layernorm.", "norm."), ("predictor.embeddings.predictor_embeddings.", "predictor_embed."),
+    ("predictor.embeddings.mask_tokens", "mask_tokens"), ("predictor.layer.", "predictor_blocks."),
+    ("predictor.layernorm.", "predictor_norm."), ("predictor.proj.", "predictor_proj."),
+)
+OF_PREDICTOR = ("predictor", "mask_tokens")  # how the official names of its tensors begin
+NO_PLACE = {  # beginnings of what may stand beside an encoder: why it is left out
+    "pos_embed": "rope needs none", "predictor_pos_embed": "rope needs none", "patch_embed_img.": "single pictures",
+    "img_mod_embed": "single pictures", "norms_block.": "norms at other depths", "pooler.": "a classifier's",
+    "classifier.": "a classifier's",
+}
+# fmt: on
+
+
+def extra(name, why):
+    """A package that only some need, imported. UsageError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"{why}: needs the package {name} (pip install {name})") from error
+
+
+def renamed(name, pairs):
+    """The name of a tensor by the first of the pairs (old beginning, new beginning) that fits, else as it is."""
+    return next((new + name[len(old) :] for old, new in pairs if name.startswith(old)), name)
+
+
+def own_tensor(value, name, path):
+    """A tensor of a file -> a copy in fp32. UsageError where it is none, or holds NaN."""
+    if not isinstance(value, torch.Tensor):
+        raise UsageError(f"{path}: {one_line(name)} is a {type(value).__name__}, not a tensor")
+    value = value.to(torch.float32, copy=True)
+    if not value.isfinite().all():
+        raise UsageError(f"{path}: {one_line(name)} holds NaN or infinite numbers")
+    return value
+
+
+def file_head(path):
+    """First bytes of a file of weights. UsageError where it only names what git lfs would fetch."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise UsageError(f"{path}: a git lfs pointer, not the weights; run git lfs pull in its folder")
+    return head
+
+
+def shard_tensors(path):
+    """A safetensors file -> {name: tensor}, each read by itself: mapped pages would count as memory. UsageError."""
+    safetensors, head, size = extra("safetensors", path), file_head(path), os.path.getsize(path)
+    if (header := int.from_bytes(head[:8], "little")) > size:
+        raise UsageError(f"{path}: a header of {header} bytes in a file of {size}: cut, or no safetensors file")
+    tensors = {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            names = list(file.keys())
+        for name in names:
+            with safetensors.safe_open(path, "pt") as file:
+                tensors[name] = own_tensor(file.get_tensor(name), name, path)
+    except safetensors.SafetensorError as error:
+        raise UsageError(f"{path}: cut or damaged ({flat(error)[:160]})") from error
+    return tensors
+
+
+def read_settings(path):
+    """A JSON file beside weights -> dict. UsageError."""
+    try:
+        values = parse_json(read_text(path, 2**25))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: cannot be read ({reason_of(error)[:160]})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: holds no mapping")
+    return values
+
+
+def check_weights(folder):
+    """A folder in the form of transformers, weights in one safetensors file or in shards -> {name: fp32 tensor}, all
+    finite. UsageError for files that are absent, cut, damaged, git lfs pointers, or outside the folder."""
+    folder = Path(folder)
+    index, files = folder / "model.safetensors.index.json", {"model.safetensors": []}
+    if index.is_file():
+        table, files = read_settings(index).get("weight_map"), {}
+        for name, shard in table.items() if isinstance(table, dict) else ():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise UsageError(f"{index}: {shown(shard)} is no file of that folder")
+            files.setdefault(shard, []).append(name)
+    if absent := [name for name in files or ["any shard"] if not (folder / name).is_file()]:
+        raise UsageError(f"{folder}: no weights, it lacks {name_some(absent)}")
+    tensors = {}
+    for shard, names in files.items():
+        held = shard_tensors(folder / shard)
+        if lacking := [name for name in names if name not in held]:
+            raise UsageError(f"{folder / shard}: lacks {name_some(lacking)}, which the index promises")
+        tensors |= held
+    return tensors
+
+
+@dataclass
+class Origin:
+    """What is known of weights beside their tensors."""
+
+    path: str
+    what: str  # in words
+    num_heads: int = 0  # 0 where the file does not say
+    pred_heads: int = 0
+    frames: int = FRAMES_SEEN  # longest clip they saw
+    size: int | tuple = 256  # pixels of it
+    pos_embed: str = "rope"
+    families: tuple = ()  # numbers of the mask tokens of short, long and SOON; () = the one that learned, for all
+    no_predictor: str = ""  # why there is none to load
+    cfg: dict = field(default_factory=dict)  # of a checkpoint of ours
+    left_out: str = ""  # names and reasons
+
+
+def read_folder(folder):
+    """A folder in the form of transformers -> (tensors by official names, Origin). UsageError where it holds another
+    model, or a V-JEPA 2 that computes in another way."""
+    config = read_settings(folder / "config.json")
+    fixed = {"model_type": "vjepa2", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True, "in_chans": 3}
+    for name, value in fixed.items():
+        if (found := config.get(name, None if name == "model_type" else value)) != value:
+            raise UsageError(f"{folder}: {name} = {shown(found)} in its config.json, only {value} is computed here")
+    wanted = dict(num_attention_heads=16, pred_num_attention_heads=12, frames_per_clip=FRAMES_SEEN, crop_size=256)
+    numbers = [config.get(name, default) for name, default in wanted.items()]
+    if odd := [name for name, number in zip(wanted, numbers) if not fits(int, number) or number < 1]:
+        raise UsageError(f"{folder}: {odd[0]} in its config.json is no number above 0")
+    tensors = {}
+    for name, value in check_weights(folder).items():
+        name = renamed(name.removeprefix("vjepa2."), TRANSFORMERS).replace(".attention.", ".attn.")
+        tensors[name] = value
+    for name in [name for name in tensors if ".attn.query." in name]:
+        parts = [name.replace("query", part) for part in ("query", "key", "value")]
+        if all(part in tensors for part in parts):
+            tensors[name.replace("query", "qkv")] = torch.cat([tensors.pop(part) for part in parts])
+    tensors |= {f"mask_tokens.{number}": token for number, token in enumerate(tensors.pop("mask_tokens", ()))}
+    families = (0, 1, 0) if config.get("made_by") == MARK else ()
+    return tensors, Origin(str(folder), "transformers folder", *numbers, families=families)
+
+
+def pt_entry(path, state, key, known):
+    """The entry of a .pt that is asked for, or the first of those known -> (its name, dict). UsageError."""
+    entries = {name: state[name] for name in known if isinstance(state.get(name), dict)}
+    if not entries and not key and any(str(name).endswith("patch_embed.proj.weight") for name in state):
+        return "an encoder by itself", state
+    key, asked = key or next(iter(entries), ""), key or " or ".join(known)
+    if key not in entries:
+        there = f"there are {', '.join(entries) or name_some(sorted(map(str, state))) or 'none'}"
+        raise UsageError(f"{path}: no entry {one_line(asked)}; {there} (--init_key)")
+    return key, entries[key]
+
+
+def read_pt(path, key):
+    """An official .pt, or a checkpoint of ours -> (tensors by official names, Origin). UsageError."""
+    file_head(path)
+    if is_archive := zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise UsageError(f"{path}: damaged (checksum of {damaged})")
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    state = state if isinstance(state, dict) else {}
+    ours = state["cfg"] if "format" in state and isinstance(state.get("cfg"), dict) else {}
+    known = ("target", "online") if ours else ("target_encoder", "ema_encoder", "encoder")
+    key, encoder = pt_entry(path, state, key, known)
+    predictor, tensors = state.get("predictor"), {}
+    for part, pairs in ((encoder, OUR_ENCODER), (predictor if isinstance(predictor, dict) else {}, OUR_PREDICTOR)):
+        for name, value in part.items():
+            name = renamed(re.sub(r"^(module\.|backbone\.|_orig_mod\.)+", "", name), pairs if ours else ())
+            foreign = part is predictor and not name.startswith(OF_PREDICTOR)
+            tensors["predictor." * foreign + name] = own_tensor(value, name, path)
+    if not ours:
+        return tensors, Origin(str(path), f"official .pt, {key}")
+    tensors |= {f"mask_tokens.{number}": token for number, token in enumerate(tensors.pop("mask_tokens", ()))}
+    heads, seen = ours["num_heads"], (ours["num_frames"], ours["image_size"], ours["pos_embed"])
+    why = "of a checkpoint of ours the encoder alone is taken"
+    pred_heads = ours.get("pred_heads") or heads
+    return tensors, Origin(str(path), f"checkpoint of a run, {key}", heads, pred_heads, *seen, (), why, ours)
+
+
+def find_weights(path):
+    """What --init_from names -> a folder or file here; that of a hub id is fetched. UsageError where it is neither."""
+    if os.path.exists(path):
+        return Path(path)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or path.endswith(".pt") or os.path.isdir(path.split("/")[0]):
+        raise UsageError(f"{path}: no such folder or file, and no hub id (--init_from)")
+    hub = extra("huggingface_hub", f"{path}: no folder here, so it is a hub id")
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    return Path(hub.snapshot_download(path, allow_patterns=wanted))
+
+
+def open_weights(path, key=""):
+    """A folder, file or hub id -> (tensors by official names, Origin). UsageError for all that may be wrong with it."""
+    try:
+        found = find_weights(str(path))
+        if key and found.is_dir():
+            raise UsageError(f"{path}: a folder holds one encoder, --init_key {one_line(key)} chooses within a .pt")
+        return read_folder(found) if found.is_dir() else read_pt(found, key)
+    except UserError:
+        raise
+    except Exception as error:  # a foreign file makes the unpickler raise anything, and so does a network
+        why = f"{type(error).__name__}: {flat(error)[:160]}"
+        raise UsageError(f"{path}: cannot be read as weights ({why}) (--init_from)") from error
+
+
+def read_weights(path, key=""):
+    """Weights of V-JEPA 2 or 2.1, or of a run -> (fp32 tensors by official names, Origin): the encoder's, and those of
+    a predictor that fits here. `path`: folder, file or hub id; `key`: which entry of a .pt. UsageError."""
+    tensors, origin = open_weights(path, key)
+    norms = sorted(name for name in tensors if name.startswith("norms_block."))
+    if norms and "norm.weight" not in tensors:
+        origin.what, origin.pos_embed = f"V-JEPA 2.1, {origin.what}", "rope21"
+        origin.no_predictor = "that of V-JEPA 2.1 has other shapes"
+        for name in norms[-2:]:  # bias and weight
+            tensors[renamed(name, [(name[: name.rindex(".")], "norm")])] = tensors.pop(name)
+        mode = tensors.pop("video_mod_embed", torch.zeros(1))
+        tensors["patch_embed.proj.bias"] = tensors["patch_embed.proj.bias"] + mode.flatten()
+    if any(re.match(r"predictor\.(action|state|extrinsics)_encoder", name) for name in tensors):
+        origin.no_predictor = "it is conditioned on actions"
+    of_predictor = [name for name in tensors if name.startswith(OF_PREDICTOR)]
+    if not origin.no_predictor and "predictor_embed.weight" not in tensors:
+        origin.no_predictor = "there is none"
+    reasons = {}
+    for name in list(tensors):
+        begin = next((begin for begin in NO_PLACE if name.startswith(begin)), None)
+        if begin or origin.no_predictor and name in of_predictor:
+            del tensors[name]
+            reasons |= {begin.strip("."): NO_PLACE[begin]} if begin else {}
+    origin.left_out = ", ".join(f"{name} ({why})" for name, why in reasons.items())
+    return tensors, origin
+
+
+def block_sizes(tensors, prefix, width):
+    """Blocks of one width -> (their number, mlp_ratio)."""
+    numbers = {int(match[1]) for name in tensors if (match := re.match(prefix + r"blocks\.(\d+)\.", name))}
+    hidden = tensors[f"{prefix}blocks.0.mlp.fc1.weight"].shape[0]
+    ratio = hidden / width
+    return max(numbers) + 1, ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
+def encoder_sizes(tensors, origin, num_heads=0):
+    """What the config must say for an encoder -> {field: value}. UsageError where the tensors are of none, or nobody
+    says its heads: neither the file, nor its width, nor `num_heads`."""
+    weight, fc1 = (tensors.get(name) for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"))
+    if weight is None or fc1 is None or weight.ndim != 5 or any(".mlp.fc3." in name for name in tensors):
+        raise UsageError(f"{origin.path}: holds no video encoder with GELU (patch_embed.proj, blocks) (--init_from)")
+    dim, channels, tubelet_t, patch, wide = weight.shape
+    if channels != 3 or patch != wide:
+        raise UsageError(f"{origin.path}: patches of {channels} x {patch} x {wide}, not of 3 channels and a square")
+    heads = origin.num_heads or HEADS.get(dim, num_heads)
+    if not heads:
+        raise UsageError(f"{origin.path}: does not say how many heads an encoder of width {dim} has (--num_heads)")
+    depth, ratio = block_sizes(tensors, "", dim)
+    return dict(enc_dim=dim, enc_depth=depth, num_heads=heads, mlp_ratio=ratio, tubelet_t=tubelet_t, patch=patch)
+
+
+def predictor_sizes(tensors, origin, cfg):
+    """The same for a predictor; where nobody says its heads, the config's count."""
+    dim = len(tensors["predictor_embed.weight"])
+    depth, ratio = block_sizes(tensors, "predictor_", dim)
+    heads = origin.pred_heads or (12 if dim == 384 else cfg.pred_heads or cfg.num_heads)
+    return dict(pred_dim=dim, pred_depth=depth, pred_heads=heads, pred_mlp_ratio=ratio)
+
+
+def misfits(cfg, sizes):
+    """Sizes that a config has otherwise -> 'enc_dim = 768, the weights have 1024 (--enc_dim)', each in a list."""
+    odd, width = [], sizes.get("enc_dim") or sizes.get("pred_dim")
+    for name, theirs in sizes.items():
+        own = getattr(cfg, name) or {"pred_heads": cfg.num_heads, "pred_mlp_ratio": cfg.mlp_ratio}[name]
+        if int(width * own) != int(width * theirs) if name.endswith("mlp_ratio") else own != theirs:
+            odd.append(f"{name} = {own}, the weights have {theirs} (--{name})")
+    return odd
+
+
+def fill(net, tensors, pairs):
+    """Copy tensors into a network by their official names -> names that it lacks or has in another shape, names that
+    have no place in it."""
+    own = {renamed(name, pairs): value for name, value in net.state_dict().items()}
+    good = [name for name in own if name in tensors and tensors[name].shape == own[name].shape]
+    for name in good:
+        own[name].copy_(tensors[name])
+    return [name for name in own if name not in good], [name for name in tensors if name not in own]
+
+
+def take_predictor(model, cfg, tensors, origin, say):
+    """The predictor of read_weights into a model, where all of it fits -> lines are said."""
+    why = origin.no_predictor or "; ".join(misfits(cfg, predictor_sizes(tensors, origin, cfg)))
+    tokens = [tensors.pop(name).flatten() for name in sorted(tensors) if name.startswith("mask_tokens.")]
+    if not why and tokens:
+        norms = [float(token.norm()) for token in tokens]
+        learned = next((number for number, norm in enumerate(norms) if norm), 0)
+        tensors["mask_tokens"] = torch.stack([tokens[number] for number in origin.families or [learned] * (SOON + 1)])
+        state = {renamed(name, OUR_PREDICTOR): value for name, value in model.predictor.state_dict().items()}
+        shapes = ({name: value.shape for name, value in each.items()} for each in (state, tensors))
+        wrong = sorted({name for name, _ in set.symmetric_difference(*(set(each.items()) for each in shapes))})
+        why = f"{name_some(wrong)} missing, of another shape or without a place" if wrong else ""
+    if why or not tokens:
+        say(f"weights: the predictor starts anew: {why or 'without mask tokens'}")
+        return
+    fill(model.predictor, tensors, OUR_PREDICTOR)
+    listed = ", ".join(f"{norm:.3g}" for norm in norms)
+    which = origin.families or f"{learned} for all"
+    say(f"weights: predictor of {len(tensors)} tensors; mask tokens: {which}, of {len(norms)} with norms {listed}")
+    if cfg.soon_start == "last":
+        say("note: the loaded predictor never saw SOON start from the last tubelet; --soon_start mask is its own way")
+
+
+def force_position(model, cfg, kind, say):
+    """Give all networks of a model the position code of their weights, in the config as well. UsageError."""
+    if cfg.pos_embed != kind:
+        say(f"pos_embed: {kind}, as the weights need, not {cfg.pos_embed}")
+        cfg.pos_embed = kind
+        validate_config(cfg)
+        for net in (model.online, model.target, model.predictor):
+            net.position = net.position.changed(kind=kind)
+
+
+@torch.no_grad()
+def take_weights(model, cfg, say):
+    """Fill online encoder, target and, where it fits, predictor of a model from what cfg.init_from names. `say` tells
+    what was loaded, left out and starts anew. UsageError where the encoder does not fit, or only a part of it does and
+    allow_partial is off."""
+    tensors, origin = read_weights(cfg.init_from, cfg.init_key)
+    sizes = encoder_sizes(tensors, origin, cfg.num_heads * (cfg.num_heads != type(cfg).num_heads))
+    if odd := misfits(
+        cfg, {name: size for name, size in sizes.items() if name != "enc_depth" or not cfg.allow_partial}
+    ):
+        presets = merged(type(cfg), "PRESETS").items()
+        fit = [
+            name for name, preset in presets if all(preset.get(key) == sizes[key] for key in ("enc_dim", "enc_depth"))
+        ]
+        raise UsageError(f"init_from {origin.path}: {'; '.join(odd)}" + f"; or --preset {' or '.join(fit)}" * bool(fit))
+    force_position(model, cfg, origin.pos_embed, say)
+    predictor = {name: tensors.pop(name) for name in list(tensors) if name.startswith(OF_PREDICTOR)}
+    lacking, unknown = fill(model.online, tensors, OUR_ENCODER)
+    partial_load = [
+        f"{what} {name_some(sorted(names))}" for what, names in (("no", lacking), ("also", unknown)) if names
+    ]
+    if partial_load and not cfg.allow_partial:
+        raise UsageError(
+            f"init_from {origin.path}: the encoder fits only in part: {'; '.join(partial_load)} (--allow_partial)"
+        )
+    model.target.load_state_dict(model.online.state_dict())
+    count = sum(value.numel() for value in model.online.parameters()) / 1e6
+    told = f", in part: {'; '.join(partial_load)}" if partial_load else ""
+    say(f"weights: encoder, {count:.1f} M, from {origin.path} ({origin.what}) into online and target{told}")
+    take_predictor(model, cfg, predictor, origin, say)
+    left_out = f"; left out: {origin.left_out}" if origin.left_out else ""
+    say(f"weights: outcome head, flow net and read-out start anew{left_out}")
+    if cfg.num_frames > origin.frames:
+        say(f"note: a clip has {cfg.num_frames} frames, the weights saw at most {origin.frames}")
+
+
+def load_encoder(path, key="", num_heads=0):
+    """Weights -> their Encoder, in eval mode and without gradients: normalised clip [B, T, 3, H, W], of any length and
+    size in whole tubelets and patches -> [B, L, D]. `cfg` has its sizes; `key` and `num_heads` as --init_key and
+    --num_heads. UsageError."""
+    tensors, origin = read_weights(path, key)
+    sizes, t = encoder_sizes(tensors, origin, num_heads), tensors["patch_embed.proj.weight"].shape[2]
+    frames = max(origin.frames // t, 3) * t
+    clip = dict(num_frames=frames, now_frames=t, soon_frames=t, eventually_frames=frames - 2 * t)
+    values = {**clip, "pred_heads": 12, "image_size": origin.size, **origin.cfg, **sizes, "pos_embed": origin.pos_embed}
+    known = field_types(VJepaAutoV2Config)
+    own = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known}
+    cfg = VJepaAutoV2Config(**own)
+    with torch.device("meta"):  # its own first values would be made in vain
+        encoder = Encoder(cfg)
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(OF_PREDICTOR)}
+    names = {renamed(name, OUR_ENCODER): name for name in encoder.state_dict()}
+    if odd := sorted(names.keys() ^ tensors.keys()):
+        raise UsageError(f"{path}: {name_some(odd)} missing or too much in its encoder")
+    encoder.load_state_dict({names[name]: value for name, value in tensors.items()}, assign=True)
+    encoder.position, encoder.cfg = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads), cfg
+    return encoder.eval().requires_grad_(False)
+
+
+def export_config(cfg, size):
+    """The config.json of transformers' VJEPA2Model for a config and the side of its pictures -> dict."""
+    ratios = cfg.mlp_ratio, cfg.pred_mlp_ratio or cfg.mlp_ratio
+    return {
+        "made_by": MARK,
+        "architectures": ["VJEPA2Model"],
+        "model_type": "vjepa2",
+        **dict(patch_size=cfg.patch, crop_size=size, frames_per_clip=cfg.num_frames, tubelet_size=cfg.tubelet_t),
+        **dict(hidden_size=cfg.enc_dim, num_hidden_layers=cfg.enc_depth, num_attention_heads=cfg.num_heads),
+        **dict(pred_hidden_size=cfg.pred_dim, pred_num_hidden_layers=cfg.pred_depth, pred_num_mask_tokens=10),
+        **dict(mlp_ratio=ratios[0], pred_mlp_ratio=ratios[1], pred_num_attention_heads=cfg.pred_heads or cfg.num_heads),
+        **dict(in_chans=3, qkv_bias=True, hidden_act="gelu", layer_norm_eps=1e-6, dtype="float32"),
+    }
+
+
+def export_hf(checkpoint, folder, key="", size=0):
+    """Encoder (target, or `key` online) and predictor of a checkpoint -> a new folder that transformers' VJEPA2Model
+    reads, made for square pictures of `size` pixels, by default the run's -> lines about what has no place there.
+    UsageError for what the format cannot say."""
+    tensors, origin = open_weights(checkpoint, key)
+    known = field_types(VJepaAutoV2Config)
+    cfg = VJepaAutoV2Config(**{name: value for name, value in origin.cfg.items() if name in known})
+    size = size or (cfg.height if cfg.height == cfg.width else 0)
+    problem = (
+        "is no checkpoint of a run" * (not origin.cfg)
+        or f"the format has rope alone, not pos_embed = {cfg.pos_embed}" * (cfg.pos_embed != "rope")
+        or f"{cfg.height} x {cfg.width}: the format takes every picture for a square; name its side (--size)"
+        * (not size)
+        or f"--size {size} is not divisible by patch = {cfg.patch}" * (size % cfg.patch > 0)
+        or "its predictor is not in it" * ("predictor_embed.weight" not in tensors)
+    )
+    if problem:
+        raise UsageError(f"{checkpoint}: {problem}")
+    folder = Path(folder)
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder}: is there already; use another --out")
+    saved, back = {}, [(new, old) for old, new in TRANSFORMERS]
+    tokens = [tensors.pop(f"mask_tokens.{number}").view(1, 1, -1) for number in range(SOON + 1)]
+    tensors["mask_tokens"] = torch.stack(tokens[:SOON] * 5)  # short and long in turn: any index finds one that learned
+    for name, value in tensors.items():
+        name = renamed(name, back).replace(".attn.", ".attention.")
+        parts = zip(("query", "key", "value"), value.chunk(3)) if ".qkv." in name else [("qkv", value)]
+        saved |= {name.replace("qkv", part): rows.contiguous() for part, rows in parts}
+    content = extra("safetensors.torch", folder).save(saved, {"format": "pt"})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "model.safetensors", lambda handle: handle.write(content))
+    write_own(
+        folder / "config.json", lambda handle: handle.write(json.dumps(export_config(cfg, size), indent=1).encode())
+    )
+    return [
+        f"{len(saved)} tensors of {checkpoint} ({origin.what}) in {folder}",
+        "no place there: SOON's mask token, outcome head, flow net, its statistics, read-out, queue, the other encoder"
+        + ", and that SOON starts from the last tubelet (soon_start = last)" * (cfg.soon_start == "last"),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 22  Model: batch -> dict of losses (online + EMA target)
 # ---------------------------------------------------------------------------------------------------------------------
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as V-JEPA 2 normalises
@@ -5125,7 +5611,8 @@ def flops_per_clip(cfg, teacher):
     tokenizer = 2 * L * D * 3 * cfg.tubelet_t * cfg.patch**2
     masked = [block_flops(num_tokens, D, ratio) for num_tokens in kept for _ in range(cfg.mask_draws)]
     online = cfg.enc_depth * (sum(masked) + block_flops(cfg.now_tokens, D, ratio)) + tokenizer
-    filled = len(masked) * block_flops(L, P, ratio) + block_flops(cfg.now_tokens + cfg.soon_tokens, P, ratio)
+    soon = cfg.now_tokens + cfg.soon_tokens
+    filled = sum(times * block_flops(n, P, cfg.pred_mlp_ratio or ratio) for times, n in ((len(masked), L), (1, soon)))
     W, RN, K = cfg.flow_dim, cfg.flow_draws * cfg.flow_tokens, cfg.now_tokens
     mixing = RN * 2 * W * W * 6 + 4 * K * W * D + 4 * RN * (K + cfg.flow_tokens) * W
     flow = cfg.flow_depth * (RN * 2 * W * W * 8 + mixing * (not cfg.flow_joint)) + 2 * K * D * W * cfg.flow_joint
@@ -5151,22 +5638,23 @@ def memory_estimate_gb(cfg, num_parameters):
     return (num_parameters * 16 + cfg.batch_size * values * per_value) / 1e9
 
 
-SHAPE_FIELDS = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio", "pos_embed")  # what an encoder's weights decide
-
-
 def frozen_encoder(cfg):
-    """The encoder of init_from on a config's token grid; it learns nothing. UsageError where it has other tokens or,
-    with freeze_encoder, other shapes. On the meta device nothing is read."""
+    """The encoder of init_from on a config's token grid; it learns nothing. Where it has the config's sizes, as it must
+    with freeze_encoder, its kind of positions becomes the config's. On the meta device nothing is read. UsageError."""
     if torch.get_default_device().type == "meta":
-        return Encoder(cfg).eval().requires_grad_(False)
-    encoder = load_encoder(cfg.init_from)
-    must = ("patch", "tubelet_t", *(SHAPE_FIELDS if cfg.freeze_encoder else ()))
-    values = [(name, getattr(encoder.cfg, name), getattr(cfg, name)) for name in must]
-    if other := [f"{name} = {value} (here {own}, --{name})" for name, value, own in values if value != own]:
-        raise UsageError(f"init_from {cfg.init_from}: its encoder has {', '.join(other)}")
-    encoder.cfg = replace(cfg, **{name: getattr(encoder.cfg, name) for name in SHAPE_FIELDS})
-    encoder.position = PositionCode(encoder.cfg, encoder.cfg.enc_dim)
-    return encoder.eval().requires_grad_(False)
+        return Encoder(cfg).requires_grad_(False)
+    heads = cfg.num_heads if cfg.freeze_encoder and cfg.num_heads != type(cfg).num_heads else 0
+    encoder = load_encoder(cfg.init_from, cfg.init_key, heads)
+    sizes, pieces = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio"), ("patch", "tubelet_t")
+    odd, other = (misfits(cfg, {name: getattr(encoder.cfg, name) for name in names}) for names in (sizes, pieces))
+    if other := other + odd * cfg.freeze_encoder:
+        raise UsageError(f"init_from {cfg.init_from}: {'; '.join(other)}")
+    if not odd:
+        cfg.pos_embed = encoder.cfg.pos_embed
+        validate_config(cfg)
+    own = {name: getattr(encoder.cfg, name) for name in (*sizes, "pos_embed")}
+    encoder.cfg, encoder.position = replace(cfg, **own) if odd else cfg, encoder.position.changed(grid=cfg.grid)
+    return encoder
 
 
 def fixed_map(width, wanted, seed):
@@ -5202,7 +5690,7 @@ class VJepaAutoV2(World):
         "flow_grad_norm": "gradient norm of the flow net before clipping",
         "flow_explained": "share of the residual's variance inside the flow's directions",
     }
-    latent_fields = (*ClipConfig.MUST_MATCH, *"clip_fps eventually_frames tubelet_t patch num_heads pos_embed".split())
+    latent_fields = (*ClipConfig.MUST_MATCH, "clip_fps", "eventually_frames", "tubelet_t", "patch", "num_heads")
     VAL_KEYS = {
         "flow_spread": "deviation among sampled futures over that of real futures from the forecast; "
         "0 = one mode, 1 = as wide"
@@ -5213,15 +5701,20 @@ class VJepaAutoV2(World):
 
     def __init__(self, cfg, rank=0, world_size=1):
         super().__init__(cfg, rank, world_size)
-        self.online = frozen_encoder(cfg) if cfg.freeze_encoder else Encoder(cfg)
-        self.predictor = Predictor(cfg)
+        frozen = frozen_encoder(cfg) if cfg.freeze_encoder or cfg.teacher == "frozen" else None
+        self.online, self.predictor = frozen if cfg.freeze_encoder else Encoder(cfg), Predictor(cfg)
         self.outcome, self.flow = OutcomeHead(cfg), FlowNet(cfg)
         self.read_out = nn.Linear(cfg.enc_dim, cfg.flow_chunks * cfg.enc_dim)  # forecast of the EVENTUALLY chunks
         init_weights(self.read_out)
-        self.target, self.flow_ema = self.make_target(), copy.deepcopy(self.flow)
-        self.FROZEN = ("online",) * cfg.freeze_encoder + ("target",) * (cfg.teacher == "frozen")
-        known = {*self.FROZEN, "target"} if self.FROZEN else ()  # one module has both names where the encoder is frozen
-        self.NETWORKS = tuple(name for name in self.NETWORKS if name not in known)
+        self.target, self.flow_ema = frozen or copy.deepcopy(self.online), copy.deepcopy(self.flow)
+        if frozen is not None:  # with freeze_encoder, one module has both names
+            self.FROZEN = ("online" if cfg.freeze_encoder else "target",)
+            self.NETWORKS = tuple(name for name in self.NETWORKS if getattr(self, name, None) is not frozen)
+            if frozen.cfg is cfg and not cfg.freeze_encoder:
+                self.online.load_state_dict(frozen.state_dict())
+            widths = frozen.cfg.enc_dim, cfg.enc_dim
+            if widths[0] != widths[1]:
+                self.register_buffer("target_map", fixed_map(*widths, cfg.seed), persistent=False)
         self.soon_predictor = None  # the predictor's copy that the flow phase fits to SOON alone
         self.space = FutureSpace(cfg)
         self.register_buffer("queue", torch.zeros(cfg.outcome_queue, cfg.enc_dim))
@@ -5244,22 +5737,15 @@ class VJepaAutoV2(World):
             getattr(self, name).requires_grad_(False)
         self.target.eval(), self.flow_ema.eval()
 
-    def make_target(self):
-        """The target encoder: the online one itself where that is frozen, a copy that follows it, or a frozen teacher,
-        which gets a fixed map onto another width; online begins from its weights where the shapes allow it."""
-        cfg = self.cfg
-        if cfg.freeze_encoder or cfg.teacher == "ema":
-            return self.online if cfg.freeze_encoder else copy.deepcopy(self.online)
-        target, shapes = frozen_encoder(cfg), {key: value.shape for key, value in self.online.state_dict().items()}
-        if target.cfg.enc_dim != cfg.enc_dim:
-            self.register_buffer("target_map", fixed_map(target.cfg.enc_dim, cfg.enc_dim, cfg.seed), persistent=False)
-        if shapes == {key: value.shape for key, value in target.state_dict().items()}:
-            self.online.load_state_dict(target.state_dict())
-        return target
-
     @staticmethod
     def wants_labels(cfg):
         return bool(cfg.lambda_supcon)
+
+    def take_weights(self, say):
+        if self.FROZEN:
+            say(f"weights: encoder of {self.cfg.init_from}, frozen; the other networks start anew")
+        elif self.cfg.init_from:
+            take_weights(self, self.cfg, say)
 
     def train(self, mode=True):
         """As nn.Module.train, but the target encoder and the flow EMA stay in eval mode for ever."""
@@ -5596,7 +6082,7 @@ class VJepaAutoV2(World):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 22  Checkpoint: state of a run <-> file
+# 23  Checkpoint: state of a run <-> file
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -6025,8 +6511,8 @@ def newest_checkpoint(out_dir, tell, world=None):
 def check_same_run(state, cfg, path):
     """UsageError naming the fields in which a checkpoint and this config cannot be the same run. Whether a loss has
     weight decides which parameters learn."""
-    saved = {**asdict(type(cfg)()), **state["cfg"]}  # a field that is younger than the checkpoint had its default
-    plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), saved))
+    earlier = {**asdict(type(cfg)()), **state["cfg"]}  # a field that the checkpoint's version lacked had its default
+    plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), earlier))
     names = [name for cls in reversed(type(cfg).__mro__) for name in vars(cls).get("MUST_MATCH", ())]
     different = [name for name in names if plain[name] != saved.get(name)]
     different += [name for name in plain if name.startswith("lambda_") and bool(plain[name]) != bool(saved.get(name))]
@@ -6070,7 +6556,7 @@ def load_model(path, device="cpu", world=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 23  Log and folder: what a run says, and where it writes
+# 24  Log and folder: what a run says, and where it writes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -6463,7 +6949,7 @@ def peak_memory_gb(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 24  Steps: resume, rehearse, update, log, evaluate, save
+# 25  Steps: resume, rehearse, update, log, evaluate, save
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -6678,6 +7164,8 @@ def open_run(world, cfg, process, log):
     if not path:
         return None, None
     state = state or load_checkpoint(path, world)
+    if getattr(cfg, "init_from", ""):  # its weights said which when the run began
+        cfg.pos_embed = state["cfg"].get("pos_embed", cfg.pos_embed)
     check_same_run(state, cfg, path)
     return state, path
 
@@ -6956,7 +7444,7 @@ class Clock:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 25  Training: Config -> checkpoints
+# 26  Training: Config -> checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 END_S = 20.0  # for the last evaluation, and again for the picture; a hundredth of a long run's time where that is more
@@ -7206,6 +7694,10 @@ def run_world(world, run, overrides, argv, videos):
     # -- model
     log.stage = "building the model and timing a pass on noise"
     wrapped = build_world(world, run)
+    if state is None:
+        run.world.take_weights(log.line)
+    elif (named := getattr(cfg, "init_from", "")) and not run.world.FROZEN:
+        log.line(f"note: init_from {named} is not read, the run goes on from {path}")
     check_cache(run)
     process.amp_dtype, reason = choose_precision(world, cfg, process, state["precision"] if state else "")
     run.scaler = torch.amp.GradScaler(process.device.type, enabled=process.amp_dtype == torch.float16)

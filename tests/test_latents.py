@@ -129,9 +129,7 @@ def test_losses_are_those_of_the_uncached_run(made):
             assert held[0]["flow_spread"] == pytest.approx(held[1]["flow_spread"], rel=1e-2, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name, value", [("clip_fps", 8.0), ("image_size", 64), ("soon_frames", 2), ("pos_embed", "rope")]
-)
+@pytest.mark.parametrize("name, value", [("clip_fps", 8.0), ("image_size", 64), ("soon_frames", 2), ("num_heads", 2)])
 def test_another_cache_is_refused(made, name, value):
     """Rate, size and window are named with both values."""
     cfg = replace(cached(*made), **{name: value})
@@ -233,7 +231,7 @@ def foreign_cache(folder, cfg, shape=None, **columns):
 
 
 def test_caches_of_others_work_with_a_warning(made, tmp_path):
-    """[B, D, T, H, W] and [D, T, H, W]: tokens in (t, h, w) order, NOW cut out of the whole, and the warning says so."""
+    """[B, D, T, H, W] and [D, T, H, W]: tokens in (t, h, w) order, NOW cut out of the whole, which a warning says."""
     cfg = cached(made[0], foreign_cache(tmp_path / "foreign", made[0], label="turn"))
     source = open_source(cfg)
     assert (
