@@ -5151,10 +5151,11 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 # ---------------------------------------------------------------------------------------------------------------------
 # 21  Weights: published encoders and predictors <-> ours
 # ---------------------------------------------------------------------------------------------------------------------
-# The same tensors have three sets of names: V-JEPA 2's own code, by which they travel here, transformers, and ours.
+# Three codes name the same tensors: V-JEPA 2's own, whose names they have here, transformers, and this file.
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 22, 1664: 26}  # by width: an official .pt does not say them
-FRAMES_SEEN = 64  # longest clips of the published pretraining
+PRED_HEADS = {384: 12}
+FRAMES_SEEN = 64  # of the longest clips in the published pretraining
 # fmt: off
 OUR_ENCODER = (("tokenizer.", "patch_embed."), ("trunk.blocks.", "blocks."), ("trunk.norm.", "norm."))
 OUR_PREDICTOR = (
@@ -5167,11 +5168,9 @@ TRANSFORMERS = (
     ("predictor.embeddings.mask_tokens", "mask_tokens"), ("predictor.layer.", "predictor_blocks."),
     ("predictor.layernorm.", "predictor_norm."), ("predictor.proj.", "predictor_proj."),
 )
-OF_PREDICTOR = ("predictor", "mask_tokens")  # how the official names of its tensors begin
-NO_PLACE = {  # beginnings of what may stand beside an encoder: why it is left out
-    "pos_embed": "rope needs none", "predictor_pos_embed": "rope needs none", "patch_embed_img.": "single pictures",
-    "img_mod_embed": "single pictures", "norms_block.": "norms at other depths", "pooler.": "a classifier's",
-    "classifier.": "a classifier's",
+NO_PLACE = {  # what may stand beside an encoder, and why it is left out
+    r"(predictor_)?pos_embed": "rope needs none", r"patch_embed_img|img_mod_embed": "for single pictures",
+    r"norms_block": "norms at other depths", r"pooler|classifier": "a classifier's",
 }
 # fmt: on
 
@@ -5181,7 +5180,7 @@ def extra(name, why):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UsageError(f"{why}: needs the package {name} (pip install {name})") from error
+        raise UsageError(f"{why}: needs the package {name} (pip install {name.split('.')[0]})") from error
 
 
 def renamed(name, pairs):
@@ -5190,7 +5189,7 @@ def renamed(name, pairs):
 
 
 def own_tensor(value, name, path):
-    """A tensor of a file -> a copy in fp32. UsageError where it is none, or holds NaN."""
+    """A tensor of a file -> a copy in fp32. UsageError where it is none, or not finite."""
     if not isinstance(value, torch.Tensor):
         raise UsageError(f"{path}: {one_line(name)} is a {type(value).__name__}, not a tensor")
     value = value.to(torch.float32, copy=True)
@@ -5199,62 +5198,36 @@ def own_tensor(value, name, path):
     return value
 
 
-def file_head(path):
-    """First bytes of a file of weights. UsageError where it only names what git lfs would fetch."""
+def refuse_pointer(path):
+    """UsageError where a file only says what git lfs would put there."""
     with open(path, "rb") as file:
-        head = file.read(64)
-    if head.startswith(b"version https://git-lfs"):
-        raise UsageError(f"{path}: a git lfs pointer, not the weights; run git lfs pull in its folder")
-    return head
-
-
-def shard_tensors(path):
-    """A safetensors file -> {name: tensor}, each read by itself: mapped pages would count as memory. UsageError."""
-    safetensors, head, size = extra("safetensors", path), file_head(path), os.path.getsize(path)
-    if (header := int.from_bytes(head[:8], "little")) > size:
-        raise UsageError(f"{path}: a header of {header} bytes in a file of {size}: cut, or no safetensors file")
-    tensors = {}
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            names = list(file.keys())
-        for name in names:
-            with safetensors.safe_open(path, "pt") as file:
-                tensors[name] = own_tensor(file.get_tensor(name), name, path)
-    except safetensors.SafetensorError as error:
-        raise UsageError(f"{path}: cut or damaged ({flat(error)[:160]})") from error
-    return tensors
-
-
-def read_settings(path):
-    """A JSON file beside weights -> dict. UsageError."""
-    try:
-        values = parse_json(read_text(path, 2**25))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: cannot be read ({reason_of(error)[:160]})") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: holds no mapping")
-    return values
+        if file.read(23) == b"version https://git-lfs":
+            raise UsageError(f"{path}: a git lfs pointer, not the weights; run git lfs pull in its folder")
 
 
 def check_weights(folder):
     """A folder in the form of transformers, weights in one safetensors file or in shards -> {name: fp32 tensor}, all
     finite. UsageError for files that are absent, cut, damaged, git lfs pointers, or outside the folder."""
-    folder = Path(folder)
-    index, files = folder / "model.safetensors.index.json", {"model.safetensors": []}
-    if index.is_file():
-        table, files = read_settings(index).get("weight_map"), {}
-        for name, shard in table.items() if isinstance(table, dict) else ():
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise UsageError(f"{index}: {shown(shard)} is no file of that folder")
-            files.setdefault(shard, []).append(name)
-    if absent := [name for name in files or ["any shard"] if not (folder / name).is_file()]:
-        raise UsageError(f"{folder}: no weights, it lacks {name_some(absent)}")
-    tensors = {}
-    for shard, names in files.items():
-        held = shard_tensors(folder / shard)
-        if lacking := [name for name in names if name not in held]:
-            raise UsageError(f"{folder / shard}: lacks {name_some(lacking)}, which the index promises")
-        tensors |= held
+    folder, tensors = Path(folder), {}
+    table = read_mapping(folder / "model.safetensors.index.json", 2**25).get("weight_map") or {"": "model.safetensors"}
+    for shard in sorted(set(map(str, table.values()))):
+        path = folder / shard
+        if Path(shard).name != shard:
+            raise UsageError(f"{folder}: its index names {shown(shard)}, no file of that folder")
+        if not path.is_file():
+            raise UsageError(f"{folder}: no weights, it lacks {shard}")
+        refuse_pointer(path)
+        safetensors = extra("safetensors", path)
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                names = list(file.keys())
+            for name in names:  # each by itself: pages of a file that stays open count as memory
+                with safetensors.safe_open(path, "pt") as file:
+                    tensors[name] = own_tensor(file.get_tensor(name), name, path)
+        except safetensors.SafetensorError as error:
+            raise UsageError(f"{path}: cut or damaged ({flat(error)[:160]})") from error
+    if lacking := [name for name in table if name and name not in tensors]:
+        raise UsageError(f"{folder}: its shards lack {name_some(lacking)}, which the index promises")
     return tensors
 
 
@@ -5264,225 +5237,180 @@ class Origin:
 
     path: str
     what: str  # in words
-    num_heads: int = 0  # 0 where the file does not say
-    pred_heads: int = 0
-    frames: int = FRAMES_SEEN  # longest clip they saw
-    size: int | tuple = 256  # pixels of it
-    pos_embed: str = "rope"
+    cfg: dict  # fields of a config that the file decides
     families: tuple = ()  # numbers of the mask tokens of short, long and SOON; () = the one that learned, for all
     no_predictor: str = ""  # why there is none to load
-    cfg: dict = field(default_factory=dict)  # of a checkpoint of ours
-    left_out: str = ""  # names and reasons
+    left_out: str = ""  # what and why
 
 
 def read_folder(folder):
     """A folder in the form of transformers -> (tensors by official names, Origin). UsageError where it holds another
     model, or a V-JEPA 2 that computes in another way."""
-    config = read_settings(folder / "config.json")
+    config = read_mapping(folder / "config.json", 2**20)
     fixed = {"model_type": "vjepa2", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True, "in_chans": 3}
     for name, value in fixed.items():
-        if (found := config.get(name, None if name == "model_type" else value)) != value:
-            raise UsageError(f"{folder}: {name} = {shown(found)} in its config.json, only {value} is computed here")
-    wanted = dict(num_attention_heads=16, pred_num_attention_heads=12, frames_per_clip=FRAMES_SEEN, crop_size=256)
-    numbers = [config.get(name, default) for name, default in wanted.items()]
-    if odd := [name for name, number in zip(wanted, numbers) if not fits(int, number) or number < 1]:
-        raise UsageError(f"{folder}: {odd[0]} in its config.json is no number above 0")
-    tensors = {}
-    for name, value in check_weights(folder).items():
-        name = renamed(name.removeprefix("vjepa2."), TRANSFORMERS).replace(".attention.", ".attn.")
-        tensors[name] = value
+        if (found := config.get(name, value if "model_type" in config else None)) != value:
+            raise UsageError(f"{folder}: {name} = {shown(found)} in its config.json, only {value} can be taken")
+    tensors = {
+        renamed(name.removeprefix("vjepa2."), TRANSFORMERS).replace(".attention.", ".attn."): value
+        for name, value in check_weights(folder).items()
+    }
     for name in [name for name in tensors if ".attn.query." in name]:
         parts = [name.replace("query", part) for part in ("query", "key", "value")]
         if all(part in tensors for part in parts):
             tensors[name.replace("query", "qkv")] = torch.cat([tensors.pop(part) for part in parts])
-    tensors |= {f"mask_tokens.{number}": token for number, token in enumerate(tensors.pop("mask_tokens", ()))}
-    families = (0, 1, 0) if config.get("made_by") == MARK else ()
-    return tensors, Origin(str(folder), "transformers folder", *numbers, families=families)
-
-
-def pt_entry(path, state, key, known):
-    """The entry of a .pt that is asked for, or the first of those known -> (its name, dict). UsageError."""
-    entries = {name: state[name] for name in known if isinstance(state.get(name), dict)}
-    if not entries and not key and any(str(name).endswith("patch_embed.proj.weight") for name in state):
-        return "an encoder by itself", state
-    key, asked = key or next(iter(entries), ""), key or " or ".join(known)
-    if key not in entries:
-        there = f"there are {', '.join(entries) or name_some(sorted(map(str, state))) or 'none'}"
-        raise UsageError(f"{path}: no entry {one_line(asked)}; {there} (--init_key)")
-    return key, entries[key]
+    keys = dict(
+        num_heads=("num_attention_heads", 16), pred_heads=("pred_num_attention_heads", 12),
+        num_frames=("frames_per_clip", FRAMES_SEEN), image_size=("crop_size", 256),
+    )  # fmt: skip
+    known = {field: config.get(*key) for field, key in keys.items()} | {"pos_embed": "rope"}
+    return tensors, Origin(str(folder), "transformers folder", known, (0, 1, 0) * (config.get("made_by") == MARK))
 
 
 def read_pt(path, key):
     """An official .pt, or a checkpoint of ours -> (tensors by official names, Origin). UsageError."""
-    file_head(path)
+    refuse_pointer(path)
     if is_archive := zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise UsageError(f"{path}: damaged (checksum of {damaged})")
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    state = state if isinstance(state, dict) else {}
-    ours = state["cfg"] if "format" in state and isinstance(state.get("cfg"), dict) else {}
+    ours = state.get("cfg") if "format" in state else None
     known = ("target", "online") if ours else ("target_encoder", "ema_encoder", "encoder")
-    key, encoder = pt_entry(path, state, key, known)
-    predictor, tensors = state.get("predictor"), {}
-    for part, pairs in ((encoder, OUR_ENCODER), (predictor if isinstance(predictor, dict) else {}, OUR_PREDICTOR)):
+    entries = {name: state[name] for name in known if isinstance(state.get(name), dict)}
+    if not entries and any(name.endswith("patch_embed.proj.weight") for name in state):
+        entries = {"": state}  # saved by itself
+    key = key or next(iter(entries), known[0])
+    if key not in entries:
+        there = f"there are {', '.join(entries) or name_some(sorted(state))}"
+        raise UsageError(f"{path}: no entry {one_line(key)}; {there} (--init_key)")
+    tensors = {}
+    for part, pairs in ((entries[key], OUR_ENCODER), (state.get("predictor") or {}, OUR_PREDICTOR)):
         for name, value in part.items():
             name = renamed(re.sub(r"^(module\.|backbone\.|_orig_mod\.)+", "", name), pairs if ours else ())
-            foreign = part is predictor and not name.startswith(OF_PREDICTOR)
-            tensors["predictor." * foreign + name] = own_tensor(value, name, path)
+            foreign = pairs is OUR_PREDICTOR and not name.startswith(("predictor_", "mask_tokens"))
+            tensors["predictor_." * foreign + name] = own_tensor(value, name, path)
     if not ours:
-        return tensors, Origin(str(path), f"official .pt, {key}")
-    tensors |= {f"mask_tokens.{number}": token for number, token in enumerate(tensors.pop("mask_tokens", ()))}
-    heads, seen = ours["num_heads"], (ours["num_frames"], ours["image_size"], ours["pos_embed"])
-    why = "of a checkpoint of ours the encoder alone is taken"
-    pred_heads = ours.get("pred_heads") or heads
-    return tensors, Origin(str(path), f"checkpoint of a run, {key}", heads, pred_heads, *seen, (), why, ours)
+        return tensors, Origin(str(path), f"official .pt, {key}", {"pos_embed": "rope"})
+    return tensors, Origin(str(path), f"checkpoint of a run, {key}", ours, (), "of a run the encoder alone is taken")
 
 
-def find_weights(path):
-    """What --init_from names -> a folder or file here; that of a hub id is fetched. UsageError where it is neither."""
-    if os.path.exists(path):
-        return Path(path)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or path.endswith(".pt") or os.path.isdir(path.split("/")[0]):
-        raise UsageError(f"{path}: no such folder or file, and no hub id (--init_from)")
-    hub = extra("huggingface_hub", f"{path}: no folder here, so it is a hub id")
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-    return Path(hub.snapshot_download(path, allow_patterns=wanted))
-
-
-def open_weights(path, key=""):
-    """A folder, file or hub id -> (tensors by official names, Origin). UsageError for all that may be wrong with it."""
+def open_weights(path, key):
+    """A folder, a file, or a hub id, which is fetched -> (tensors by official names, mask tokens as one, Origin).
+    UsageError for all that may be wrong with it."""
+    path, found = str(path), Path(path)
     try:
-        found = find_weights(str(path))
+        if not found.exists():
+            if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or path.endswith(".pt") or found.parent.is_dir():
+                raise UsageError(f"{path}: no such folder or file, and no hub id (--init_from)")
+            hub, wanted = extra("huggingface_hub", f"hub id {path}"), ["config.json", "*.safetensors*"]
+            found = Path(hub.snapshot_download(path, allow_patterns=wanted))
         if key and found.is_dir():
-            raise UsageError(f"{path}: a folder holds one encoder, --init_key {one_line(key)} chooses within a .pt")
-        return read_folder(found) if found.is_dir() else read_pt(found, key)
+            raise UsageError(f"{path}: a folder holds one encoder, nothing to choose from (--init_key)")
+        tensors, origin = read_folder(found) if found.is_dir() else read_pt(found, key)
     except UserError:
         raise
     except Exception as error:  # a foreign file makes the unpickler raise anything, and so does a network
         why = f"{type(error).__name__}: {flat(error)[:160]}"
         raise UsageError(f"{path}: cannot be read as weights ({why}) (--init_from)") from error
-
-
-def read_weights(path, key=""):
-    """Weights of V-JEPA 2 or 2.1, or of a run -> (fp32 tensors by official names, Origin): the encoder's, and those of
-    a predictor that fits here. `path`: folder, file or hub id; `key`: which entry of a .pt. UsageError."""
-    tensors, origin = open_weights(path, key)
-    norms = sorted(name for name in tensors if name.startswith("norms_block."))
-    if norms and "norm.weight" not in tensors:
-        origin.what, origin.pos_embed = f"V-JEPA 2.1, {origin.what}", "rope21"
-        origin.no_predictor = "that of V-JEPA 2.1 has other shapes"
-        for name in norms[-2:]:  # bias and weight
-            tensors[renamed(name, [(name[: name.rindex(".")], "norm")])] = tensors.pop(name)
-        mode = tensors.pop("video_mod_embed", torch.zeros(1))
-        tensors["patch_embed.proj.bias"] = tensors["patch_embed.proj.bias"] + mode.flatten()
-    if any(re.match(r"predictor\.(action|state|extrinsics)_encoder", name) for name in tensors):
-        origin.no_predictor = "it is conditioned on actions"
-    of_predictor = [name for name in tensors if name.startswith(OF_PREDICTOR)]
-    if not origin.no_predictor and "predictor_embed.weight" not in tensors:
-        origin.no_predictor = "there is none"
-    reasons = {}
-    for name in list(tensors):
-        begin = next((begin for begin in NO_PLACE if name.startswith(begin)), None)
-        if begin or origin.no_predictor and name in of_predictor:
-            del tensors[name]
-            reasons |= {begin.strip("."): NO_PLACE[begin]} if begin else {}
-    origin.left_out = ", ".join(f"{name} ({why})" for name, why in reasons.items())
+    if tokens := [tensors.pop(name) for name in sorted(tensors) if name.startswith("mask_tokens")]:
+        tensors["mask_tokens"] = torch.cat([token.reshape(-1, token.shape[-1]) for token in tokens])
     return tensors, origin
 
 
-def block_sizes(tensors, prefix, width):
-    """Blocks of one width -> (their number, mlp_ratio)."""
-    numbers = {int(match[1]) for name in tensors if (match := re.match(prefix + r"blocks\.(\d+)\.", name))}
-    hidden = tensors[f"{prefix}blocks.0.mlp.fc1.weight"].shape[0]
-    ratio = hidden / width
-    return max(numbers) + 1, ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+def read_weights(path, key=""):
+    """Weights of V-JEPA 2 or 2.1, or of a run -> (encoder, predictor, Origin), both {official name: fp32 tensor}, the
+    predictor {} where there is none that could fit. `path`: folder, file or hub id; `key`: entry of a .pt. UsageError.
+    """
+    tensors, origin = open_weights(path, key)
+    of_predictor = [name for name in tensors if name.startswith(("predictor_", "mask_tokens"))]
+    predictor = {name: tensors.pop(name) for name in of_predictor}
+    if last := max((name.split(".")[1] for name in tensors if name.startswith("norms_block.")), default=""):
+        origin.what, origin.cfg["pos_embed"] = f"V-JEPA 2.1, {origin.what}", "rope21"
+        origin.no_predictor = "that of V-JEPA 2.1 has other shapes"
+        for part in ("weight", "bias"):
+            tensors[f"norm.{part}"] = tensors.pop(f"norms_block.{last}.{part}")
+        tensors["patch_embed.proj.bias"] += tensors.pop("video_mod_embed", torch.zeros(1)).flatten()
+    if "predictor_.action_encoder.weight" in predictor:
+        origin.no_predictor = "it is conditioned on actions"
+    origin.no_predictor = origin.no_predictor or "there is none" * (not predictor)
+    told = {}
+    for pattern, why in NO_PLACE.items():
+        for name in [name for name in (*tensors, *predictor) if re.match(pattern, name)]:
+            told[name.split(".")[0]] = why
+            (tensors if name in tensors else predictor).pop(name)
+    origin.left_out = ", ".join(f"{name} ({why})" for name, why in told.items())
+    return tensors, {} if origin.no_predictor else predictor, origin
 
 
-def encoder_sizes(tensors, origin, num_heads=0):
-    """What the config must say for an encoder -> {field: value}. UsageError where the tensors are of none, or nobody
-    says its heads: neither the file, nor its width, nor `num_heads`."""
-    weight, fc1 = (tensors.get(name) for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"))
-    if weight is None or fc1 is None or weight.ndim != 5 or any(".mlp.fc3." in name for name in tensors):
-        raise UsageError(f"{origin.path}: holds no video encoder with GELU (patch_embed.proj, blocks) (--init_from)")
-    dim, channels, tubelet_t, patch, wide = weight.shape
+def sizes_of(tensors, origin, num_heads=0, kind=""):
+    """What a config must say for an encoder, or for a predictor (`kind` predictor_) -> {field: value}, the width first.
+    UsageError where they are of none, or nobody says its heads: neither file nor width, nor `num_heads`."""
+    first, fc1 = (
+        tensors.get(kind + "embed.weight" if kind else "patch_embed.proj.weight"),
+        f"{kind}blocks.0.mlp.fc1.weight",
+    )
+    if first is None or fc1 not in tensors or first.ndim != (2 if kind else 5) or "blocks.0.mlp.fc3.weight" in tensors:
+        raise UsageError(f"{origin.path}: holds no {kind.strip('_') or 'video encoder'} as V-JEPA 2 has it (GELU)")
+    dim, hidden = len(first), len(tensors[fc1])
+    ratio = hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim
+    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(f"{kind}blocks."))
+    heads = origin.cfg.get("pred_heads" if kind else "num_heads") or (PRED_HEADS if kind else HEADS).get(dim, num_heads)
+    if not fits(int, heads) or heads < 1 or dim % heads:
+        raise UsageError(f"{origin.path}: a width of {dim} with {heads or 'an unknown number of'} heads (--num_heads)")
+    if kind:
+        return dict(pred_dim=dim, pred_depth=depth, pred_heads=heads, pred_mlp_ratio=ratio)
+    channels, tubelet_t, patch, wide = first.shape[1:]
     if channels != 3 or patch != wide:
-        raise UsageError(f"{origin.path}: patches of {channels} x {patch} x {wide}, not of 3 channels and a square")
-    heads = origin.num_heads or HEADS.get(dim, num_heads)
-    if not heads:
-        raise UsageError(f"{origin.path}: does not say how many heads an encoder of width {dim} has (--num_heads)")
-    depth, ratio = block_sizes(tensors, "", dim)
+        raise UsageError(f"{origin.path}: its patches are {channels} x {patch} x {wide}, not square with 3 channels")
     return dict(enc_dim=dim, enc_depth=depth, num_heads=heads, mlp_ratio=ratio, tubelet_t=tubelet_t, patch=patch)
 
 
-def predictor_sizes(tensors, origin, cfg):
-    """The same for a predictor; where nobody says its heads, the config's count."""
-    dim = len(tensors["predictor_embed.weight"])
-    depth, ratio = block_sizes(tensors, "predictor_", dim)
-    heads = origin.pred_heads or (12 if dim == 384 else cfg.pred_heads or cfg.num_heads)
-    return dict(pred_dim=dim, pred_depth=depth, pred_heads=heads, pred_mlp_ratio=ratio)
-
-
 def misfits(cfg, sizes):
-    """Sizes that a config has otherwise -> 'enc_dim = 768, the weights have 1024 (--enc_dim)', each in a list."""
-    odd, width = [], sizes.get("enc_dim") or sizes.get("pred_dim")
+    """Sizes that a config has otherwise -> [text]."""
+    odd, width = [], next(iter(sizes.values()))
     for name, theirs in sizes.items():
-        own = getattr(cfg, name) or {"pred_heads": cfg.num_heads, "pred_mlp_ratio": cfg.mlp_ratio}[name]
-        if int(width * own) != int(width * theirs) if name.endswith("mlp_ratio") else own != theirs:
+        own = getattr(cfg, name) or getattr(cfg, {"pred_heads": "num_heads"}.get(name, "mlp_ratio"))
+        if int(width * own) != int(width * theirs) if name.endswith("ratio") else own != theirs:
             odd.append(f"{name} = {own}, the weights have {theirs} (--{name})")
     return odd
 
 
-def fill(net, tensors, pairs):
-    """Copy tensors into a network by their official names -> names that it lacks or has in another shape, names that
-    have no place in it."""
+def fill(net, tensors, pairs, partial):
+    """Copy tensors into a network by their official names -> "", or what is missing or too much: then nothing is
+    copied, or with `partial` all that fits."""
     own = {renamed(name, pairs): value for name, value in net.state_dict().items()}
-    good = [name for name in own if name in tensors and tensors[name].shape == own[name].shape]
-    for name in good:
+    good = {name for name in own if name in tensors and tensors[name].shape == own[name].shape}
+    odd = (("no", own.keys() - good), ("no place for", tensors.keys() - own.keys()))
+    told = " and ".join(f"{what} {name_some(sorted(names))}" for what, names in odd if names)
+    for name in good if partial or not told else ():
         own[name].copy_(tensors[name])
-    return [name for name in own if name not in good], [name for name in tensors if name not in own]
+    return told
 
 
-def take_predictor(model, cfg, tensors, origin, say):
-    """The predictor of read_weights into a model, where all of it fits -> lines are said."""
-    why = origin.no_predictor or "; ".join(misfits(cfg, predictor_sizes(tensors, origin, cfg)))
-    tokens = [tensors.pop(name).flatten() for name in sorted(tensors) if name.startswith("mask_tokens.")]
-    if not why and tokens:
-        norms = [float(token.norm()) for token in tokens]
-        learned = next((number for number, norm in enumerate(norms) if norm), 0)
-        tensors["mask_tokens"] = torch.stack([tokens[number] for number in origin.families or [learned] * (SOON + 1)])
-        state = {renamed(name, OUR_PREDICTOR): value for name, value in model.predictor.state_dict().items()}
-        shapes = ({name: value.shape for name, value in each.items()} for each in (state, tensors))
-        wrong = sorted({name for name, _ in set.symmetric_difference(*(set(each.items()) for each in shapes))})
-        why = f"{name_some(wrong)} missing, of another shape or without a place" if wrong else ""
-    if why or not tokens:
-        say(f"weights: the predictor starts anew: {why or 'without mask tokens'}")
-        return
-    fill(model.predictor, tensors, OUR_PREDICTOR)
-    listed = ", ".join(f"{norm:.3g}" for norm in norms)
-    which = origin.families or f"{learned} for all"
-    say(f"weights: predictor of {len(tensors)} tensors; mask tokens: {which}, of {len(norms)} with norms {listed}")
-    if cfg.soon_start == "last":
-        say("note: the loaded predictor never saw SOON start from the last tubelet; --soon_start mask is its own way")
-
-
-def force_position(model, cfg, kind, say):
-    """Give all networks of a model the position code of their weights, in the config as well. UsageError."""
-    if cfg.pos_embed != kind:
-        say(f"pos_embed: {kind}, as the weights need, not {cfg.pos_embed}")
-        cfg.pos_embed = kind
-        validate_config(cfg)
-        for net in (model.online, model.target, model.predictor):
-            net.position = net.position.changed(kind=kind)
+def take_predictor(model, cfg, tensors, origin):
+    """The predictor of read_weights into a model, where all of it fits -> what became of it."""
+    why, told = origin.no_predictor, ""
+    if not why and "mask_tokens" in tensors:
+        why = "; ".join(misfits(cfg, sizes_of(tensors, origin, cfg.pred_heads or cfg.num_heads, "predictor_")))
+        norms = (tokens := tensors["mask_tokens"]).norm(dim=1).tolist()
+        families = origin.families or [next((number for number, norm in enumerate(norms) if norm), 0)] * (SOON + 1)
+        tensors = {**tensors, "mask_tokens": tokens[list(families)]}
+        told = f"mask tokens {list(families)} of those with norms {', '.join(f'{norm:.3g}' for norm in norms)}"
+    why = why or fill(model.predictor, tensors, OUR_PREDICTOR, False)
+    if why:
+        return f"weights: predictor starts anew: {why}"
+    own = "; SOON starts from the last tubelet, which it never saw (--soon_start mask)" * (cfg.soon_start == "last")
+    return f"weights: predictor of {len(tensors)} tensors; {told}{own}"
 
 
 @torch.no_grad()
 def take_weights(model, cfg, say):
-    """Fill online encoder, target and, where it fits, predictor of a model from what cfg.init_from names. `say` tells
-    what was loaded, left out and starts anew. UsageError where the encoder does not fit, or only a part of it does and
-    allow_partial is off."""
-    tensors, origin = read_weights(cfg.init_from, cfg.init_key)
-    sizes = encoder_sizes(tensors, origin, cfg.num_heads * (cfg.num_heads != type(cfg).num_heads))
+    """Fill online encoder, target and, where it fits, predictor of a model from what cfg.init_from names, and take over
+    its kind of positions. `say` tells what was loaded, left out and starts anew. UsageError where the encoder does not
+    fit, or in part only and allow_partial is off."""
+    tensors, predictor, origin = read_weights(cfg.init_from, cfg.init_key)
+    sizes = sizes_of(tensors, origin, cfg.num_heads if cfg.num_heads != type(cfg).num_heads else 0)
     if odd := misfits(
         cfg, {name: size for name, size in sizes.items() if name != "enc_depth" or not cfg.allow_partial}
     ):
@@ -5490,104 +5418,100 @@ def take_weights(model, cfg, say):
         fit = [
             name for name, preset in presets if all(preset.get(key) == sizes[key] for key in ("enc_dim", "enc_depth"))
         ]
-        raise UsageError(f"init_from {origin.path}: {'; '.join(odd)}" + f"; or --preset {' or '.join(fit)}" * bool(fit))
-    force_position(model, cfg, origin.pos_embed, say)
-    predictor = {name: tensors.pop(name) for name in list(tensors) if name.startswith(OF_PREDICTOR)}
-    lacking, unknown = fill(model.online, tensors, OUR_ENCODER)
-    partial_load = [
-        f"{what} {name_some(sorted(names))}" for what, names in (("no", lacking), ("also", unknown)) if names
-    ]
-    if partial_load and not cfg.allow_partial:
         raise UsageError(
-            f"init_from {origin.path}: the encoder fits only in part: {'; '.join(partial_load)} (--allow_partial)"
+            f"init_from {origin.path}: {'; '.join(odd)}" + f"; see --preset {' or '.join(fit)}" * bool(fit)
         )
+    if cfg.pos_embed != (kind := origin.cfg["pos_embed"]):
+        say(f"pos_embed: {kind}, as the weights need, not {cfg.pos_embed}")
+        cfg.pos_embed = kind
+        validate_config(cfg)
+        for net in (model.online, model.target, model.predictor):
+            net.position = net.position.changed(kind=kind)
+    part = fill(model.online, tensors, OUR_ENCODER, cfg.allow_partial)
+    if part and not cfg.allow_partial:
+        raise UsageError(f"init_from {origin.path}: the encoder fits in part only: {part} (--allow_partial)")
     model.target.load_state_dict(model.online.state_dict())
-    count = sum(value.numel() for value in model.online.parameters()) / 1e6
-    told = f", in part: {'; '.join(partial_load)}" if partial_load else ""
-    say(f"weights: encoder, {count:.1f} M, from {origin.path} ({origin.what}) into online and target{told}")
-    take_predictor(model, cfg, predictor, origin, say)
-    left_out = f"; left out: {origin.left_out}" if origin.left_out else ""
+    count = sum(value.numel() for value in tensors.values()) / 1e6
+    into = "into online and target" + f", in part: {part}" * bool(part)
+    say(f"weights: encoder of {origin.path} ({origin.what}), {count:.1f} M, {into}")
+    say(take_predictor(model, cfg, predictor, origin))
+    left_out = f"; left out: {origin.left_out}" * bool(origin.left_out)
     say(f"weights: outcome head, flow net and read-out start anew{left_out}")
-    if cfg.num_frames > origin.frames:
-        say(f"note: a clip has {cfg.num_frames} frames, the weights saw at most {origin.frames}")
+    if cfg.num_frames > (seen := origin.cfg.get("num_frames", FRAMES_SEEN)):
+        say(f"note: a clip has {cfg.num_frames} frames, the weights saw at most {seen}")
 
 
 def load_encoder(path, key="", num_heads=0):
     """Weights -> their Encoder, in eval mode and without gradients: normalised clip [B, T, 3, H, W], of any length and
     size in whole tubelets and patches -> [B, L, D]. `cfg` has its sizes; `key` and `num_heads` as --init_key and
     --num_heads. UsageError."""
-    tensors, origin = read_weights(path, key)
-    sizes, t = encoder_sizes(tensors, origin, num_heads), tensors["patch_embed.proj.weight"].shape[2]
-    frames = max(origin.frames // t, 3) * t
-    clip = dict(num_frames=frames, now_frames=t, soon_frames=t, eventually_frames=frames - 2 * t)
-    values = {**clip, "pred_heads": 12, "image_size": origin.size, **origin.cfg, **sizes, "pos_embed": origin.pos_embed}
-    known = field_types(VJepaAutoV2Config)
-    own = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known}
-    cfg = VJepaAutoV2Config(**own)
-    with torch.device("meta"):  # its own first values would be made in vain
+    tensors, _, origin = read_weights(path, key)
+    sizes, known = sizes_of(tensors, origin, num_heads), field_types(VJepaAutoV2Config)
+    t, seen = sizes["tubelet_t"], origin.cfg.get("num_frames", FRAMES_SEEN)
+    now = dict(image_size=256, num_frames=seen, now_frames=t, soon_frames=t, eventually_frames=max(seen - 2 * t, t))
+    values = {**now, "pred_heads": 12, **origin.cfg, **sizes}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    cfg = VJepaAutoV2Config(**{name: value for name, value in values.items() if name in known})
+    with torch.device("meta"):  # first values would be made in vain
         encoder = Encoder(cfg)
-    tensors = {name: value for name, value in tensors.items() if not name.startswith(OF_PREDICTOR)}
-    names = {renamed(name, OUR_ENCODER): name for name in encoder.state_dict()}
-    if odd := sorted(names.keys() ^ tensors.keys()):
+    own = {renamed(name, OUR_ENCODER): name for name in encoder.state_dict()}
+    if odd := sorted(own.keys() ^ tensors.keys()):
         raise UsageError(f"{path}: {name_some(odd)} missing or too much in its encoder")
-    encoder.load_state_dict({names[name]: value for name, value in tensors.items()}, assign=True)
+    encoder.load_state_dict({own[name]: value for name, value in tensors.items()}, assign=True)
     encoder.position, encoder.cfg = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads), cfg
     return encoder.eval().requires_grad_(False)
 
 
 def export_config(cfg, size):
-    """The config.json of transformers' VJEPA2Model for a config and the side of its pictures -> dict."""
-    ratios = cfg.mlp_ratio, cfg.pred_mlp_ratio or cfg.mlp_ratio
-    return {
-        "made_by": MARK,
-        "architectures": ["VJEPA2Model"],
-        "model_type": "vjepa2",
-        **dict(patch_size=cfg.patch, crop_size=size, frames_per_clip=cfg.num_frames, tubelet_size=cfg.tubelet_t),
-        **dict(hidden_size=cfg.enc_dim, num_hidden_layers=cfg.enc_depth, num_attention_heads=cfg.num_heads),
-        **dict(pred_hidden_size=cfg.pred_dim, pred_num_hidden_layers=cfg.pred_depth, pred_num_mask_tokens=10),
-        **dict(mlp_ratio=ratios[0], pred_mlp_ratio=ratios[1], pred_num_attention_heads=cfg.pred_heads or cfg.num_heads),
-        **dict(in_chans=3, qkv_bias=True, hidden_act="gelu", layer_norm_eps=1e-6, dtype="float32"),
-    }
+    """The config.json of transformers' VJEPA2Model for a config and the side of its pictures -> JSON."""
+    names = dict(
+        patch_size="patch", frames_per_clip="num_frames", tubelet_size="tubelet_t", hidden_size="enc_dim",
+        num_hidden_layers="enc_depth", num_attention_heads="num_heads", mlp_ratio="mlp_ratio",
+        pred_hidden_size="pred_dim", pred_num_hidden_layers="pred_depth",
+    )  # fmt: skip
+    values = {name: getattr(cfg, own) for name, own in names.items()}
+    values |= {"made_by": MARK, "model_type": "vjepa2", "architectures": ["VJEPA2Model"], "crop_size": size}
+    values |= {"pred_num_attention_heads": cfg.pred_heads or cfg.num_heads, "pred_num_mask_tokens": 10}
+    return json.dumps({**values, "pred_mlp_ratio": cfg.pred_mlp_ratio or cfg.mlp_ratio, "dtype": "float32"}, indent=1)
 
 
 def export_hf(checkpoint, folder, key="", size=0):
     """Encoder (target, or `key` online) and predictor of a checkpoint -> a new folder that transformers' VJEPA2Model
-    reads, made for square pictures of `size` pixels, by default the run's -> lines about what has no place there.
-    UsageError for what the format cannot say."""
-    tensors, origin = open_weights(checkpoint, key)
-    known = field_types(VJepaAutoV2Config)
-    cfg = VJepaAutoV2Config(**{name: value for name, value in origin.cfg.items() if name in known})
-    size = size or (cfg.height if cfg.height == cfg.width else 0)
-    problem = (
-        "is no checkpoint of a run" * (not origin.cfg)
-        or f"the format has rope alone, not pos_embed = {cfg.pos_embed}" * (cfg.pos_embed != "rope")
-        or f"{cfg.height} x {cfg.width}: the format takes every picture for a square; name its side (--size)"
-        * (not size)
-        or f"--size {size} is not divisible by patch = {cfg.patch}" * (size % cfg.patch > 0)
-        or "its predictor is not in it" * ("predictor_embed.weight" not in tensors)
+    reads, for pictures of size x size pixels, by default the run's -> lines about it. UsageError for what the format
+    cannot say."""
+    (tensors, origin), folder = open_weights(checkpoint, key), Path(folder)
+    known = {name: value for name, value in origin.cfg.items() if name in field_types(VJepaAutoV2Config)}
+    cfg = VJepaAutoV2Config(**known)
+    size = size or cfg.height * (cfg.height == cfg.width)
+    problems = broken(
+        ("enc_dim" not in known, "", "is no checkpoint of a run"),
+        (cfg.pos_embed != "rope", "", f"pos_embed = {cfg.pos_embed}, the format has rope alone"),
+        (
+            not size,
+            "",
+            f"{cfg.height} x {cfg.width}, the format takes all pictures for squares; name their side (--size)",
+        ),
+        (size % cfg.patch, "", f"--size {size} is not divisible by patch = {cfg.patch}"),
+        ("mask_tokens" not in tensors, "", "its predictor is not in it"),
     )
-    if problem:
-        raise UsageError(f"{checkpoint}: {problem}")
-    folder = Path(folder)
+    if problems:
+        raise UsageError(f"{checkpoint}: {problems[0][1]}")
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: is there already; use another --out")
     saved, back = {}, [(new, old) for old, new in TRANSFORMERS]
-    tokens = [tensors.pop(f"mask_tokens.{number}").view(1, 1, -1) for number in range(SOON + 1)]
-    tensors["mask_tokens"] = torch.stack(tokens[:SOON] * 5)  # short and long in turn: any index finds one that learned
-    for name, value in tensors.items():
+    tokens = tensors["mask_tokens"][[*range(SOON)] * 5, None, None]  # short and long in turn: any index finds one
+    for name, value in {**tensors, "mask_tokens": tokens}.items():
+        parts = zip(("query", "key", "value"), value.chunk(3)) if ".qkv." in name else [("", value)]
         name = renamed(name, back).replace(".attn.", ".attention.")
-        parts = zip(("query", "key", "value"), value.chunk(3)) if ".qkv." in name else [("qkv", value)]
         saved |= {name.replace("qkv", part): rows.contiguous() for part, rows in parts}
     content = extra("safetensors.torch", folder).save(saved, {"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "model.safetensors", lambda handle: handle.write(content))
-    write_own(
-        folder / "config.json", lambda handle: handle.write(json.dumps(export_config(cfg, size), indent=1).encode())
-    )
+    write_atomic(folder / "config.json", lambda handle: handle.write(export_config(cfg, size).encode()))
+    start = ", the start of SOON from the last tubelet" * (cfg.soon_start == "last")
     return [
-        f"{len(saved)} tensors of {checkpoint} ({origin.what}) in {folder}",
-        "no place there: SOON's mask token, outcome head, flow net, its statistics, read-out, queue, the other encoder"
-        + ", and that SOON starts from the last tubelet (soon_start = last)" * (cfg.soon_start == "last"),
+        f"{folder}: {len(saved)} tensors of {checkpoint} ({origin.what})",
+        f"left out, no place there: mask token of SOON{start}, outcome head, flow net, read-out, queue, other encoder",
     ]
 
 
