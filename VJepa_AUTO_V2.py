@@ -5441,11 +5441,8 @@ def take_weights(model, cfg, say):
         say(f"note: a clip has {cfg.num_frames} frames, the weights saw at most {seen}")
 
 
-def load_encoder(path, key="", num_heads=0):
-    """Weights -> their Encoder, in eval mode and without gradients: normalised clip [B, T, 3, H, W], of any length and
-    size in whole tubelets and patches -> [B, L, D]. `cfg` has its sizes; `key` and `num_heads` as --init_key and
-    --num_heads. UsageError."""
-    tensors, _, origin = read_weights(path, key)
+def encoder_of(tensors, origin, num_heads=0):
+    """The encoder of read_weights, as load_encoder gives it; its tensors are not copied."""
     sizes, known = sizes_of(tensors, origin, num_heads), field_types(VJepaAutoV2Config)
     t, seen = sizes["tubelet_t"], origin.cfg.get("num_frames", FRAMES_SEEN)
     now = dict(image_size=256, num_frames=seen, now_frames=t, soon_frames=t, eventually_frames=max(seen - 2 * t, t))
@@ -5456,10 +5453,18 @@ def load_encoder(path, key="", num_heads=0):
         encoder = Encoder(cfg)
     own = {renamed(name, OUR_ENCODER): name for name in encoder.state_dict()}
     if odd := sorted(own.keys() ^ tensors.keys()):
-        raise UsageError(f"{path}: {name_some(odd)} missing or too much in its encoder")
+        raise UsageError(f"{origin.path}: {name_some(odd)} missing or too much in its encoder")
     encoder.load_state_dict({own[name]: value for name, value in tensors.items()}, assign=True)
     encoder.position, encoder.cfg = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads), cfg
     return encoder.eval().requires_grad_(False)
+
+
+def load_encoder(path, key="", num_heads=0):
+    """Weights -> their Encoder, in eval mode and without gradients: normalised clip [B, T, 3, H, W], of any length and
+    size in whole tubelets and patches -> [B, L, D]. `cfg` has its sizes; `key` and `num_heads` as --init_key and
+    --num_heads. UsageError."""
+    tensors, _, origin = read_weights(path, key)
+    return encoder_of(tensors, origin, num_heads)
 
 
 def export_config(cfg, size):
@@ -5563,12 +5568,14 @@ def memory_estimate_gb(cfg, num_parameters):
 
 
 def frozen_encoder(cfg):
-    """The encoder of init_from on a config's token grid; it learns nothing. Where it has the config's sizes, as it must
-    with freeze_encoder, its kind of positions becomes the config's. On the meta device nothing is read. UsageError."""
+    """The encoder of init_from on a config's token grid, which learns nothing -> (encoder, predictor and Origin). Where
+    it has the config's sizes, as it must with freeze_encoder, its kind of positions becomes the config's. On the meta
+    device nothing is read. UsageError."""
     if torch.get_default_device().type == "meta":
-        return Encoder(cfg).requires_grad_(False)
+        return Encoder(cfg).requires_grad_(False), ()
     heads = cfg.num_heads if cfg.freeze_encoder and cfg.num_heads != type(cfg).num_heads else 0
-    encoder = load_encoder(cfg.init_from, cfg.init_key, heads)
+    tensors, *beside = read_weights(cfg.init_from, cfg.init_key)
+    encoder = encoder_of(tensors, beside[1], heads)
     sizes, pieces = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio"), ("patch", "tubelet_t")
     odd, other = (misfits(cfg, {name: getattr(encoder.cfg, name) for name in names}) for names in (sizes, pieces))
     if other := other + odd * cfg.freeze_encoder:
@@ -5578,7 +5585,7 @@ def frozen_encoder(cfg):
         validate_config(cfg)
     own = {name: getattr(encoder.cfg, name) for name in (*sizes, "pos_embed")}
     encoder.cfg, encoder.position = replace(cfg, **own) if odd else cfg, encoder.position.changed(grid=cfg.grid)
-    return encoder
+    return encoder, beside
 
 
 def fixed_map(width, wanted, seed):
@@ -5625,7 +5632,8 @@ class VJepaAutoV2(World):
 
     def __init__(self, cfg, rank=0, world_size=1):
         super().__init__(cfg, rank, world_size)
-        frozen = frozen_encoder(cfg) if cfg.freeze_encoder or cfg.teacher == "frozen" else None
+        is_frozen = cfg.freeze_encoder or cfg.teacher == "frozen"
+        frozen, self.beside = frozen_encoder(cfg) if is_frozen else (None, ())
         self.online, self.predictor = frozen if cfg.freeze_encoder else Encoder(cfg), Predictor(cfg)
         self.outcome, self.flow = OutcomeHead(cfg), FlowNet(cfg)
         self.read_out = nn.Linear(cfg.enc_dim, cfg.flow_chunks * cfg.enc_dim)  # forecast of the EVENTUALLY chunks
@@ -5665,9 +5673,12 @@ class VJepaAutoV2(World):
     def wants_labels(cfg):
         return bool(cfg.lambda_supcon)
 
+    @torch.no_grad()
     def take_weights(self, say):
-        if self.FROZEN:
-            say(f"weights: encoder of {self.cfg.init_from}, frozen; the other networks start anew")
+        if self.beside:  # of what is frozen
+            say(f"weights: encoder of {self.beside[1].path} ({self.beside[1].what}), frozen")
+            say(take_predictor(self, self.cfg, *self.beside))
+            self.beside = ()
         elif self.cfg.init_from:
             take_weights(self, self.cfg, say)
 
@@ -5693,7 +5704,7 @@ class VJepaAutoV2(World):
 
     @torch.no_grad()
     def latents(self, batch):
-        """The NOW context [B, K, D], of NOW alone, and targets [B, L', D]: of EVENTUALLY the mean of each tubelet, since
+        """The NOW context [B, K, D], of NOW alone, and targets [B, L', D], EVENTUALLY as the mean of each tubelet:
         only means of it are ever used."""
         return self.brief(self.now_context(batch["frames"]), self.make_targets(self.normalise(batch["frames"])))
 
@@ -5964,6 +5975,7 @@ class VJepaAutoV2(World):
 
     def restore(self, state):
         super().restore(state)
+        self.beside = ()
         if not state["after"]:  # SOON is fitted anew
             self.soon_predictor = None
 

@@ -43,6 +43,22 @@ def test_one_module_serves_both(source):
     assert "ema_momentum" not in model.state(0) and all(step["loss_vjepa"] > 0 for step in history)
 
 
+def test_a_published_folder_is_frozen(tmp_path):
+    """Positions of the weights become the config's, and the predictor beside them is taken where a run begins."""
+    rope = dict(pos_embed="rope", enc_dim=48, pred_dim=24, num_heads=4)
+    trained = new_model(small_config(**rope), seed=3)
+    torch.save(new_state(trained), tmp_path / "source.pt")
+    V.export_hf(tmp_path / "source.pt", tmp_path / "folder")
+    cfg, lines = frozen_config(tmp_path / "folder", soon_start="mask", **{**rope, "pos_embed": "sincos"}), []
+    model = new_model(cfg)
+    assert cfg.pos_embed == "rope" and model.predictor.position.kind == "rope"
+    model.take_weights(lines.append)
+    assert torch.equal(model.predictor.out.weight, trained.predictor.out.weight)
+    clip = model.normalise(random_batch(cfg, 1)["frames"])
+    torch.testing.assert_close(model.make_targets(clip), trained.make_targets(clip))
+    assert "frozen" in lines[0] and "predictor of" in lines[1] and not model.beside
+
+
 def test_now_sees_nothing_of_its_future(source):
     """Other future pixels leave context, SOON prediction, outcome and samples as they are, to the bit, and move the
     targets. Seen red with the context cut out of the tokens of the whole clip."""
