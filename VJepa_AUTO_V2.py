@@ -211,8 +211,8 @@ class RunConfig:
 
     def __post_init__(self):
         """A ~ at the front of a path is the home folder, wherever the config comes from."""
-        for name in ("data_root", "out_dir", "resume"):
-            if isinstance(getattr(self, name), str):
+        for name in ("data_root", "out_dir", "resume", "latents"):
+            if isinstance(getattr(self, name, None), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
 
     def rules(self):
@@ -255,6 +255,7 @@ class ClipConfig(RunConfig):
     frame_fps: float = 0.0  # frames per second of raw H.264 / HEVC without times; 0 = as header or annotation say
     decoder: str = "auto"  # auto (pyav, then decord) | pyav | decord
     missing_data: str = "scenes"  # when data_root holds no video: scenes | error | random
+    latents: str = ""  # folder or csv of latents cached by tools/cache_latents.py, read instead of videos
     crop_scale_min: float = 0.6  # smallest crop, share of the largest box that fits the frame
     crop_scale_max: float = 1.0  # largest crop, same unit
     crop_ratio_min: float = 0.85  # stretch of the crop's aspect ratio
@@ -276,6 +277,7 @@ class ClipConfig(RunConfig):
         "scenes": ("files", "render"),
     }
     MUST_MATCH = ("image_size", "num_frames", "now_frames", "soon_frames", "channels")
+    UNCROPPED = dict(crop_scale_min=1.0, crop_scale_max=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, hflip=False)
 
     @property
     def height(self) -> int:
@@ -297,6 +299,8 @@ class ClipConfig(RunConfig):
                 (not 1 <= min(sides) <= max(sides) <= 8192, "image_size", "must lie in 1 to 8192"),
                 (self.num_frames < least, "num_frames", f"must be at least now + soon frames = {least}"),
                 (problem, "scene_mix", problem),
+                *((self.latents and getattr(self, name) != plain, name, f"must be {plain}: cached latents are of clips "
+                   "as they are") for name, plain in self.UNCROPPED.items()),
             ),
             *self.in_order(("crop_scale_min", "crop_scale_max"), ("crop_ratio_min", "crop_ratio_max")),
         ]
@@ -322,6 +326,9 @@ class VJepaAutoV2Config(ClipConfig):
     pos_embed: str = "sincos"  # sincos (added once) | rope (rotary, inside attention, V-JEPA 2 form)
     grad_checkpoint: bool = False  # recompute block activations in backward: less memory, about 26 % more compute
     # -- objective
+    init_from: str = ""  # STUB
+    freeze_encoder: bool = False  # the encoder of init_from learns nothing: NOW's and the target encoder in one
+    teacher: str = "ema"  # ema (the target follows the encoder) | frozen (it is that of init_from, of any width)
     ema_momentum: float = 0.996  # target encoder momentum
     ema_momentum_end: float = 0.0  # momentum at the last step, linear in between; 0 = constant
     short_num_blocks: int = 8  # blocks of a short-range mask
@@ -409,11 +416,14 @@ class VJepaAutoV2Config(ClipConfig):
         "flow_fit_clips": (0, 10**9), "flow_fit_steps": (1, 10**9), "flow_fit_batch": (1, 65536),
         "flow_fit_lr": (0, None), "soon_fit_steps": (0, 10**9), "soon_fit_batch": (1, 65536),
     }
-    CHOICES = {"pos_embed": ("sincos", "rope"), "outcome_target": ("mean", "delta"), "flow_rest": ("mean", "gaussian")}
+    CHOICES = {
+        "pos_embed": ("sincos", "rope"), "outcome_target": ("mean", "delta"), "flow_rest": ("mean", "gaussian"),
+        "teacher": ("ema", "frozen"),
+    }
     MUST_MATCH = (
         "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim", "pred_depth", "num_heads",
         "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target", "flow_dim", "flow_depth",
-        "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool",
+        "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool", "freeze_encoder", "teacher",
     )
 
     @property
@@ -477,9 +487,15 @@ class VJepaAutoV2Config(ClipConfig):
                 (width % 2, name, "must be even, the position code pairs sine and cosine"),
             ]
         no_fit = self.soon_fit_steps and not self.flow_fit_clips
+        taught, needs = self.teacher == "frozen", "needs the weights of init_from (--init_from)"
         rows += [
+            (self.freeze_encoder and not self.init_from, "freeze_encoder", needs),
+            (taught and not self.init_from, "teacher", needs),
+            (taught and self.freeze_encoder, "teacher", "freeze_encoder leaves nothing to teach"),
+            (self.latents and not self.freeze_encoder, "latents", "needs a frozen encoder (--freeze_encoder)"),
+            (self.latents and self.lambda_vjepa, "lambda_vjepa", "must be 0: cached latents know no masks"),
             (no_fit, "soon_fit_steps", "the flow phase fits SOON, and flow_fit_clips = 0 leaves it out"),
-            (losses <= 0, "lambda_vjepa", "at least one of vjepa, soon, eventually, supcon must train the encoder"),
+            (losses <= 0, "lambda_vjepa", "at least one of vjepa, soon, eventually, supcon must train the networks"),
         ]
         problems = [*super().rules(), *broken(*rows), *self.in_order(("aspect_min", "aspect_max"))]
         tubelets, (_, high, wide) = self.eventually_tubelets, self.grid
@@ -888,6 +904,10 @@ VIDEO_SUFFIXES = (
     *re.findall(r"\.\w+", ".mp4.m4v.mkv.mov.avi.webm.ts.mts.m2ts.3gp.3g2.f4v.wmv.asf.flv.mpg.mpeg.vob.ogv"),
     *RAW_SUFFIXES,
 )
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+# fmt: off
+LIST_KEYS = ("video", "path", "frames", "begin", "length", "fps", "times", "group", "signals", "maneuver", "label")
+# fmt: on
 SIDES = ("train", "val", "test")  # folders that split a data_root
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # copies that systems and network disks keep
 SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in this order
@@ -903,20 +923,33 @@ class BadFile(Exception):
 
 @dataclass(frozen=True)
 class VideoFile:
-    """One video."""
+    """One video, one drive of pictures, or a part of one."""
 
-    name: str  # path below the data root, with /: its identity in splits and logs
+    name: str  # path below the data root, with /, and #t=begin,end of a part: its identity in logs
     path: str
     label: str = ""  # a maneuver
+    begin: float = 0.0  # seconds after the first frame from which on it may be used
+    length: float = 0.0  # seconds of it that may be; 0: up to the end
+    fps: float = 0.0  # rate of pictures, or of a raw stream
+    times: str = ""  # file with the time of each of their frames, that csv too
+    group: str = ""  # what is held out together
+    signals: str = ""  # its annotation: a file, or the JSON itself
+    pictures: str = ""  # pattern of their names, where path is a folder of pictures or a csv that lists them
+
+    @property
+    def drive(self):
+        """What no split cuts: its group, else all parts of its file."""
+        is_part = self.begin or self.length
+        return self.group or is_part and self.name.rpartition("#t=")[0] or self.name
 
 
 class Listing(list):
     """The videos of a data_root. `notes`: lines for the user; `seen`: what else was found where no video was; `sides`:
-    {side: its videos} where folders split them."""
+    {side: its videos} where folders split them; `drives`: the folders that hold pictures, as VideoFiles."""
 
-    def __init__(self, videos=(), notes=(), seen=""):
+    def __init__(self, videos=(), notes=(), seen="", drives=()):
         super().__init__(videos)
-        self.notes, self.seen, self.sides = list(notes), seen, {}
+        self.notes, self.seen, self.sides, self.drives = list(notes), seen, {}, list(drives)
 
 
 def name_some(names, most=3):
@@ -966,17 +999,20 @@ def walk_folder(root, closed):
 
 def one_name_each(videos):
     """Leave out further names of one file (links) -> (videos, names left out). One that brings another label stays,
-    under the first name: the split goes by names, so no file ever stands on both sides."""
-    first, kept, left_out = {}, [], []
+    under the first name: the split goes by names, so no file ever stands on both sides. Parts of a file are files of
+    their own, on one side unless their groups say otherwise."""
+    first, drives, kept, left_out = {}, {}, [], []
     for video in videos:
         key = video.name
         with suppress(OSError, ValueError):
             info = os.stat(video.path)
             if info.st_ino and stat.S_ISREG(info.st_mode):  # some network disks give one number to many files
                 key = info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
-        known, labels = first.setdefault(key, (video, {video.label}))
+        drive = drives.setdefault(key, video.drive)
+        known, labels = first.setdefault((key, video.begin, video.length), (video, {video.label}))
         if video.name == known.name or video.label not in labels:
-            kept.append(replace(video, name=known.name))
+            part = replace(video, name=known.name)
+            kept.append(part if part.group or part.drive == drive else replace(part, group=drive))
         else:
             left_out.append(video.name)
         if video.name != known.name:
@@ -1013,30 +1049,51 @@ def split_by_folders(listing, root):
 def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
     """Walk a folder -> Listing by name of the files with a known suffix that match the glob, one name each. Names with
     a dot in front do not count: they are hidden, or macOS's twins of other files."""
-    matches, found, others, closed = glob_pattern(video_glob).match, [], [], []
+    matches, found, others, closed, drives = glob_pattern(video_glob).match, [], [], [], {}
     below = "videos/" if os.path.basename(root) == "videos" else ""  # a glob may name that folder or not
     for parent, entry in walk_folder(root, closed):
         name, path = entry.name, parent + entry.name
-        known = name.lower().endswith(suffixes) and name[0] != "."
-        if known and any(map(matches, (name, path, below + path))):
+        wanted = name[0] != "." and any(map(matches, (name, path, below + path)))
+        if wanted and name.lower().endswith(suffixes):
             found.append(VideoFile(path, os.path.join(root, path)))
         else:
             others.append(name)
+            if wanted and parent not in drives and name.lower().endswith(PICTURE_SUFFIXES):
+                drive = parent[:-1] or os.path.basename(os.path.abspath(root))
+                drives[parent] = VideoFile(drive, os.path.join(root, parent), pictures="*")
     videos, links = one_name_each(sorted(found, key=operator.attrgetter("name")))
     notes = left_out_note("WARNING", closed, f"folder(s) below {one_line(root)} cannot be read and")
     notes += left_out_note("note", links, "further name(s) of files listed already (links)")
-    listing = Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}")
+    listing = Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}", drives.values())
     split_by_folders(listing, root)
     return listing
 
 
-def label_text(value):
+def label_text(value, what="label"):
     """A label of a list or an annotation -> text, "" for null alone. ValueError for no plain text or number."""
     if value is None:
         return ""
     if not isinstance(value, (str, bool)) and not fits(float, value) or re.search(UNPRINTABLE, str(value)):
-        raise ValueError(f"label {shown(value)} must be a text without control characters or a number")
+        raise ValueError(f"{what} {shown(value)} must be a text without control characters or a number")
     return str(value)
+
+
+def check_annotation(annotation):
+    """Bring what is read of an annotation to its types, in place. ValueError names the key."""
+    if not isinstance(annotation, dict):
+        raise ValueError("must hold a JSON object")
+    fps = annotation.get("fps")
+    if fps is not None and not (fits(float, fps) and 0 < fps <= 10**6):
+        raise ValueError(f"fps = {shown(fps)} must be a positive number")
+    label = label_text(annotation.pop("maneuver", None))
+    if label:
+        annotation["maneuver"] = label
+    for name in SIGNALS:
+        values = annotation.get(name) if isinstance(annotation.get(name), list) else []
+        if not set(map(type, values)) <= {int, float, bool, type(None)}:
+            raise ValueError(f"{name} must be a list of numbers, null where it is unknown")
+        if not all(abs(value) < 1e30 for value in values if value is not None):
+            raise ValueError(f"{name} holds a number that is too large")
 
 
 def csv_cells(line, separator):
@@ -1074,24 +1131,52 @@ def text_readings(line, header):
     return [pair for pair in named + (quoted + split if '"' in line else split + quoted) if pair[0]]
 
 
-def json_reading(line):
-    """A line of a jsonl list -> (path, label). ValueError or RecursionError says what it lacks."""
-    row = parse_json(line)
-    path = row.get("video") or row.get("path") if isinstance(row, dict) else None
-    if not path or not isinstance(path, str) and not fits(int, path):
-        raise ValueError("it has no such text")
-    return str(path), label_text(row.get("maneuver")) or row.get("label")
+def listed_path(folder, path, key="path"):
+    """A path in a list -> the absolute one. ValueError where no file can be called so."""
+    if not isinstance(path, str) or "\0" in path:
+        raise ValueError(f"{key} = {shown(path)} must be a text without NUL")
+    os.fsencode(path)  # UnicodeEncodeError for what the file system's encoding lacks
+    return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
+
+
+def listed_number(row, key, least=1e-9):
+    """A number of a jsonl line, 0 where there is none. ValueError for one out of its range."""
+    if key in row and not (fits(float, row[key]) and least <= row[key] <= 10**9):
+        raise ValueError(f"{key} = {shown(row[key])} must be a number {'above 0' if least else 'from 0 on'}")
+    return float(row.get(key, 0))
+
+
+def json_video(row, folder):
+    """A line of a jsonl list -> VideoFile. ValueError says what is wrong with it."""
+    row = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {}
+    frames, video = row.get("frames"), row.get("video") or row.get("path")
+    path = str(video) if fits(int, video) else video or frames
+    if not path or video and frames:
+        raise ValueError("a line is a JSON object that names either a 'video' (or 'path') or 'frames'")
+    place, pictures, times, signals = listed_path(folder, path), "", row.get("times"), row.get("signals", "")
+    if times and not frames and not place.lower().endswith(RAW_SUFFIXES):
+        raise ValueError("times are for pictures and raw streams: this video holds its own")
+    times = listed_path(folder, times, "times") if times else ""
+    if frames:
+        is_pattern = re.search(r"[*?[]", os.path.basename(place)) and not os.path.isdir(place)
+        times = place if place.lower().endswith(".csv") else times
+        place, pictures = os.path.split(place) if is_pattern else (place, "*")
+    if isinstance(signals, dict):
+        check_annotation(dict(signals))
+        signals = json.dumps(signals)
+    else:
+        signals = signals and listed_path(folder, signals, "signals")
+    begin, length, fps = (listed_number(row, *key) for key in (("begin", 0), ("length",), ("fps",)))
+    if begin or length:
+        path += f"#t={begin:.12g}" + f",{begin + length:.12g}" * bool(length)
+    label, group = label_text(row.get("maneuver")) or row.get("label"), label_text(row.get("group"), "group")
+    return VideoFile(path, place, label_text(label), begin, length, fps, times, group, signals, pictures)
 
 
 def listed_video(readings, folder, is_comment):
     """What a line may say, [(path, label)] -> VideoFile, None for a comment. ValueError for no path or label. Which
     reading holds is seen on the disk; where no such file exists, the first that ends like a video is taken."""
-    found = []
-    for path, label in readings:
-        if "\0" in path:
-            raise ValueError("a path holds no NUL")
-        os.fsencode(path)  # UnicodeEncodeError for what the file system's encoding lacks
-        found.append((path, os.path.abspath(os.path.join(folder, os.path.expanduser(path))), label))
+    found = [(path, listed_path(folder, path), label) for path, label in readings]
     present = [one for one in found if os.path.isfile(one[1])] or [one for one in found if os.path.exists(one[1])]
     if not present and (is_comment or not found):
         return None
@@ -1103,7 +1188,7 @@ def listed_video(readings, folder, is_comment):
 def read_list(path):
     """A csv, txt or jsonl list, blank lines, comments (#) and a header left out -> Listing in its order. UsageError
     names a line that is not understood."""
-    folder, found, header = os.path.dirname(os.path.abspath(path)), [], None
+    folder, found, header, keys = os.path.dirname(os.path.abspath(path)), [], None, {}
     try:
         text = read_text(path, MAX_LIST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
@@ -1118,13 +1203,19 @@ def read_list(path):
                 header = not os.path.isfile(os.path.join(folder, line)) and list_header(line) or ()
                 if header:
                     continue
-            readings = [json_reading(line)] if as_json else text_readings(line, header)
-            found.append(listed_video(readings, folder, is_comment))
+            if as_json:
+                row = parse_json(line)
+                found.append(json_video(row, folder))
+                keys |= dict.fromkeys(row)
+            else:
+                found.append(listed_video(text_readings(line, header), folder, is_comment))
         except (ValueError, RecursionError, csv.Error) as error:
-            needs = "needs a JSON object with a key 'video' or 'path'" if as_json else "cannot be understood"
-            raise UsageError(f"data_root {one_line(path)} line {number}: {needs} ({one_line(error)})") from error
+            why = f"cannot be understood ({one_line(error)})"
+            raise UsageError(f"data_root {one_line(path)} line {number}: {why}") from error
     videos, links = one_name_each(filter(None, found))
     notes = left_out_note("note", links, f"line(s) of {one_line(path)} name files again under other names (links) and")
+    unknown = [key + nearest(key, LIST_KEYS) for key in keys if key not in LIST_KEYS]
+    notes += left_out_note("note", unknown, f"key(s) of {one_line(path)} mean nothing here and")
     return Listing(videos, notes, "the list names no video")
 
 
@@ -1146,47 +1237,31 @@ def find_videos(data_root, video_glob, suffixes=VIDEO_SUFFIXES):
 
 
 def split_videos(videos, val_fraction, at_least=1):
-    """Hold out files by the hash of their name, never by window -> (train, val), from two files up both non-empty."""
-    names = {video.name for video in videos}  # a list may name a file more than once
+    """Hold out drives by the hash of their name, never by window -> (train, val), from two up both non-empty."""
+    names = {video.drive for video in videos}  # a list may name a file more than once
     hashes = {name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest() for name in names}
     threshold = f"{int(val_fraction * 16**8):08x}"
     num_val = max(sum(hashed[:8] < threshold for hashed in hashes.values()), at_least if val_fraction > 0 else 0)
     val = set(sorted(hashes, key=hashes.get)[: max(min(num_val, len(names) - 1), 0)])
-    return [video for video in videos if video.name not in val], [video for video in videos if video.name in val]
-
-
-def check_annotation(annotation):
-    """Bring what is read of an annotation to its types, in place. ValueError names the key."""
-    if not isinstance(annotation, dict):
-        raise ValueError("must hold a JSON object")
-    fps = annotation.get("fps")
-    if fps is not None and not (fits(float, fps) and 0 < fps <= 10**6):
-        raise ValueError(f"fps = {shown(fps)} must be a positive number")
-    label = label_text(annotation.pop("maneuver", None))
-    if label:
-        annotation["maneuver"] = label
-    for name in SIGNALS:
-        values = annotation.get(name) if isinstance(annotation.get(name), list) else []
-        if not set(map(type, values)) <= {int, float, bool, type(None)}:
-            raise ValueError(f"{name} must be a list of numbers, null where it is unknown")
-        if not all(abs(value) < 1e30 for value in values if value is not None):
-            raise ValueError(f"{name} holds a number that is too large")
+    return [video for video in videos if video.drive not in val], [video for video in videos if video.drive in val]
 
 
 def read_annotation(data_root, video):
-    """DIR/annotations/<clip>.json of a video, in its own subfolder or flat -> dict, {} when there is none. `maneuver`
-    is a text or absent. BadFile when it is not what it should be."""
-    name = os.path.splitext(video.name)[0] + ".json"
-    for place in dict.fromkeys((name, os.path.basename(name))) if data_root else ():
-        path = os.path.join(data_root, "annotations", place)
+    """The annotation of a video: its line's signals, else DIR/annotations/<clip>.json, in its own subfolder or flat ->
+    dict, {} when there is none. `maneuver` is a text or absent. BadFile when it is not what it should be."""
+    name, own = os.path.splitext(video.name)[0] + ".json", video.signals
+    places = dict.fromkeys((name, os.path.basename(name))) if data_root else ()
+    for path in [own] if own else [os.path.join(data_root, "annotations", place) for place in places]:
+        inline = path[0] == "{"
         try:
-            if stat.S_ISREG(os.stat(path).st_mode):
-                annotation = parse_json(read_text(path, MAX_ANNOTATION_BYTES))
+            if inline or own or stat.S_ISREG(os.stat(path).st_mode):
+                annotation = parse_json(path if inline else read_text(path, MAX_ANNOTATION_BYTES))
                 check_annotation(annotation)
                 return annotation
         except (OSError, ValueError, RecursionError) as error:
-            if getattr(error, "errno", None) not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-                raise BadFile(f"annotation {one_line(os.path.basename(name))}: {one_line(reason_of(error))}") from error
+            if own or getattr(error, "errno", None) not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                place = "in its line" if inline else one_line(os.path.basename(path))
+                raise BadFile(f"annotation {place}: {one_line(reason_of(error))}") from error
     return {}
 
 
@@ -1204,6 +1279,8 @@ RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times 
 RAW_FPS = 25.0  # frames per second of a bare stream of which nobody says anything
 LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC at most 16 overtake a frame
 MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further has lost what lay between
+# A longer step than both between the told times of frames is a gap, which no window crosses: seconds, usual steps.
+GAP_S, GAP_STEPS = 0.5, 2.5
 SKIPPING_CODECS = ("h264", "hevc")  # they obey skip_frame by the packet; dav1d the first packet's for the whole file
 
 
@@ -1226,6 +1303,11 @@ class ClipPlan:
     u_y: float
     frame_fps: float = 0.0  # rate of a raw stream, whatever its header says; 0: the header's
     noted_fps: float = 0.0  # rate that its annotation names, for a raw stream whose header names none
+    # -- of the file, by fit_plan
+    begin: float = 0.0  # the window lies from this second on
+    length: float = 0.0  # and within so many; 0: up to the end
+    times: str = ""  # file with the times of a raw stream's frames, or of pictures
+    pictures: str = ""  # pattern of the names of pictures
 
 
 @dataclass(frozen=True)
@@ -1242,23 +1324,39 @@ class TimeLine:
     duration: float  # seconds, at which the last frame of this stream ends
     fps: float  # mean frames per second
     in_order: bool = False  # no presentation times: frames come in order, at the times of the packets
+    told: np.ndarray | None = None  # seconds of the frames of a raw stream, where a file tells them
 
     def second(self, pts):
         """Presentation times -> seconds, to the last bit: a moment on the very border of two frames must not waver."""
+        if self.told is not None:
+            return self.told[pts]
         return (pts - self.start) * self.unit.numerator / self.unit.denominator
 
 
+def usable_part(plan, duration, native_fps):
+    """Seconds of a file that a plan may use, from plan.begin on. BadFile for a list that promises more than there is,
+    but for what containers round off."""
+    rest, slack = duration - plan.begin, 1.0 + 2 / native_fps
+    if plan.begin and rest < 0.5 / native_fps or plan.length > rest + slack:
+        part = f"from {plan.begin:.2f} s on" + f" for {plan.length:.2f} s" * bool(plan.length)
+        raise BadFile(f"lasts {duration:.2f} s, and is to be used {part}")
+    return min(rest, plan.length or rest)
+
+
 def frame_times(plan, duration, native_fps):
-    """Seconds from the first frame at which the clip's frames are taken -> float64 [T]. Half a native frame is added:
-    a request falls inside a frame, not on the border of two. A file shorter than the window gives frames over its
-    whole length; one with too few frames each of them, then the last again."""
+    """Seconds from the first frame at which the clip's frames are taken -> float64 [T], of a file of which `duration`
+    may be used. Half a native frame is added: a request falls inside a frame, not on the border of two. A file shorter
+    than the window gives frames over its whole length; one with too few frames each of them, then the last again."""
     steps, half = np.arange(plan.num_frames), 0.5 / native_fps
     window = plan.num_frames / plan.fps if plan.fps else math.inf
+    half = min(half, duration / 2) if plan.length else half
     if duration >= window - half:
-        return plan.u_start * max(duration - window, 0.0) + steps / plan.fps + half
-    if duration * native_fps < plan.num_frames:
-        return steps / native_fps + half
-    return steps * (duration / plan.num_frames) + half
+        times = plan.u_start * max(duration - window, 0.0) + steps / plan.fps + half
+    elif duration * native_fps < plan.num_frames:
+        times = steps / native_fps + half
+    else:
+        times = steps * (duration / plan.num_frames) + half
+    return plan.begin + (np.minimum(times, duration - half) if plan.length else times)  # no frame of a neighbour
 
 
 def crop_box(plan, width, height):
@@ -1300,6 +1398,59 @@ def file_stamp(container):
     return path, info.st_ino, info.st_size, info.st_mtime_ns
 
 
+@lru_cache(maxsize=64)
+def read_times(path):
+    """Times of frames: npy, a text with a line of seconds or a date for each, or a csv of path,time -> (float64 seconds
+    after the first, paths of the csv). BadFile unless they are two or more and increase."""
+    rows = []
+    try:
+        with open(path, "rb") as file:
+            is_npy = file.read(6) == b"\x93NUMPY"
+        if is_npy:
+            times = np.load(path, allow_pickle=False)
+        else:
+            rows = [row for row in csv.reader(read_text(path, MAX_LIST_BYTES).splitlines()) if row]
+            if path.lower().endswith(".csv") and rows.pop(0) != ["path", "time"]:
+                raise ValueError("its first line must be path,time")
+            times = np.array([row[-1] for row in rows])
+            times = times.astype("datetime64[ns]" if re.search(r"\d-\d", str(times[:1])) else np.float64)
+        seconds = (times - times[:1]) / (np.timedelta64(1, "s") if times.dtype.kind == "M" else 1.0)
+        steps = np.diff(seconds)
+        if seconds.ndim != 1 or not len(steps) or not np.all((0 < steps) & (steps < math.inf)):
+            raise ValueError("they must be two or more in one column, each later than the one before")
+    except (OSError, ValueError, TypeError, LookupError, MemoryError, csv.Error) as error:
+        raise BadFile(f"times {one_line(os.path.basename(path))}: {one_line(reason_of(error))}") from error
+    return seconds, [os.path.join(os.path.dirname(path), row[0].strip()) for row in rows]
+
+
+@lru_cache(maxsize=64)
+def list_pictures(folder, pattern):
+    """Pictures of a folder -> their paths in natural order, 2 before 10. BadFile."""
+    try:
+        names = fnmatch.filter(os.listdir(folder), pattern)
+    except OSError as error:
+        raise BadFile(f"cannot be read ({error.strerror})") from error
+    names = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."]
+    if not names:
+        raise BadFile(f"no picture in it ({', '.join(PICTURE_SUFFIXES)}) called {pattern}")
+    parts = {name: [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name)] for name in names}
+    return [os.path.join(folder, name) for name in sorted(sorted(names), key=parts.get)]
+
+
+def picture_line(path, plan):
+    """A drive of pictures -> (paths, seconds of each, seconds that may be used, frames per second). BadFile."""
+    if not plan.times and not plan.frame_fps:
+        raise BadFile("its pictures have no times: fps or times in its line, or --frame_fps")
+    seconds, paths = read_times(plan.times) if plan.times else ([], ())
+    if path != plan.times:
+        paths = list_pictures(path, plan.pictures)
+        seconds = seconds if plan.times else np.arange(len(paths)) / plan.frame_fps
+    if len(paths) != len(seconds):
+        raise BadFile(f"{len(paths)} pictures, and {len(seconds)} times in {one_line(os.path.basename(plan.times))}")
+    fps = 1 / float(np.median(np.diff(seconds))) if len(seconds) > 1 else plan.frame_fps
+    return paths, seconds, usable_part(plan, float(seconds[-1]) + 1 / fps, fps), fps
+
+
 @lru_cache(maxsize=256)
 def streams_alive(stamp):
     """Numbers of the video streams that show a second frame before some other one shows its hundredth -> set."""
@@ -1310,6 +1461,33 @@ def streams_alive(stamp):
             if counts[packet.stream_index] == 100:
                 break
     return {number for number, count in counts.items() if count > 1}
+
+
+def between_gaps(plan, seconds):
+    """A plan for frames at these times -> one whose window lies between two gaps: u_start draws the place among all
+    stretches into which it fits; where it fits into none, the longest one is the file."""
+    steps = np.diff(seconds)
+    step = float(np.median(steps))
+    gaps = np.flatnonzero(steps > max(GAP_S, GAP_STEPS * step))
+    begins = np.maximum(seconds[[0, *gaps + 1]], plan.begin)
+    ends = np.minimum(seconds[[*gaps, -1]] + step, plan.begin + plan.length if plan.length else math.inf)
+    lengths = ends - begins
+    if not len(gaps) or lengths.max() <= 0:  # it begins behind the end, which usable_part says
+        return plan
+    window = plan.num_frames / plan.fps - step / 2 if plan.fps else math.inf
+    until = np.cumsum(lengths * (lengths >= min(window, lengths.max())))
+    place = max(plan.u_start * until[-1], 1e-9)
+    chosen = int(np.searchsorted(until, place))
+    begin, length = float(begins[chosen]), float(lengths[chosen])
+    return replace(plan, begin=begin, length=length, u_start=float(1 - (until[chosen] - place) / length))
+
+
+def fit_plan(plan, video, annotation=()):
+    """A plan -> the same for a file: which part of it may be used, and what tells the times of its frames. BadFile."""
+    fps, noted = video.fps or plan.frame_fps, dict(annotation).get("fps") or 0.0
+    part = dict(begin=video.begin, length=video.length, times=video.times, pictures=video.pictures)
+    plan = replace(plan, frame_fps=fps, noted_fps=noted, **part)
+    return between_gaps(plan, read_times(plan.times)[0]) if plan.times else plan
 
 
 def playing_stream(container):
@@ -1432,6 +1610,12 @@ def time_line(container, stream, plan, fast=True):
     """-> (TimeLine, its packets from the first key packet on). A transport stream's line covers all its parts."""
     kind, codec, unit, stamp = container.format.name, stream.codec_context, stream.time_base, file_stamp(container)
     packets, fps = from_key(container.demux(stream)), float(stream.average_rate or stream.guessed_rate or 25)
+    if kind in RAW_FORMATS and plan.times:
+        told, count = read_times(plan.times)[0], count_packets(stamp)
+        if len(told) < count:
+            raise BadFile(f"{count} frames, and {len(told)} times in {one_line(os.path.basename(plan.times))}")
+        fps = 1 / float(np.median(np.diff(told)))
+        return TimeLine(0, unit, float(told[count - 1]) + 1 / fps, fps, in_order=True, told=told), packets
     if kind in RAW_FORMATS:
         fps = plan.frame_fps or float(codec.framerate or 0) or plan.noted_fps or RAW_FPS
         unit = 1 / Fraction(fps).limit_denominator(10**6)
@@ -1559,7 +1743,8 @@ def pyav_walk(container, stream, plan, fast):
     from av.video.reformatter import VideoReformatter
 
     line, packets = time_line(container, stream, plan, fast)
-    times, aspect = frame_times(plan, line.duration, line.fps), float(stream.sample_aspect_ratio or 1)
+    times = frame_times(plan, usable_part(plan, line.duration, line.fps), line.fps)
+    aspect = float(stream.sample_aspect_ratio or 1)
     fast = fast and not line.in_order
     sought = fast and times[0] > 1
     if not 1 / 8 <= aspect <= 8:
@@ -1616,10 +1801,43 @@ def read_pyav(path, plan, fast=True):
 
 
 def video_timing(path, plan):
-    """-> (seconds, frames per second) of a video, for frame_times of a plan. BadFile for a bad one."""
+    """-> (seconds that may be used, frames per second) of a video, for frame_times of a plan. BadFile for a bad one."""
+    if plan.pictures:
+        return picture_line(path, plan)[2:]
     with opened_stream(path) as (container, stream):
         line, _ = time_line(container, stream, plan)
-        return line.duration, line.fps
+        return usable_part(plan, line.duration, line.fps), line.fps
+
+
+def open_picture(path):
+    """A picture -> uint8 [H, W, 3], turned as it asks. BadFile."""
+    from PIL import Image, ImageOps
+
+    try:
+        check_regular(path)
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS or image.mode[0] in "IF":
+                raise BadFile(f"{image.width} x {image.height} pixels of kind {image.mode}")
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (BadFile, SyntaxError, Image.DecompressionBombError, *DECODE_ERRORS) as error:
+        raise BadFile(f"picture {one_line(os.path.basename(path))}: {one_line(reason_of(error))}") from error
+
+
+def read_pictures(path, plan):
+    """The pictures of a drive that a plan needs, no others are opened -> uint8 [T, H, W, 3]. BadFile."""
+    import av
+    from av.video.reformatter import VideoReformatter
+
+    paths, seconds, duration, fps = picture_line(path, plan)
+    wanted = np.searchsorted(seconds, frame_times(plan, duration, fps), side="right") - 1
+    frames, sizes, scaler = {}, {}, VideoReformatter()
+    for number in dict.fromkeys(wanted.tolist()):
+        picture = open_picture(paths[number])
+        sizes.setdefault(picture.shape[1::-1], os.path.basename(paths[number]))
+        if len(sizes) > 1:
+            raise BadFile("pictures of two sizes: " + ", ".join(f"{one_line(sizes[w, h])} {w} x {h}" for w, h in sizes))
+        frames[number] = pyav_picture(av.VideoFrame.from_ndarray(picture, format="rgb24"), plan, 1.0, scaler)
+    return np.stack([frames[number] for number in wanted.tolist()])
 
 
 def beyond_decord(path):
@@ -1650,7 +1868,8 @@ def read_decord(path, plan):
     decord.logging.set_level(decord.logging.FATAL)
     open_decord = partial(decord.VideoReader, path, ctx=decord.cpu(0), num_threads=1)
     try:
-        if beyond := beyond_decord(path):
+        # in HEVC and AV1 its frames may be two off, which at a border is another episode
+        if beyond := "parts of a file" if plan.begin or plan.length else beyond_decord(path):
             raise CannotOpen(f"only pyav is trusted with {beyond}")
         height, width = open_decord()[0].shape[:2]
         scaled_w, scaled_h, x, y = crop_box(plan, width, height)
@@ -1671,6 +1890,8 @@ READERS = {"pyav": read_pyav, "decord": read_decord}
 
 def read_frames(path, plan, decoder):
     """Decode just the frames of a plan, resized -> uint8 [T, H, W, 3]. BadFile with every decoder's reason."""
+    if plan.pictures:
+        return read_pictures(path, plan)
     check_regular(path)
     reasons = []
     for name in DECODERS[decoder]:
@@ -1740,7 +1961,8 @@ def told_apart(seconds, work, *args):
 
 def small_clip(cfg, video):
     """Decode a small clip of a video, for told_apart."""
-    read_frames(video.path, ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5), cfg.decoder)
+    plan = ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5, cfg.frame_fps)
+    read_frames(video.path, fit_plan(plan, video), cfg.decoder)
 
 
 def guessed_names(root, videos):
@@ -1758,7 +1980,7 @@ def guessed_names(root, videos):
 def guessed_rates(cfg, root, videos):
     """Names of the files that are read at RAW_FPS since neither frame_fps nor header nor annotation says more -> (list,
     whether all were looked at). Only raw suffixes are opened, for 20 s at most."""
-    raw = [video for video in videos if video.path.lower().endswith(RAW_SUFFIXES)]
+    raw = [video for video in videos if video.path.lower().endswith(RAW_SUFFIXES) and not (video.fps or video.times)]
     if cfg.frame_fps or not raw:
         return [], True
     return told_apart(min(cfg.decode_timeout_s, 20.0), guessed_names, root, raw)
@@ -1767,7 +1989,8 @@ def guessed_rates(cfg, root, videos):
 def split_readable(cfg, videos, read_one=small_clip):
     """split_videos, but while none of a handful of held-out files can be read by `read_one`, one more is held out."""
     train, val = split_videos(videos, cfg.val_fraction)
-    for at_least in range(len(val), min(len(val) + 8, len(videos) - 1) + 1):
+    held_out = len({number if video.drive == video.name else video.drive for number, video in enumerate(val)})
+    for at_least in range(held_out, min(held_out + 8, len(videos) - 1) + 1):
         wider = split_videos(videos, cfg.val_fraction, at_least)
         if len(val) > 8 or any(told_apart(cfg.decode_timeout_s, read_one, cfg, video)[1] for video in wider[1]):
             return wider
@@ -2534,8 +2757,7 @@ class ClipDataset(FileDataset):
         """-> (frames uint8 [T, H, W, 3], annotation)."""
         noted = read_annotation(self.data_root, video).items()
         annotation = {"maneuver": video.label or "", **{key: value for key, value in noted if value is not None}}
-        plan = replace(plan, noted_fps=annotation.get("fps") or 0.0)
-        return read_frames(video.path, plan, self.cfg.decoder), annotation
+        return read_frames(video.path, fit_plan(plan, video, annotation), self.cfg.decoder), annotation
 
     def check_form(self, content):
         """Frames come from the decoder in the shape that was asked for."""
@@ -2584,6 +2806,118 @@ class SceneDataset(ClipDataset):
         return (frames[:, :, ::-1] if flip else frames), index % len(self.videos), labels, [], flip
 
 
+class LatentDataset(FileDataset):
+    """What a frozen encoder makes of clips, a cached file for each. `cache`: what cache.json says, the forms of a
+    foreign cache; `world`, without memory, takes clips of a foreign one apart."""
+
+    SUFFIXES, cache, world = (".pt",), {}, None
+
+    @staticmethod
+    def notes(cfg, source):
+        cache, what = source.Dataset.cache, f"latents {cfg.latents}: whole clips were encoded, so NOW saw its future"
+        told = (
+            f"latents: {cfg.latents}, made by {cache['settings']['world']}" if "frozen" in cache else f"WARNING: {what}"
+        )
+        return [f"{told}; pictures are neither read nor encoded"]
+
+    def read_file(self, video, plan):
+        check_regular(video.path)
+        try:
+            found = torch.load(video.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # such a file makes the unpickler raise anything
+            raise BadFile(f"latents cannot be read ({type(error).__name__}: {flat(error)[:160]})") from error
+        if "frozen" not in self.cache:
+            found = self.world.latents_of(whole_tokens(found, plan))
+        if not isinstance(found, dict):
+            raise BadFile(f"latents are no dict of tensors, but {describe_form(found)}")
+        if odd := [name for name, value in found.items() if torch.is_tensor(value) and not value.isfinite().all()]:
+            raise BadFile(f"latents hold NaN or infinity: {name_some(odd)}")
+        return {**found, "maneuver": torch.tensor(self.maneuvers.get(video.label, -1))}
+
+    def blank(self):
+        forms = self.cache["tensors"].items()
+        zeros = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms}
+        return {**zeros, "maneuver": torch.tensor(-1)}
+
+
+def whole_tokens(found, plan):
+    """A foreign file, [B, D, T, H, W] or [D, T, H, W] -> tokens [L, D] of one clip, drawn by plan in 0 to 1. BadFile
+    for anything else."""
+    if not torch.is_tensor(found) or found.ndim not in (4, 5) or not found.is_floating_point() or not len(found):
+        raise BadFile(f"latents are no tensor [B, D, T, H, W] or [D, T, H, W], but {describe_form(found)}")
+    clip = found[int(plan * len(found))] if found.ndim == 5 else found
+    return clip.flatten(1).T.float()
+
+
+def tensor_forms(tensors):
+    """Dict of tensors -> {name: [shape, type]} for cache.json."""
+    return {name: [list(value.shape), str(value.dtype)[6:]] for name, value in tensors.items()}
+
+
+def latent_settings(world, cfg):
+    """What decides, beside frozen weights, what the latents of a world, its class, are -> {name: value} for JSON."""
+    values = {"world": world.__name__, **{name: getattr(cfg, name) for name in world.latent_fields}}
+    return json.loads(json.dumps(values))
+
+
+def read_cache(world, cfg):
+    """The csv of `latents` and its cache.json -> (its path, rows, cache, {} for one of others). UsageError where they
+    cannot be read or were made with other settings than the config's."""
+    place, cache, what = Path(cfg.latents), {}, f"latents {one_line(cfg.latents)}"
+    index = place / "index.csv" if place.is_dir() else place
+    about, here = index.parent / "cache.json", latent_settings(world, cfg)
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(index, MAX_LIST_BYTES), newline="")))
+        if place.is_dir() or index.name == "index.csv" and about.is_file():
+            cache = parse_json(read_text(about, 2**24))
+            [torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in cache["tensors"].values()]
+            other = [f"{name} = {value} (here {here.get(name)})" for name, value in cache["settings"].items()]
+            other = [text for text, name in zip(other, cache["settings"]) if cache["settings"][name] != here.get(name)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, csv.Error) as error:
+        made = f"python tools/cache_latents.py --out {one_line(place)} makes it, and goes on where it was stopped"
+        raise UsageError(
+            f"{what}: no {index.name} or cache.json that can be read ({reason_of(error)}); {made}"
+        ) from error
+    if cache and other:
+        raise UsageError(f"{what}: made with {', '.join(other)}; use the same, or another cache (--latents)")
+    needed = ("out_path", "name", "begin", "group") if cache else ("out_path",)
+    if not rows or not all(row.get(name) for row in rows for name in needed):
+        raise UsageError(f"{what}: {index.name} has no rows, or not all have {', '.join(needed)}")
+    return index, rows, cache
+
+
+def list_latents(world, cfg):
+    """The clips of a cache -> Listing with the class that reads them, `Dataset`, and `root`, a list of their videos.
+    UsageError as of read_cache, for a world without such latents, and where no foreign file fits."""
+    if world.latents is World.latents:
+        raise UsageError(f"latents = {one_line(cfg.latents)}: {world.__name__} has none to read (--latents)")
+    index, rows, cache = read_cache(world, cfg)
+    listing, reason = Listing(), "no file"
+    for row in rows:
+        path = os.path.join(index.parent, os.path.expanduser(row["out_path"]))
+        name = f"{row['name']}#t={row['begin']}" if cache else row["out_path"]
+        listing.append(VideoFile(name, path, row.get("maneuver") or "", group=row.get("group") or ""))
+    if cache.get("split") == "folders":
+        listing.sides = {side: [clip for clip in listing if clip.name.startswith(f"{side}/")] for side in SIDES}
+    with torch.device("meta"):
+        listing.Dataset = type("LatentDataset", (LatentDataset,), {"cache": cache, "world": world(cfg)})
+    listing.root, data = (
+        str(index.parent / "list.jsonl" if cache else index),
+        listing.Dataset(cfg, listing, "", "train"),
+    )
+    for clip in listing[: 0 if cache else 16]:
+        try:
+            found = data.read_file(clip, 0.0)
+        except BadFile as error:
+            reason = f"{clip.name}: {error}"
+        else:
+            listing.Dataset.cache = {"tensors": tensor_forms({k: v for k, v in found.items() if k != "maneuver"})}
+            break
+    if not listing.Dataset.cache:
+        raise UsageError(f"latents {one_line(cfg.latents)}: no usable file among its first ({reason})")
+    return listing
+
+
 def maneuver_names(videos, data_root):
     """All maneuvers that lists and annotations name, mirrored ones included -> sorted list."""
     names = set()
@@ -2617,10 +2951,15 @@ class DataSource:
     by_folders: bool = False  # whether folders split the files, not the hash of their names
 
     def listing(self):
-        """What a checkpoint keeps of it: number of files and what splits them; a user's names unless too many."""
-        names = sorted({video.name for video in (*self.train, *self.val)})
+        """What a checkpoint keeps of it: number of files and what splits them, groups too; a user's names unless too
+        many."""
+        videos = (*self.train, *self.val)
+        names = sorted({video.name for video in videos})
         kept = names if self.kind == "videos" and len(names) <= MAX_LISTED else []
         split = "folders" if self.by_folders else "hash"
+        groups = sorted({(video.name, video.group) for video in videos if video.group})
+        if groups:
+            split = f"groups {hashlib.sha256(repr(groups).encode()).hexdigest()[:12]}"
         return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept, "split": split}
 
     def dataset(self, cfg, stream):
@@ -2649,6 +2988,27 @@ def instead_of_videos(cfg, videos):
     return f"no --data_root: training on built-in driving scenes, {what}"
 
 
+def drives_of_pictures(cfg, videos):
+    """What was listed -> the same, or where it is no video the folders of pictures, if --frame_fps tells their rate.
+    UsageError for layouts that would be misread without a list."""
+    root, layout = cfg.data_root, ""
+    command = f"python tools/make_list.py {root} --out LIST.jsonl"
+    with suppress(OSError, ValueError):
+        if '"codebase_version"' in read_text(os.path.join(root, "meta", "info.json"), MAX_ANNOTATION_BYTES):
+            layout = "LeRobot, whose files hold several episodes or cameras of one"
+    streams = (video.path for video in videos if video.path.endswith("/video.hevc") and not (video.fps or video.times))
+    if not cfg.frame_fps and any(os.path.exists(path[:-10] + "global_pose/frame_times") for path in streams):
+        layout = "comma2k19, whose streams hold no times"
+    if layout:
+        raise UsageError(f"data_root {root}: this is {layout}; {command} makes the list to be given instead")
+    if videos or not videos.drives:
+        return videos
+    if cfg.frame_fps:
+        return Listing(sorted(videos.drives, key=operator.attrgetter("name")))
+    rate = "--frame_fps N takes each of its folders of pictures for a drive of that rate"
+    raise UsageError(f"data_root {root}: {nothing_found(cfg, videos)}; {command} makes a list of what it knows; {rate}")
+
+
 def list_data(cfg, Dataset=ClipDataset):
     """The files that a config names, [] for built-in scenes. UsageError for a wrong or a missing path."""
     suffixes, must = Dataset.SUFFIXES, not Dataset.HAS_SCENES
@@ -2656,6 +3016,7 @@ def list_data(cfg, Dataset=ClipDataset):
         wanted = f"must name a folder or a list of files {', '.join(suffixes)} (--data_root)"
         raise UsageError(f"data_root = {cfg.data_root or repr('')}: {wanted}")
     videos = find_videos(cfg.data_root, cfg.video_glob, suffixes) if cfg.data_root else Listing()
+    videos = drives_of_pictures(cfg, videos) if cfg.data_root and not must else videos
     if cfg.data_root and not videos and (must or cfg.missing_data == "error"):
         raise UsageError(f"data_root {cfg.data_root}: {nothing_found(cfg, videos, suffixes)} (--video_glob)")
     return videos
@@ -2664,7 +3025,8 @@ def list_data(cfg, Dataset=ClipDataset):
 def open_data(world, cfg, videos, is_main, barrier, stopping=None):
     """Listed files -> the DataSource of a world (its class). Built-in scenes are written where they are needed, by
     rank 0, while the others wait at `barrier()`. Stopped when `stopping()` says so meanwhile."""
-    kind, root, sides = "videos", cfg.data_root, getattr(videos, "sides", {})
+    kind, root, sides = "videos", getattr(videos, "root", cfg.data_root), getattr(videos, "sides", {})
+    Dataset = getattr(videos, "Dataset", world.Dataset)
     if not videos and cfg.data_root and cfg.missing_data == "random":
         kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
     elif not videos and cfg.scenes == "render":
@@ -2682,14 +3044,12 @@ def open_data(world, cfg, videos, is_main, barrier, stopping=None):
     elif kind in ("random", "render"):
         train, val = split_videos(videos, cfg.val_fraction)
     else:
-        train, val = split_readable(cfg, videos, world.Dataset.read_one)
+        train, val = split_readable(cfg, videos, Dataset.read_one)
     maneuvers = []
     if world.wants_labels(cfg):
         maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names([*train, *val], root)
     split = dict(held_out=bool(val and train), test=sides.get("test", []), by_folders=bool(sides))
-    return DataSource(
-        kind, root, train or videos, val or videos, maneuvers, Dataset=world.Dataset, draw=world.draw, **split
-    )
+    return DataSource(kind, root, train or videos, val or videos, maneuvers, Dataset=Dataset, draw=world.draw, **split)
 
 
 def listing_change(saved, source):
@@ -3686,7 +4046,7 @@ class World(nn.Module):
 
     def __setattr__(self, name, value):
         """As nn.Module's. TypeError where an attribute, a child say, would hide something that the loop calls."""
-        if callable(getattr(World, name, None)) and name in vars(World):
+        if callable(getattr(type(self), name, None)) and name in vars(World):
             raise TypeError(f"{type(self).__name__}: an attribute must not be called {name}, which the loop calls")
         super().__setattr__(name, value)
 
@@ -3700,6 +4060,18 @@ class World(nn.Module):
     def wants_labels(cfg):
         """Whether samples carry the number of their maneuver."""
         return False
+
+    # -- latents of a frozen encoder
+    latent_fields = ()  # names of the settings that decide what latents are
+
+    def latents(self, batch):
+        """All that `forward` needs of the clips of a batch, where no trained part has touched it -> {name: tensor [B,
+        ...]}. tools/cache_latents.py keeps it; with --latents, a batch holds these instead of `frames`."""
+        return {}
+
+    def latents_of(self, whole):
+        """`latents` of one clip, without batch axis, from all its tokens [L, D]: a cache that others made."""
+        raise BadFile(f"{type(self).__name__} reads no latents of whole clips")
 
     # -- a step
     def forward(self, batch):
@@ -3838,6 +4210,8 @@ class Fit(World):
     the optimizer, nothing of the Fit. One clip in twenty is held out; when its loss rises while the other falls, the
     net learns clips by heart.
     """
+
+    latents = None  # not asked of a Fit, which may call its own so
 
     def __init__(self, model, name, num_steps, batch_size, num_clips):
         cfg = replace(model.cfg, steps=num_steps, warmup_steps=num_steps, batch_size=batch_size, grad_accum=1)
@@ -4080,6 +4454,7 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
+        self.cfg = cfg
         self.tokenizer, self.position = Tokenizer(cfg), PositionCode(cfg, cfg.enc_dim)
         self.trunk = Trunk(cfg, cfg.enc_dim, cfg.enc_depth)
 
@@ -4125,6 +4500,17 @@ class Predictor(nn.Module):
             holes = holes + seen[:, -self.sites :].repeat(1, mask_idx.shape[1] // self.sites, 1)
         x = self.position.add(torch.cat([seen, holes.to(seen.dtype)], 1), idx)  # [B, K + M, P]
         return self.out(self.trunk(x, self.position.rope(idx))[:, keep_idx.shape[1] :])
+
+
+def load_encoder(path):
+    """STUB"""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UsageError(f"init_from {path}: {reason_of(error)}") from error
+    encoder = Encoder(VJepaAutoV2Config(**state["cfg"]))
+    encoder.load_state_dict(state["target"])
+    return encoder.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4502,8 +4888,8 @@ def cache_latents(model, run):
     with spare_threads(cfg.num_workers):
         for number, batch in enumerate(process.in_step(loader)):
             with autocast(process):
-                clip = model.normalise(batch["frames"].to(process.device))
-                parts = model.now_context(clip), model.future_target(model.make_targets(clip))
+                batch = to_device(batch, process.device)
+                parts = model.context_of(batch), model.future_target(model.targets_of(batch))
             # taken whole: joining pieces in the end would need the memory twice
             cached = cached or [torch.empty((num_batches * size, *part.shape[1:]), dtype=kept) for part in parts]
             for whole, part in zip(cached, parts):
@@ -4611,6 +4997,8 @@ def verdict(metrics, cfg):
         std, what = metrics["val_target_std"], "(one held-out clip)"
     collapsed = std < 0.2 or rank < 0.05 * cfg.enc_dim
     health = "COLLAPSED: lower lr, raise ema_momentum or warm up longer" if collapsed else "no sign of collapse"
+    if collapsed and (cfg.freeze_encoder or cfg.teacher == "frozen"):
+        health = "LOW: the frozen encoder hardly tells these clips apart"
     moves = f"{'' if skill > 0 else 'no '}better than a world that stands still"
     moves = "nothing moves in the held-out clips" if math.isnan(skill) else moves
     return (
@@ -4631,7 +5019,7 @@ def encode_bank(model, source, process, num_clips, deadline):
         if process.stop.asked():  # rank 0 alone is here, the others learn of it afterwards
             raise Stopped
         with autocast(process):
-            targets = model.make_targets(model.normalise(batch["frames"].to(process.device)))
+            targets = model.targets_of(to_device(batch, process.device))
         usable = batch["file"] >= 0
         futures.append(model.future_target(targets)[usable].flatten(1).cpu())
         numbers += batch["index"][usable].tolist()
@@ -4688,8 +5076,8 @@ def picture_rows(model, data, bank, process, number, side, num_samples):
     clip = torch.from_numpy(np.ascontiguousarray(seen.transpose(0, 3, 1, 2)))
     generator = torch.Generator(process.device).manual_seed(number)
     samples = model.sample_futures(clip[None].to(process.device), num_samples, generator=generator)[0].flatten(1).cpu()
-    own = data["val"].videos[file].name
-    other = torch.tensor([data["bank"].videos[file].name != own for file in bank_files])
+    own = data["val"].videos[file].drive
+    other = torch.tensor([data["bank"].videos[file].drive != own for file in bank_files])
     other = other if other.any() else torch.ones_like(other)  # a single file has only itself to show
     nearest = torch.cdist(samples, futures).masked_fill(~other, float("inf")).argmin(1).tolist()
     found = [data["bank"].decode(bank_numbers[entry], *side)[0] for entry in nearest]
@@ -4705,6 +5093,16 @@ def save_picture(image, path):
     write_own(path, partial(image.save, format="PNG", optimize=True, pnginfo=info))
 
 
+def videos_behind(world, cfg, path):
+    """The list that tools/cache_latents.py left of a cache's windows -> (their DataSource, names that are gone)."""
+    if not path.endswith(".jsonl") or not os.path.exists(path):
+        return None, [path]
+    cfg = replace(cfg, latents="", data_root=path)
+    videos = list_data(cfg)
+    gone = [video.name for video in videos if not os.path.exists(video.path)]
+    return None if gone else open_data(world, cfg, videos, True, None), gone
+
+
 @torch.no_grad()
 def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, num_samples=4):
     """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames
@@ -4712,7 +5110,7 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
     clip is drawn at least, the others while `seconds` last, of which the search may take two fifths."""
     cfg, began = model.cfg, time.monotonic()
     data = {stream: source.dataset(cfg, stream) for stream in ("val", "bank")}
-    budget = (2e15 if process.device.type == "cuda" else 2e13) / model.flops()["target"]
+    budget = (2e15 if process.device.type == "cuda" else 2e13) / (model.flops()["target"] or 1.0)
     wanted = int(min(max(budget, 16), 256))
     bank = encode_bank(model, source, process, wanted, began + 0.4 * seconds)
     grow = max(1, round(96 / min(cfg.height, cfg.width)))
@@ -4738,10 +5136,11 @@ def block_flops(num_tokens, dim, mlp_ratio):
     return 2 * num_tokens * dim * dim * (4 + 2 * mlp_ratio) + 4 * num_tokens**2 * dim
 
 
-def flops_per_clip(cfg):
-    """Multiply-adds times two of one training step on one clip, forward and backward, by module -> {name: FLOP}."""
+def flops_per_clip(cfg, teacher):
+    """Multiply-adds times two of one training step on one clip, forward and backward, by module -> {name: FLOP}.
+    `teacher`: the config of the target encoder."""
     D, P, L, ratio = cfg.enc_dim, cfg.pred_dim, cfg.num_tokens, cfg.mlp_ratio
-    kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES]
+    kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES if cfg.lambda_vjepa]
     tokenizer = 2 * L * D * 3 * cfg.tubelet_t * cfg.patch**2
     masked = [block_flops(num_tokens, D, ratio) for num_tokens in kept for _ in range(cfg.mask_draws)]
     online = cfg.enc_depth * (sum(masked) + block_flops(cfg.now_tokens, D, ratio)) + tokenizer
@@ -4750,9 +5149,10 @@ def flops_per_clip(cfg):
     mixing = RN * 2 * W * W * 6 + 4 * K * W * D + 4 * RN * (K + cfg.flow_tokens) * W
     flow = cfg.flow_depth * (RN * 2 * W * W * 8 + mixing * (not cfg.flow_joint)) + 2 * K * D * W * cfg.flow_joint
     again = 4 if cfg.grad_checkpoint else 3
+    target = teacher.enc_depth * block_flops(L, teacher.enc_dim, teacher.mlp_ratio) + tokenizer * teacher.enc_dim / D
     return {
-        "online": again * online,
-        "target": cfg.enc_depth * block_flops(L, D, ratio) + tokenizer,
+        "online": (1 if cfg.freeze_encoder else again) * online * (not cfg.latents),
+        "target": target * (not cfg.latents),
         "predictor": again * cfg.pred_depth * filled,
         "flow": 3 * flow * bool(cfg.lambda_flow),
     }
@@ -4761,11 +5161,40 @@ def flops_per_clip(cfg):
 def memory_estimate_gb(cfg, num_parameters):
     """Weights, gradients, AdamW state and saved activations of a micro-step -> GB. 53 bytes per token, channel and
     block under autocast (70 in fp32) were measured with saved-tensor hooks; checkpointing keeps one input per block."""
-    kept = cfg.mask_draws * sum(family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES) + cfg.now_tokens
-    filled = 2 * cfg.mask_draws * cfg.num_tokens + cfg.now_tokens + cfg.soon_tokens
+    draws = cfg.mask_draws * bool(cfg.lambda_vjepa)
+    kept = draws * sum(family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES) + cfg.now_tokens
+    kept *= not cfg.freeze_encoder
+    filled = 2 * draws * cfg.num_tokens + cfg.now_tokens + cfg.soon_tokens
     per_value = 5 if cfg.grad_checkpoint else 53 if cfg.amp else 70
     values = kept * cfg.enc_dim * cfg.enc_depth + filled * cfg.pred_dim * cfg.pred_depth
     return (num_parameters * 16 + cfg.batch_size * values * per_value) / 1e9
+
+
+SHAPE_FIELDS = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio", "pos_embed")  # what an encoder's weights decide
+
+
+def frozen_encoder(cfg):
+    """The encoder of init_from on the token grid of a config, which learns nothing. UsageError where it cuts clips into
+    other tokens, or with freeze_encoder, has other shapes. On the meta device one of the config's own shapes."""
+    if torch.get_default_device().type == "meta":
+        return Encoder(cfg).eval().requires_grad_(False)
+    encoder = load_encoder(cfg.init_from)
+    must = ("patch", "tubelet_t", *(SHAPE_FIELDS if cfg.freeze_encoder else ()))
+    values = [(name, getattr(encoder.cfg, name), getattr(cfg, name)) for name in must]
+    if other := [f"{name} = {value} (here {own}, --{name})" for name, value, own in values if value != own]:
+        raise UsageError(f"init_from {cfg.init_from}: its encoder has {', '.join(other)}")
+    encoder.cfg = replace(cfg, **{name: getattr(encoder.cfg, name) for name in SHAPE_FIELDS})
+    encoder.position = PositionCode(encoder.cfg, encoder.cfg.enc_dim)
+    return encoder.eval().requires_grad_(False)
+
+
+def fixed_map(width, wanted, seed):
+    """Orthonormal random matrix [width, wanted], the same wherever it is drawn: onto a smaller width it keeps distances
+    nearly, onto a larger one exactly. One that learns would let targets collapse."""
+    rows = torch.randn((max(width, wanted), min(width, wanted)), generator=torch.Generator().manual_seed(seed)).double()
+    directions, upper = torch.linalg.qr(rows)
+    directions = (directions * upper.diagonal().sign()).float()  # else only up to signs
+    return directions if width > wanted else directions.T
 
 
 class VJepaAutoV2(World):
@@ -4788,10 +5217,11 @@ class VJepaAutoV2(World):
         "outcome_top1": "share of clips whose own future ranks first among all keys",
     }
     TRAIN_KEYS = {
-        "ema_momentum": "momentum of the target encoder",
+        "ema_momentum": "momentum of the target encoder; absent where that is frozen",
         "flow_grad_norm": "gradient norm of the flow net before clipping",
         "flow_explained": "share of the residual's variance inside the flow's directions",
     }
+    latent_fields = (*ClipConfig.MUST_MATCH, *"clip_fps eventually_frames tubelet_t patch num_heads pos_embed".split())
     VAL_KEYS = {
         "flow_spread": "deviation among sampled futures over that of real futures from the forecast; "
         "0 = one mode, 1 = as wide"
@@ -4802,11 +5232,15 @@ class VJepaAutoV2(World):
 
     def __init__(self, cfg, rank=0, world_size=1):
         super().__init__(cfg, rank, world_size)
-        self.online, self.predictor = Encoder(cfg), Predictor(cfg)
+        self.online = frozen_encoder(cfg) if cfg.freeze_encoder else Encoder(cfg)
+        self.predictor = Predictor(cfg)
         self.outcome, self.flow = OutcomeHead(cfg), FlowNet(cfg)
         self.read_out = nn.Linear(cfg.enc_dim, cfg.flow_chunks * cfg.enc_dim)  # forecast of the EVENTUALLY chunks
         init_weights(self.read_out)
-        self.target, self.flow_ema = copy.deepcopy(self.online), copy.deepcopy(self.flow)
+        self.target, self.flow_ema = self.make_target(), copy.deepcopy(self.flow)
+        self.FROZEN = ("online",) * cfg.freeze_encoder + ("target",) * (cfg.teacher == "frozen")
+        known = {*self.FROZEN, "target"} if self.FROZEN else ()  # one module has both names where the encoder is frozen
+        self.NETWORKS = tuple(name for name in self.NETWORKS if name not in known)
         self.soon_predictor = None  # the predictor's copy that the flow phase fits to SOON alone
         self.space = FutureSpace(cfg)
         self.register_buffer("queue", torch.zeros(cfg.outcome_queue, cfg.enc_dim))
@@ -4829,6 +5263,19 @@ class VJepaAutoV2(World):
             getattr(self, name).requires_grad_(False)
         self.target.eval(), self.flow_ema.eval()
 
+    def make_target(self):
+        """The target encoder: a copy of the online one, which follows it; or what is frozen. One of another width gets
+        a fixed map onto ours. The online encoder of a frozen target begins as its copy where it has its shapes."""
+        cfg = self.cfg
+        if cfg.freeze_encoder or cfg.teacher == "ema":
+            return self.online if cfg.freeze_encoder else copy.deepcopy(self.online)
+        target, shapes = frozen_encoder(cfg), {key: value.shape for key, value in self.online.state_dict().items()}
+        if target.cfg.enc_dim != cfg.enc_dim:
+            self.register_buffer("target_map", fixed_map(target.cfg.enc_dim, cfg.enc_dim, cfg.seed), persistent=False)
+        if shapes == {key: value.shape for key, value in target.state_dict().items()}:
+            self.online.load_state_dict(target.state_dict())
+        return target
+
     @staticmethod
     def wants_labels(cfg):
         return bool(cfg.lambda_supcon)
@@ -4847,8 +5294,40 @@ class VJepaAutoV2(World):
 
     @torch.no_grad()
     def make_targets(self, clip):
-        """clip [B, T, C, H, W] -> targets [B, L, D]: EMA encoder on the whole clip, LayerNorm without affine."""
-        return layer_norm(self.target(clip))
+        """clip [B, T, C, H, W] -> targets [B, L, D]: target encoder on the whole clip, LayerNorm without affine."""
+        targets = self.target(clip)
+        if hasattr(self, "target_map"):
+            targets = layer_norm(targets) @ self.target_map
+        return layer_norm(targets)
+
+    @torch.no_grad()
+    def latents(self, batch):
+        """What training needs of clips: the NOW context [B, K, D], made of NOW alone, and targets [B, L', D]: those of
+        NOW and SOON, and of EVENTUALLY the mean of each tubelet, as only means of it are ever used."""
+        return self.brief(self.now_context(batch["frames"]), self.make_targets(self.normalise(batch["frames"])))
+
+    def latents_of(self, whole):
+        """Tokens [L, D] of a whole clip by the frozen encoder, of which NOW's saw the future -> as `latents`, without
+        batch. BadFile for others than this encoder's."""
+        if whole.shape != (self.cfg.num_tokens, self.cfg.enc_dim):
+            grid = " x ".join(map(str, self.cfg.grid))
+            raise BadFile(f"holds {list(whole.shape)} tokens and channels, not {grid} tokens of {self.cfg.enc_dim}")
+        brief = self.brief(whole[None, : self.cfg.now_tokens], layer_norm(whole[None]))
+        return {name: value[0] for name, value in brief.items()}
+
+    def brief(self, context, targets):
+        """NOW context and targets [B, L, D] -> `latents`."""
+        soon, later = targets.tensor_split((self.cfg.now_tokens + self.cfg.soon_tokens,), 1)
+        later = later.unflatten(1, (self.cfg.eventually_tubelets, -1)).mean(2)
+        return {"context": context, "targets": torch.cat([soon, later], 1)}
+
+    def context_of(self, batch):
+        """NOW context [B, K, D] of a batch of clips or of their latents."""
+        return batch["context"].float() if "context" in batch else self.now_context(batch["frames"])
+
+    def targets_of(self, batch):
+        """Targets of a batch of clips [B, L, D]; of their latents [B, L', D], as in `latents`."""
+        return batch["targets"].float() if "targets" in batch else self.make_targets(self.normalise(batch["frames"]))
 
     def encode_now(self, tokens):
         """Tokens [B, >= NOW, D] -> context of the NOW tokens alone [B, K, D]."""
@@ -4881,7 +5360,7 @@ class VJepaAutoV2(World):
 
     def outcome_key(self, targets):
         """targets [B, L, D] -> mean EVENTUALLY target [B, D], minus the mean NOW target for `outcome_target` delta."""
-        key = targets[:, -self.cfg.eventually_tubelets * self.cfg.sites :].mean(1)
+        key = targets[:, self.cfg.now_tokens + self.cfg.soon_tokens :].mean(1)
         return key - targets[:, : self.cfg.now_tokens].mean(1) if self.cfg.outcome_target == "delta" else key
 
     def gather(self, rows):
@@ -4899,7 +5378,7 @@ class VJepaAutoV2(World):
     def future_target(self, targets):
         """targets [B, L, D] -> a future [B, F, D]: the SOON tokens, then the chunk means of EVENTUALLY."""
         cfg, later = self.cfg, self.cfg.now_tokens + self.cfg.soon_tokens
-        tubelets = targets[:, later:].reshape(len(targets), cfg.eventually_tubelets, cfg.sites, -1).mean(2)
+        tubelets = targets[:, later:].unflatten(1, (cfg.eventually_tubelets, -1)).mean(2)  # [B, t, D]
         chunks = [part.mean(1) for part in tubelets.tensor_split(cfg.flow_chunks, 1)]
         return torch.cat([targets[:, cfg.now_tokens : later], torch.stack(chunks, 1)], 1)
 
@@ -4928,17 +5407,18 @@ class VJepaAutoV2(World):
         return loss, rows, residual.square().mean((0, 1))
 
     def forward(self, batch):
-        cfg = self.cfg
-        clip = self.normalise(batch["frames"])  # [B, T, C, H, W]
-        targets = self.make_targets(clip)  # [B, L, D]
-        tokens = self.online.tokenizer(clip)  # [B, L, D]
+        cfg, targets = self.cfg, self.targets_of(batch)  # [B, L, D]
         losses = dict.fromkeys(("loss_vjepa", "loss_soon", "loss_eventually", "loss_flow"), targets.new_zeros(()))
         gauges, carry = {}, {"targets": targets, "key": self.outcome_key(targets)}
-        if cfg.lambda_vjepa:
-            losses["loss_vjepa"] = self.now_loss(tokens, targets, batch)
-        context = self.encode_now(tokens)  # [B, K, D]
+        if "context" in batch:
+            context = self.context_of(batch)  # [B, K, D]
+        else:
+            tokens = self.online.tokenizer(self.normalise(batch["frames"]))  # [B, L, D]
+            if cfg.lambda_vjepa:
+                losses["loss_vjepa"] = self.now_loss(tokens, targets, batch)
+            context = self.encode_now(tokens)  # [B, K, D]
         soon_preds = self.predict_soon(context)  # [B, M, D]
-        soon_targets = gather_tokens(targets, self.soon_idx.expand(len(clip), -1))
+        soon_targets = gather_tokens(targets, self.soon_idx.expand(len(targets), -1))
         losses["loss_soon"] = l1_loss(soon_preds, soon_targets)
         still = targets[:, cfg.now_tokens - cfg.sites : cfg.now_tokens]  # [B, h*w, D], as if nothing moved
         gauges["persistence"] = l1_loss(still.repeat(1, cfg.soon_tokens // cfg.sites, 1), soon_targets)
@@ -4967,8 +5447,9 @@ class VJepaAutoV2(World):
         self.absorb(carries)
 
     def update_ema(self, momentum, flow_momentum):
-        """target follows online, and the flow net's EMA the flow net."""
-        move_ema(self.target, self.online, momentum)
+        """target follows online unless it is frozen, and the flow net's EMA the flow net."""
+        if not self.FROZEN:
+            move_ema(self.target, self.online, momentum)
         move_ema(self.flow_ema, self.flow, flow_momentum)
 
     @torch.no_grad()
@@ -4992,7 +5473,10 @@ class VJepaAutoV2(World):
             dist.broadcast(value, 0)
 
     def look(self, batch, carry):
-        return {"targets": gauge_tokens(carry["targets"]), "brightness": batch["frames"].float().flatten(1).mean(1)}
+        targets, clips = carry["targets"], batch["context"] if "context" in batch else batch["frames"]
+        if self.cfg.freeze_encoder:  # latents hold EVENTUALLY as means
+            targets = targets[:, : self.cfg.now_tokens + self.cfg.soon_tokens]
+        return {"targets": gauge_tokens(targets), "brightness": clips.float().flatten(1).mean(1)}
 
     def figures(self, looks, means):
         targets, brightness = (torch.cat([look[name] for look in looks]) for name in ("targets", "brightness"))
@@ -5007,12 +5491,13 @@ class VJepaAutoV2(World):
         }
 
     def state(self, step):
-        return {"ema_momentum": ema_momentum_at(step, self.cfg), "flow_explained": float(self.space.explained)}
+        momentum = {} if self.FROZEN else {"ema_momentum": ema_momentum_at(step, self.cfg)}
+        return {**momentum, "flow_explained": float(self.space.explained)}
 
     def held_out(self, batch, carry):
         if not self.cfg.lambda_flow:
             return {"flow_spread": 0.0}
-        context = self.now_context(batch["frames"])
+        context = self.context_of(batch)
         samples = self.sample_futures(context, 8, generator=torch.Generator(context.device).manual_seed(0))
         residual = self.future_target(carry["targets"]) - self.forecast(context)
         return {"flow_spread": float(samples.std(1).square().mean().sqrt() / residual.square().mean().sqrt())}
@@ -5024,9 +5509,15 @@ class VJepaAutoV2(World):
         path, log = Path(run.cfg.out_dir) / "futures.png", run.log
         if not self.cfg.picture:
             return
+        source = run.source
+        if self.cfg.latents:
+            source, gone = videos_behind(type(self), self.cfg, source.root)
+            if gone:
+                log.line(f"picture: none, as the videos behind the latents are not there: {name_some(gone)}")
+                return
         log.stage = "drawing futures.png"
         try:
-            cut = draw_futures(self, run.source, run.process, values, path, seconds)
+            cut = draw_futures(self, source, run.process, values, path, seconds)
         except OSError as error:  # a full disk
             log.line(f"WARNING: {path} could not be written ({error.strerror})")
         else:
@@ -5039,11 +5530,14 @@ class VJepaAutoV2(World):
         spread = f"{cfg.clip_fps:g} per second" if cfg.clip_fps else "spread over the file"
         visible = (f"{name} {family_visible(cfg, name)}/{cfg.sites} sites" for name in MASK_FAMILIES)
         shares = (f"{name} {value / sum(flops.values()):.0%}" for name, value in flops.items())
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in self.trained().values())
         trained += sum(p.numel() for p in self.target.parameters()) / 4
+        target = "frozen, target as well" if cfg.freeze_encoder else "target = online"
+        if cfg.teacher == "frozen":
+            target = f"target {sum(p.numel() for p in self.target.parameters()) / 1e6:.2f} M, frozen"
         grid = f"grid {' x '.join(map(str, cfg.grid))} = {cfg.num_tokens} tokens"
         return [
-            f"parameters: {', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())} (target = online)",
+            f"parameters: {', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())} ({target})",
             f"clip: {cfg.num_frames} frames of {cfg.height} x {cfg.width}, {spread} -> {grid}; "
             f"visible under a mask: {', '.join(visible)}",
             f"step: {clips} clips, {sum(flops.values()) * clips / 1e12:.3g} TFLOP ({', '.join(shares)}); memory about "
@@ -5051,7 +5545,7 @@ class VJepaAutoV2(World):
         ]
 
     def flops(self):
-        return flops_per_clip(self.cfg)
+        return flops_per_clip(self.cfg, self.target.cfg)
 
     @staticmethod
     def typical_part(cfg, device):
@@ -5551,7 +6045,8 @@ def newest_checkpoint(out_dir, tell, world=None):
 def check_same_run(state, cfg, path):
     """UsageError naming the fields in which a checkpoint and this config cannot be the same run. Whether a loss has
     weight decides which parameters learn."""
-    plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), state["cfg"]))
+    saved = {**asdict(type(cfg)()), **state["cfg"]}  # a field that is younger than the checkpoint had its default
+    plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), saved))
     names = [name for cls in reversed(type(cfg).__mro__) for name in vars(cls).get("MUST_MATCH", ())]
     different = [name for name in names if plain[name] != saved.get(name)]
     different += [name for name in plain if name.startswith("lambda_") and bool(plain[name]) != bool(saved.get(name))]
@@ -6256,6 +6751,13 @@ def build_world(world, run):
     return wrap(run.world, process)
 
 
+def check_cache(run):
+    """UsageError where cached latents are those of other frozen weights than the world's."""
+    made_by = getattr(run.source.Dataset, "cache", {}).get("frozen")
+    if made_by is not None and made_by != run.frozen:
+        raise UsageError(f"latents {run.cfg.latents}: made by an encoder with other weights (--latents)")
+
+
 def noise_like(value):
     """Noise in the shape of a tensor of a sample; whole numbers other than bytes stay as they are."""
     if value.dtype == torch.uint8:
@@ -6740,6 +7242,7 @@ def run_world(world, run, overrides, argv, videos):
     # -- model
     log.stage = "building the model and timing a pass on noise"
     wrapped = build_world(world, run)
+    check_cache(run)
     process.amp_dtype, reason = choose_precision(world, cfg, process, state["precision"] if state else "")
     run.scaler = torch.amp.GradScaler(process.device.type, enabled=process.amp_dtype == torch.float16)
     seconds, told = rehearse(run, wrapped)
@@ -6796,7 +7299,7 @@ def train(cfg, overrides=None, argv=(), stop=None, world=VJepaAutoV2):
     try:
         validate_config(cfg)
         check_best_by(cfg, world)
-        videos = list_data(cfg, world.Dataset)
+        videos = list_latents(world, cfg) if getattr(cfg, "latents", "") else list_data(cfg, world.Dataset)
         process, met = identify_process(cfg, stop), False
         with suppress(Stopped):
             join_ranks(process, cfg)
