@@ -481,8 +481,9 @@ class FutureClips(C.FrameClips):
     def read_file(self, video, plan):
         frames, annotation = super().read_file(video, plan)
         if self.cfg.predictor == "locate":
+            plan = V.fit_plan(plan, video)
             times = V.frame_times(plan, *V.video_timing(video.path, plan))
-            annotation = {**annotation, "places": true_places(annotation, times)}
+            annotation = {**annotation, "places": true_places(annotation, times - plan.begin)}
         return frames, annotation
 
     def sample(self, index):
