@@ -236,35 +236,23 @@ def backbone_form(backbone, init_from="", init_key=""):
     return form
 
 
-def encoder_of(cfg, form, state=None, like=None):
-    """A V.Encoder for the clips of a config: of a form, or `like` the config of another encoder, with its weights."""
-    base = like or replace(
-        V.VJepaAutoV2Config(), enc_dim=form.dim, enc_depth=form.depth, num_heads=form.heads, mlp_ratio=form.mlp_ratio,
-        pos_embed="rope", tubelet_t=form.step, patch=form.patch,
-    )  # fmt: skip
-    clip = dict(image_size=cfg.image_size, num_frames=cfg.num_frames, grad_checkpoint=cfg.grad_checkpoint)
-    net = V.Encoder(replace(base, **clip))
-    if state is not None:
-        net.load_state_dict(state)
-    return net
-
-
 def load_backbone(cfg):
     """The network behind a config's backbone, with its weights unless they are random by the seed. UsageError where
     they cannot be read. Nothing is fetched."""
-    form, source = cfg.form, os.path.expanduser(cfg.init_from or cfg.backbone)
+    form, source, has_weights = cfg.form, os.path.expanduser(cfg.init_from or cfg.backbone), not cfg.random_weights
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         if form.kind == "resnet50":
-            return C.ResNet("resnet50", not cfg.random_weights)
+            return C.ResNet("resnet50", has_weights)
         if not form.is_video:
-            if not cfg.random_weights:
+            if has_weights:
                 V.check_weights(source)
-            return C.PatchNet(source, not cfg.random_weights)
-        if form.kind == "tiny" or cfg.random_weights:
-            return encoder_of(cfg, form)
-    encoder = V.load_encoder(source)
-    return encoder_of(cfg, form, encoder.state_dict(), encoder.cfg)
+            return C.PatchNet(source, has_weights)
+        if has_weights and form.kind != "tiny":
+            return V.load_encoder(source, cfg.init_key).requires_grad_(cfg.encoder_trainable)
+        sizes = dict(enc_dim=form.dim, enc_depth=form.depth, num_heads=form.heads, mlp_ratio=form.mlp_ratio)
+        clip = dict(tubelet_t=form.step, patch=form.patch, image_size=cfg.image_size, num_frames=cfg.num_frames)
+        return V.Encoder(replace(V.VJepaAutoV2Config(), pos_embed="rope", **sizes, **clip))
 
 
 class Backbone(nn.Module):
@@ -396,6 +384,13 @@ class DiT(V.FlowNet):
 
     def project(self, context):
         return super().project(self.read(context))
+
+    def forward(self, x_tau, tau, projected):
+        """The net adds to the best linear guess for targets of unit deviation, in the unit of what that leaves open:
+        its error counts alike at every time, where clean targets alone are mostly copied from late ones."""
+        t = tau[..., None, None]
+        square = t * t + (1 - t) ** 2
+        return t / square * x_tau + (1 - t) / square.sqrt() * super().forward(x_tau, tau, projected)
 
 
 class Finder(nn.Module):
