@@ -161,6 +161,7 @@ class RunConfig:
     steps: int = 20000  # optimizer steps of the whole run; all schedules end here
     device: str = "auto"  # auto | cuda | mps | cpu
     amp: bool = False  # bf16 autocast where it is no slower (fp16 with a loss scaler on CUDA cards without bf16)
+    amp_type: str = "auto"  # auto (as --amp finds best) | bf16 | fp16 (with a loss scaler); with --amp, without a trial
     compile: bool = False  # torch.compile of the model's forward
     seed: int = 1337  # every sample, mask and noise draw is a pure function of (seed, sample number)
     # -- data
@@ -176,12 +177,14 @@ class RunConfig:
     weight_decay: float = 0.05  # AdamW, on matrices only
     warmup_steps: int = 2000  # linear warm-up, capped at a tenth of steps
     grad_clip: float = 1.0  # largest gradient norm of what is clipped as one; 0 = off
+    grad_clip_value: float = 0.0  # largest size of any number of a gradient; 0 = off; needs grad_clip 0
     max_skipped_steps: int = 20  # consecutive non-finite steps before the run stops
     # -- log, checkpoints, evaluation
     log_every: int = 50  # steps between log lines
     ckpt_every: int = 1000  # steps between checkpoints
     keep_last: int = 3  # checkpoints kept beside the final one
     val_every: int = 1000  # steps between evaluations; 0 = only at the end
+    val_epochs: int = 0  # passes over the training files between evaluations, in place of val_every; 0 = by val_every
     val_clips: int = 64  # clips of an evaluation, rounded up to full batches
     best_by: str = ""  # val_ figure by which ckpt_best.pt is kept: the smallest, with a - in front the largest
     track: str = ""  # tensorboard, wandb or both, separated by a comma
@@ -192,10 +195,11 @@ class RunConfig:
         "steps": (1, 10**9), "seed": (0, 2**31 - 1), "val_fraction": (0, 0.9), "max_bad_fraction": (0, 0.99),
         "decode_timeout_s": (0.1, 10**6), "num_workers": (0, 512), "batch_size": (1, 65536), "grad_accum": (1, 65536),
         "lr": (0, None), "min_lr": (0, None), "weight_decay": (0, None), "grad_clip": (0, None),
+        "grad_clip_value": (0, None), "val_epochs": (0, 10**6),
         "warmup_steps": (0, 10**9), "max_skipped_steps": (1, 10**9), "log_every": (1, 10**9), "ckpt_every": (1, 10**9),
         "keep_last": (1, 10**9), "val_every": (0, 10**9), "val_clips": (2, 10**7), "dist_timeout_s": (1, 10**6),
     }
-    CHOICES = {"device": ("auto", "cuda", "mps", "cpu")}
+    CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "amp_type": ("auto", "bf16", "fp16")}
     MUST_MATCH = ("seed",)
 
     def __init_subclass__(cls):
@@ -218,6 +222,8 @@ class RunConfig:
             (not self.out_dir.strip(), "out_dir", "must name a folder"),
             (not self.resume.strip(), "resume", "must be auto, never or a checkpoint file"),
             (unknown, "track", f"{unknown} is not one of tensorboard, wandb"),
+            (self.amp_type != "auto" and not self.amp, "amp_type", "needs --amp"),
+            (self.grad_clip and self.grad_clip_value, "grad_clip_value", "clips in another way: needs --grad_clip 0"),
         )
 
     def in_order(self, *pairs):
@@ -3641,9 +3647,12 @@ EMULATED = 4.0  # products that take so many times as long as in fp32 are done b
 
 
 def amp_dtype(cfg, device):
-    """The type to try under --amp: bf16, or fp16 on CUDA cards that only emulate bf16. None without --amp."""
+    """The type to try under --amp: amp_type, else bf16, or fp16 on CUDA cards that only emulate bf16. None without
+    --amp."""
     if not cfg.amp:
         return None
+    if cfg.amp_type != "auto":
+        return torch.bfloat16 if cfg.amp_type == "bf16" else torch.float16
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
@@ -3692,8 +3701,9 @@ def choose_precision(world, cfg, process, saved=""):
     unless the other one is clearly faster here, so that a resumed run computes the same bits. The draws of the global
     generator differ from run to run after this: seed it afterwards.
     """
-    if (dtype := amp_dtype(cfg, process.device)) is None:
-        return None, ""
+    dtype = amp_dtype(cfg, process.device)
+    if dtype is None or cfg.amp_type != "auto":
+        return dtype, "as amp_type says" if dtype else ""
     name, kind = PRECISIONS[dtype], {"cpu": "CPU", "cuda": "GPU"}.get(process.device.type, process.device.type)
     try:
         cost = amp_cost(world, cfg, process.device, dtype)
@@ -3976,7 +3986,7 @@ def move_ema(slow, fast, momentum):
 
 def clip_gradients(optimizer, cfg):
     """Clip each optimizer group on its own, `decay` and `no_decay` as one, so that no gradient shrinks another's
-    -> {grad_norm and NAME_grad_norm: norm before clipping}."""
+    -> {grad_norm and NAME_grad_norm: norm before clipping}. With grad_clip_value each number on its own instead."""
     sides = {"grad_norm": []}
     for group in optimizer.param_groups:
         name = "grad_norm" if group["name"] in ("decay", "no_decay") else f"{group['name']}_grad_norm"
@@ -3986,6 +3996,9 @@ def clip_gradients(optimizer, cfg):
         norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
         if cfg.grad_clip and grads:
             torch._foreach_mul_(grads, (cfg.grad_clip / (norms[name] + 1e-6)).clamp_max(1.0).to(grads[0].device))
+        elif cfg.grad_clip_value and grads:
+            torch._foreach_clamp_min_(grads, -cfg.grad_clip_value)
+            torch._foreach_clamp_max_(grads, cfg.grad_clip_value)
     return norms
 
 
@@ -6931,6 +6944,11 @@ class Run:
         return dict(zip(names, self.process.mean([values[name] for name in names])))
 
 
+def step_samples(cfg, world_size):
+    """Samples of an optimizer step, those of all ranks and micro-steps."""
+    return cfg.batch_size * cfg.grad_accum * world_size
+
+
 class Phase:
     """A stretch of optimizer steps: training (`name` ""), or a Fit that begins `begin` steps after it. `wrapped` is the
     world, or DDP around it."""
@@ -6951,7 +6969,7 @@ class Phase:
             progress.after += 1
         else:
             progress.step += 1
-            progress.consumed += self.cfg.batch_size * self.cfg.grad_accum * self.world.world_size
+            progress.consumed += step_samples(self.cfg, self.world.world_size)
         progress.seconds = time.perf_counter() - self.run.began
         self.run.folder.step = progress.total
 
@@ -6965,6 +6983,16 @@ class Phase:
     def is_due(self, every):
         """Whether what is done every so many steps is done now; the end of a phase is saved and evaluated by itself."""
         return bool(every) and 0 < self.step < self.cfg.steps and self.step % every == 0
+
+    def is_val_due(self):
+        """Whether an evaluation is: every val_epochs passes over the training files, in a Fit and without it every
+        val_every steps."""
+        cfg, run = self.cfg, self.run
+        if not cfg.val_epochs or self.name:
+            return self.is_due(cfg.val_every)
+        per_step, span = step_samples(cfg, self.world.world_size), cfg.val_epochs * len(run.source.train)
+        done = run.progress.consumed
+        return 0 < self.step < cfg.steps and done // span > (done - per_step) // span
 
 
 REHEARSAL_S = 10.0  # a pass longer than this is not made just to time it
@@ -7012,12 +7040,13 @@ def print_summary(run, overrides, reason):
         held = "; val_fraction is not used"
     capped = f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else ""
     changed = ", ".join(f"{name}={value}" for name, value in overrides.items())
+    steps_each = len(source.train) / step_samples(cfg, process.world_size)
     for line in (
         f"device: {process.device.type} ({device}), {process.world_size} process(es), {precision}",
         *run.world.describe(),
         f"data: {kind}, {sides} {where}{held}",
         *source.Dataset.notes(cfg, source),
-        f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}{capped}",
+        f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}{capped}; a pass over the files is {steps_each:.3g} steps",
         f"set: {changed or 'nothing, all defaults'}",
     ):
         log.line(line)
@@ -7279,7 +7308,7 @@ def log_values(phase, metrics, looks, clock):
         "step": progress.total,
         "lr": world.lr(phase.step - 1, phase.optimizer.param_groups[0]["peak_lr"]),
         **world.state(phase.step - 1),
-        "clips_per_s": cfg.batch_size * cfg.grad_accum * run.process.world_size / clock.seconds_per_step,
+        "clips_per_s": step_samples(cfg, run.process.world_size) / clock.seconds_per_step,
         "data_wait": clock.data_wait,
         "mem_gb": peak_memory_gb(run.process.device),
         "bad_files": len(run.log.bad),
@@ -7479,7 +7508,7 @@ def train_phase(phase):
     world.train()
     loader = phase.batches()
     run.folder.closing.append(loader)
-    if phase.is_due(cfg.val_every):  # a stop came before it, or before what it changed was saved
+    if phase.is_val_due():  # a stop came before it, or before what it changed was saved
         values = process.collect(log.evaluated.get(progress.total))[0]
         if values is None:
             stopping = evaluate(phase)
@@ -7519,7 +7548,7 @@ def train_phase(phase):
         pause = time.perf_counter()
         if phase.is_due(cfg.ckpt_every) and not stopping:
             save_run(run)
-        if phase.is_due(cfg.val_every) and not stopping:
+        if phase.is_val_due() and not stopping:
             stopping = evaluate(phase)
         if phase.name and phase.step == cfg.steps:  # after a stop as well: it takes a moment, and is due only here
             evaluate(phase)
