@@ -154,7 +154,7 @@ class RunConfig:
 
     # -- run
     preset: str = "base"  # a named set of overrides (base = these defaults)
-    data_root: str = ""  # folder of videos, one video, or a list (csv, txt, jsonl); empty = built-in driving scenes
+    data_root: str = ""  # videos or pictures: folder, file or list (csv, txt, jsonl); empty = built-in driving scenes
     video_glob: str = "*"  # *.mp4: by name; sub/*.mp4: by path below data_root; **/: any folders or none
     out_dir: str = "runs/vjepa_auto_v2"  # everything the run writes
     resume: str = "auto"  # auto (newest checkpoint in out_dir) | never | a checkpoint file
@@ -252,7 +252,7 @@ class ClipConfig(RunConfig):
     soon_frames: int = 16  # near future
     channels: int = 3  # RGB
     clip_fps: float = 4.0  # frames per second taken from a video; 0 spreads the frames over the whole file
-    frame_fps: float = 0.0  # frames per second of raw H.264 / HEVC without times; 0 = as header or annotation say
+    frame_fps: float = 0.0  # frames per second of pictures and raw H.264 / HEVC; 0 = as times, header or annotation say
     decoder: str = "auto"  # auto (pyav, then decord) | pyav | decord
     missing_data: str = "scenes"  # when data_root holds no video: scenes | error | random
     latents: str = ""  # folder or csv of latents cached by tools/cache_latents.py, read instead of videos
@@ -948,28 +948,28 @@ class VideoFile:
     name: str  # path below the data root, with /, and #t=begin,end of a part: its identity in logs
     path: str
     label: str = ""  # a maneuver
-    begin: float = 0.0  # seconds after the first frame from which on it may be used
-    length: float = 0.0  # seconds of it that may be; 0: up to the end
-    fps: float = 0.0  # rate of pictures, or of a raw stream
-    times: str = ""  # file with the time of each of their frames, that csv too
-    group: str = ""  # what is held out together
-    signals: str = ""  # its annotation: a file, or the JSON itself
-    pictures: str = ""  # pattern of their names, where path is a folder of pictures or a csv that lists them
+    begin: float = 0.0  # second after the first frame from which on it is used
+    length: float = 0.0  # seconds that are used; 0: up to the end
+    fps: float = 0.0  # of pictures, or of a raw stream
+    times: str = ""  # file with the times of these, that csv too
+    group: str = ""  # held out together
+    signals: str = ""  # an annotation: its file, or itself
+    pictures: str = ""  # pattern of their names, where path is their folder, or a csv of path,time
 
     @property
     def drive(self):
-        """What no split cuts: its group, else all parts of its file."""
+        """What no split cuts: a group, else all parts of a file."""
         is_part = self.begin or self.length
         return self.group or is_part and self.name.rpartition("#t=")[0] or self.name
 
 
 class Listing(list):
     """The videos of a data_root. `notes`: lines for the user; `seen`: what else was found where no video was; `sides`:
-    {side: its videos} where folders split them; `drives`: the folders that hold pictures, as VideoFiles."""
+    {side: its videos} where folders split them; `drives`: the Listing of folders with pictures."""
 
     def __init__(self, videos=(), notes=(), seen="", drives=()):
         super().__init__(videos)
-        self.notes, self.seen, self.sides, self.drives = list(notes), seen, {}, list(drives)
+        self.notes, self.seen, self.sides, self.drives = list(notes), seen, {}, drives
 
 
 def name_some(names, most=3):
@@ -1019,8 +1019,7 @@ def walk_folder(root, closed):
 
 def one_name_each(videos):
     """Leave out further names of one file (links) -> (videos, names left out). One that brings another label stays,
-    under the first name: the split goes by names, so no file ever stands on both sides. Parts of a file are files of
-    their own, on one side unless their groups say otherwise."""
+    under the first name: the split goes by names, so no file ever stands on both sides, nor its parts without group."""
     first, drives, kept, left_out = {}, {}, [], []
     for video in videos:
         key = video.name
@@ -1084,8 +1083,9 @@ def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
     videos, links = one_name_each(sorted(found, key=operator.attrgetter("name")))
     notes = left_out_note("WARNING", closed, f"folder(s) below {one_line(root)} cannot be read and")
     notes += left_out_note("note", links, "further name(s) of files listed already (links)")
-    listing = Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}", drives.values())
-    split_by_folders(listing, root)
+    drives = Listing(sorted(drives.values(), key=operator.attrgetter("name")))
+    listing = Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}", drives)
+    split_by_folders(listing or drives, root)
     return listing
 
 
@@ -1323,11 +1323,7 @@ class ClipPlan:
     u_y: float
     frame_fps: float = 0.0  # rate of a raw stream, whatever its header says; 0: the header's
     noted_fps: float = 0.0  # rate that its annotation names, for a raw stream whose header names none
-    # -- of the file, by fit_plan
-    begin: float = 0.0  # the window lies from this second on
-    length: float = 0.0  # and within so many; 0: up to the end
-    times: str = ""  # file with the times of a raw stream's frames, or of pictures
-    pictures: str = ""  # pattern of the names of pictures
+    file: VideoFile = VideoFile("", "")  # which part of it may be used, and its told times; set by fit_plan
 
 
 @dataclass(frozen=True)
@@ -1354,13 +1350,12 @@ class TimeLine:
 
 
 def usable_part(plan, duration, native_fps):
-    """Seconds of a file that a plan may use, from plan.begin on. BadFile for a list that promises more than there is,
-    but for what containers round off."""
-    rest, slack = duration - plan.begin, 1.0 + 2 / native_fps
-    if plan.begin and rest < 0.5 / native_fps or plan.length > rest + slack:
-        part = f"from {plan.begin:.2f} s on" + f" for {plan.length:.2f} s" * bool(plan.length)
-        raise BadFile(f"lasts {duration:.2f} s, and is to be used {part}")
-    return min(rest, plan.length or rest)
+    """Seconds of a file that a plan may use. BadFile for a list that promises more than containers round off."""
+    begin, length, slack = plan.file.begin, plan.file.length, 1.0 + 2 / native_fps
+    rest = duration - begin
+    if begin and rest < 0.5 / native_fps or length > rest + slack:
+        raise BadFile(f"lasts {duration:.2f} s, its line asks for begin {begin:g}, length {length or 'to its end'}")
+    return min(rest, length or rest)
 
 
 def frame_times(plan, duration, native_fps):
@@ -1369,14 +1364,14 @@ def frame_times(plan, duration, native_fps):
     than the window gives frames over its whole length; one with too few frames each of them, then the last again."""
     steps, half = np.arange(plan.num_frames), 0.5 / native_fps
     window = plan.num_frames / plan.fps if plan.fps else math.inf
-    half = min(half, duration / 2) if plan.length else half
+    half = min(half, duration / 2) if plan.file.length else half
     if duration >= window - half:
         times = plan.u_start * max(duration - window, 0.0) + steps / plan.fps + half
     elif duration * native_fps < plan.num_frames:
         times = steps / native_fps + half
     else:
         times = steps * (duration / plan.num_frames) + half
-    return plan.begin + (np.minimum(times, duration - half) if plan.length else times)  # no frame of a neighbour
+    return plan.file.begin + (np.minimum(times, duration - half) if plan.file.length else times)  # no neighbour's
 
 
 def crop_box(plan, width, height):
@@ -1459,14 +1454,15 @@ def list_pictures(folder, pattern):
 
 def picture_line(path, plan):
     """A drive of pictures -> (paths, seconds of each, seconds that may be used, frames per second). BadFile."""
-    if not plan.times and not plan.frame_fps:
+    told = plan.file.times
+    if not told and not plan.frame_fps:
         raise BadFile("its pictures have no times: fps or times in its line, or --frame_fps")
-    seconds, paths = read_times(plan.times) if plan.times else ([], ())
-    if path != plan.times:
-        paths = list_pictures(path, plan.pictures)
-        seconds = seconds if plan.times else np.arange(len(paths)) / plan.frame_fps
+    seconds, paths = read_times(told) if told else ([], ())
+    if path != told:
+        paths = list_pictures(path, plan.file.pictures)
+        seconds = seconds if told else np.arange(len(paths)) / plan.frame_fps
     if len(paths) != len(seconds):
-        raise BadFile(f"{len(paths)} pictures, and {len(seconds)} times in {one_line(os.path.basename(plan.times))}")
+        raise BadFile(f"{len(paths)} pictures, and {len(seconds)} times in {one_line(os.path.basename(told))}")
     fps = 1 / float(np.median(np.diff(seconds))) if len(seconds) > 1 else plan.frame_fps
     return paths, seconds, usable_part(plan, float(seconds[-1]) + 1 / fps, fps), fps
 
@@ -1489,25 +1485,23 @@ def between_gaps(plan, seconds):
     steps = np.diff(seconds)
     step = float(np.median(steps))
     gaps = np.flatnonzero(steps > max(GAP_S, GAP_STEPS * step))
-    begins = np.maximum(seconds[[0, *gaps + 1]], plan.begin)
-    ends = np.minimum(seconds[[*gaps, -1]] + step, plan.begin + plan.length if plan.length else math.inf)
-    lengths = ends - begins
+    begins = np.maximum(seconds[[0, *gaps + 1]], plan.file.begin)
+    lengths = np.minimum(seconds[[*gaps, -1]] + step, plan.file.begin + (plan.file.length or math.inf)) - begins
     if not len(gaps) or lengths.max() <= 0:  # it begins behind the end, which usable_part says
         return plan
     window = plan.num_frames / plan.fps - step / 2 if plan.fps else math.inf
     until = np.cumsum(lengths * (lengths >= min(window, lengths.max())))
     place = max(plan.u_start * until[-1], 1e-9)
     chosen = int(np.searchsorted(until, place))
-    begin, length = float(begins[chosen]), float(lengths[chosen])
-    return replace(plan, begin=begin, length=length, u_start=float(1 - (until[chosen] - place) / length))
+    part = replace(plan.file, begin=float(begins[chosen]), length=float(lengths[chosen]))
+    return replace(plan, file=part, u_start=float(1 - (until[chosen] - place) / part.length))
 
 
 def fit_plan(plan, video, annotation=()):
     """A plan -> the same for a file: which part of it may be used, and what tells the times of its frames. BadFile."""
-    fps, noted = video.fps or plan.frame_fps, dict(annotation).get("fps") or 0.0
-    part = dict(begin=video.begin, length=video.length, times=video.times, pictures=video.pictures)
-    plan = replace(plan, frame_fps=fps, noted_fps=noted, **part)
-    return between_gaps(plan, read_times(plan.times)[0]) if plan.times else plan
+    noted = dict(annotation).get("fps") or 0.0
+    plan = replace(plan, file=video, frame_fps=video.fps or plan.frame_fps, noted_fps=noted)
+    return between_gaps(plan, read_times(video.times)[0]) if video.times else plan
 
 
 def playing_stream(container):
@@ -1630,10 +1624,10 @@ def time_line(container, stream, plan, fast=True):
     """-> (TimeLine, its packets from the first key packet on). A transport stream's line covers all its parts."""
     kind, codec, unit, stamp = container.format.name, stream.codec_context, stream.time_base, file_stamp(container)
     packets, fps = from_key(container.demux(stream)), float(stream.average_rate or stream.guessed_rate or 25)
-    if kind in RAW_FORMATS and plan.times:
-        told, count = read_times(plan.times)[0], count_packets(stamp)
+    if kind in RAW_FORMATS and (path := plan.file.times):
+        told, count = read_times(path)[0], count_packets(stamp)
         if len(told) < count:
-            raise BadFile(f"{count} frames, and {len(told)} times in {one_line(os.path.basename(plan.times))}")
+            raise BadFile(f"{count} frames, and {len(told)} times in {one_line(os.path.basename(path))}")
         fps = 1 / float(np.median(np.diff(told)))
         return TimeLine(0, unit, float(told[count - 1]) + 1 / fps, fps, in_order=True, told=told), packets
     if kind in RAW_FORMATS:
@@ -1822,7 +1816,7 @@ def read_pyav(path, plan, fast=True):
 
 def video_timing(path, plan):
     """-> (seconds that may be used, frames per second) of a video, for frame_times of a plan. BadFile for a bad one."""
-    if plan.pictures:
+    if plan.file.pictures:
         return picture_line(path, plan)[2:]
     with opened_stream(path) as (container, stream):
         line, _ = time_line(container, stream, plan)
@@ -1889,7 +1883,7 @@ def read_decord(path, plan):
     open_decord = partial(decord.VideoReader, path, ctx=decord.cpu(0), num_threads=1)
     try:
         # in HEVC and AV1 its frames may be two off, which at a border is another episode
-        if beyond := "parts of a file" if plan.begin or plan.length else beyond_decord(path):
+        if beyond := "parts of a file" if plan.file.begin or plan.file.length else beyond_decord(path):
             raise CannotOpen(f"only pyav is trusted with {beyond}")
         height, width = open_decord()[0].shape[:2]
         scaled_w, scaled_h, x, y = crop_box(plan, width, height)
@@ -1910,7 +1904,7 @@ READERS = {"pyav": read_pyav, "decord": read_decord}
 
 def read_frames(path, plan, decoder):
     """Decode just the frames of a plan, resized -> uint8 [T, H, W, 3]. BadFile with every decoder's reason."""
-    if plan.pictures:
+    if plan.file.pictures:
         return read_pictures(path, plan)
     check_regular(path)
     reasons = []
@@ -2965,15 +2959,12 @@ class DataSource:
     by_folders: bool = False  # whether folders split the files, not the hash of their names
 
     def listing(self):
-        """What a checkpoint keeps of it: number of files and what splits them, groups too; a user's names unless too
+        """What a checkpoint keeps of it: number of files and what splits them; a user's names, with groups, unless too
         many."""
         videos = (*self.train, *self.val)
-        names = sorted({video.name for video in videos})
+        names = sorted({f"{video.name} of {video.group}" if video.group else video.name for video in videos})
         kept = names if self.kind == "videos" and len(names) <= MAX_LISTED else []
         split = "folders" if self.by_folders else "hash"
-        groups = sorted({(video.name, video.group) for video in videos if video.group})
-        if groups:
-            split = f"groups {hashlib.sha256(repr(groups).encode()).hexdigest()[:12]}"
         return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept, "split": split}
 
     def dataset(self, cfg, stream):
@@ -3003,24 +2994,22 @@ def instead_of_videos(cfg, videos):
 
 
 def drives_of_pictures(cfg, videos):
-    """What was listed -> the same, or where it is no video the folders of pictures, if --frame_fps tells their rate.
-    UsageError for layouts that would be misread without a list."""
+    """What was listed -> the same, or where it is no video the folders of pictures, whose rate --frame_fps tells.
+    UsageError without it, and for layouts that would be misread without a list."""
     root, layout = cfg.data_root, ""
     command = f"python tools/make_list.py {root} --out LIST.jsonl"
     with suppress(OSError, ValueError):
         if '"codebase_version"' in read_text(os.path.join(root, "meta", "info.json"), MAX_ANNOTATION_BYTES):
-            layout = "LeRobot, whose files hold several episodes or cameras of one"
+            layout = "LeRobot, several episodes in a file or cameras of one"
     streams = (video.path for video in videos if video.path.endswith("/video.hevc") and not (video.fps or video.times))
     if not cfg.frame_fps and any(os.path.exists(path[:-10] + "global_pose/frame_times") for path in streams):
         layout = "comma2k19, whose streams hold no times"
     if layout:
         raise UsageError(f"data_root {root}: this is {layout}; {command} makes the list to be given instead")
-    if videos or not videos.drives:
-        return videos
-    if cfg.frame_fps:
-        return Listing(sorted(videos.drives, key=operator.attrgetter("name")))
-    rate = "--frame_fps N takes each of its folders of pictures for a drive of that rate"
-    raise UsageError(f"data_root {root}: {nothing_found(cfg, videos)}; {command} makes a list of what it knows; {rate}")
+    if videos.drives and not videos and not cfg.frame_fps:
+        cure = f"{command} makes a list of known layouts, and --frame_fps N takes each folder of pictures for a drive"
+        raise UsageError(f"data_root {root}: {nothing_found(cfg, videos)}; {cure}")
+    return videos or videos.drives or videos
 
 
 def list_data(cfg, Dataset=ClipDataset):
