@@ -5534,9 +5534,10 @@ def block_flops(num_tokens, dim, mlp_ratio):
     return 2 * num_tokens * dim * dim * (4 + 2 * mlp_ratio) + 4 * num_tokens**2 * dim
 
 
-def flops_per_clip(cfg, teacher):
+def flops_per_clip(cfg, teacher=None):
     """Multiply-adds times two of one training step on one clip, forward and backward, by module -> {name: FLOP}.
-    `teacher`: the config of the target encoder."""
+    `teacher`: the config of the target encoder where it has its own."""
+    teacher = teacher or cfg
     D, P, L, ratio = cfg.enc_dim, cfg.pred_dim, cfg.num_tokens, cfg.mlp_ratio
     kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES if cfg.lambda_vjepa]
     tokenizer = 2 * L * D * 3 * cfg.tubelet_t * cfg.patch**2
