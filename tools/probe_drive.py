@@ -37,7 +37,7 @@ if __name__ == "__main__":
 import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -423,11 +423,7 @@ def encoded(pictures, batch_size, name, make_model, records):
 def untrained_model(model, seed):
     """A fresh model of the same sizes: what its architecture alone makes of the pictures."""
     torch.manual_seed(seed)
-    return (
-        type(model)(replace(model.cfg, freeze_encoder=False, teacher="ema", init_from=""))
-        .to(next(model.parameters()).device)
-        .eval()
-    )
+    return E.untrained_twin(model)
 
 
 def all_rows(model, drive, windows, labels, folds, spans, args):
