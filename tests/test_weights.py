@@ -339,8 +339,6 @@ def test_sizes_that_do_not_fit_are_named(published):
         loaded(published[1], pred_dim=48, **changes)
     for name, value in changes.items():
         assert f"{name} = {value}, the weights have" in str(caught.value) and f"(--{name})" in str(caught.value)
-    with pytest.raises(V.UsageError, match="--preset vjepa2_vitl"):
-        V.refuse_misfits(small_config(), dict(enc_dim=1024, enc_depth=24), "a")
 
 
 def test_heads_of_a_pt_come_from_its_width(published, tmp_path):
@@ -386,7 +384,7 @@ def test_partial_encoders_are_refused_unless_allowed(published, tmp_path):
         (dict(layer_norm_eps=1e-5), "layer_norm_eps = 1e-05"),
         (dict(qkv_bias=False), "qkv_bias = False"),
         (dict(num_attention_heads=7), "a width of 48 with 7 heads"),
-        (dict(num_attention_heads="x"), "a width of 48 with x heads"),
+        (dict(num_attention_heads="x"), "num_attention_heads in its config.json is no number above 0"),
         (dict(num_attention_heads=2), "num_heads = 4, the weights have 2"),
     ],
 )
@@ -418,12 +416,12 @@ def pointer(path):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (cut, "cut or damaged"),
-        (flip_header, "cut or damaged"),
-        (huge_header, "cut or damaged"),
+        (cut, "cut, damaged"),
+        (flip_header, "cut, damaged"),
+        (huge_header, "cut, damaged"),
         (pointer, "git lfs pointer"),
         (lambda path: path.unlink(), "lacks model.safetensors"),
-        (lambda path: path.write_bytes(b""), "cut or damaged"),
+        (lambda path: path.write_bytes(b""), "cut, damaged"),
     ],
 )
 def test_damaged_files_are_refused(published, tmp_path, damage, message):
@@ -483,11 +481,11 @@ def test_what_is_no_weights_at_all(tmp_path, published, monkeypatch):
     cases = {
         "empty": "only vjepa2 can be taken",
         "none.pt": "no such folder or file",
-        "text.pt": "cannot be read as weights",
+        "text.pt": "no .pt file",
         "list.pt": "cannot be read as weights",
         "other.pt": "no entry target_encoder; there are model",
         "pointer.pt": "git lfs pointer",
-        "cut.pt": "cannot be read as weights",
+        "cut.pt": "no .pt file, cut",
         "picture.pt": "holds no video encoder",
         "swiglu.pt": "holds no video encoder as V-JEPA 2 has it (GELU)",
     }
