@@ -4774,9 +4774,10 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 # ---------------------------------------------------------------------------------------------------------------------
 # 21  Weights: published encoders and predictors <-> ours
 # ---------------------------------------------------------------------------------------------------------------------
-# Three codes name the same tensors: V-JEPA 2's own, whose names they have here, transformers, and this file.
+# Tensors have three sets of names: V-JEPA 2's own, by which they are known here, transformers', and this file's.
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 22, 1664: 26}  # by width: an official .pt does not say them
+ENCODER_SIZES = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio", "tubelet_t", "patch")
 FRAMES_SEEN = 64  # of the longest clips in the published pretraining
 # fmt: off
 OUR_ENCODER = (("tokenizer.", "patch_embed."), ("trunk.blocks.", "blocks."), ("trunk.norm.", "norm."))
@@ -4827,8 +4828,8 @@ def own_tensor(value, name, path):
 
 
 def check_weights(folder):
-    """A folder in the form of transformers, weights in one safetensors file or in shards -> {name: fp32 tensor}, all
-    finite. UsageError for files that are absent, cut, damaged, git lfs pointers, or outside the folder."""
+    """A folder of transformers, weights in one safetensors file or in shards -> {name: fp32 tensor}, all finite.
+    UsageError for files that are absent, cut, damaged, git lfs pointers, or outside the folder."""
     folder, tensors = Path(folder), {}
     table = read_mapping(folder / "model.safetensors.index.json", 2**25).get("weight_map") or {"": "model.safetensors"}
     for shard in sorted(set(map(str, table.values()))):
@@ -4864,8 +4865,7 @@ class Origin:
 
 
 def read_folder(folder):
-    """A folder in the form of transformers -> (tensors by official names, Origin). UsageError where it holds another
-    model, or a V-JEPA 2 that computes in another way."""
+    """A folder of transformers -> (tensors, Origin). UsageError for another model, or one that computes otherwise."""
     config = read_mapping(folder / "config.json", 2**20)
     fixed = {"model_type": "vjepa2", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True, "in_chans": 3}
     for name, value in fixed.items():
@@ -4887,7 +4887,7 @@ def read_folder(folder):
 
 
 def read_pt(path, key):
-    """An official .pt, or a checkpoint of ours -> (tensors by official names, Origin). UsageError."""
+    """An official .pt, or a checkpoint of ours -> (tensors, Origin). UsageError."""
     if not zipfile.is_zipfile(path):
         raise UsageError(f"{path}: no .pt file, cut, or a git lfs pointer (git lfs pull)")
     with zipfile.ZipFile(path) as archive:
@@ -4897,8 +4897,6 @@ def read_pt(path, key):
     ours = state.get("cfg") if "format" in state else None
     known = ("target", "online") if ours else ("target_encoder", "ema_encoder", "encoder")
     entries = {name: state[name] for name in known if isinstance(state.get(name), dict)}
-    if not entries and any(name.endswith("patch_embed.proj.weight") for name in state):
-        entries = {"": state}  # saved by itself
     key = key or next(iter(entries), known[0])
     if key not in entries:
         there = ", ".join(entries) or name_some(sorted(state))
@@ -4924,10 +4922,11 @@ def read_pt(path, key):
     return tensors, origin
 
 
-def open_weights(path, key):
-    """A folder, a file, or a hub id, which is fetched -> (tensors by official names, but mask_tokens [K, P], Origin).
-    UsageError for all that may be wrong with it."""
-    path, found = str(path), Path(path)
+def read_weights(path, key=""):
+    """Weights of V-JEPA 2 or 2.1, or of a run -> (encoder, predictor, Origin), both {official name: fp32 tensor}, but
+    mask_tokens [K, P]. `path`: folder, file, or hub id, which is fetched; `key`: entry of a .pt. UsageError for all
+    that may be wrong."""
+    path, found, told = str(path), Path(path), {}
     try:
         if not found.exists():
             if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or path.endswith(".pt") or found.parent.is_dir():
@@ -4937,53 +4936,38 @@ def open_weights(path, key):
         if key and found.is_dir():
             raise UsageError(f"{path}: a folder holds one encoder, nothing to choose from (--init_key)")
         tensors, origin = read_folder(found) if found.is_dir() else read_pt(found, key)
-        if tokens := [tensors.pop(name) for name in sorted(tensors) if name.startswith("mask_tokens")]:
-            tensors["mask_tokens"] = torch.cat([token.reshape(-1, token.shape[-1]) for token in tokens])
-        return tensors, origin
+        tokens = [tensors.pop(name).flatten(0, -2) for name in sorted(tensors) if name.startswith("mask_tokens")]
     except UserError:
         raise
     except Exception as error:  # a foreign file makes the unpickler raise anything, and so does a network
         why = f"{type(error).__name__}: {flat(error)[:160]}"
         raise UsageError(f"{path}: cannot be read as weights ({why}) (--init_from)") from error
-
-
-def read_weights(path, key=""):
-    """Weights of V-JEPA 2 or 2.1, or of a run -> (encoder, predictor, Origin), both {official name: fp32 tensor}, the
-    predictor {} where there is none that could fit. `path`: folder, file or hub id; `key`: entry of a .pt. UsageError.
-    """
-    tensors, origin = open_weights(path, key)
-    told = {}
     for name in list(tensors):
         if why := next((why for pattern, why in NO_PLACE.items() if re.match(pattern, name)), ""):
             told[name.split(".")[0]] = why
             del tensors[name]
     origin.left_out = ", ".join(f"{name} ({why})" for name, why in told.items())
-    of_predictor = [name for name in tensors if name.startswith(("predictor_", "mask_tokens"))]
-    predictor = {name: tensors.pop(name) for name in of_predictor}
-    origin.no_predictor = origin.no_predictor or "there is none" * (not predictor)
+    predictor = {name: tensors.pop(name) for name in list(tensors) if name.startswith("predictor_")}
+    if tokens:
+        predictor["mask_tokens"] = torch.cat(tokens)
+    origin.no_predictor = origin.no_predictor or "there is none" * ("mask_tokens" not in predictor)
     return tensors, predictor, origin
 
 
 def sizes_of(tensors, origin, num_heads=0, kind=""):
     """What a config must say for an encoder, or a predictor (`kind` predictor_) -> {field: value}, the width first.
-    UsageError where they are of none, or nobody says its heads: neither file nor width, nor `num_heads`."""
+    UsageError where there is none, or neither the file nor its width nor `num_heads` says its heads."""
     first = tensors.get("predictor_embed.weight" if kind else "patch_embed.proj.weight", torch.empty(0))
-    fc1 = tensors.get(f"{kind}blocks.0.mlp.fc1.weight", first)
-    if first.ndim != (2 if kind else 5) or fc1.ndim != 2 or "blocks.0.mlp.fc3.weight" in tensors:
-        raise UsageError(f"{origin.path}: holds no {kind.strip('_') or 'video encoder'} as V-JEPA 2 has it (GELU)")
-    dim, hidden = len(first), len(fc1)
-    ratio = hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim
-    depth = len({name.split(".")[1] for name in tensors if name.startswith(f"{kind}blocks.")})
+    fc1 = tensors.get(f"{kind}blocks.0.mlp.fc1.weight", torch.empty(0))
+    if first.ndim != (2 if kind else 5) or fc1.ndim != 2:
+        raise UsageError(f"{origin.path}: holds no {kind.strip('_') or 'video encoder'} of V-JEPA 2")
+    dim, depth = len(first), len({name.split(".")[1] for name in tensors if name.startswith(f"{kind}blocks.")})
     published = {384: 12} if kind else HEADS
     heads = origin.cfg.get("pred_heads" if kind else "num_heads") or published.get(dim, num_heads)
     if not heads or dim % heads:
         raise UsageError(f"{origin.path}: a width of {dim} with {heads or 'an unknown number of'} heads (--num_heads)")
-    if kind:
-        return dict(pred_dim=dim, pred_depth=depth, pred_heads=heads, pred_mlp_ratio=ratio)
-    channels, tubelet_t, patch, wide = first.shape[1:]
-    if channels != 3 or patch != wide:
-        raise UsageError(f"{origin.path}: its patches are {channels} x {patch} x {wide}, not square with 3 channels")
-    return dict(enc_dim=dim, enc_depth=depth, num_heads=heads, mlp_ratio=ratio, tubelet_t=tubelet_t, patch=patch)
+    names = ("pred_dim", "pred_depth", "pred_heads", "pred_mlp_ratio") if kind else ENCODER_SIZES
+    return dict(zip(names, (dim, depth, heads, len(fc1) / dim, *first.shape[2:4])))
 
 
 def misfits(cfg, sizes):
@@ -4996,16 +4980,21 @@ def misfits(cfg, sizes):
     return odd
 
 
-def fill(net, tensors, pairs, partial=False):
-    """Copy tensors into a network by their official names -> "", or what is missing or too much: then nothing is
-    copied, or with `partial` all that fits."""
-    own = {renamed(name, pairs): value for name, value in net.state_dict().items()}
-    good = {name for name in own if name in tensors and tensors[name].shape == own[name].shape}
+def misnamed(net, tensors, pairs):
+    """What a network lacks among tensors by official names or has in another shape, and what has no place -> text."""
+    own = {renamed(name, pairs): value.shape for name, value in net.state_dict().items()}
+    good = {name for name in own if name in tensors and tensors[name].shape == own[name]}
     odd = (("no", own.keys() - good), ("no place for", tensors.keys() - own.keys()))
-    told = " and ".join(f"{what} {name_some(sorted(names))}" for what, names in odd if names)
-    for name in good if partial or not told else ():
-        own[name].copy_(tensors[name])
-    return told
+    return " and ".join(f"{what} {name_some(sorted(names))}" for what, names in odd if names)
+
+
+def fill(net, tensors, pairs, partial=False):
+    """Copy tensors into a network -> what is `misnamed`: then none of them, or with `partial` those that fit."""
+    odd = misnamed(net, tensors, pairs)
+    for name, value in net.state_dict().items() if partial or not odd else ():
+        if (found := tensors.get(renamed(name, pairs), value)).shape == value.shape:
+            value.copy_(found)
+    return odd
 
 
 def take_predictor(model, cfg, tensors, origin):
@@ -5071,10 +5060,10 @@ def encoder_of(tensors, origin, num_heads=0):
     cfg = config_of({**clip, "pred_heads": 12, **origin.cfg, **sizes})
     with torch.device("meta"):  # first values would be made in vain
         encoder = Encoder(cfg)
-    own = {renamed(name, OUR_ENCODER): name for name in encoder.state_dict()}
-    if odd := sorted(own.keys() ^ tensors.keys()):
-        raise UsageError(f"{origin.path}: {name_some(odd)} missing or too much in its encoder")
-    encoder.load_state_dict({own[name]: value for name, value in tensors.items()}, assign=True)
+    if odd := misnamed(encoder, tensors, OUR_ENCODER):
+        raise UsageError(f"{origin.path}: the encoder fits in part only: {odd}")
+    own = {name: tensors[renamed(name, OUR_ENCODER)] for name in encoder.state_dict()}
+    encoder.load_state_dict(own, assign=True)
     encoder.position, encoder.cfg = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads), cfg
     return encoder.eval().requires_grad_(False)
 
@@ -5091,7 +5080,8 @@ def export_hf(checkpoint, folder, key="", size=0):
     """Encoder (target, or `key` online) and predictor of a checkpoint -> a new folder that transformers' VJEPA2Model
     reads, for pictures of size x size pixels, by default the run's -> lines about it. UsageError for what the format
     cannot say."""
-    (tensors, origin), folder = open_weights(checkpoint, key), Path(folder)
+    (tensors, predictor, origin), folder = read_weights(checkpoint, key), Path(folder)
+    tensors |= predictor
     cfg = config_of(origin.cfg)
     size = size or cfg.height * (cfg.height == cfg.width)
     squares = f"{cfg.height} x {cfg.width}, the format takes all pictures for squares; name their side (--size)"
