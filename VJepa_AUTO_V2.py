@@ -5153,10 +5153,10 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 # ---------------------------------------------------------------------------------------------------------------------
 # 21  Weights: published encoders and predictors <-> ours
 # ---------------------------------------------------------------------------------------------------------------------
-# Three codes name the same tensors: V-JEPA 2's own, whose names they have here, transformers, and this file.
+# Tensors have three sets of names: V-JEPA 2's own, by which they are known here, transformers', and this file's.
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 22, 1664: 26}  # by width: an official .pt does not say them
-PRED_HEADS = {384: 12}
+ENCODER_SIZES = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio", "tubelet_t", "patch")
 FRAMES_SEEN = 64  # of the longest clips in the published pretraining
 # fmt: off
 OUR_ENCODER = (("tokenizer.", "patch_embed."), ("trunk.blocks.", "blocks."), ("trunk.norm.", "norm."))
@@ -5170,9 +5170,15 @@ TRANSFORMERS = (
     ("predictor.embeddings.mask_tokens", "mask_tokens"), ("predictor.layer.", "predictor_blocks."),
     ("predictor.layernorm.", "predictor_norm."), ("predictor.proj.", "predictor_proj."),
 )
+CONFIG_NAMES = {  # fields of a config -> transformers' names
+    "num_heads": "num_attention_heads", "pred_heads": "pred_num_attention_heads", "num_frames": "frames_per_clip",
+    "image_size": "crop_size", "patch": "patch_size", "tubelet_t": "tubelet_size", "enc_dim": "hidden_size",
+    "enc_depth": "num_hidden_layers", "mlp_ratio": "mlp_ratio", "pred_dim": "pred_hidden_size",
+    "pred_depth": "pred_num_hidden_layers", "pred_mlp_ratio": "pred_mlp_ratio",
+}
 NO_PLACE = {  # what may stand beside an encoder, and why it is left out
-    r"(predictor_)?pos_embed": "rope needs none", r"patch_embed_img|img_mod_embed": "for single pictures",
-    r"norms_block": "norms at other depths", r"pooler|classifier": "a classifier's",
+    "(predictor_)?pos_embed": "rope needs none", "patch_embed_img|img_mod_embed": "for single pictures",
+    "norms_block": "norms at other depths", "pooler|classifier": "a classifier's",
 }
 # fmt: on
 
@@ -5182,7 +5188,7 @@ def extra(name, why):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UsageError(f"{why}: needs the package {name} (pip install {name.split('.')[0]})") from error
+        raise UsageError(f"{why}: needs the package {name} (pip install {name})") from error
 
 
 def renamed(name, pairs):
@@ -5200,16 +5206,9 @@ def own_tensor(value, name, path):
     return value
 
 
-def refuse_pointer(path):
-    """UsageError where a file only says what git lfs would put there."""
-    with open(path, "rb") as file:
-        if file.read(23) == b"version https://git-lfs":
-            raise UsageError(f"{path}: a git lfs pointer, not the weights; run git lfs pull in its folder")
-
-
 def check_weights(folder):
-    """A folder in the form of transformers, weights in one safetensors file or in shards -> {name: fp32 tensor}, all
-    finite. UsageError for files that are absent, cut, damaged, git lfs pointers, or outside the folder."""
+    """A folder of transformers, weights in one safetensors file or in shards -> {name: fp32 tensor}, all finite.
+    UsageError for files that are absent, cut, damaged, git lfs pointers, or outside the folder."""
     folder, tensors = Path(folder), {}
     table = read_mapping(folder / "model.safetensors.index.json", 2**25).get("weight_map") or {"": "model.safetensors"}
     for shard in sorted(set(map(str, table.values()))):
@@ -5218,7 +5217,6 @@ def check_weights(folder):
             raise UsageError(f"{folder}: its index names {shown(shard)}, no file of that folder")
         if not path.is_file():
             raise UsageError(f"{folder}: no weights, it lacks {shard}")
-        refuse_pointer(path)
         safetensors = extra("safetensors", path)
         try:
             with safetensors.safe_open(path, "pt") as file:
@@ -5227,7 +5225,8 @@ def check_weights(folder):
                 with safetensors.safe_open(path, "pt") as file:
                     tensors[name] = own_tensor(file.get_tensor(name), name, path)
         except safetensors.SafetensorError as error:
-            raise UsageError(f"{path}: cut or damaged ({flat(error)[:160]})") from error
+            why = "cut, damaged, or a git lfs pointer (git lfs pull)"
+            raise UsageError(f"{path}: {why}: {flat(error)[:160]}") from error
     if lacking := [name for name in table if name and name not in tensors]:
         raise UsageError(f"{folder}: its shards lack {name_some(lacking)}, which the index promises")
     return tensors
@@ -5240,19 +5239,21 @@ class Origin:
     path: str
     what: str  # in words
     cfg: dict  # fields of a config that the file decides
-    families: tuple = ()  # numbers of the mask tokens of short, long and SOON; () = the one that learned, for all
     no_predictor: str = ""  # why there is none to load
     left_out: str = ""  # what and why
 
 
 def read_folder(folder):
-    """A folder in the form of transformers -> (tensors by official names, Origin). UsageError where it holds another
-    model, or a V-JEPA 2 that computes in another way."""
+    """A folder of transformers -> (tensors, Origin). UsageError for another model, or one that computes otherwise."""
     config = read_mapping(folder / "config.json", 2**20)
     fixed = {"model_type": "vjepa2", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True, "in_chans": 3}
     for name, value in fixed.items():
         if (found := config.get(name, value if "model_type" in config else None)) != value:
             raise UsageError(f"{folder}: {name} = {shown(found)} in its config.json, only {value} can be taken")
+    cfg = dict(num_heads=16, pred_heads=12, num_frames=FRAMES_SEEN, image_size=256)  # as transformers has them
+    cfg = {name: config.get(CONFIG_NAMES[name], default) for name, default in cfg.items()}
+    if odd := [CONFIG_NAMES[name] for name, number in cfg.items() if not fits(int, number) or number < 1]:
+        raise UsageError(f"{folder}: {odd[0]} in its config.json is no number above 0")
     tensors = {
         renamed(name.removeprefix("vjepa2."), TRANSFORMERS).replace(".attention.", ".attn."): value
         for name, value in check_weights(folder).items()
@@ -5261,46 +5262,50 @@ def read_folder(folder):
         parts = [name.replace("query", part) for part in ("query", "key", "value")]
         if all(part in tensors for part in parts):
             tensors[name.replace("query", "qkv")] = torch.cat([tensors.pop(part) for part in parts])
-    keys = dict(
-        num_heads=("num_attention_heads", 16), pred_heads=("pred_num_attention_heads", 12),
-        num_frames=("frames_per_clip", FRAMES_SEEN), image_size=("crop_size", 256),
-    )  # fmt: skip
-    known = {field: config.get(*key) for field, key in keys.items()} | {"pos_embed": "rope"}
-    return tensors, Origin(str(folder), "transformers folder", known, (0, 1, 0) * (config.get("made_by") == MARK))
+    return tensors, Origin(str(folder), "transformers folder", {**cfg, "pos_embed": "rope"})
 
 
 def read_pt(path, key):
-    """An official .pt, or a checkpoint of ours -> (tensors by official names, Origin). UsageError."""
-    refuse_pointer(path)
-    if is_archive := zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise UsageError(f"{path}: damaged (checksum of {damaged})")
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    """An official .pt, or a checkpoint of ours -> (tensors, Origin). UsageError."""
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"{path}: no .pt file, cut, or a git lfs pointer (git lfs pull)")
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise UsageError(f"{path}: damaged (checksum of {damaged})")
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     ours = state.get("cfg") if "format" in state else None
     known = ("target", "online") if ours else ("target_encoder", "ema_encoder", "encoder")
     entries = {name: state[name] for name in known if isinstance(state.get(name), dict)}
-    if not entries and any(name.endswith("patch_embed.proj.weight") for name in state):
-        entries = {"": state}  # saved by itself
     key = key or next(iter(entries), known[0])
     if key not in entries:
-        there = f"there are {', '.join(entries) or name_some(sorted(state))}"
-        raise UsageError(f"{path}: no entry {one_line(key)}; {there} (--init_key)")
+        there = ", ".join(entries) or name_some(sorted(state))
+        raise UsageError(f"{path}: no entry {one_line(key)}; there are {there} (--init_key)")
     tensors = {}
     for part, pairs in ((entries[key], OUR_ENCODER), (state.get("predictor") or {}, OUR_PREDICTOR)):
         for name, value in part.items():
             name = renamed(re.sub(r"^(module\.|backbone\.|_orig_mod\.)+", "", name), pairs if ours else ())
             foreign = pairs is OUR_PREDICTOR and not name.startswith(("predictor_", "mask_tokens"))
             tensors["predictor_." * foreign + name] = own_tensor(value, name, path)
-    if not ours:
-        return tensors, Origin(str(path), f"official .pt, {key}", {"pos_embed": "rope"})
-    return tensors, Origin(str(path), f"checkpoint of a run, {key}", ours, (), "of a run the encoder alone is taken")
+    if ours:
+        return tensors, Origin(str(path), f"checkpoint of a run, {key}", ours, "of a run the encoder alone is taken")
+    origin = Origin(str(path), f"official .pt, {key}", {"pos_embed": "rope"})
+    if "norms_block.0.weight" in tensors:
+        origin.what, origin.cfg["pos_embed"] = f"V-JEPA 2.1, {origin.what}", "rope21"
+        origin.no_predictor = "that of V-JEPA 2.1 has other shapes"
+        last = max(name.split(".")[1] for name in tensors if name.startswith("norms_block."))
+        for part in ("weight", "bias"):
+            tensors[f"norm.{part}"] = tensors.pop(f"norms_block.{last}.{part}")
+        tensors["patch_embed.proj.bias"] += tensors.pop("video_mod_embed", torch.zeros(1)).flatten()
+    if "predictor_.action_encoder.weight" in tensors:
+        origin.no_predictor = "it is conditioned on actions"
+    return tensors, origin
 
 
-def open_weights(path, key):
-    """A folder, a file, or a hub id, which is fetched -> (tensors by official names, mask tokens as one, Origin).
-    UsageError for all that may be wrong with it."""
-    path, found = str(path), Path(path)
+def read_weights(path, key=""):
+    """Weights of V-JEPA 2 or 2.1, or of a run -> (encoder, predictor, Origin), both {official name: fp32 tensor}, but
+    mask_tokens [K, P]. `path`: folder, file, or hub id, which is fetched; `key`: entry of a .pt. UsageError for all
+    that may be wrong."""
+    path, found, told = str(path), Path(path), {}
     try:
         if not found.exists():
             if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or path.endswith(".pt") or found.parent.is_dir():
@@ -5310,62 +5315,38 @@ def open_weights(path, key):
         if key and found.is_dir():
             raise UsageError(f"{path}: a folder holds one encoder, nothing to choose from (--init_key)")
         tensors, origin = read_folder(found) if found.is_dir() else read_pt(found, key)
+        tokens = [tensors.pop(name).flatten(0, -2) for name in sorted(tensors) if name.startswith("mask_tokens")]
     except UserError:
         raise
     except Exception as error:  # a foreign file makes the unpickler raise anything, and so does a network
         why = f"{type(error).__name__}: {flat(error)[:160]}"
         raise UsageError(f"{path}: cannot be read as weights ({why}) (--init_from)") from error
-    if tokens := [tensors.pop(name) for name in sorted(tensors) if name.startswith("mask_tokens")]:
-        tensors["mask_tokens"] = torch.cat([token.reshape(-1, token.shape[-1]) for token in tokens])
-    return tensors, origin
-
-
-def read_weights(path, key=""):
-    """Weights of V-JEPA 2 or 2.1, or of a run -> (encoder, predictor, Origin), both {official name: fp32 tensor}, the
-    predictor {} where there is none that could fit. `path`: folder, file or hub id; `key`: entry of a .pt. UsageError.
-    """
-    tensors, origin = open_weights(path, key)
-    of_predictor = [name for name in tensors if name.startswith(("predictor_", "mask_tokens"))]
-    predictor = {name: tensors.pop(name) for name in of_predictor}
-    if last := max((name.split(".")[1] for name in tensors if name.startswith("norms_block.")), default=""):
-        origin.what, origin.cfg["pos_embed"] = f"V-JEPA 2.1, {origin.what}", "rope21"
-        origin.no_predictor = "that of V-JEPA 2.1 has other shapes"
-        for part in ("weight", "bias"):
-            tensors[f"norm.{part}"] = tensors.pop(f"norms_block.{last}.{part}")
-        tensors["patch_embed.proj.bias"] += tensors.pop("video_mod_embed", torch.zeros(1)).flatten()
-    if "predictor_.action_encoder.weight" in predictor:
-        origin.no_predictor = "it is conditioned on actions"
-    origin.no_predictor = origin.no_predictor or "there is none" * (not predictor)
-    told = {}
-    for pattern, why in NO_PLACE.items():
-        for name in [name for name in (*tensors, *predictor) if re.match(pattern, name)]:
+    for name in list(tensors):
+        if why := next((why for pattern, why in NO_PLACE.items() if re.match(pattern, name)), ""):
             told[name.split(".")[0]] = why
-            (tensors if name in tensors else predictor).pop(name)
+            del tensors[name]
     origin.left_out = ", ".join(f"{name} ({why})" for name, why in told.items())
-    return tensors, {} if origin.no_predictor else predictor, origin
+    predictor = {name: tensors.pop(name) for name in list(tensors) if name.startswith("predictor_")}
+    if tokens:
+        predictor["mask_tokens"] = torch.cat(tokens)
+    origin.no_predictor = origin.no_predictor or "there is none" * ("mask_tokens" not in predictor)
+    return tensors, predictor, origin
 
 
 def sizes_of(tensors, origin, num_heads=0, kind=""):
-    """What a config must say for an encoder, or for a predictor (`kind` predictor_) -> {field: value}, the width first.
-    UsageError where they are of none, or nobody says its heads: neither file nor width, nor `num_heads`."""
-    first, fc1 = (
-        tensors.get(kind + "embed.weight" if kind else "patch_embed.proj.weight"),
-        f"{kind}blocks.0.mlp.fc1.weight",
-    )
-    if first is None or fc1 not in tensors or first.ndim != (2 if kind else 5) or "blocks.0.mlp.fc3.weight" in tensors:
-        raise UsageError(f"{origin.path}: holds no {kind.strip('_') or 'video encoder'} as V-JEPA 2 has it (GELU)")
-    dim, hidden = len(first), len(tensors[fc1])
-    ratio = hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim
-    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(f"{kind}blocks."))
-    heads = origin.cfg.get("pred_heads" if kind else "num_heads") or (PRED_HEADS if kind else HEADS).get(dim, num_heads)
-    if not fits(int, heads) or heads < 1 or dim % heads:
+    """What a config must say for an encoder, or a predictor (`kind` predictor_) -> {field: value}, the width first.
+    UsageError where there is none, or neither the file nor its width nor `num_heads` says its heads."""
+    first = tensors.get("predictor_embed.weight" if kind else "patch_embed.proj.weight", torch.empty(0))
+    fc1 = tensors.get(f"{kind}blocks.0.mlp.fc1.weight", torch.empty(0))
+    if first.ndim != (2 if kind else 5) or fc1.ndim != 2:
+        raise UsageError(f"{origin.path}: holds no {kind.strip('_') or 'video encoder'} of V-JEPA 2")
+    dim, depth = len(first), len({name.split(".")[1] for name in tensors if name.startswith(f"{kind}blocks.")})
+    published = {384: 12} if kind else HEADS
+    heads = origin.cfg.get("pred_heads" if kind else "num_heads") or published.get(dim, num_heads)
+    if not heads or dim % heads:
         raise UsageError(f"{origin.path}: a width of {dim} with {heads or 'an unknown number of'} heads (--num_heads)")
-    if kind:
-        return dict(pred_dim=dim, pred_depth=depth, pred_heads=heads, pred_mlp_ratio=ratio)
-    channels, tubelet_t, patch, wide = first.shape[1:]
-    if channels != 3 or patch != wide:
-        raise UsageError(f"{origin.path}: its patches are {channels} x {patch} x {wide}, not square with 3 channels")
-    return dict(enc_dim=dim, enc_depth=depth, num_heads=heads, mlp_ratio=ratio, tubelet_t=tubelet_t, patch=patch)
+    names = ("pred_dim", "pred_depth", "pred_heads", "pred_mlp_ratio") if kind else ENCODER_SIZES
+    return dict(zip(names, (dim, depth, heads, len(fc1) / dim, *first.shape[2:4])))
 
 
 def misfits(cfg, sizes):
@@ -5378,32 +5359,38 @@ def misfits(cfg, sizes):
     return odd
 
 
-def fill(net, tensors, pairs, partial):
-    """Copy tensors into a network by their official names -> "", or what is missing or too much: then nothing is
-    copied, or with `partial` all that fits."""
-    own = {renamed(name, pairs): value for name, value in net.state_dict().items()}
-    good = {name for name in own if name in tensors and tensors[name].shape == own[name].shape}
+def misnamed(net, tensors, pairs):
+    """What a network lacks among tensors by official names or has in another shape, and what has no place -> text."""
+    own = {renamed(name, pairs): value.shape for name, value in net.state_dict().items()}
+    good = {name for name in own if name in tensors and tensors[name].shape == own[name]}
     odd = (("no", own.keys() - good), ("no place for", tensors.keys() - own.keys()))
-    told = " and ".join(f"{what} {name_some(sorted(names))}" for what, names in odd if names)
-    for name in good if partial or not told else ():
-        own[name].copy_(tensors[name])
-    return told
+    return " and ".join(f"{what} {name_some(sorted(names))}" for what, names in odd if names)
+
+
+def fill(net, tensors, pairs, partial=False):
+    """Copy tensors into a network -> what is `misnamed`: then none of them, or with `partial` those that fit."""
+    odd = misnamed(net, tensors, pairs)
+    for name, value in net.state_dict().items() if partial or not odd else ():
+        if (found := tensors.get(renamed(name, pairs), value)).shape == value.shape:
+            value.copy_(found)
+    return odd
 
 
 def take_predictor(model, cfg, tensors, origin):
-    """The predictor of read_weights into a model, where all of it fits -> what became of it."""
+    """The predictor of read_weights into a model, where all of it fits -> what became of it. Mask tokens that were
+    never trained are zero: then all families have the first that was."""
     why, told = origin.no_predictor, ""
     if not why and "mask_tokens" in tensors:
         why = "; ".join(misfits(cfg, sizes_of(tensors, origin, cfg.pred_heads or cfg.num_heads, "predictor_")))
         norms = (tokens := tensors["mask_tokens"]).norm(dim=1).tolist()
-        families = origin.families or [next((number for number, norm in enumerate(norms) if norm), 0)] * (SOON + 1)
+        learned = [number for number, norm in enumerate(norms) if norm] or [0]
+        families = learned[0], learned[min(1, len(learned) - 1)], learned[0]
         tensors = {**tensors, "mask_tokens": tokens[list(families)]}
-        told = f"mask tokens {list(families)} of those with norms {', '.join(f'{norm:.3g}' for norm in norms)}"
-    why = why or fill(model.predictor, tensors, OUR_PREDICTOR, False)
-    if why:
+        told = f"mask tokens {families} of those with norms {', '.join(f'{norm:.3g}' for norm in norms)}"
+    if why := why or fill(model.predictor, tensors, OUR_PREDICTOR):
         return f"weights: predictor starts anew: {why}"
-    own = "; SOON starts from the last tubelet, which it never saw (--soon_start mask)" * (cfg.soon_start == "last")
-    return f"weights: predictor of {len(tensors)} tensors; {told}{own}"
+    start = "; SOON starts from the last tubelet, which it never saw (--soon_start mask)" * (cfg.soon_start == "last")
+    return f"weights: predictor, {len(tensors)} tensors, {told}{start}"
 
 
 @torch.no_grad()
@@ -5413,16 +5400,10 @@ def take_weights(model, cfg, say):
     fit, or in part only and allow_partial is off."""
     tensors, predictor, origin = read_weights(cfg.init_from, cfg.init_key)
     sizes = sizes_of(tensors, origin, cfg.num_heads if cfg.num_heads != type(cfg).num_heads else 0)
-    if odd := misfits(
-        cfg, {name: size for name, size in sizes.items() if name != "enc_depth" or not cfg.allow_partial}
-    ):
-        presets = merged(type(cfg), "PRESETS").items()
-        fit = [
-            name for name, preset in presets if all(preset.get(key) == sizes[key] for key in ("enc_dim", "enc_depth"))
-        ]
-        raise UsageError(
-            f"init_from {origin.path}: {'; '.join(odd)}" + f"; see --preset {' or '.join(fit)}" * bool(fit)
-        )
+    if cfg.allow_partial:
+        del sizes["enc_depth"]
+    if odd := misfits(cfg, sizes):
+        raise UsageError(f"init_from {origin.path}: {'; '.join(odd)}")
     if cfg.pos_embed != (kind := origin.cfg["pos_embed"]):
         say(f"pos_embed: {kind}, as the weights need, not {cfg.pos_embed}")
         cfg.pos_embed = kind
@@ -5433,9 +5414,8 @@ def take_weights(model, cfg, say):
     if part and not cfg.allow_partial:
         raise UsageError(f"init_from {origin.path}: the encoder fits in part only: {part} (--allow_partial)")
     model.target.load_state_dict(model.online.state_dict())
-    count = sum(value.numel() for value in tensors.values()) / 1e6
-    into = "into online and target" + f", in part: {part}" * bool(part)
-    say(f"weights: encoder of {origin.path} ({origin.what}), {count:.1f} M, {into}")
+    count, part = sum(value.numel() for value in tensors.values()) / 1e6, f", in part: {part}" * bool(part)
+    say(f"weights: encoder of {origin.path} ({origin.what}), {count:.1f} M, into online and target{part}")
     say(take_predictor(model, cfg, predictor, origin))
     left_out = f"; left out: {origin.left_out}" * bool(origin.left_out)
     say(f"weights: outcome head, flow net and read-out start anew{left_out}")
@@ -5443,20 +5423,26 @@ def take_weights(model, cfg, say):
         say(f"note: a clip has {cfg.num_frames} frames, the weights saw at most {seen}")
 
 
+def config_of(values):
+    """A dict of values, those of a checkpoint or a newer file among them -> VJepaAutoV2Config."""
+    values = {name: value for name, value in values.items() if name in field_types(VJepaAutoV2Config)}
+    return VJepaAutoV2Config(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    )
+
+
 def encoder_of(tensors, origin, num_heads=0):
     """The encoder of read_weights, as load_encoder gives it; its tensors are not copied."""
-    sizes, known = sizes_of(tensors, origin, num_heads), field_types(VJepaAutoV2Config)
-    t, seen = sizes["tubelet_t"], origin.cfg.get("num_frames", FRAMES_SEEN)
-    now = dict(image_size=256, num_frames=seen, now_frames=t, soon_frames=t, eventually_frames=max(seen - 2 * t, t))
-    values = {**now, "pred_heads": 12, **origin.cfg, **sizes}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    cfg = VJepaAutoV2Config(**{name: value for name, value in values.items() if name in known})
+    sizes, seen = sizes_of(tensors, origin, num_heads), origin.cfg.get("num_frames", FRAMES_SEEN)
+    t = sizes["tubelet_t"]
+    clip = dict(image_size=256, num_frames=seen, now_frames=t, soon_frames=t, eventually_frames=max(seen - 2 * t, t))
+    cfg = config_of({**clip, "pred_heads": 12, **origin.cfg, **sizes})
     with torch.device("meta"):  # first values would be made in vain
         encoder = Encoder(cfg)
-    own = {renamed(name, OUR_ENCODER): name for name in encoder.state_dict()}
-    if odd := sorted(own.keys() ^ tensors.keys()):
-        raise UsageError(f"{origin.path}: {name_some(odd)} missing or too much in its encoder")
-    encoder.load_state_dict({own[name]: value for name, value in tensors.items()}, assign=True)
+    if odd := misnamed(encoder, tensors, OUR_ENCODER):
+        raise UsageError(f"{origin.path}: the encoder fits in part only: {odd}")
+    own = {name: tensors[renamed(name, OUR_ENCODER)] for name in encoder.state_dict()}
+    encoder.load_state_dict(own, assign=True)
     encoder.position, encoder.cfg = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads), cfg
     return encoder.eval().requires_grad_(False)
 
@@ -5469,37 +5455,24 @@ def load_encoder(path, key="", num_heads=0):
     return encoder_of(tensors, origin, num_heads)
 
 
-def export_config(cfg, size):
-    """The config.json of transformers' VJEPA2Model for a config and the side of its pictures -> JSON."""
-    names = dict(
-        patch_size="patch", frames_per_clip="num_frames", tubelet_size="tubelet_t", hidden_size="enc_dim",
-        num_hidden_layers="enc_depth", num_attention_heads="num_heads", mlp_ratio="mlp_ratio",
-        pred_hidden_size="pred_dim", pred_num_hidden_layers="pred_depth",
-    )  # fmt: skip
-    values = {name: getattr(cfg, own) for name, own in names.items()}
-    values |= {"made_by": MARK, "model_type": "vjepa2", "architectures": ["VJEPA2Model"], "crop_size": size}
-    values |= {"pred_num_attention_heads": cfg.pred_heads or cfg.num_heads, "pred_num_mask_tokens": 10}
-    return json.dumps({**values, "pred_mlp_ratio": cfg.pred_mlp_ratio or cfg.mlp_ratio, "dtype": "float32"}, indent=1)
-
-
 def export_hf(checkpoint, folder, key="", size=0):
     """Encoder (target, or `key` online) and predictor of a checkpoint -> a new folder that transformers' VJEPA2Model
     reads, for pictures of size x size pixels, by default the run's -> lines about it. UsageError for what the format
     cannot say."""
-    (tensors, origin), folder = open_weights(checkpoint, key), Path(folder)
-    known = {name: value for name, value in origin.cfg.items() if name in field_types(VJepaAutoV2Config)}
-    cfg = VJepaAutoV2Config(**known)
+    (tensors, predictor, origin), folder = read_weights(checkpoint, key), Path(folder)
+    tensors |= predictor
+    cfg = config_of(origin.cfg)
     size = size or cfg.height * (cfg.height == cfg.width)
+    squares = f"{cfg.height} x {cfg.width}, the format takes all pictures for squares; name their side (--size)"
     problems = broken(
-        ("enc_dim" not in known, "", "is no checkpoint of a run"),
-        (cfg.pos_embed != "rope", "", f"pos_embed = {cfg.pos_embed}, the format has rope alone"),
         (
-            not size,
+            "enc_dim" not in origin.cfg or "mask_tokens" not in tensors,
             "",
-            f"{cfg.height} x {cfg.width}, the format takes all pictures for squares; name their side (--size)",
+            "is no checkpoint with encoder and predictor",
         ),
+        (cfg.pos_embed != "rope", "", f"pos_embed = {cfg.pos_embed}, the format has rope alone"),
+        (not size, "", squares),
         (size % cfg.patch, "", f"--size {size} is not divisible by patch = {cfg.patch}"),
-        ("mask_tokens" not in tensors, "", "its predictor is not in it"),
     )
     if problems:
         raise UsageError(f"{checkpoint}: {problems[0][1]}")
@@ -5511,10 +5484,14 @@ def export_hf(checkpoint, folder, key="", size=0):
         parts = zip(("query", "key", "value"), value.chunk(3)) if ".qkv." in name else [("", value)]
         name = renamed(name, back).replace(".attn.", ".attention.")
         saved |= {name.replace("qkv", part): rows.contiguous() for part, rows in parts}
-    content = extra("safetensors.torch", folder).save(saved, {"format": "pt"})
+    values = asdict(replace(cfg, image_size=size, pred_heads=cfg.pred_heads or cfg.num_heads))
+    values["pred_mlp_ratio"] = cfg.pred_mlp_ratio or cfg.mlp_ratio
+    config = {"model_type": "vjepa2", "architectures": ["VJEPA2Model"], "dtype": "float32", "pred_num_mask_tokens": 10}
+    config |= {theirs: values[own] for own, theirs in CONFIG_NAMES.items()}
+    content = extra("safetensors.torch", folder).save(saved, {"format": "pt"}), json.dumps(config, indent=1).encode()
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "model.safetensors", lambda handle: handle.write(content))
-    write_atomic(folder / "config.json", lambda handle: handle.write(export_config(cfg, size).encode()))
+    for name, part in zip(("model.safetensors", "config.json"), content):
+        write_atomic(folder / name, partial(GuardedFile.write, data=part))
     start = ", the start of SOON from the last tubelet" * (cfg.soon_start == "last")
     return [
         f"{folder}: {len(saved)} tensors of {checkpoint} ({origin.what})",

@@ -225,7 +225,7 @@ def test_rope21_is_paired_and_spans_the_grid_of_its_pretraining():
 
 
 def test_all_forms_give_the_same_weights(published, tmp_path):
-    """Folder, shards, a classification folder, an official .pt and an encoder saved by itself."""
+    """Shards, a classification folder, an official .pt, and one without a predictor."""
     model, folder = published
     wanted = state_of(loaded(folder).online)
     model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
@@ -234,7 +234,7 @@ def test_all_forms_give_the_same_weights(published, tmp_path):
     classifier = transformers.VJEPA2ForVideoClassification(config)
     classifier.vjepa2.load_state_dict(model.state_dict())
     classifier.save_pretrained(tmp_path / "classes")
-    torch.save(official(model)[0], tmp_path / "alone.pt")
+    torch.save({"ema_encoder": official(model)[0]}, tmp_path / "alone.pt")
     said = []
     for source in ("shards", "classes", "alone.pt", write_pt(tmp_path / "official.pt", model)):
         ours = loaded(tmp_path / source, said, num_heads=4)
@@ -339,8 +339,6 @@ def test_sizes_that_do_not_fit_are_named(published):
         loaded(published[1], pred_dim=48, **changes)
     for name, value in changes.items():
         assert f"{name} = {value}, the weights have" in str(caught.value) and f"(--{name})" in str(caught.value)
-    with pytest.raises(V.UsageError, match="--preset vjepa2_vitl"):
-        V.refuse_misfits(small_config(), dict(enc_dim=1024, enc_depth=24), "a")
 
 
 def test_heads_of_a_pt_come_from_its_width(published, tmp_path):
@@ -363,7 +361,7 @@ def test_partial_encoders_are_refused_unless_allowed(published, tmp_path):
     less = copy_folder(folder, tmp_path / "less", None, {"encoder.layer.1.mlp.fc2.bias": None})
     with pytest.raises(V.UsageError, match=r"in part only: no blocks.1.mlp.fc2.bias \(--allow_partial\)"):
         loaded(less)
-    with pytest.raises(V.UsageError, match="blocks.1.mlp.fc2.bias missing or too much"):
+    with pytest.raises(V.UsageError, match="in part only: no blocks.1.mlp.fc2.bias"):
         V.load_encoder(less)
     more = copy_folder(folder, tmp_path / "more", None, {"encoder.layer.1.gamma": torch.ones(48)})
     with pytest.raises(V.UsageError, match="no place for blocks.1.gamma"):
@@ -386,7 +384,7 @@ def test_partial_encoders_are_refused_unless_allowed(published, tmp_path):
         (dict(layer_norm_eps=1e-5), "layer_norm_eps = 1e-05"),
         (dict(qkv_bias=False), "qkv_bias = False"),
         (dict(num_attention_heads=7), "a width of 48 with 7 heads"),
-        (dict(num_attention_heads="x"), "a width of 48 with x heads"),
+        (dict(num_attention_heads="x"), "num_attention_heads in its config.json is no number above 0"),
         (dict(num_attention_heads=2), "num_heads = 4, the weights have 2"),
     ],
 )
@@ -418,12 +416,12 @@ def pointer(path):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (cut, "cut or damaged"),
-        (flip_header, "cut or damaged"),
-        (huge_header, "cut or damaged"),
+        (cut, "cut, damaged"),
+        (flip_header, "cut, damaged"),
+        (huge_header, "cut, damaged"),
         (pointer, "git lfs pointer"),
         (lambda path: path.unlink(), "lacks model.safetensors"),
-        (lambda path: path.write_bytes(b""), "cut or damaged"),
+        (lambda path: path.write_bytes(b""), "cut, damaged"),
     ],
 )
 def test_damaged_files_are_refused(published, tmp_path, damage, message):
@@ -483,13 +481,13 @@ def test_what_is_no_weights_at_all(tmp_path, published, monkeypatch):
     cases = {
         "empty": "only vjepa2 can be taken",
         "none.pt": "no such folder or file",
-        "text.pt": "cannot be read as weights",
+        "text.pt": "no .pt file",
         "list.pt": "cannot be read as weights",
         "other.pt": "no entry target_encoder; there are model",
         "pointer.pt": "git lfs pointer",
-        "cut.pt": "cannot be read as weights",
+        "cut.pt": "no .pt file, cut",
         "picture.pt": "holds no video encoder",
-        "swiglu.pt": "holds no video encoder as V-JEPA 2 has it (GELU)",
+        "swiglu.pt": "no place for blocks.0.mlp.fc3.weight",
     }
     for name, message in cases.items():
         with pytest.raises(V.UsageError) as caught:
