@@ -222,8 +222,7 @@ def test_sections_are_numbered_and_banners_have_one_style():
 
 def test_broad_handlers_only_where_foreign_things_are_met():
     """`except Exception` where a foreign file is read (read_weights, import_world, load_checkpoint,
-    LatentDataset) or a foreign package called
-    (Tracker.call), with its reason. Seen red with another one in `main`."""
+    LatentDataset) or a foreign package called (Tracker.call), with its reason. Seen red with another one in `main`."""
     broad = []
     for function in FUNCTIONS:
         for handler in (node for node in ast.walk(function) if isinstance(node, ast.ExceptHandler)):
