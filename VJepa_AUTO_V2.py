@@ -162,6 +162,7 @@ class RunConfig:
     steps: int = 20000  # optimizer steps of the whole run; all schedules end here
     device: str = "auto"  # auto | cuda | mps | cpu
     amp: bool = False  # bf16 autocast where it is no slower (fp16 with a loss scaler on CUDA cards without bf16)
+    amp_type: str = "auto"  # auto (as --amp finds best) | bf16 | fp16 (with a loss scaler); with --amp, without a trial
     compile: bool = False  # torch.compile of the model's forward
     seed: int = 1337  # every sample, mask and noise draw is a pure function of (seed, sample number)
     # -- data
@@ -177,12 +178,14 @@ class RunConfig:
     weight_decay: float = 0.05  # AdamW, on matrices only
     warmup_steps: int = 2000  # linear warm-up, capped at a tenth of steps
     grad_clip: float = 1.0  # largest gradient norm of what is clipped as one; 0 = off
+    grad_clip_value: float = 0.0  # largest size of any number of a gradient; 0 = off; needs grad_clip 0
     max_skipped_steps: int = 20  # consecutive non-finite steps before the run stops
     # -- log, checkpoints, evaluation
     log_every: int = 50  # steps between log lines
     ckpt_every: int = 1000  # steps between checkpoints
     keep_last: int = 3  # checkpoints kept beside the final one
     val_every: int = 1000  # steps between evaluations; 0 = only at the end
+    val_epochs: int = 0  # passes over the training files between evaluations, in place of val_every; 0 = by val_every
     val_clips: int = 64  # clips of an evaluation, rounded up to full batches
     best_by: str = ""  # val_ figure by which ckpt_best.pt is kept: the smallest, with a - in front the largest
     track: str = ""  # tensorboard, wandb or both, separated by a comma
@@ -193,10 +196,11 @@ class RunConfig:
         "steps": (1, 10**9), "seed": (0, 2**31 - 1), "val_fraction": (0, 0.9), "max_bad_fraction": (0, 0.99),
         "decode_timeout_s": (0.1, 10**6), "num_workers": (0, 512), "batch_size": (1, 65536), "grad_accum": (1, 65536),
         "lr": (0, None), "min_lr": (0, None), "weight_decay": (0, None), "grad_clip": (0, None),
+        "grad_clip_value": (0, None), "val_epochs": (0, 10**6),
         "warmup_steps": (0, 10**9), "max_skipped_steps": (1, 10**9), "log_every": (1, 10**9), "ckpt_every": (1, 10**9),
         "keep_last": (1, 10**9), "val_every": (0, 10**9), "val_clips": (2, 10**7), "dist_timeout_s": (1, 10**6),
     }
-    CHOICES = {"device": ("auto", "cuda", "mps", "cpu")}
+    CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "amp_type": ("auto", "bf16", "fp16")}
     MUST_MATCH = ("seed",)
 
     def __init_subclass__(cls):
@@ -208,8 +212,8 @@ class RunConfig:
 
     def __post_init__(self):
         """A ~ at the front of a path is the home folder, wherever the config comes from."""
-        for name in ("data_root", "out_dir", "resume"):
-            if isinstance(getattr(self, name), str):
+        for name in ("data_root", "out_dir", "resume", "init_from", "latents"):
+            if isinstance(getattr(self, name, None), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
 
     def rules(self):
@@ -219,6 +223,8 @@ class RunConfig:
             (not self.out_dir.strip(), "out_dir", "must name a folder"),
             (not self.resume.strip(), "resume", "must be auto, never or a checkpoint file"),
             (unknown, "track", f"{unknown} is not one of tensorboard, wandb"),
+            (self.amp_type != "auto" and not self.amp, "amp_type", "needs --amp"),
+            (self.grad_clip and self.grad_clip_value, "grad_clip_value", "clips in another way: needs --grad_clip 0"),
         )
 
     def in_order(self, *pairs):
@@ -250,6 +256,7 @@ class ClipConfig(RunConfig):
     frame_fps: float = 0.0  # frames per second of pictures and raw H.264 / HEVC; 0 = as times, header or annotation say
     decoder: str = "auto"  # auto (pyav, then decord) | pyav | decord
     missing_data: str = "scenes"  # when data_root holds no video: scenes | error | random
+    latents: str = ""  # folder or csv of latents cached by tools/cache_latents.py, read instead of videos
     crop_scale_min: float = 0.6  # smallest crop, share of the largest box that fits the frame
     crop_scale_max: float = 1.0  # largest crop, same unit
     crop_ratio_min: float = 0.85  # stretch of the crop's aspect ratio
@@ -271,6 +278,7 @@ class ClipConfig(RunConfig):
         "scenes": ("files", "render"),
     }
     MUST_MATCH = ("image_size", "num_frames", "now_frames", "soon_frames", "channels")
+    UNCROPPED = dict(crop_scale_min=1.0, crop_scale_max=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, hflip=False)
 
     @property
     def height(self) -> int:
@@ -292,6 +300,8 @@ class ClipConfig(RunConfig):
                 (not 1 <= min(sides) <= max(sides) <= 8192, "image_size", "must lie in 1 to 8192"),
                 (self.num_frames < least, "num_frames", f"must be at least now + soon frames = {least}"),
                 (problem, "scene_mix", problem),
+                *((self.latents and getattr(self, name) != plain, name, f"must be {plain}: cached latents are of clips "
+                   "as they are") for name, plain in self.UNCROPPED.items()),
             ),
             *self.in_order(("crop_scale_min", "crop_scale_max"), ("crop_ratio_min", "crop_ratio_max")),
         ]
@@ -301,7 +311,7 @@ class ClipConfig(RunConfig):
 class VJepaAutoV2Config(ClipConfig):
     """The tri-temporal world: how a clip is cut into NOW, SOON and EVENTUALLY, networks, losses, and the flow net."""
 
-    preset: str = "base"  # tiny | proof | small | base | large: a named set of overrides (base = these defaults)
+    preset: str = "base"  # tiny | proof | small | base | large | vjepa2_vitl, h, g, g_384: named overrides
     # -- grid
     eventually_frames: int = 64  # far future
     tubelet_t: int = 2  # frames per token
@@ -313,10 +323,19 @@ class VJepaAutoV2Config(ClipConfig):
     pred_depth: int = 12  # predictor blocks
     num_heads: int = 12  # attention heads of encoder, predictor and outcome head
     mlp_ratio: float = 4.0  # hidden width of an MLP over its width
+    pred_heads: int = 0  # attention heads of the predictor; 0 = num_heads
+    pred_mlp_ratio: float = 0.0  # the same for the predictor; 0 = mlp_ratio
     dropout: float = 0.0  # after attention and MLP
-    pos_embed: str = "sincos"  # sincos (added once) | rope (rotary, inside attention, V-JEPA 2 form)
+    pos_embed: str = "sincos"  # sincos (added once) | rope (rotary, V-JEPA 2 form) | rope21 (V-JEPA 2.1 form)
+    soon_start: str = "last"  # SOON starts from the last NOW tubelet: last | from the mask token alone: mask (V-JEPA 2)
     grad_checkpoint: bool = False  # recompute block activations in backward: less memory, about 26 % more compute
+    # -- weights to start from
+    init_from: str = ""  # V-JEPA 2 weights (folder, .pt, hub id), or a checkpoint; resuming comes first
+    init_key: str = ""  # entry: target_encoder, ema_encoder or encoder, first found; of a checkpoint: target or online
+    allow_partial: bool = False  # start even where tensors of the encoder are missing or too many
     # -- objective
+    freeze_encoder: bool = False  # the encoder of init_from learns nothing: NOW's and the target encoder in one
+    teacher: str = "ema"  # ema (the target follows the encoder) | frozen (it is that of init_from, of any width)
     ema_momentum: float = 0.996  # target encoder momentum
     ema_momentum_end: float = 0.0  # momentum at the last step, linear in between; 0 = constant
     short_num_blocks: int = 8  # blocks of a short-range mask
@@ -368,6 +387,12 @@ class VJepaAutoV2Config(ClipConfig):
         ema_momentum=0.992, ema_momentum_end=0.998, lambda_soon=2.0, flow_depth=3, flow_chunks=2, num_workers=2,
         outcome_queue=256, crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
     )
+    VJEPA2 = dict(  # what the published sizes share; 8 s of 4 frames per second
+        image_size=256, num_frames=32, now_frames=8, soon_frames=8, eventually_frames=16, clip_fps=4.0,
+        enc_dim=1024, enc_depth=24, num_heads=16, pred_heads=12, pred_mlp_ratio=4.0, pos_embed="rope",
+        soon_start="mask", lr=5e-5, ema_momentum=0.999, batch_size=4, grad_accum=4, grad_checkpoint=True, amp=True,
+    )
+    VITG = dict(VJEPA2, enc_dim=1408, enc_depth=40, num_heads=22, mlp_ratio=48 / 11, batch_size=2, grad_accum=8)
     PRESETS = {
         "tiny": dict(
             MINUTES, steps=500, flow_dim=256, flow_heads=4, flow_draws=16, flow_lr=2e-3, scene_clips=768, scene_size=96,
@@ -387,11 +412,16 @@ class VJepaAutoV2Config(ClipConfig):
             enc_dim=1024, enc_depth=24, num_heads=16, flow_dim=1024, flow_heads=16, batch_size=4, grad_checkpoint=True,
             amp=True,
         ),
+        "vjepa2_vitl": VJEPA2,
+        "vjepa2_vith": dict(VJEPA2, enc_dim=1280, enc_depth=32),
+        "vjepa2_vitg": VITG,
+        "vjepa2_vitg_384": dict(VITG, image_size=384, batch_size=1, grad_accum=16),
     }
     RANGES = {
         "num_frames": (3, 100000), "eventually_frames": (1, 100000), "tubelet_t": (1, 100000), "patch": (1, 8192),
         "enc_dim": (6, 65536), "enc_depth": (1, 1000), "pred_dim": (6, 65536), "pred_depth": (1, 1000),
-        "num_heads": (1, 65536), "mlp_ratio": (0.1, 64), "dropout": (0, 0.9), "ema_momentum": (0, 1),
+        "num_heads": (1, 65536), "mlp_ratio": (0.1, 64), "pred_heads": (0, 65536), "pred_mlp_ratio": (0, 64),
+        "dropout": (0, 0.9), "ema_momentum": (0, 1),
         "ema_momentum_end": (0, 1), "short_num_blocks": (1, 1000), "short_scale": (0.001, 1),
         "long_num_blocks": (1, 1000), "long_scale": (0.001, 1), "aspect_min": (0.05, 20), "aspect_max": (0.05, 20),
         "short_visible": (0, 0.99), "long_visible": (0, 0.99), "mask_draws": (1, 64), "lambda_vjepa": (0, 10**6),
@@ -404,11 +434,15 @@ class VJepaAutoV2Config(ClipConfig):
         "flow_fit_clips": (0, 10**9), "flow_fit_steps": (1, 10**9), "flow_fit_batch": (1, 65536),
         "flow_fit_lr": (0, None), "soon_fit_steps": (0, 10**9), "soon_fit_batch": (1, 65536),
     }
-    CHOICES = {"pos_embed": ("sincos", "rope"), "outcome_target": ("mean", "delta"), "flow_rest": ("mean", "gaussian")}
+    CHOICES = {
+        "pos_embed": ("sincos", "rope", "rope21"), "soon_start": ("last", "mask"), "outcome_target": ("mean", "delta"),
+        "flow_rest": ("mean", "gaussian"), "teacher": ("ema", "frozen"),
+    }
     MUST_MATCH = (
         "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim", "pred_depth", "num_heads",
-        "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target", "flow_dim", "flow_depth",
-        "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool",
+        "mlp_ratio", "pred_heads", "pred_mlp_ratio", "pos_embed", "soon_start", "outcome_queries", "outcome_queue",
+        "outcome_target", "flow_dim", "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max",
+        "flow_pool", "freeze_encoder", "teacher",
     )
 
     @property
@@ -462,9 +496,10 @@ class VJepaAutoV2Config(ClipConfig):
             rows += [(getattr(self, name) % self.tubelet_t, name, f"must be divisible by tubelet_t = {self.tubelet_t}")]
         for side in dict.fromkeys((self.height, self.width)):
             rows += [(side % self.patch, "image_size", f"{side} must be divisible by patch = {self.patch}")]
-        for name, heads in (("enc_dim", "num_heads"), ("pred_dim", "num_heads"), ("flow_dim", "flow_heads")):
+        of_predictor = "pred_heads" if self.pred_heads else "num_heads"
+        for name, heads in (("enc_dim", "num_heads"), ("pred_dim", of_predictor), ("flow_dim", "flow_heads")):
             width, count = getattr(self, name), getattr(self, heads)
-            odd = self.pos_embed == "rope" and name != "flow_dim" and (width // count < 6 or width // count % 2)
+            odd = self.pos_embed != "sincos" and name != "flow_dim" and (width // count < 6 or width // count % 2)
             even_heads = f"rope needs an even number of channels per head, at least 6, not {width // count}"
             rows += [
                 (width % count, name, f"must be divisible by {heads} = {count}"),
@@ -472,9 +507,16 @@ class VJepaAutoV2Config(ClipConfig):
                 (width % 2, name, "must be even, the position code pairs sine and cosine"),
             ]
         no_fit = self.soon_fit_steps and not self.flow_fit_clips
+        taught, needs = self.teacher == "frozen", "needs the weights of init_from (--init_from)"
         rows += [
+            (self.init_key and not self.init_from, "init_key", "chooses within --init_from, which names nothing"),
+            (self.freeze_encoder and not self.init_from, "freeze_encoder", needs),
+            (taught and not self.init_from, "teacher", needs),
+            (taught and self.freeze_encoder, "teacher", "freeze_encoder leaves nothing to teach"),
+            (self.latents and not self.freeze_encoder, "latents", "needs a frozen encoder (--freeze_encoder)"),
+            (self.latents and self.lambda_vjepa, "lambda_vjepa", "must be 0: cached latents know no masks"),
             (no_fit, "soon_fit_steps", "the flow phase fits SOON, and flow_fit_clips = 0 leaves it out"),
-            (losses <= 0, "lambda_vjepa", "at least one of vjepa, soon, eventually, supcon must train the encoder"),
+            (losses <= 0, "lambda_vjepa", "at least one of vjepa, soon, eventually, supcon must train the networks"),
         ]
         problems = [*super().rules(), *broken(*rows), *self.in_order(("aspect_min", "aspect_max"))]
         tubelets, (_, high, wide) = self.eventually_tubelets, self.grid
@@ -2779,6 +2821,112 @@ class SceneDataset(ClipDataset):
         return (frames[:, :, ::-1] if flip else frames), index % len(self.videos), labels, [], flip
 
 
+def whole_tokens(found, plan):
+    """Latents that others cached, [B, D, T, H, W] or [D, T, H, W] -> tokens [L, D] of one clip, drawn by plan, 0 to 1.
+    BadFile for anything else."""
+    if not torch.is_tensor(found) or found.ndim not in (4, 5) or not found.is_floating_point() or not len(found):
+        raise BadFile(f"latents are no tensor [B, D, T, H, W] or [D, T, H, W], but {describe_form(found)}")
+    return (found[int(plan * len(found))] if found.ndim == 5 else found).flatten(1).T.float()
+
+
+class LatentDataset(FileDataset):
+    """What a frozen encoder makes of clips, a cached file for each. `cache`: what cache.json says; of a cache of others
+    the forms alone, and `world`, which has no memory, takes its clips apart."""
+
+    SUFFIXES, cache, world = (".pt",), {}, None
+
+    @staticmethod
+    def notes(cfg, source):
+        own = "frozen" in source.Dataset.cache
+        told = "" if own else "WARNING: whole clips were encoded, so NOW saw its future: "
+        return [f"{told}latents of {cfg.latents} are read, videos neither decoded nor encoded"]
+
+    def read_file(self, video, plan):
+        check_regular(video.path)
+        try:
+            found = torch.load(video.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # such a file makes the unpickler raise anything
+            raise BadFile(f"latents cannot be read ({type(error).__name__}: {flat(error)[:160]})") from error
+        found = found if self.world is None else self.world.latents_of(whole_tokens(found, plan))
+        if not isinstance(found, dict):
+            raise BadFile(f"latents are no dict of tensors, but {describe_form(found)}")
+        if odd := [name for name, value in found.items() if torch.is_tensor(value) and not value.isfinite().all()]:
+            raise BadFile(f"latents hold NaN or infinity: {name_some(odd)}")
+        return {**found, "maneuver": torch.tensor(self.maneuvers.get(video.label, -1))}
+
+    def blank(self):
+        forms = self.cache["tensors"].items()
+        zeros = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms}
+        return {**zeros, "maneuver": torch.tensor(-1)}
+
+
+def tensor_forms(tensors):
+    """Dict of tensors -> {name: [shape, type]} for cache.json."""
+    return {name: [list(value.shape), str(value.dtype)[6:]] for name, value in tensors.items()}
+
+
+def latent_settings(world, cfg):
+    """What decides, beside frozen weights, what the latents of a world, its class, are -> {name: value} for JSON."""
+    values = {"world": world.__name__, **{name: getattr(cfg, name) for name in world.latent_fields}}
+    return json.loads(json.dumps(values))
+
+
+def read_cache(world, cfg):
+    """The csv of `latents` -> (its path, rows, what its cache.json says, {} for a cache of others). UsageError where
+    they cannot be read or were made with other settings."""
+    place, cache, other, what = Path(cfg.latents), {}, [], f"latents {one_line(cfg.latents)}"
+    index = place / "index.csv" if place.is_dir() else place
+    about = index.parent / "cache.json"
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(index, MAX_LIST_BYTES), newline="")))
+        if place.is_dir() or index.name == "index.csv" and about.is_file():
+            cache = parse_json(read_text(about, 2**24))
+            [torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in cache["tensors"].values()]
+            here, then = latent_settings(world, cfg), cache["settings"]
+            other = [f"{name} = {then.get(name)} (here {here[name]})" for name in here if then.get(name) != here[name]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, csv.Error) as error:
+        made = "tools/cache_latents.py makes them, and goes on where it was stopped"
+        told = f"{what}: no {index.name} or cache.json that can be read ({reason_of(error)})"
+        raise UsageError(f"{told}; {made}") from error
+    if other:
+        raise UsageError(f"{what}: made with {', '.join(other)}; use the same, or another cache (--latents)")
+    needed = ("out_path", "name", "begin", "group") if cache else ("out_path",)
+    if not rows or not all(row.get(name) for row in rows for name in needed):
+        raise UsageError(f"{what}: {index.name} has no rows, or not all have {', '.join(needed)}")
+    return index, rows, cache
+
+
+def list_latents(world, cfg):
+    """The clips of a cache -> Listing, with `Dataset`, which reads them, and `root`, the list of their videos.
+    UsageError as of read_cache, for a world that reads none, and where no file of others fits."""
+    if not world.latent_fields:
+        raise UsageError(f"latents = {one_line(cfg.latents)}: {world.__name__} has none to read (--latents)")
+    index, rows, cache = read_cache(world, cfg)
+    listing, reason = Listing(), "no file"
+    for row in rows:
+        path = os.path.join(index.parent, os.path.expanduser(row["out_path"]))
+        name = f"{row['name']}#t={row['begin']}" if cache else row["out_path"]
+        listing.append(VideoFile(name, path, row.get("maneuver") or "", group=row.get("group") or ""))
+    if cache.get("split") == "folders":
+        listing.sides = {side: [clip for clip in listing if clip.name.startswith(f"{side}/")] for side in SIDES}
+    listing.root = str(index.parent / "list.jsonl" if cache else index)
+    listing.Dataset = kind = type("LatentDataset", (LatentDataset,), {"cache": cache})
+    if cache:
+        return listing
+    with torch.device("meta"):
+        kind.world = world(cfg)
+    for clip in listing[:16]:
+        try:
+            forms = tensor_forms(kind(cfg, [clip], "", "train").read_file(clip, 0.0))
+        except BadFile as error:
+            reason = f"{clip.name}: {error}"
+        else:
+            del forms["maneuver"]
+            kind.cache = {"tensors": forms}
+            return listing
+    raise UsageError(f"latents {one_line(cfg.latents)}: no usable file among the first ({reason})")
+
+
 def maneuver_names(videos, data_root):
     """All maneuvers that lists and annotations name, mirrored ones included -> sorted list."""
     names = set()
@@ -2881,7 +3029,8 @@ def list_data(cfg, Dataset=ClipDataset):
 def open_data(world, cfg, videos, is_main, barrier, stopping=None):
     """Listed files -> the DataSource of a world (its class). Built-in scenes are written where they are needed, by
     rank 0, while the others wait at `barrier()`. Stopped when `stopping()` says so meanwhile."""
-    kind, root, sides = "videos", cfg.data_root, getattr(videos, "sides", {})
+    kind, root, sides = "videos", getattr(videos, "root", cfg.data_root), getattr(videos, "sides", {})
+    Dataset = getattr(videos, "Dataset", world.Dataset)
     if not videos and cfg.data_root and cfg.missing_data == "random":
         kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
     elif not videos and cfg.scenes == "render":
@@ -2899,14 +3048,12 @@ def open_data(world, cfg, videos, is_main, barrier, stopping=None):
     elif kind in ("random", "render"):
         train, val = split_videos(videos, cfg.val_fraction)
     else:
-        train, val = split_readable(cfg, videos, world.Dataset.read_one)
+        train, val = split_readable(cfg, videos, Dataset.read_one)
     maneuvers = []
     if world.wants_labels(cfg):
         maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names([*train, *val], root)
     split = dict(held_out=bool(val and train), test=sides.get("test", []), by_folders=bool(sides))
-    return DataSource(
-        kind, root, train or videos, val or videos, maneuvers, Dataset=world.Dataset, draw=world.draw, **split
-    )
+    return DataSource(kind, root, train or videos, val or videos, maneuvers, Dataset=Dataset, draw=world.draw, **split)
 
 
 def listing_change(saved, source):
@@ -3490,9 +3637,12 @@ EMULATED = 4.0  # products that take so many times as long as in fp32 are done b
 
 
 def amp_dtype(cfg, device):
-    """The type to try under --amp: bf16, or fp16 on CUDA cards that only emulate bf16. None without --amp."""
+    """The type to try under --amp: amp_type, else bf16, or fp16 on CUDA cards that only emulate bf16. None without
+    --amp."""
     if not cfg.amp:
         return None
+    if cfg.amp_type != "auto":
+        return torch.bfloat16 if cfg.amp_type == "bf16" else torch.float16
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
@@ -3541,8 +3691,9 @@ def choose_precision(world, cfg, process, saved=""):
     unless the other one is clearly faster here, so that a resumed run computes the same bits. The draws of the global
     generator differ from run to run after this: seed it afterwards.
     """
-    if (dtype := amp_dtype(cfg, process.device)) is None:
-        return None, ""
+    dtype = amp_dtype(cfg, process.device)
+    if dtype is None or cfg.amp_type != "auto":
+        return dtype, "as amp_type says" if dtype else ""
     name, kind = PRECISIONS[dtype], {"cpu": "CPU", "cuda": "GPU"}.get(process.device.type, process.device.type)
     try:
         cost = amp_cost(world, cfg, process.device, dtype)
@@ -3825,7 +3976,7 @@ def move_ema(slow, fast, momentum):
 
 def clip_gradients(optimizer, cfg):
     """Clip each optimizer group on its own, `decay` and `no_decay` as one, so that no gradient shrinks another's
-    -> {grad_norm and NAME_grad_norm: norm before clipping}."""
+    -> {grad_norm and NAME_grad_norm: norm before clipping}. With grad_clip_value each number on its own instead."""
     sides = {"grad_norm": []}
     for group in optimizer.param_groups:
         name = "grad_norm" if group["name"] in ("decay", "no_decay") else f"{group['name']}_grad_norm"
@@ -3835,6 +3986,9 @@ def clip_gradients(optimizer, cfg):
         norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
         if cfg.grad_clip and grads:
             torch._foreach_mul_(grads, (cfg.grad_clip / (norms[name] + 1e-6)).clamp_max(1.0).to(grads[0].device))
+        elif cfg.grad_clip_value and grads:
+            torch._foreach_clamp_min_(grads, -cfg.grad_clip_value)
+            torch._foreach_clamp_max_(grads, cfg.grad_clip_value)
     return norms
 
 
@@ -3896,7 +4050,7 @@ class World(nn.Module):
 
     def __setattr__(self, name, value):
         """As nn.Module's. TypeError where an attribute, a child say, would hide something that the loop calls."""
-        if callable(getattr(World, name, None)) and name in vars(World):
+        if callable(getattr(type(self), name, None)) and name in vars(World):
             raise TypeError(f"{type(self).__name__}: an attribute must not be called {name}, which the loop calls")
         super().__setattr__(name, value)
 
@@ -3910,6 +4064,18 @@ class World(nn.Module):
     def wants_labels(cfg):
         """Whether samples carry the number of their maneuver."""
         return False
+
+    # -- latents of a frozen encoder
+    latent_fields = ()  # names of the settings that decide what latents are
+
+    def latents(self, batch):
+        """All that `forward` needs of a batch's clips, made by FROZEN parts alone -> {name: tensor [B, ...]}. With
+        --latents a batch holds these, as tools/cache_latents.py kept them, instead of `frames`."""
+        return {}
+
+    def latents_of(self, whole):
+        """All tokens [L, D] of a clip of a cache that others made -> its `latents`, without batch axis."""
+        raise BadFile(f"{type(self).__name__} reads no latents of whole clips")
 
     # -- a step
     def forward(self, batch):
@@ -3995,6 +4161,9 @@ class World(nn.Module):
         """After the last evaluation, on rank 0: draw a picture, in about so many seconds. Stopped on a signal."""
 
     # -- start-up lines
+    def take_weights(self, say):
+        """Take in weights that the config names where a run begins, not where one goes on. `say` logs a line."""
+
     def describe(self):
         """Lines about the model; by default its parameters."""
         sizes = {name: sum(p.numel() for p in child.parameters()) / 1e6 for name, child in self.named_children()}
@@ -4048,6 +4217,8 @@ class Fit(World):
     the optimizer, nothing of the Fit. One clip in twenty is held out; when its loss rises while the other falls, the
     net learns clips by heart.
     """
+
+    latents = None  # not asked of a Fit, which may call its own so
 
     def __init__(self, model, name, num_steps, batch_size, num_clips):
         cfg = replace(model.cfg, steps=num_steps, warmup_steps=num_steps, batch_size=batch_size, grad_accum=1)
@@ -4107,13 +4278,15 @@ def sincos_table(positions, dim):
     return F.pad(code, (0, dim - code.shape[1])).float()
 
 
-def rope_table(positions, head_dim):
+def rope_table(positions, head_dim, paired=False):
     """3D rotary angles in V-JEPA 2's published form -> (cos, sin), float32 [L, head_dim].
 
     A head's channels are split in three equal even parts (t, h, w); the rest stays unrotated (cos 1, sin 0). Each part
-    repeats its frequency list twice while rotating neighbouring pairs: the published weights expect that.
+    repeats its frequency list twice while rotating neighbouring pairs: the published weights expect that. Those of
+    V-JEPA 2.1 expect one frequency per pair (`paired`).
     """
-    angles = axis_angles(positions, head_dim // 6).repeat(1, 1, 2).flatten(1)
+    angles = axis_angles(positions, head_dim // 6)
+    angles = (angles.repeat_interleave(2, 2) if paired else angles.repeat(1, 1, 2)).flatten(1)
     rest = (0, head_dim - angles.shape[1])
     return F.pad(angles.cos(), rest, value=1.0).float(), F.pad(angles.sin(), rest).float()
 
@@ -4214,9 +4387,10 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """A stack of blocks and a last norm over tokens at given positions: [B, N, dim] -> [B, N, dim]."""
 
-    def __init__(self, cfg, dim, depth):
+    def __init__(self, cfg, dim, depth, num_heads=0, mlp_ratio=0.0):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, cfg.num_heads, cfg.mlp_ratio, cfg.dropout) for _ in range(depth))
+        sizes = dim, num_heads or cfg.num_heads, mlp_ratio or cfg.mlp_ratio, cfg.dropout
+        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(depth))
         self.norm, self.grad_checkpoint = nn.LayerNorm(dim, eps=1e-6), cfg.grad_checkpoint
         init_weights(self)
         for number, block in enumerate(self.blocks, 1):
@@ -4238,17 +4412,36 @@ def gather_tokens(tokens, idx):
 
 
 class PositionCode(nn.Module):
-    """Positions of the clip's token grid as buffers: an additive code (sincos) or rotary angles (rope)."""
+    """Positions of a token grid as buffers: an additive code (sincos) or rotary angles (rope, rope21)."""
 
-    def __init__(self, cfg, dim):
+    def __init__(self, kind, grid, dim, num_heads):
         super().__init__()
-        self.is_rope, positions = cfg.pos_embed == "rope", grid_positions(cfg.grid)
+        self.kind, self.grid, self.dim, self.num_heads, self.other = kind, grid, dim, num_heads, None
+        self.is_rope, positions = kind != "sincos", grid_positions(grid)
+        if kind == "rope21":  # rows and columns of every grid span those of its pretraining, 0 to 15
+            spans = [1.0, *(15 / max(size - 1, 1) for size in grid[1:])]
+            positions = positions * torch.tensor(spans, dtype=torch.float64)
         if self.is_rope:
-            tables = dict(zip(("cos", "sin"), rope_table(positions, dim // cfg.num_heads)))
+            tables = dict(zip(("cos", "sin"), rope_table(positions, dim // num_heads, kind == "rope21")))
         else:
             tables = {"code": sincos_table(positions, dim)}
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
+
+    def changed(self, kind=None, grid=None):
+        """The code of another kind or grid, on the same device."""
+        with torch.inference_mode(False):  # it may be made in a look at a clip, and used in training
+            code = PositionCode(kind or self.kind, grid or self.grid, self.dim, self.num_heads)
+        return code.to(next(self.buffers()))
+
+    def at(self, grid):
+        """The code of a grid: this one where it has as many rows and columns and no more tubelets, else another, which
+        is kept until one of a third grid is asked for."""
+        if grid[1:] == self.grid[1:] and grid[0] <= self.grid[0]:
+            return self
+        if self.other is None or self.other.grid != grid:
+            self.other = self.changed(grid=grid)
+        return self.other
 
     def add(self, x, idx):
         """x [B, N, dim] at positions idx [B, N] -> x with the additive code; unchanged for rope."""
@@ -4290,18 +4483,26 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.tokenizer, self.position = Tokenizer(cfg), PositionCode(cfg, cfg.enc_dim)
+        self.cfg = cfg
+        self.tokenizer = Tokenizer(cfg)
+        self.position = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads)
         self.trunk = Trunk(cfg, cfg.enc_dim, cfg.enc_depth)
 
-    def encode(self, tokens, keep_idx):
-        """tokens [B, L, D] of the tokenizer, keep_idx [B, K] -> context [B, K, D]; other tokens are never seen."""
-        x = self.position.add(gather_tokens(tokens, keep_idx), keep_idx)  # [B, K, D]
-        return self.trunk(x, self.position.rope(keep_idx))
+    def encode(self, tokens, keep_idx, grid=None):
+        """tokens [B, L, D] of the tokenizer, keep_idx [B, K] -> context [B, K, D]; other tokens are never seen. `grid`:
+        (t, h, w) of the tokens, by default the config's."""
+        position = self.position if grid is None else self.position.at(grid)
+        x = position.add(gather_tokens(tokens, keep_idx), keep_idx)  # [B, K, D]
+        return self.trunk(x, position.rope(keep_idx))
 
     def forward(self, clip):
-        """Whole clip [B, T, C, H, W], T at most num_frames -> [B, L, D]."""
+        """Whole clip [B, T, C, H, W] of any length and size in whole tubelets and patches -> [B, L, D]."""
+        sizes, units = (clip.shape[1], *clip.shape[3:]), self.tokenizer.proj.weight.shape[2:]
+        if any(size % unit for size, unit in zip(sizes, units)):
+            raise UsageError(f"a clip of {sizes[0]} x {sizes[1]} x {sizes[2]} is cut in pieces of {list(units)}")
         tokens = self.tokenizer(clip)  # [B, L, D]
-        return self.encode(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1))
+        everything = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        return self.encode(tokens, everything, tuple(size // unit for size, unit in zip(sizes, units)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4313,15 +4514,17 @@ class Predictor(nn.Module):
     """Narrow transformer that fills masked positions from a context; one mask token per family (short, long, SOON).
 
     A SOON position starts from what the context holds at its site in the last NOW tubelet, so that the trunk learns
-    what changes and need not first learn to copy.
+    what changes and need not first learn to copy; not so where `soon_start` is mask, as in published predictors.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        self.sites = cfg.sites
-        self.embed, self.position = nn.Linear(cfg.enc_dim, cfg.pred_dim), PositionCode(cfg, cfg.pred_dim)
+        self.sites, self.from_last, num_heads = cfg.sites, cfg.soon_start == "last", cfg.pred_heads or cfg.num_heads
+        self.embed = nn.Linear(cfg.enc_dim, cfg.pred_dim)
+        self.position = PositionCode(cfg.pos_embed, cfg.grid, cfg.pred_dim, num_heads)
         self.mask_tokens = nn.Parameter(torch.zeros(SOON + 1, cfg.pred_dim))
-        self.trunk, self.out = Trunk(cfg, cfg.pred_dim, cfg.pred_depth), nn.Linear(cfg.pred_dim, cfg.enc_dim)
+        self.trunk = Trunk(cfg, cfg.pred_dim, cfg.pred_depth, num_heads, cfg.pred_mlp_ratio)
+        self.out = nn.Linear(cfg.pred_dim, cfg.enc_dim)
         init_weights(self.embed)
         init_weights(self.out)
         nn.init.trunc_normal_(self.mask_tokens, std=0.02)
@@ -4331,7 +4534,7 @@ class Predictor(nn.Module):
         idx = torch.cat([keep_idx, mask_idx], 1)  # [B, K + M]
         holes = self.mask_tokens[family].expand(*mask_idx.shape, -1)  # [B, M, P]
         seen = self.embed(context)  # [B, K, P]
-        if family == SOON:
+        if family == SOON and self.from_last:
             holes = holes + seen[:, -self.sites :].repeat(1, mask_idx.shape[1] // self.sites, 1)
         x = self.position.add(torch.cat([seen, holes.to(seen.dtype)], 1), idx)  # [B, K + M, P]
         return self.out(self.trunk(x, self.position.rope(idx))[:, keep_idx.shape[1] :])
@@ -4712,8 +4915,8 @@ def cache_latents(model, run):
     with spare_threads(cfg.num_workers):
         for number, batch in enumerate(process.in_step(loader)):
             with autocast(process):
-                clip = model.normalise(batch["frames"].to(process.device))
-                parts = model.now_context(clip), model.future_target(model.make_targets(clip))
+                batch = to_device(batch, process.device)
+                parts = model.context_of(batch), model.future_target(model.targets_of(batch))
             # taken whole: joining pieces in the end would need the memory twice
             cached = cached or [torch.empty((num_batches * size, *part.shape[1:]), dtype=kept) for part in parts]
             for whole, part in zip(cached, parts):
@@ -4821,6 +5024,8 @@ def verdict(metrics, cfg):
         std, what = metrics["val_target_std"], "(one held-out clip)"
     collapsed = std < 0.2 or rank < 0.05 * cfg.enc_dim
     health = "COLLAPSED: lower lr, raise ema_momentum or warm up longer" if collapsed else "no sign of collapse"
+    if collapsed and (cfg.freeze_encoder or cfg.teacher == "frozen"):
+        health = "LOW: the frozen encoder hardly tells these clips apart"
     moves = f"{'' if skill > 0 else 'no '}better than a world that stands still"
     moves = "nothing moves in the held-out clips" if math.isnan(skill) else moves
     return (
@@ -4841,7 +5046,7 @@ def encode_bank(model, source, process, num_clips, deadline):
         if process.stop.asked():  # rank 0 alone is here, the others learn of it afterwards
             raise Stopped
         with autocast(process):
-            targets = model.make_targets(model.normalise(batch["frames"].to(process.device)))
+            targets = model.targets_of(to_device(batch, process.device))
         usable = batch["file"] >= 0
         futures.append(model.future_target(targets)[usable].flatten(1).cpu())
         numbers += batch["index"][usable].tolist()
@@ -4915,6 +5120,16 @@ def save_picture(image, path):
     write_own(path, partial(image.save, format="PNG", optimize=True, pnginfo=info))
 
 
+def videos_behind(world, cfg, path):
+    """The list that tools/cache_latents.py left of a cache's clips -> (their DataSource or None, what is gone)."""
+    if not path.endswith(".jsonl") or not os.path.exists(path):
+        return None, [path]
+    videos = read_list(path)
+    if gone := [video.name for video in videos if not os.path.exists(video.path)]:
+        return None, gone
+    return open_data(world, replace(cfg, data_root=path), videos, True, None), []
+
+
 @torch.no_grad()
 def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, num_samples=4):
     """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames
@@ -4922,7 +5137,7 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
     clip is drawn at least, the others while `seconds` last, of which the search may take two fifths."""
     cfg, began = model.cfg, time.monotonic()
     data = {stream: source.dataset(cfg, stream) for stream in ("val", "bank")}
-    budget = (2e15 if process.device.type == "cuda" else 2e13) / model.flops()["target"]
+    budget = (2e15 if process.device.type == "cuda" else 2e13) / (model.flops()["target"] or 1.0)
     wanted = int(min(max(budget, 16), 256))
     bank = encode_bank(model, source, process, wanted, began + 0.4 * seconds)
     grow = max(1, round(96 / min(cfg.height, cfg.width)))
@@ -4937,7 +5152,356 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 21  Model: batch -> dict of losses (online + EMA target)
+# 21  Weights: published encoders and predictors <-> ours
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors have three sets of names: V-JEPA 2's own, by which they are known here, transformers', and this file's.
+
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 22, 1664: 26}  # by width: an official .pt does not say them
+ENCODER_SIZES = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio", "tubelet_t", "patch")
+FRAMES_SEEN = 64  # of the longest clips in the published pretraining
+# fmt: off
+OUR_ENCODER = (("tokenizer.", "patch_embed."), ("trunk.blocks.", "blocks."), ("trunk.norm.", "norm."))
+OUR_PREDICTOR = (
+    ("embed.", "predictor_embed."), ("trunk.blocks.", "predictor_blocks."), ("trunk.norm.", "predictor_norm."),
+    ("out.", "predictor_proj."),
+)
+TRANSFORMERS = (
+    ("encoder.embeddings.patch_embeddings.", "patch_embed."), ("encoder.layer.", "blocks."),
+    ("encoder.layernorm.", "norm."), ("predictor.embeddings.predictor_embeddings.", "predictor_embed."),
+    ("predictor.embeddings.mask_tokens", "mask_tokens"), ("predictor.layer.", "predictor_blocks."),
+    ("predictor.layernorm.", "predictor_norm."), ("predictor.proj.", "predictor_proj."),
+)
+CONFIG_NAMES = {  # fields of a config -> transformers' names
+    "num_heads": "num_attention_heads", "pred_heads": "pred_num_attention_heads", "num_frames": "frames_per_clip",
+    "image_size": "crop_size", "patch": "patch_size", "tubelet_t": "tubelet_size", "enc_dim": "hidden_size",
+    "enc_depth": "num_hidden_layers", "mlp_ratio": "mlp_ratio", "pred_dim": "pred_hidden_size",
+    "pred_depth": "pred_num_hidden_layers", "pred_mlp_ratio": "pred_mlp_ratio",
+}
+NO_PLACE = {  # what may stand beside an encoder, and why it is left out
+    "(predictor_)?pos_embed": "rope needs none", "patch_embed_img|img_mod_embed": "for single pictures",
+    "norms_block": "norms at other depths", "pooler|classifier": "a classifier's",
+}
+# fmt: on
+
+
+def extra(name, why):
+    """A package that only some need, imported. UsageError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"{why}: needs the package {name} (pip install {name})") from error
+
+
+def renamed(name, pairs):
+    """The name of a tensor by the first of the pairs (old beginning, new beginning) that fits, else as it is."""
+    return next((new + name[len(old) :] for old, new in pairs if name.startswith(old)), name)
+
+
+def own_tensor(value, name, path):
+    """A tensor of a file -> a copy in fp32. UsageError where it is none, or not finite."""
+    if not isinstance(value, torch.Tensor):
+        raise UsageError(f"{path}: {one_line(name)} is a {type(value).__name__}, not a tensor")
+    value = value.to(torch.float32, copy=True)
+    if not value.isfinite().all():
+        raise UsageError(f"{path}: {one_line(name)} holds NaN or infinite numbers")
+    return value
+
+
+def check_weights(folder):
+    """A folder of transformers, weights in one safetensors file or in shards -> {name: fp32 tensor}, all finite.
+    UsageError for files that are absent, cut, damaged, git lfs pointers, or outside the folder."""
+    folder, tensors = Path(folder), {}
+    table = read_mapping(folder / "model.safetensors.index.json", 2**25).get("weight_map") or {"": "model.safetensors"}
+    for shard in sorted(set(map(str, table.values()))):
+        path = folder / shard
+        if Path(shard).name != shard:
+            raise UsageError(f"{folder}: its index names {shown(shard)}, no file of that folder")
+        if not path.is_file():
+            raise UsageError(f"{folder}: no weights, it lacks {shard}")
+        safetensors = extra("safetensors", path)
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                names = list(file.keys())
+            for name in names:  # each by itself: pages of a file that stays open count as memory
+                with safetensors.safe_open(path, "pt") as file:
+                    tensors[name] = own_tensor(file.get_tensor(name), name, path)
+        except safetensors.SafetensorError as error:
+            why = "cut, damaged, or a git lfs pointer (git lfs pull)"
+            raise UsageError(f"{path}: {why}: {flat(error)[:160]}") from error
+    if lacking := [name for name in table if name and name not in tensors]:
+        raise UsageError(f"{folder}: its shards lack {name_some(lacking)}, which the index promises")
+    return tensors
+
+
+@dataclass
+class Origin:
+    """What is known of weights beside their tensors."""
+
+    path: str
+    what: str  # in words
+    cfg: dict  # fields of a config that the file decides
+    no_predictor: str = ""  # why there is none to load
+    left_out: str = ""  # what and why
+
+
+def read_folder(folder):
+    """A folder of transformers -> (tensors, Origin). UsageError for another model, or one that computes otherwise."""
+    config = read_mapping(folder / "config.json", 2**20)
+    fixed = {"model_type": "vjepa2", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True, "in_chans": 3}
+    for name, value in fixed.items():
+        if (found := config.get(name, value if "model_type" in config else None)) != value:
+            raise UsageError(f"{folder}: {name} = {shown(found)} in its config.json, only {value} can be taken")
+    cfg = dict(num_heads=16, pred_heads=12, num_frames=FRAMES_SEEN, image_size=256)  # as transformers has them
+    cfg = {name: config.get(CONFIG_NAMES[name], default) for name, default in cfg.items()}
+    if odd := [CONFIG_NAMES[name] for name, number in cfg.items() if not fits(int, number) or number < 1]:
+        raise UsageError(f"{folder}: {odd[0]} in its config.json is no number above 0")
+    tensors = {
+        renamed(name.removeprefix("vjepa2."), TRANSFORMERS).replace(".attention.", ".attn."): value
+        for name, value in check_weights(folder).items()
+    }
+    for name in [name for name in tensors if ".attn.query." in name]:
+        parts = [name.replace("query", part) for part in ("query", "key", "value")]
+        if all(part in tensors for part in parts):
+            tensors[name.replace("query", "qkv")] = torch.cat([tensors.pop(part) for part in parts])
+    return tensors, Origin(str(folder), "transformers folder", {**cfg, "pos_embed": "rope"})
+
+
+def read_pt(path, key):
+    """An official .pt, or a checkpoint of ours -> (tensors, Origin). UsageError."""
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"{path}: no .pt file, cut, or a git lfs pointer (git lfs pull)")
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise UsageError(f"{path}: damaged (checksum of {damaged})")
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    ours = state.get("cfg") if "format" in state else None
+    known = ("target", "online") if ours else ("target_encoder", "ema_encoder", "encoder")
+    entries = {name: state[name] for name in known if isinstance(state.get(name), dict)}
+    key = key or next(iter(entries), known[0])
+    if key not in entries:
+        there = ", ".join(entries) or name_some(sorted(state))
+        raise UsageError(f"{path}: no entry {one_line(key)}; there are {there} (--init_key)")
+    tensors = {}
+    for part, pairs in ((entries[key], OUR_ENCODER), (state.get("predictor") or {}, OUR_PREDICTOR)):
+        for name, value in part.items():
+            name = renamed(re.sub(r"^(module\.|backbone\.|_orig_mod\.)+", "", name), pairs if ours else ())
+            foreign = pairs is OUR_PREDICTOR and not name.startswith(("predictor_", "mask_tokens"))
+            tensors["predictor_." * foreign + name] = own_tensor(value, name, path)
+    if ours:
+        return tensors, Origin(str(path), f"checkpoint of a run, {key}", ours, "of a run the encoder alone is taken")
+    origin = Origin(str(path), f"official .pt, {key}", {"pos_embed": "rope"})
+    if "norms_block.0.weight" in tensors:
+        origin.what, origin.cfg["pos_embed"] = f"V-JEPA 2.1, {origin.what}", "rope21"
+        origin.no_predictor = "that of V-JEPA 2.1 has other shapes"
+        last = max(name.split(".")[1] for name in tensors if name.startswith("norms_block."))
+        for part in ("weight", "bias"):
+            tensors[f"norm.{part}"] = tensors.pop(f"norms_block.{last}.{part}")
+        tensors["patch_embed.proj.bias"] += tensors.pop("video_mod_embed", torch.zeros(1)).flatten()
+    if "predictor_.action_encoder.weight" in tensors:
+        origin.no_predictor = "it is conditioned on actions"
+    return tensors, origin
+
+
+def read_weights(path, key=""):
+    """Weights of V-JEPA 2 or 2.1, or of a run -> (encoder, predictor, Origin), both {official name: fp32 tensor}, but
+    mask_tokens [K, P]. `path`: folder, file, or hub id, which is fetched; `key`: entry of a .pt. UsageError for all
+    that may be wrong."""
+    path, found, told = str(path), Path(path), {}
+    try:
+        if not found.exists():
+            if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or path.endswith(".pt") or found.parent.is_dir():
+                raise UsageError(f"{path}: no such folder or file, and no hub id (--init_from)")
+            hub, wanted = extra("huggingface_hub", f"hub id {path}"), ["config.json", "*.safetensors*"]
+            found = Path(hub.snapshot_download(path, allow_patterns=wanted))
+        if key and found.is_dir():
+            raise UsageError(f"{path}: a folder holds one encoder, nothing to choose from (--init_key)")
+        tensors, origin = read_folder(found) if found.is_dir() else read_pt(found, key)
+        tokens = [tensors.pop(name).flatten(0, -2) for name in sorted(tensors) if name.startswith("mask_tokens")]
+    except UserError:
+        raise
+    except Exception as error:  # a foreign file makes the unpickler raise anything, and so does a network
+        why = f"{type(error).__name__}: {flat(error)[:160]}"
+        raise UsageError(f"{path}: cannot be read as weights ({why}) (--init_from)") from error
+    for name in list(tensors):
+        if why := next((why for pattern, why in NO_PLACE.items() if re.match(pattern, name)), ""):
+            told[name.split(".")[0]] = why
+            del tensors[name]
+    origin.left_out = ", ".join(f"{name} ({why})" for name, why in told.items())
+    predictor = {name: tensors.pop(name) for name in list(tensors) if name.startswith("predictor_")}
+    if tokens:
+        predictor["mask_tokens"] = torch.cat(tokens)
+    origin.no_predictor = origin.no_predictor or "there is none" * ("mask_tokens" not in predictor)
+    return tensors, predictor, origin
+
+
+def sizes_of(tensors, origin, num_heads=0, kind=""):
+    """What a config must say for an encoder, or a predictor (`kind` predictor_) -> {field: value}, the width first.
+    UsageError where there is none, or neither the file nor its width nor `num_heads` says its heads."""
+    first = tensors.get("predictor_embed.weight" if kind else "patch_embed.proj.weight", torch.empty(0))
+    fc1 = tensors.get(f"{kind}blocks.0.mlp.fc1.weight", torch.empty(0))
+    if first.ndim != (2 if kind else 5) or fc1.ndim != 2:
+        raise UsageError(f"{origin.path}: holds no {kind.strip('_') or 'video encoder'} of V-JEPA 2")
+    dim, depth = len(first), len({name.split(".")[1] for name in tensors if name.startswith(f"{kind}blocks.")})
+    published = {384: 12} if kind else HEADS
+    heads = origin.cfg.get("pred_heads" if kind else "num_heads") or published.get(dim, num_heads)
+    if not heads or dim % heads:
+        raise UsageError(f"{origin.path}: a width of {dim} with {heads or 'an unknown number of'} heads (--num_heads)")
+    names = ("pred_dim", "pred_depth", "pred_heads", "pred_mlp_ratio") if kind else ENCODER_SIZES
+    return dict(zip(names, (dim, depth, heads, len(fc1) / dim, *first.shape[2:4])))
+
+
+def misfits(cfg, sizes):
+    """Sizes that a config has otherwise -> [text]."""
+    odd, width = [], next(iter(sizes.values()))
+    for name, theirs in sizes.items():
+        own = getattr(cfg, name) or getattr(cfg, {"pred_heads": "num_heads"}.get(name, "mlp_ratio"))
+        if int(width * own) != int(width * theirs) if name.endswith("ratio") else own != theirs:
+            odd.append(f"{name} = {own}, the weights have {theirs} (--{name})")
+    return odd
+
+
+def misnamed(net, tensors, pairs):
+    """What a network lacks among tensors by official names or has in another shape, and what has no place -> text."""
+    own = {renamed(name, pairs): value.shape for name, value in net.state_dict().items()}
+    good = {name for name in own if name in tensors and tensors[name].shape == own[name]}
+    odd = (("no", own.keys() - good), ("no place for", tensors.keys() - own.keys()))
+    return " and ".join(f"{what} {name_some(sorted(names))}" for what, names in odd if names)
+
+
+def fill(net, tensors, pairs, partial=False):
+    """Copy tensors into a network -> what is `misnamed`: then none of them, or with `partial` those that fit."""
+    odd = misnamed(net, tensors, pairs)
+    for name, value in net.state_dict().items() if partial or not odd else ():
+        if (found := tensors.get(renamed(name, pairs), value)).shape == value.shape:
+            value.copy_(found)
+    return odd
+
+
+def take_predictor(model, cfg, tensors, origin):
+    """The predictor of read_weights into a model, where all of it fits -> what became of it. Mask tokens that were
+    never trained are zero: then all families have the first that was."""
+    why, told = origin.no_predictor, ""
+    if not why and "mask_tokens" in tensors:
+        why = "; ".join(misfits(cfg, sizes_of(tensors, origin, cfg.pred_heads or cfg.num_heads, "predictor_")))
+        norms = (tokens := tensors["mask_tokens"]).norm(dim=1).tolist()
+        learned = [number for number, norm in enumerate(norms) if norm] or [0]
+        families = learned[0], learned[min(1, len(learned) - 1)], learned[0]
+        tensors = {**tensors, "mask_tokens": tokens[list(families)]}
+        told = f"mask tokens {families} of those with norms {', '.join(f'{norm:.3g}' for norm in norms)}"
+    if why := why or fill(model.predictor, tensors, OUR_PREDICTOR):
+        return f"weights: predictor starts anew: {why}"
+    start = "; SOON starts from the last tubelet, which it never saw (--soon_start mask)" * (cfg.soon_start == "last")
+    return f"weights: predictor, {len(tensors)} tensors, {told}{start}"
+
+
+@torch.no_grad()
+def take_weights(model, cfg, say):
+    """Fill online encoder, target and, where it fits, predictor of a model from what cfg.init_from names, and take over
+    its kind of positions. `say` tells what was loaded, left out and starts anew. UsageError where the encoder does not
+    fit, or in part only and allow_partial is off."""
+    tensors, predictor, origin = read_weights(cfg.init_from, cfg.init_key)
+    sizes = sizes_of(tensors, origin, cfg.num_heads if cfg.num_heads != type(cfg).num_heads else 0)
+    if cfg.allow_partial:
+        del sizes["enc_depth"]
+    if odd := misfits(cfg, sizes):
+        raise UsageError(f"init_from {origin.path}: {'; '.join(odd)}")
+    if cfg.pos_embed != (kind := origin.cfg["pos_embed"]):
+        say(f"pos_embed: {kind}, as the weights need, not {cfg.pos_embed}")
+        cfg.pos_embed = kind
+        validate_config(cfg)
+        for net in (model.online, model.target, model.predictor):
+            net.position = net.position.changed(kind=kind)
+    part = fill(model.online, tensors, OUR_ENCODER, cfg.allow_partial)
+    if part and not cfg.allow_partial:
+        raise UsageError(f"init_from {origin.path}: the encoder fits in part only: {part} (--allow_partial)")
+    model.target.load_state_dict(model.online.state_dict())
+    count, part = sum(value.numel() for value in tensors.values()) / 1e6, f", in part: {part}" * bool(part)
+    say(f"weights: encoder of {origin.path} ({origin.what}), {count:.1f} M, into online and target{part}")
+    say(take_predictor(model, cfg, predictor, origin))
+    left_out = f"; left out: {origin.left_out}" * bool(origin.left_out)
+    say(f"weights: outcome head, flow net and read-out start anew{left_out}")
+    if cfg.num_frames > (seen := origin.cfg.get("num_frames", FRAMES_SEEN)):
+        say(f"note: a clip has {cfg.num_frames} frames, the weights saw at most {seen}")
+
+
+def config_of(values):
+    """A dict of values, those of a checkpoint or a newer file among them -> VJepaAutoV2Config."""
+    values = {name: value for name, value in values.items() if name in field_types(VJepaAutoV2Config)}
+    return VJepaAutoV2Config(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    )
+
+
+def encoder_of(tensors, origin, num_heads=0):
+    """The encoder of read_weights, as load_encoder gives it; its tensors are not copied."""
+    sizes, seen = sizes_of(tensors, origin, num_heads), origin.cfg.get("num_frames", FRAMES_SEEN)
+    t = sizes["tubelet_t"]
+    clip = dict(image_size=256, num_frames=seen, now_frames=t, soon_frames=t, eventually_frames=max(seen - 2 * t, t))
+    cfg = config_of({**clip, "pred_heads": 12, **origin.cfg, **sizes})
+    with torch.device("meta"):  # first values would be made in vain
+        encoder = Encoder(cfg)
+    if odd := misnamed(encoder, tensors, OUR_ENCODER):
+        raise UsageError(f"{origin.path}: the encoder fits in part only: {odd}")
+    own = {name: tensors[renamed(name, OUR_ENCODER)] for name in encoder.state_dict()}
+    encoder.load_state_dict(own, assign=True)
+    encoder.position, encoder.cfg = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads), cfg
+    return encoder.eval().requires_grad_(False)
+
+
+def load_encoder(path, key="", num_heads=0):
+    """Weights -> their Encoder, in eval mode and without gradients: normalised clip [B, T, 3, H, W], of any length and
+    size in whole tubelets and patches -> [B, L, D]. `cfg` has its sizes; `key` and `num_heads` as --init_key and
+    --num_heads. UsageError."""
+    tensors, _, origin = read_weights(path, key)
+    return encoder_of(tensors, origin, num_heads)
+
+
+def export_hf(checkpoint, folder, key="", size=0):
+    """Encoder (target, or `key` online) and predictor of a checkpoint -> a new folder that transformers' VJEPA2Model
+    reads, for pictures of size x size pixels, by default the run's -> lines about it. UsageError for what the format
+    cannot say."""
+    (tensors, predictor, origin), folder = read_weights(checkpoint, key), Path(folder)
+    tensors |= predictor
+    cfg = config_of(origin.cfg)
+    size = size or cfg.height * (cfg.height == cfg.width)
+    squares = f"{cfg.height} x {cfg.width}, the format takes all pictures for squares; name their side (--size)"
+    problems = broken(
+        (
+            "enc_dim" not in origin.cfg or "mask_tokens" not in tensors,
+            "",
+            "is no checkpoint with encoder and predictor",
+        ),
+        (cfg.pos_embed != "rope", "", f"pos_embed = {cfg.pos_embed}, the format has rope alone"),
+        (not size, "", squares),
+        (size % cfg.patch, "", f"--size {size} is not divisible by patch = {cfg.patch}"),
+    )
+    if problems:
+        raise UsageError(f"{checkpoint}: {problems[0][1]}")
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder}: is there already; use another --out")
+    saved, back = {}, [(new, old) for old, new in TRANSFORMERS]
+    tokens = tensors["mask_tokens"][[*range(SOON)] * 5, None, None]  # short and long in turn: any index finds one
+    for name, value in {**tensors, "mask_tokens": tokens}.items():
+        parts = zip(("query", "key", "value"), value.chunk(3)) if ".qkv." in name else [("", value)]
+        name = renamed(name, back).replace(".attn.", ".attention.")
+        saved |= {name.replace("qkv", part): rows.contiguous() for part, rows in parts}
+    values = asdict(replace(cfg, image_size=size, pred_heads=cfg.pred_heads or cfg.num_heads))
+    values["pred_mlp_ratio"] = cfg.pred_mlp_ratio or cfg.mlp_ratio
+    config = {"model_type": "vjepa2", "architectures": ["VJEPA2Model"], "dtype": "float32", "pred_num_mask_tokens": 10}
+    config |= {theirs: values[own] for own, theirs in CONFIG_NAMES.items()}
+    content = extra("safetensors.torch", folder).save(saved, {"format": "pt"}), json.dumps(config, indent=1).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in zip(("model.safetensors", "config.json"), content):
+        write_atomic(folder / name, partial(GuardedFile.write, data=part))
+    start = ", the start of SOON from the last tubelet" * (cfg.soon_start == "last")
+    return [
+        f"{folder}: {len(saved)} tensors of {checkpoint} ({origin.what})",
+        f"left out, no place there: mask token of SOON{start}, outcome head, flow net, read-out, queue, other encoder",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 22  Model: batch -> dict of losses (online + EMA target)
 # ---------------------------------------------------------------------------------------------------------------------
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as V-JEPA 2 normalises
@@ -4948,21 +5512,25 @@ def block_flops(num_tokens, dim, mlp_ratio):
     return 2 * num_tokens * dim * dim * (4 + 2 * mlp_ratio) + 4 * num_tokens**2 * dim
 
 
-def flops_per_clip(cfg):
-    """Multiply-adds times two of one training step on one clip, forward and backward, by module -> {name: FLOP}."""
+def flops_per_clip(cfg, teacher=None):
+    """Multiply-adds times two of one training step on one clip, forward and backward, by module -> {name: FLOP}.
+    `teacher`: the config of the target encoder where it has its own."""
+    teacher = teacher or cfg
     D, P, L, ratio = cfg.enc_dim, cfg.pred_dim, cfg.num_tokens, cfg.mlp_ratio
-    kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES]
+    kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES if cfg.lambda_vjepa]
     tokenizer = 2 * L * D * 3 * cfg.tubelet_t * cfg.patch**2
     masked = [block_flops(num_tokens, D, ratio) for num_tokens in kept for _ in range(cfg.mask_draws)]
     online = cfg.enc_depth * (sum(masked) + block_flops(cfg.now_tokens, D, ratio)) + tokenizer
-    filled = len(masked) * block_flops(L, P, ratio) + block_flops(cfg.now_tokens + cfg.soon_tokens, P, ratio)
+    soon = cfg.now_tokens + cfg.soon_tokens
+    filled = sum(times * block_flops(n, P, cfg.pred_mlp_ratio or ratio) for times, n in ((len(masked), L), (1, soon)))
     W, RN, K = cfg.flow_dim, cfg.flow_draws * cfg.flow_tokens, cfg.now_tokens
     mixing = RN * 2 * W * W * 6 + 4 * K * W * D + 4 * RN * (K + cfg.flow_tokens) * W
     flow = cfg.flow_depth * (RN * 2 * W * W * 8 + mixing * (not cfg.flow_joint)) + 2 * K * D * W * cfg.flow_joint
     again = 4 if cfg.grad_checkpoint else 3
+    target = teacher.enc_depth * block_flops(L, teacher.enc_dim, teacher.mlp_ratio) + tokenizer * teacher.enc_dim / D
     return {
-        "online": again * online,
-        "target": cfg.enc_depth * block_flops(L, D, ratio) + tokenizer,
+        "online": (1 if cfg.freeze_encoder else again) * online * (not cfg.latents),
+        "target": target * (not cfg.latents),
         "predictor": again * cfg.pred_depth * filled,
         "flow": 3 * flow * bool(cfg.lambda_flow),
     }
@@ -4971,11 +5539,43 @@ def flops_per_clip(cfg):
 def memory_estimate_gb(cfg, num_parameters):
     """Weights, gradients, AdamW state and saved activations of a micro-step -> GB. 53 bytes per token, channel and
     block under autocast (70 in fp32) were measured with saved-tensor hooks; checkpointing keeps one input per block."""
-    kept = cfg.mask_draws * sum(family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES) + cfg.now_tokens
-    filled = 2 * cfg.mask_draws * cfg.num_tokens + cfg.now_tokens + cfg.soon_tokens
+    draws = cfg.mask_draws * bool(cfg.lambda_vjepa)
+    kept = draws * sum(family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES) + cfg.now_tokens
+    kept *= not cfg.freeze_encoder
+    filled = 2 * draws * cfg.num_tokens + cfg.now_tokens + cfg.soon_tokens
     per_value = 5 if cfg.grad_checkpoint else 53 if cfg.amp else 70
     values = kept * cfg.enc_dim * cfg.enc_depth + filled * cfg.pred_dim * cfg.pred_depth
     return (num_parameters * 16 + cfg.batch_size * values * per_value) / 1e9
+
+
+def frozen_encoder(cfg):
+    """The encoder of init_from on a config's token grid, which learns nothing -> (encoder, predictor and Origin). Where
+    it has the config's sizes, as it must with freeze_encoder, its kind of positions becomes the config's. On the meta
+    device nothing is read. UsageError."""
+    if torch.get_default_device().type == "meta":
+        return Encoder(cfg).requires_grad_(False), ()
+    heads = cfg.num_heads if cfg.freeze_encoder and cfg.num_heads != type(cfg).num_heads else 0
+    tensors, *beside = read_weights(cfg.init_from, cfg.init_key)
+    encoder = encoder_of(tensors, beside[1], heads)
+    sizes, pieces = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio"), ("patch", "tubelet_t")
+    odd, other = (misfits(cfg, {name: getattr(encoder.cfg, name) for name in names}) for names in (sizes, pieces))
+    if other := other + odd * cfg.freeze_encoder:
+        raise UsageError(f"init_from {cfg.init_from}: {'; '.join(other)}")
+    if not odd:
+        cfg.pos_embed = encoder.cfg.pos_embed
+        validate_config(cfg)
+    own = {name: getattr(encoder.cfg, name) for name in (*sizes, "pos_embed")}
+    encoder.cfg, encoder.position = replace(cfg, **own) if odd else cfg, encoder.position.changed(grid=cfg.grid)
+    return encoder, beside
+
+
+def fixed_map(width, wanted, seed):
+    """Orthonormal random matrix [width, wanted], the same on every machine: onto a smaller width it keeps distances
+    nearly, onto a larger one exactly. One that learns would let targets collapse."""
+    rows = torch.randn((max(width, wanted), min(width, wanted)), generator=torch.Generator().manual_seed(seed)).double()
+    directions, upper = torch.linalg.qr(rows)
+    directions = (directions * upper.diagonal().sign()).float()  # else only up to signs
+    return directions if width > wanted else directions.T
 
 
 class VJepaAutoV2(World):
@@ -4998,10 +5598,11 @@ class VJepaAutoV2(World):
         "outcome_top1": "share of clips whose own future ranks first among all keys",
     }
     TRAIN_KEYS = {
-        "ema_momentum": "momentum of the target encoder",
+        "ema_momentum": "momentum of the target encoder; absent where that is frozen",
         "flow_grad_norm": "gradient norm of the flow net before clipping",
         "flow_explained": "share of the residual's variance inside the flow's directions",
     }
+    latent_fields = (*ClipConfig.MUST_MATCH, "clip_fps", "eventually_frames", "tubelet_t", "patch", "num_heads")
     VAL_KEYS = {
         "flow_spread": "deviation among sampled futures over that of real futures from the forecast; "
         "0 = one mode, 1 = as wide"
@@ -5012,11 +5613,21 @@ class VJepaAutoV2(World):
 
     def __init__(self, cfg, rank=0, world_size=1):
         super().__init__(cfg, rank, world_size)
-        self.online, self.predictor = Encoder(cfg), Predictor(cfg)
+        is_frozen = cfg.freeze_encoder or cfg.teacher == "frozen"
+        frozen, self.beside = frozen_encoder(cfg) if is_frozen else (None, ())
+        self.online, self.predictor = frozen if cfg.freeze_encoder else Encoder(cfg), Predictor(cfg)
         self.outcome, self.flow = OutcomeHead(cfg), FlowNet(cfg)
         self.read_out = nn.Linear(cfg.enc_dim, cfg.flow_chunks * cfg.enc_dim)  # forecast of the EVENTUALLY chunks
         init_weights(self.read_out)
-        self.target, self.flow_ema = copy.deepcopy(self.online), copy.deepcopy(self.flow)
+        self.target, self.flow_ema = frozen or copy.deepcopy(self.online), copy.deepcopy(self.flow)
+        if frozen is not None:  # with freeze_encoder, one module has both names
+            self.FROZEN = ("online" if cfg.freeze_encoder else "target",)
+            self.NETWORKS = tuple(name for name in self.NETWORKS if getattr(self, name, None) is not frozen)
+            if frozen.cfg is cfg and not cfg.freeze_encoder:
+                self.online.load_state_dict(frozen.state_dict())
+            widths = frozen.cfg.enc_dim, cfg.enc_dim
+            if widths[0] != widths[1]:
+                self.register_buffer("target_map", fixed_map(*widths, cfg.seed), persistent=False)
         self.soon_predictor = None  # the predictor's copy that the flow phase fits to SOON alone
         self.space = FutureSpace(cfg)
         self.register_buffer("queue", torch.zeros(cfg.outcome_queue, cfg.enc_dim))
@@ -5043,6 +5654,15 @@ class VJepaAutoV2(World):
     def wants_labels(cfg):
         return bool(cfg.lambda_supcon)
 
+    @torch.no_grad()
+    def take_weights(self, say):
+        if self.beside:  # of what is frozen
+            say(f"weights: encoder of {self.beside[1].path} ({self.beside[1].what}), frozen")
+            say(take_predictor(self, self.cfg, *self.beside))
+            self.beside = ()
+        elif self.cfg.init_from:
+            take_weights(self, self.cfg, say)
+
     def train(self, mode=True):
         """As nn.Module.train, but the target encoder and the flow EMA stay in eval mode for ever."""
         super().train(mode)
@@ -5057,8 +5677,39 @@ class VJepaAutoV2(World):
 
     @torch.no_grad()
     def make_targets(self, clip):
-        """clip [B, T, C, H, W] -> targets [B, L, D]: EMA encoder on the whole clip, LayerNorm without affine."""
-        return layer_norm(self.target(clip))
+        """clip [B, T, C, H, W] -> targets [B, L, D]: target encoder on the whole clip, LayerNorm without affine."""
+        targets = self.target(clip)
+        if hasattr(self, "target_map"):
+            targets = layer_norm(targets) @ self.target_map
+        return layer_norm(targets)
+
+    @torch.no_grad()
+    def latents(self, batch):
+        """The NOW context [B, K, D], of NOW alone, and targets [B, L', D], EVENTUALLY as the mean of each tubelet:
+        only means of it are ever used."""
+        return self.brief(self.now_context(batch["frames"]), self.make_targets(self.normalise(batch["frames"])))
+
+    def latents_of(self, whole):
+        """As in World; here NOW's tokens saw the future. BadFile for tokens of another grid or width."""
+        if whole.shape != (self.cfg.num_tokens, self.cfg.enc_dim):
+            grid = " x ".join(map(str, self.cfg.grid))
+            raise BadFile(f"holds {list(whole.shape)} tokens and channels, not {grid} tokens of {self.cfg.enc_dim}")
+        brief = self.brief(whole[None, : self.cfg.now_tokens], layer_norm(whole[None]))
+        return {name: value[0] for name, value in brief.items()}
+
+    def brief(self, context, targets):
+        """NOW context and targets [B, L, D] -> `latents`."""
+        soon, later = targets.tensor_split((self.cfg.now_tokens + self.cfg.soon_tokens,), 1)
+        later = later.unflatten(1, (self.cfg.eventually_tubelets, -1)).mean(2)
+        return {"context": context, "targets": torch.cat([soon, later], 1)}
+
+    def context_of(self, batch):
+        """NOW context [B, K, D] of a batch of clips or of their latents."""
+        return batch["context"].float() if "context" in batch else self.now_context(batch["frames"])
+
+    def targets_of(self, batch):
+        """Targets of a batch of clips [B, L, D], or of their latents [B, L', D]."""
+        return batch["targets"].float() if "targets" in batch else self.make_targets(self.normalise(batch["frames"]))
 
     def encode_now(self, tokens):
         """Tokens [B, >= NOW, D] -> context of the NOW tokens alone [B, K, D]."""
@@ -5091,7 +5742,7 @@ class VJepaAutoV2(World):
 
     def outcome_key(self, targets):
         """targets [B, L, D] -> mean EVENTUALLY target [B, D], minus the mean NOW target for `outcome_target` delta."""
-        key = targets[:, -self.cfg.eventually_tubelets * self.cfg.sites :].mean(1)
+        key = targets[:, self.cfg.now_tokens + self.cfg.soon_tokens :].mean(1)
         return key - targets[:, : self.cfg.now_tokens].mean(1) if self.cfg.outcome_target == "delta" else key
 
     def gather(self, rows):
@@ -5109,7 +5760,7 @@ class VJepaAutoV2(World):
     def future_target(self, targets):
         """targets [B, L, D] -> a future [B, F, D]: the SOON tokens, then the chunk means of EVENTUALLY."""
         cfg, later = self.cfg, self.cfg.now_tokens + self.cfg.soon_tokens
-        tubelets = targets[:, later:].reshape(len(targets), cfg.eventually_tubelets, cfg.sites, -1).mean(2)
+        tubelets = targets[:, later:].unflatten(1, (cfg.eventually_tubelets, -1)).mean(2)  # [B, t, D]
         chunks = [part.mean(1) for part in tubelets.tensor_split(cfg.flow_chunks, 1)]
         return torch.cat([targets[:, cfg.now_tokens : later], torch.stack(chunks, 1)], 1)
 
@@ -5138,17 +5789,18 @@ class VJepaAutoV2(World):
         return loss, rows, residual.square().mean((0, 1))
 
     def forward(self, batch):
-        cfg = self.cfg
-        clip = self.normalise(batch["frames"])  # [B, T, C, H, W]
-        targets = self.make_targets(clip)  # [B, L, D]
-        tokens = self.online.tokenizer(clip)  # [B, L, D]
+        cfg, targets = self.cfg, self.targets_of(batch)  # [B, L, D]
         losses = dict.fromkeys(("loss_vjepa", "loss_soon", "loss_eventually", "loss_flow"), targets.new_zeros(()))
         gauges, carry = {}, {"targets": targets, "key": self.outcome_key(targets)}
-        if cfg.lambda_vjepa:
-            losses["loss_vjepa"] = self.now_loss(tokens, targets, batch)
-        context = self.encode_now(tokens)  # [B, K, D]
+        if "context" in batch:
+            context = self.context_of(batch)  # [B, K, D]
+        else:
+            tokens = self.online.tokenizer(self.normalise(batch["frames"]))  # [B, L, D]
+            if cfg.lambda_vjepa:
+                losses["loss_vjepa"] = self.now_loss(tokens, targets, batch)
+            context = self.encode_now(tokens)  # [B, K, D]
         soon_preds = self.predict_soon(context)  # [B, M, D]
-        soon_targets = gather_tokens(targets, self.soon_idx.expand(len(clip), -1))
+        soon_targets = gather_tokens(targets, self.soon_idx.expand(len(targets), -1))
         losses["loss_soon"] = l1_loss(soon_preds, soon_targets)
         still = targets[:, cfg.now_tokens - cfg.sites : cfg.now_tokens]  # [B, h*w, D], as if nothing moved
         gauges["persistence"] = l1_loss(still.repeat(1, cfg.soon_tokens // cfg.sites, 1), soon_targets)
@@ -5177,8 +5829,9 @@ class VJepaAutoV2(World):
         self.absorb(carries)
 
     def update_ema(self, momentum, flow_momentum):
-        """target follows online, and the flow net's EMA the flow net."""
-        move_ema(self.target, self.online, momentum)
+        """target follows online unless it is frozen, and the flow net's EMA the flow net."""
+        if not self.FROZEN:
+            move_ema(self.target, self.online, momentum)
         move_ema(self.flow_ema, self.flow, flow_momentum)
 
     @torch.no_grad()
@@ -5202,7 +5855,10 @@ class VJepaAutoV2(World):
             dist.broadcast(value, 0)
 
     def look(self, batch, carry):
-        return {"targets": gauge_tokens(carry["targets"]), "brightness": batch["frames"].float().flatten(1).mean(1)}
+        targets, clips = carry["targets"], batch["context"] if "context" in batch else batch["frames"]
+        if self.cfg.freeze_encoder:  # latents hold EVENTUALLY as means
+            targets = targets[:, : self.cfg.now_tokens + self.cfg.soon_tokens]
+        return {"targets": gauge_tokens(targets), "brightness": clips.float().flatten(1).mean(1)}
 
     def figures(self, looks, means):
         targets, brightness = (torch.cat([look[name] for look in looks]) for name in ("targets", "brightness"))
@@ -5217,12 +5873,13 @@ class VJepaAutoV2(World):
         }
 
     def state(self, step):
-        return {"ema_momentum": ema_momentum_at(step, self.cfg), "flow_explained": float(self.space.explained)}
+        momentum = {} if self.FROZEN else {"ema_momentum": ema_momentum_at(step, self.cfg)}
+        return {**momentum, "flow_explained": float(self.space.explained)}
 
     def held_out(self, batch, carry):
         if not self.cfg.lambda_flow:
             return {"flow_spread": 0.0}
-        context = self.now_context(batch["frames"])
+        context = self.context_of(batch)
         samples = self.sample_futures(context, 8, generator=torch.Generator(context.device).manual_seed(0))
         residual = self.future_target(carry["targets"]) - self.forecast(context)
         return {"flow_spread": float(samples.std(1).square().mean().sqrt() / residual.square().mean().sqrt())}
@@ -5234,9 +5891,15 @@ class VJepaAutoV2(World):
         path, log = Path(run.cfg.out_dir) / "futures.png", run.log
         if not self.cfg.picture:
             return
+        source = run.source
+        if self.cfg.latents:
+            source, gone = videos_behind(type(self), self.cfg, source.root)
+            if gone:
+                log.line(f"picture: none, since videos behind the latents are not there: {name_some(gone)}")
+                return
         log.stage = "drawing futures.png"
         try:
-            cut = draw_futures(self, run.source, run.process, values, path, seconds)
+            cut = draw_futures(self, source, run.process, values, path, seconds)
         except OSError as error:  # a full disk
             log.line(f"WARNING: {path} could not be written ({error.strerror})")
         else:
@@ -5249,11 +5912,14 @@ class VJepaAutoV2(World):
         spread = f"{cfg.clip_fps:g} per second" if cfg.clip_fps else "spread over the file"
         visible = (f"{name} {family_visible(cfg, name)}/{cfg.sites} sites" for name in MASK_FAMILIES)
         shares = (f"{name} {value / sum(flops.values()):.0%}" for name, value in flops.items())
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in self.trained().values())
         trained += sum(p.numel() for p in self.target.parameters()) / 4
+        target = "frozen, target as well" if cfg.freeze_encoder else "target = online"
+        if cfg.teacher == "frozen":
+            target = f"target {sum(p.numel() for p in self.target.parameters()) / 1e6:.2f} M, frozen"
         grid = f"grid {' x '.join(map(str, cfg.grid))} = {cfg.num_tokens} tokens"
         return [
-            f"parameters: {', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())} (target = online)",
+            f"parameters: {', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())} ({target})",
             f"clip: {cfg.num_frames} frames of {cfg.height} x {cfg.width}, {spread} -> {grid}; "
             f"visible under a mask: {', '.join(visible)}",
             f"step: {clips} clips, {sum(flops.values()) * clips / 1e12:.3g} TFLOP ({', '.join(shares)}); memory about "
@@ -5261,7 +5927,7 @@ class VJepaAutoV2(World):
         ]
 
     def flops(self):
-        return flops_per_clip(self.cfg)
+        return flops_per_clip(self.cfg, self.target.cfg)
 
     @staticmethod
     def typical_part(cfg, device):
@@ -5290,6 +5956,7 @@ class VJepaAutoV2(World):
 
     def restore(self, state):
         super().restore(state)
+        self.beside = ()
         if not state["after"]:  # SOON is fitted anew
             self.soon_predictor = None
 
@@ -5332,7 +5999,7 @@ class VJepaAutoV2(World):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 22  Checkpoint: state of a run <-> file
+# 23  Checkpoint: state of a run <-> file
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5761,7 +6428,8 @@ def newest_checkpoint(out_dir, tell, world=None):
 def check_same_run(state, cfg, path):
     """UsageError naming the fields in which a checkpoint and this config cannot be the same run. Whether a loss has
     weight decides which parameters learn."""
-    plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), state["cfg"]))
+    earlier = {**asdict(type(cfg)()), **state["cfg"]}  # a field that the checkpoint's version lacked had its default
+    plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), earlier))
     names = [name for cls in reversed(type(cfg).__mro__) for name in vars(cls).get("MUST_MATCH", ())]
     different = [name for name in names if plain[name] != saved.get(name)]
     different += [name for name in plain if name.startswith("lambda_") and bool(plain[name]) != bool(saved.get(name))]
@@ -5805,7 +6473,7 @@ def load_model(path, device="cpu", world=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 23  Log and folder: what a run says, and where it writes
+# 24  Log and folder: what a run says, and where it writes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -6198,7 +6866,7 @@ def peak_memory_gb(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 24  Steps: resume, rehearse, update, log, evaluate, save
+# 25  Steps: resume, rehearse, update, log, evaluate, save
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -6244,6 +6912,11 @@ class Run:
         return dict(zip(names, self.process.mean([values[name] for name in names])))
 
 
+def step_samples(cfg, world_size):
+    """Samples of an optimizer step, those of all ranks and micro-steps."""
+    return cfg.batch_size * cfg.grad_accum * world_size
+
+
 class Phase:
     """A stretch of optimizer steps: training (`name` ""), or a Fit that begins `begin` steps after it. `wrapped` is the
     world, or DDP around it."""
@@ -6264,7 +6937,7 @@ class Phase:
             progress.after += 1
         else:
             progress.step += 1
-            progress.consumed += self.cfg.batch_size * self.cfg.grad_accum * self.world.world_size
+            progress.consumed += step_samples(self.cfg, self.world.world_size)
         progress.seconds = time.perf_counter() - self.run.began
         self.run.folder.step = progress.total
 
@@ -6278,6 +6951,16 @@ class Phase:
     def is_due(self, every):
         """Whether what is done every so many steps is done now; the end of a phase is saved and evaluated by itself."""
         return bool(every) and 0 < self.step < self.cfg.steps and self.step % every == 0
+
+    def is_val_due(self):
+        """Whether an evaluation is: every val_epochs passes over the training files, in a Fit and without it every
+        val_every steps."""
+        cfg, run = self.cfg, self.run
+        if not cfg.val_epochs or self.name:
+            return self.is_due(cfg.val_every)
+        per_step, span = step_samples(cfg, self.world.world_size), cfg.val_epochs * len(run.source.train)
+        done = run.progress.consumed
+        return 0 < self.step < cfg.steps and done // span > (done - per_step) // span
 
 
 REHEARSAL_S = 10.0  # a pass longer than this is not made just to time it
@@ -6325,12 +7008,13 @@ def print_summary(run, overrides, reason):
         held = "; val_fraction is not used"
     capped = f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else ""
     changed = ", ".join(f"{name}={value}" for name, value in overrides.items())
+    steps_each = len(source.train) / step_samples(cfg, process.world_size)
     for line in (
         f"device: {process.device.type} ({device}), {process.world_size} process(es), {precision}",
         *run.world.describe(),
         f"data: {kind}, {sides} {where}{held}",
         *source.Dataset.notes(cfg, source),
-        f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}{capped}",
+        f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}{capped}; a pass over the files is {steps_each:.3g} steps",
         f"set: {changed or 'nothing, all defaults'}",
     ):
         log.line(line)
@@ -6413,6 +7097,8 @@ def open_run(world, cfg, process, log):
     if not path:
         return None, None
     state = state or load_checkpoint(path, world)
+    if getattr(cfg, "init_from", ""):  # its weights said which when the run began
+        cfg.pos_embed = state["cfg"].get("pos_embed", cfg.pos_embed)
     check_same_run(state, cfg, path)
     return state, path
 
@@ -6448,6 +7134,13 @@ def build_world(world, run):
     if cfg.compile:
         run.world.compile(dynamic=False)
     return wrap(run.world, process)
+
+
+def check_cache(run):
+    """UsageError where cached latents are those of other frozen weights than the world's."""
+    made_by = getattr(run.source.Dataset, "cache", {}).get("frozen")
+    if made_by is not None and made_by != run.frozen:
+        raise UsageError(f"latents {run.cfg.latents}: made by an encoder with other weights (--latents)")
 
 
 def noise_like(value):
@@ -6583,7 +7276,7 @@ def log_values(phase, metrics, looks, clock):
         "step": progress.total,
         "lr": world.lr(phase.step - 1, phase.optimizer.param_groups[0]["peak_lr"]),
         **world.state(phase.step - 1),
-        "clips_per_s": cfg.batch_size * cfg.grad_accum * run.process.world_size / clock.seconds_per_step,
+        "clips_per_s": step_samples(cfg, run.process.world_size) / clock.seconds_per_step,
         "data_wait": clock.data_wait,
         "mem_gb": peak_memory_gb(run.process.device),
         "bad_files": len(run.log.bad),
@@ -6684,7 +7377,7 @@ class Clock:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 25  Training: Config -> checkpoints
+# 26  Training: Config -> checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 END_S = 20.0  # for the last evaluation, and again for the picture; a hundredth of a long run's time where that is more
@@ -6783,7 +7476,7 @@ def train_phase(phase):
     world.train()
     loader = phase.batches()
     run.folder.closing.append(loader)
-    if phase.is_due(cfg.val_every):  # a stop came before it, or before what it changed was saved
+    if phase.is_val_due():  # a stop came before it, or before what it changed was saved
         values = process.collect(log.evaluated.get(progress.total))[0]
         if values is None:
             stopping = evaluate(phase)
@@ -6823,7 +7516,7 @@ def train_phase(phase):
         pause = time.perf_counter()
         if phase.is_due(cfg.ckpt_every) and not stopping:
             save_run(run)
-        if phase.is_due(cfg.val_every) and not stopping:
+        if phase.is_val_due() and not stopping:
             stopping = evaluate(phase)
         if phase.name and phase.step == cfg.steps:  # after a stop as well: it takes a moment, and is due only here
             evaluate(phase)
@@ -6934,6 +7627,11 @@ def run_world(world, run, overrides, argv, videos):
     # -- model
     log.stage = "building the model and timing a pass on noise"
     wrapped = build_world(world, run)
+    if state is None:
+        run.world.take_weights(log.line)
+    elif (named := getattr(cfg, "init_from", "")) and not run.world.FROZEN:
+        log.line(f"note: init_from {named} is not read, the run goes on from {path}")
+    check_cache(run)
     process.amp_dtype, reason = choose_precision(world, cfg, process, state["precision"] if state else "")
     run.scaler = torch.amp.GradScaler(process.device.type, enabled=process.amp_dtype == torch.float16)
     seconds, told = rehearse(run, wrapped)
@@ -6990,7 +7688,7 @@ def train(cfg, overrides=None, argv=(), stop=None, world=VJepaAutoV2):
     try:
         validate_config(cfg)
         check_best_by(cfg, world)
-        videos = list_data(cfg, world.Dataset)
+        videos = list_latents(world, cfg) if getattr(cfg, "latents", "") else list_data(cfg, world.Dataset)
         process, met = identify_process(cfg, stop), False
         with suppress(Stopped):
             join_ranks(process, cfg)
