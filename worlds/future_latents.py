@@ -298,10 +298,15 @@ class Reader(nn.Module):
         nn.init.trunc_normal_(self.embed.weight, std=dim**-0.5)
         nn.init.zeros_(self.embed.bias)
         self.register_buffer("code", grid_code(cfg, cfg.hidden_dim)[: cfg.context_tokens], persistent=False)
+        self.sites, self.num_targets = cfg.grid[1] * cfg.grid[2], cfg.target_tokens
         self.trunk = V.Trunk(cfg, cfg.hidden_dim, depth) if depth else nn.Identity()
 
     def forward(self, context):
         return self.trunk(self.embed(self.norm(context)) + self.code)
+
+    def nearest(self, seen):
+        """What was read [B, K, W] -> for each target that of its place in the last step of NOW, [B, F, W]."""
+        return seen[:, -self.sites :].repeat(1, self.num_targets // self.sites, 1)
 
 
 def silent(linear):
@@ -349,7 +354,7 @@ class Cross(nn.Module):
 
     def forward(self, context):
         context = self.read(context)
-        x = self.queries.expand(len(context), -1, -1)
+        x = self.queries + self.read.nearest(context)
         for block in self.blocks:
             if self.grad_checkpoint and self.training and torch.is_grad_enabled():
                 x = V.checkpoint_activations(block, x, context, use_reentrant=False)
@@ -377,20 +382,26 @@ class DiT(V.FlowNet):
         sizes = dict(flow_dim=W, enc_dim=W, flow_rank=dim, flow_depth=cfg.depth, flow_heads=cfg.num_heads)
         shape = dict(flow_joint=False, now_tokens=0, soon_frames=1, tubelet_t=1, flow_pool=1, flow_chunks=0)
         super().__init__(SimpleNamespace(**sizes, **shape))
-        self.read = Reader(cfg, dim, cfg.context_depth)
+        self.read, self.embed = Reader(cfg, dim, cfg.context_depth), nn.Linear(dim + W, W)
+        nn.init.trunc_normal_(self.embed.weight, std=(dim + W) ** -0.5)
+        nn.init.zeros_(self.embed.bias)
         self.register_buffer("code", grid_code(cfg, W)[cfg.context_tokens :], persistent=False)
         for block in self.blocks:
             block.__class__, block.grad_checkpoint = DiTBlock, cfg.grad_checkpoint
 
     def project(self, context):
-        return super().project(self.read(context))
+        """-> (what is near to each target [B, F, W], keys and values of the context for every block)."""
+        seen = self.read(context)
+        return self.read.nearest(seen), super().project(seen)[1]
 
     def forward(self, x_tau, tau, projected):
         """The net adds to the best linear guess for targets of unit deviation, in the unit of what that leaves open:
         its error counts alike at every time, where clean targets alone are mostly copied from late ones."""
+        near, keys_values = projected
+        seen = torch.cat([x_tau.to(near.dtype), near[:, None].expand(-1, x_tau.shape[1], -1, -1)], -1)
         t = tau[..., None, None]
         square = t * t + (1 - t) ** 2
-        return t / square * x_tau + (1 - t) / square.sqrt() * super().forward(x_tau, tau, projected)
+        return t / square * x_tau + (1 - t) / square.sqrt() * super().forward(seen, tau, (None, keys_values))
 
 
 class Finder(nn.Module):
