@@ -30,6 +30,7 @@ import io
 import math
 import os
 import sys
+import time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -99,7 +100,7 @@ class FutureLatentsConfig(V.ClipConfig):
         "future_tiny": dict(
             backbone="tiny", image_size=64, num_frames=16, now_frames=8, soon_frames=8, hidden_dim=128, depth=4,
             context_depth=2, num_heads=4, embedding_norm="layer", batch_size=8, lr=1e-3, warmup_steps=100,
-            steps=4000, flow_steps=10, num_workers=1, log_every=100, val_every=500, ckpt_every=500,
+            steps=3000, flow_steps=10, num_workers=1, log_every=100, val_every=500, ckpt_every=500,
         ),
         "future_flow": dict(amp=True, amp_type="fp16", grad_checkpoint=True, val_epochs=1),
         "future_direct": dict(predictor="direct", loss="l1", grad_clip=0.0, amp=True, amp_type="fp16", val_epochs=1),
@@ -629,8 +630,12 @@ class FutureLatents(V.World):
 
     # -- the verbs of a world model
     def known(self, clip_or_context):
-        """NOW frames [B, T, 3, H, W], or latents [B, K, D] as `encode` gives them -> the latter."""
-        return self.encode(clip_or_context) if clip_or_context.ndim == 5 else clip_or_context
+        """NOW frames [B, T, 3, H, W], or latents [B, K, D] as `encode` gives them -> the latter. ValueError for others
+        than now_frames."""
+        context = self.encode(clip_or_context) if clip_or_context.ndim == 5 else clip_or_context
+        if self.cfg.predictor != "locate" and context.shape[1] != self.cfg.context_tokens:
+            raise ValueError(f"NOW is {self.cfg.now_frames} frames, {self.cfg.context_tokens} latents")
+        return context
 
     @torch.no_grad()
     def predict(self, clip_or_context):
@@ -750,9 +755,9 @@ class FutureLatents(V.World):
 
     def report(self, run, values, seconds):
         """dump_<k>_*: the first held-out clips."""
-        data, began, done = run.source.dataset(self.cfg, "val"), V.time.monotonic(), 0
+        data, began, done = run.source.dataset(self.cfg, "val"), time.monotonic(), 0
         try:
-            while done < self.cfg.dump_clips and (not done or V.time.monotonic() < began + seconds):
+            while done < self.cfg.dump_clips and (not done or time.monotonic() < began + seconds):
                 batch = V.for_step(V.collate([data[done]]), 0, run.process.device)
                 self.dump(batch, Path(run.cfg.out_dir) / f"dump_{done}")
                 done += 1
