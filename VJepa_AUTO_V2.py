@@ -154,7 +154,7 @@ class RunConfig:
 
     # -- run
     preset: str = "base"  # a named set of overrides (base = these defaults)
-    data_root: str = ""  # folder of videos, one video, or a list (csv, txt, jsonl); empty = built-in driving scenes
+    data_root: str = ""  # videos or pictures: folder, file or list (csv, txt, jsonl); empty = built-in driving scenes
     video_glob: str = "*"  # *.mp4: by name; sub/*.mp4: by path below data_root; **/: any folders or none
     out_dir: str = "runs/vjepa_auto_v2"  # everything the run writes
     resume: str = "auto"  # auto (newest checkpoint in out_dir) | never | a checkpoint file
@@ -211,7 +211,7 @@ class RunConfig:
 
     def __post_init__(self):
         """A ~ at the front of a path is the home folder, wherever the config comes from."""
-        for name in ("data_root", "out_dir", "resume", "latents"):
+        for name in ("data_root", "out_dir", "resume", "init_from", "latents"):
             if isinstance(getattr(self, name, None), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
 
@@ -252,7 +252,7 @@ class ClipConfig(RunConfig):
     soon_frames: int = 16  # near future
     channels: int = 3  # RGB
     clip_fps: float = 4.0  # frames per second taken from a video; 0 spreads the frames over the whole file
-    frame_fps: float = 0.0  # frames per second of raw H.264 / HEVC without times; 0 = as header or annotation say
+    frame_fps: float = 0.0  # frames per second of pictures and raw H.264 / HEVC; 0 = as times, header or annotation say
     decoder: str = "auto"  # auto (pyav, then decord) | pyav | decord
     missing_data: str = "scenes"  # when data_root holds no video: scenes | error | random
     latents: str = ""  # folder or csv of latents cached by tools/cache_latents.py, read instead of videos
@@ -310,7 +310,7 @@ class ClipConfig(RunConfig):
 class VJepaAutoV2Config(ClipConfig):
     """The tri-temporal world: how a clip is cut into NOW, SOON and EVENTUALLY, networks, losses, and the flow net."""
 
-    preset: str = "base"  # tiny | proof | small | base | large: a named set of overrides (base = these defaults)
+    preset: str = "base"  # tiny | proof | small | base | large | vjepa2_vitl, h, g, g_384: named overrides
     # -- grid
     eventually_frames: int = 64  # far future
     tubelet_t: int = 2  # frames per token
@@ -322,11 +322,17 @@ class VJepaAutoV2Config(ClipConfig):
     pred_depth: int = 12  # predictor blocks
     num_heads: int = 12  # attention heads of encoder, predictor and outcome head
     mlp_ratio: float = 4.0  # hidden width of an MLP over its width
+    pred_heads: int = 0  # attention heads of the predictor; 0 = num_heads
+    pred_mlp_ratio: float = 0.0  # the same for the predictor; 0 = mlp_ratio
     dropout: float = 0.0  # after attention and MLP
-    pos_embed: str = "sincos"  # sincos (added once) | rope (rotary, inside attention, V-JEPA 2 form)
+    pos_embed: str = "sincos"  # sincos (added once) | rope (rotary, V-JEPA 2 form) | rope21 (V-JEPA 2.1 form)
+    soon_start: str = "last"  # SOON starts from the last NOW tubelet: last | from the mask token alone: mask (V-JEPA 2)
     grad_checkpoint: bool = False  # recompute block activations in backward: less memory, about 26 % more compute
+    # -- weights to start from
+    init_from: str = ""  # V-JEPA 2 weights (folder, .pt, hub id), or a checkpoint; resuming comes first
+    init_key: str = ""  # entry: target_encoder, ema_encoder or encoder, first found; of a checkpoint: target or online
+    allow_partial: bool = False  # start even where tensors of the encoder are missing or too many
     # -- objective
-    init_from: str = ""  # STUB
     freeze_encoder: bool = False  # the encoder of init_from learns nothing: NOW's and the target encoder in one
     teacher: str = "ema"  # ema (the target follows the encoder) | frozen (it is that of init_from, of any width)
     ema_momentum: float = 0.996  # target encoder momentum
@@ -380,6 +386,12 @@ class VJepaAutoV2Config(ClipConfig):
         ema_momentum=0.992, ema_momentum_end=0.998, lambda_soon=2.0, flow_depth=3, flow_chunks=2, num_workers=2,
         outcome_queue=256, crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, amp=True,
     )
+    VJEPA2 = dict(  # what the published sizes share; 8 s of 4 frames per second
+        image_size=256, num_frames=32, now_frames=8, soon_frames=8, eventually_frames=16, clip_fps=4.0,
+        enc_dim=1024, enc_depth=24, num_heads=16, pred_heads=12, pred_mlp_ratio=4.0, pos_embed="rope",
+        soon_start="mask", lr=5e-5, ema_momentum=0.999, batch_size=4, grad_accum=4, grad_checkpoint=True, amp=True,
+    )
+    VITG = dict(VJEPA2, enc_dim=1408, enc_depth=40, num_heads=22, mlp_ratio=48 / 11, batch_size=2, grad_accum=8)
     PRESETS = {
         "tiny": dict(
             MINUTES, steps=500, flow_dim=256, flow_heads=4, flow_draws=16, flow_lr=2e-3, scene_clips=768, scene_size=96,
@@ -399,11 +411,16 @@ class VJepaAutoV2Config(ClipConfig):
             enc_dim=1024, enc_depth=24, num_heads=16, flow_dim=1024, flow_heads=16, batch_size=4, grad_checkpoint=True,
             amp=True,
         ),
+        "vjepa2_vitl": VJEPA2,
+        "vjepa2_vith": dict(VJEPA2, enc_dim=1280, enc_depth=32),
+        "vjepa2_vitg": VITG,
+        "vjepa2_vitg_384": dict(VITG, image_size=384, batch_size=1, grad_accum=16),
     }
     RANGES = {
         "num_frames": (3, 100000), "eventually_frames": (1, 100000), "tubelet_t": (1, 100000), "patch": (1, 8192),
         "enc_dim": (6, 65536), "enc_depth": (1, 1000), "pred_dim": (6, 65536), "pred_depth": (1, 1000),
-        "num_heads": (1, 65536), "mlp_ratio": (0.1, 64), "dropout": (0, 0.9), "ema_momentum": (0, 1),
+        "num_heads": (1, 65536), "mlp_ratio": (0.1, 64), "pred_heads": (0, 65536), "pred_mlp_ratio": (0, 64),
+        "dropout": (0, 0.9), "ema_momentum": (0, 1),
         "ema_momentum_end": (0, 1), "short_num_blocks": (1, 1000), "short_scale": (0.001, 1),
         "long_num_blocks": (1, 1000), "long_scale": (0.001, 1), "aspect_min": (0.05, 20), "aspect_max": (0.05, 20),
         "short_visible": (0, 0.99), "long_visible": (0, 0.99), "mask_draws": (1, 64), "lambda_vjepa": (0, 10**6),
@@ -417,13 +434,14 @@ class VJepaAutoV2Config(ClipConfig):
         "flow_fit_lr": (0, None), "soon_fit_steps": (0, 10**9), "soon_fit_batch": (1, 65536),
     }
     CHOICES = {
-        "pos_embed": ("sincos", "rope"), "outcome_target": ("mean", "delta"), "flow_rest": ("mean", "gaussian"),
-        "teacher": ("ema", "frozen"),
+        "pos_embed": ("sincos", "rope", "rope21"), "soon_start": ("last", "mask"), "outcome_target": ("mean", "delta"),
+        "flow_rest": ("mean", "gaussian"), "teacher": ("ema", "frozen"),
     }
     MUST_MATCH = (
         "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim", "pred_depth", "num_heads",
-        "mlp_ratio", "pos_embed", "outcome_queries", "outcome_queue", "outcome_target", "flow_dim", "flow_depth",
-        "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max", "flow_pool", "freeze_encoder", "teacher",
+        "mlp_ratio", "pred_heads", "pred_mlp_ratio", "pos_embed", "soon_start", "outcome_queries", "outcome_queue",
+        "outcome_target", "flow_dim", "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max",
+        "flow_pool", "freeze_encoder", "teacher",
     )
 
     @property
@@ -477,9 +495,10 @@ class VJepaAutoV2Config(ClipConfig):
             rows += [(getattr(self, name) % self.tubelet_t, name, f"must be divisible by tubelet_t = {self.tubelet_t}")]
         for side in dict.fromkeys((self.height, self.width)):
             rows += [(side % self.patch, "image_size", f"{side} must be divisible by patch = {self.patch}")]
-        for name, heads in (("enc_dim", "num_heads"), ("pred_dim", "num_heads"), ("flow_dim", "flow_heads")):
+        of_predictor = "pred_heads" if self.pred_heads else "num_heads"
+        for name, heads in (("enc_dim", "num_heads"), ("pred_dim", of_predictor), ("flow_dim", "flow_heads")):
             width, count = getattr(self, name), getattr(self, heads)
-            odd = self.pos_embed == "rope" and name != "flow_dim" and (width // count < 6 or width // count % 2)
+            odd = self.pos_embed != "sincos" and name != "flow_dim" and (width // count < 6 or width // count % 2)
             even_heads = f"rope needs an even number of channels per head, at least 6, not {width // count}"
             rows += [
                 (width % count, name, f"must be divisible by {heads} = {count}"),
@@ -489,6 +508,7 @@ class VJepaAutoV2Config(ClipConfig):
         no_fit = self.soon_fit_steps and not self.flow_fit_clips
         taught, needs = self.teacher == "frozen", "needs the weights of init_from (--init_from)"
         rows += [
+            (self.init_key and not self.init_from, "init_key", "chooses within --init_from, which names nothing"),
             (self.freeze_encoder and not self.init_from, "freeze_encoder", needs),
             (taught and not self.init_from, "teacher", needs),
             (taught and self.freeze_encoder, "teacher", "freeze_encoder leaves nothing to teach"),
@@ -928,28 +948,28 @@ class VideoFile:
     name: str  # path below the data root, with /, and #t=begin,end of a part: its identity in logs
     path: str
     label: str = ""  # a maneuver
-    begin: float = 0.0  # seconds after the first frame from which on it may be used
-    length: float = 0.0  # seconds of it that may be; 0: up to the end
-    fps: float = 0.0  # rate of pictures, or of a raw stream
-    times: str = ""  # file with the time of each of their frames, that csv too
-    group: str = ""  # what is held out together
-    signals: str = ""  # its annotation: a file, or the JSON itself
-    pictures: str = ""  # pattern of their names, where path is a folder of pictures or a csv that lists them
+    begin: float = 0.0  # second after the first frame from which on it is used
+    length: float = 0.0  # seconds that are used; 0: up to the end
+    fps: float = 0.0  # of pictures, or of a raw stream
+    times: str = ""  # file with the times of these, that csv too
+    group: str = ""  # held out together
+    signals: str = ""  # an annotation: its file, or itself
+    pictures: str = ""  # pattern of their names, where path is their folder, or a csv of path,time
 
     @property
     def drive(self):
-        """What no split cuts: its group, else all parts of its file."""
+        """What no split cuts: a group, else all parts of a file."""
         is_part = self.begin or self.length
         return self.group or is_part and self.name.rpartition("#t=")[0] or self.name
 
 
 class Listing(list):
     """The videos of a data_root. `notes`: lines for the user; `seen`: what else was found where no video was; `sides`:
-    {side: its videos} where folders split them; `drives`: the folders that hold pictures, as VideoFiles."""
+    {side: its videos} where folders split them; `drives`: the Listing of folders with pictures."""
 
     def __init__(self, videos=(), notes=(), seen="", drives=()):
         super().__init__(videos)
-        self.notes, self.seen, self.sides, self.drives = list(notes), seen, {}, list(drives)
+        self.notes, self.seen, self.sides, self.drives = list(notes), seen, {}, drives
 
 
 def name_some(names, most=3):
@@ -999,8 +1019,7 @@ def walk_folder(root, closed):
 
 def one_name_each(videos):
     """Leave out further names of one file (links) -> (videos, names left out). One that brings another label stays,
-    under the first name: the split goes by names, so no file ever stands on both sides. Parts of a file are files of
-    their own, on one side unless their groups say otherwise."""
+    under the first name: the split goes by names, so no file ever stands on both sides, nor its parts without group."""
     first, drives, kept, left_out = {}, {}, [], []
     for video in videos:
         key = video.name
@@ -1064,8 +1083,9 @@ def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
     videos, links = one_name_each(sorted(found, key=operator.attrgetter("name")))
     notes = left_out_note("WARNING", closed, f"folder(s) below {one_line(root)} cannot be read and")
     notes += left_out_note("note", links, "further name(s) of files listed already (links)")
-    listing = Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}", drives.values())
-    split_by_folders(listing, root)
+    drives = Listing(sorted(drives.values(), key=operator.attrgetter("name")))
+    listing = Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}", drives)
+    split_by_folders(listing or drives, root)
     return listing
 
 
@@ -1303,11 +1323,7 @@ class ClipPlan:
     u_y: float
     frame_fps: float = 0.0  # rate of a raw stream, whatever its header says; 0: the header's
     noted_fps: float = 0.0  # rate that its annotation names, for a raw stream whose header names none
-    # -- of the file, by fit_plan
-    begin: float = 0.0  # the window lies from this second on
-    length: float = 0.0  # and within so many; 0: up to the end
-    times: str = ""  # file with the times of a raw stream's frames, or of pictures
-    pictures: str = ""  # pattern of the names of pictures
+    file: VideoFile = VideoFile("", "")  # which part of it may be used, and its told times; set by fit_plan
 
 
 @dataclass(frozen=True)
@@ -1334,13 +1350,12 @@ class TimeLine:
 
 
 def usable_part(plan, duration, native_fps):
-    """Seconds of a file that a plan may use, from plan.begin on. BadFile for a list that promises more than there is,
-    but for what containers round off."""
-    rest, slack = duration - plan.begin, 1.0 + 2 / native_fps
-    if plan.begin and rest < 0.5 / native_fps or plan.length > rest + slack:
-        part = f"from {plan.begin:.2f} s on" + f" for {plan.length:.2f} s" * bool(plan.length)
-        raise BadFile(f"lasts {duration:.2f} s, and is to be used {part}")
-    return min(rest, plan.length or rest)
+    """Seconds of a file that a plan may use. BadFile for a list that promises more than containers round off."""
+    begin, length, slack = plan.file.begin, plan.file.length, 1.0 + 2 / native_fps
+    rest = duration - begin
+    if begin and rest < 0.5 / native_fps or length > rest + slack:
+        raise BadFile(f"lasts {duration:.2f} s, its line asks for begin {begin:g}, length {length or 'to its end'}")
+    return min(rest, length or rest)
 
 
 def frame_times(plan, duration, native_fps):
@@ -1349,14 +1364,14 @@ def frame_times(plan, duration, native_fps):
     than the window gives frames over its whole length; one with too few frames each of them, then the last again."""
     steps, half = np.arange(plan.num_frames), 0.5 / native_fps
     window = plan.num_frames / plan.fps if plan.fps else math.inf
-    half = min(half, duration / 2) if plan.length else half
+    half = min(half, duration / 2) if plan.file.length else half
     if duration >= window - half:
         times = plan.u_start * max(duration - window, 0.0) + steps / plan.fps + half
     elif duration * native_fps < plan.num_frames:
         times = steps / native_fps + half
     else:
         times = steps * (duration / plan.num_frames) + half
-    return plan.begin + (np.minimum(times, duration - half) if plan.length else times)  # no frame of a neighbour
+    return plan.file.begin + (np.minimum(times, duration - half) if plan.file.length else times)  # no neighbour's
 
 
 def crop_box(plan, width, height):
@@ -1439,14 +1454,15 @@ def list_pictures(folder, pattern):
 
 def picture_line(path, plan):
     """A drive of pictures -> (paths, seconds of each, seconds that may be used, frames per second). BadFile."""
-    if not plan.times and not plan.frame_fps:
+    told = plan.file.times
+    if not told and not plan.frame_fps:
         raise BadFile("its pictures have no times: fps or times in its line, or --frame_fps")
-    seconds, paths = read_times(plan.times) if plan.times else ([], ())
-    if path != plan.times:
-        paths = list_pictures(path, plan.pictures)
-        seconds = seconds if plan.times else np.arange(len(paths)) / plan.frame_fps
+    seconds, paths = read_times(told) if told else ([], ())
+    if path != told:
+        paths = list_pictures(path, plan.file.pictures)
+        seconds = seconds if told else np.arange(len(paths)) / plan.frame_fps
     if len(paths) != len(seconds):
-        raise BadFile(f"{len(paths)} pictures, and {len(seconds)} times in {one_line(os.path.basename(plan.times))}")
+        raise BadFile(f"{len(paths)} pictures, and {len(seconds)} times in {one_line(os.path.basename(told))}")
     fps = 1 / float(np.median(np.diff(seconds))) if len(seconds) > 1 else plan.frame_fps
     return paths, seconds, usable_part(plan, float(seconds[-1]) + 1 / fps, fps), fps
 
@@ -1469,25 +1485,23 @@ def between_gaps(plan, seconds):
     steps = np.diff(seconds)
     step = float(np.median(steps))
     gaps = np.flatnonzero(steps > max(GAP_S, GAP_STEPS * step))
-    begins = np.maximum(seconds[[0, *gaps + 1]], plan.begin)
-    ends = np.minimum(seconds[[*gaps, -1]] + step, plan.begin + plan.length if plan.length else math.inf)
-    lengths = ends - begins
+    begins = np.maximum(seconds[[0, *gaps + 1]], plan.file.begin)
+    lengths = np.minimum(seconds[[*gaps, -1]] + step, plan.file.begin + (plan.file.length or math.inf)) - begins
     if not len(gaps) or lengths.max() <= 0:  # it begins behind the end, which usable_part says
         return plan
     window = plan.num_frames / plan.fps - step / 2 if plan.fps else math.inf
     until = np.cumsum(lengths * (lengths >= min(window, lengths.max())))
     place = max(plan.u_start * until[-1], 1e-9)
     chosen = int(np.searchsorted(until, place))
-    begin, length = float(begins[chosen]), float(lengths[chosen])
-    return replace(plan, begin=begin, length=length, u_start=float(1 - (until[chosen] - place) / length))
+    part = replace(plan.file, begin=float(begins[chosen]), length=float(lengths[chosen]))
+    return replace(plan, file=part, u_start=float(1 - (until[chosen] - place) / part.length))
 
 
 def fit_plan(plan, video, annotation=()):
     """A plan -> the same for a file: which part of it may be used, and what tells the times of its frames. BadFile."""
-    fps, noted = video.fps or plan.frame_fps, dict(annotation).get("fps") or 0.0
-    part = dict(begin=video.begin, length=video.length, times=video.times, pictures=video.pictures)
-    plan = replace(plan, frame_fps=fps, noted_fps=noted, **part)
-    return between_gaps(plan, read_times(plan.times)[0]) if plan.times else plan
+    noted = dict(annotation).get("fps") or 0.0
+    plan = replace(plan, file=video, frame_fps=video.fps or plan.frame_fps, noted_fps=noted)
+    return between_gaps(plan, read_times(video.times)[0]) if video.times else plan
 
 
 def playing_stream(container):
@@ -1610,10 +1624,10 @@ def time_line(container, stream, plan, fast=True):
     """-> (TimeLine, its packets from the first key packet on). A transport stream's line covers all its parts."""
     kind, codec, unit, stamp = container.format.name, stream.codec_context, stream.time_base, file_stamp(container)
     packets, fps = from_key(container.demux(stream)), float(stream.average_rate or stream.guessed_rate or 25)
-    if kind in RAW_FORMATS and plan.times:
-        told, count = read_times(plan.times)[0], count_packets(stamp)
+    if kind in RAW_FORMATS and (path := plan.file.times):
+        told, count = read_times(path)[0], count_packets(stamp)
         if len(told) < count:
-            raise BadFile(f"{count} frames, and {len(told)} times in {one_line(os.path.basename(plan.times))}")
+            raise BadFile(f"{count} frames, and {len(told)} times in {one_line(os.path.basename(path))}")
         fps = 1 / float(np.median(np.diff(told)))
         return TimeLine(0, unit, float(told[count - 1]) + 1 / fps, fps, in_order=True, told=told), packets
     if kind in RAW_FORMATS:
@@ -1802,7 +1816,7 @@ def read_pyav(path, plan, fast=True):
 
 def video_timing(path, plan):
     """-> (seconds that may be used, frames per second) of a video, for frame_times of a plan. BadFile for a bad one."""
-    if plan.pictures:
+    if plan.file.pictures:
         return picture_line(path, plan)[2:]
     with opened_stream(path) as (container, stream):
         line, _ = time_line(container, stream, plan)
@@ -1869,7 +1883,7 @@ def read_decord(path, plan):
     open_decord = partial(decord.VideoReader, path, ctx=decord.cpu(0), num_threads=1)
     try:
         # in HEVC and AV1 its frames may be two off, which at a border is another episode
-        if beyond := "parts of a file" if plan.begin or plan.length else beyond_decord(path):
+        if beyond := "parts of a file" if plan.file.begin or plan.file.length else beyond_decord(path):
             raise CannotOpen(f"only pyav is trusted with {beyond}")
         height, width = open_decord()[0].shape[:2]
         scaled_w, scaled_h, x, y = crop_box(plan, width, height)
@@ -1890,7 +1904,7 @@ READERS = {"pyav": read_pyav, "decord": read_decord}
 
 def read_frames(path, plan, decoder):
     """Decode just the frames of a plan, resized -> uint8 [T, H, W, 3]. BadFile with every decoder's reason."""
-    if plan.pictures:
+    if plan.file.pictures:
         return read_pictures(path, plan)
     check_regular(path)
     reasons = []
@@ -2806,19 +2820,25 @@ class SceneDataset(ClipDataset):
         return (frames[:, :, ::-1] if flip else frames), index % len(self.videos), labels, [], flip
 
 
+def whole_tokens(found, plan):
+    """Latents that others cached, [B, D, T, H, W] or [D, T, H, W] -> tokens [L, D] of one clip, drawn by plan, 0 to 1.
+    BadFile for anything else."""
+    if not torch.is_tensor(found) or found.ndim not in (4, 5) or not found.is_floating_point() or not len(found):
+        raise BadFile(f"latents are no tensor [B, D, T, H, W] or [D, T, H, W], but {describe_form(found)}")
+    return (found[int(plan * len(found))] if found.ndim == 5 else found).flatten(1).T.float()
+
+
 class LatentDataset(FileDataset):
-    """What a frozen encoder makes of clips, a cached file for each. `cache`: what cache.json says, the forms of a
-    foreign cache; `world`, without memory, takes clips of a foreign one apart."""
+    """What a frozen encoder makes of clips, a cached file for each. `cache`: what cache.json says; of a cache of others
+    the forms alone, and `world`, which has no memory, takes its clips apart."""
 
     SUFFIXES, cache, world = (".pt",), {}, None
 
     @staticmethod
     def notes(cfg, source):
-        cache, what = source.Dataset.cache, f"latents {cfg.latents}: whole clips were encoded, so NOW saw its future"
-        told = (
-            f"latents: {cfg.latents}, made by {cache['settings']['world']}" if "frozen" in cache else f"WARNING: {what}"
-        )
-        return [f"{told}; pictures are neither read nor encoded"]
+        own = "frozen" in source.Dataset.cache
+        told = "" if own else "WARNING: whole clips were encoded, so NOW saw its future: "
+        return [f"{told}latents of {cfg.latents} are read, videos neither decoded nor encoded"]
 
     def read_file(self, video, plan):
         check_regular(video.path)
@@ -2826,8 +2846,7 @@ class LatentDataset(FileDataset):
             found = torch.load(video.path, map_location="cpu", weights_only=True)
         except Exception as error:  # such a file makes the unpickler raise anything
             raise BadFile(f"latents cannot be read ({type(error).__name__}: {flat(error)[:160]})") from error
-        if "frozen" not in self.cache:
-            found = self.world.latents_of(whole_tokens(found, plan))
+        found = found if self.world is None else self.world.latents_of(whole_tokens(found, plan))
         if not isinstance(found, dict):
             raise BadFile(f"latents are no dict of tensors, but {describe_form(found)}")
         if odd := [name for name, value in found.items() if torch.is_tensor(value) and not value.isfinite().all()]:
@@ -2838,15 +2857,6 @@ class LatentDataset(FileDataset):
         forms = self.cache["tensors"].items()
         zeros = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms}
         return {**zeros, "maneuver": torch.tensor(-1)}
-
-
-def whole_tokens(found, plan):
-    """A foreign file, [B, D, T, H, W] or [D, T, H, W] -> tokens [L, D] of one clip, drawn by plan in 0 to 1. BadFile
-    for anything else."""
-    if not torch.is_tensor(found) or found.ndim not in (4, 5) or not found.is_floating_point() or not len(found):
-        raise BadFile(f"latents are no tensor [B, D, T, H, W] or [D, T, H, W], but {describe_form(found)}")
-    clip = found[int(plan * len(found))] if found.ndim == 5 else found
-    return clip.flatten(1).T.float()
 
 
 def tensor_forms(tensors):
@@ -2861,24 +2871,23 @@ def latent_settings(world, cfg):
 
 
 def read_cache(world, cfg):
-    """The csv of `latents` and its cache.json -> (its path, rows, cache, {} for one of others). UsageError where they
-    cannot be read or were made with other settings than the config's."""
-    place, cache, what = Path(cfg.latents), {}, f"latents {one_line(cfg.latents)}"
+    """The csv of `latents` -> (its path, rows, what its cache.json says, {} for a cache of others). UsageError where
+    they cannot be read or were made with other settings."""
+    place, cache, other, what = Path(cfg.latents), {}, [], f"latents {one_line(cfg.latents)}"
     index = place / "index.csv" if place.is_dir() else place
-    about, here = index.parent / "cache.json", latent_settings(world, cfg)
+    about = index.parent / "cache.json"
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(index, MAX_LIST_BYTES), newline="")))
         if place.is_dir() or index.name == "index.csv" and about.is_file():
             cache = parse_json(read_text(about, 2**24))
             [torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in cache["tensors"].values()]
-            other = [f"{name} = {value} (here {here.get(name)})" for name, value in cache["settings"].items()]
-            other = [text for text, name in zip(other, cache["settings"]) if cache["settings"][name] != here.get(name)]
+            here, then = latent_settings(world, cfg), cache["settings"]
+            other = [f"{name} = {then.get(name)} (here {here[name]})" for name in here if then.get(name) != here[name]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, csv.Error) as error:
-        made = f"python tools/cache_latents.py --out {one_line(place)} makes it, and goes on where it was stopped"
-        raise UsageError(
-            f"{what}: no {index.name} or cache.json that can be read ({reason_of(error)}); {made}"
-        ) from error
-    if cache and other:
+        made = "tools/cache_latents.py makes them, and goes on where it was stopped"
+        told = f"{what}: no {index.name} or cache.json that can be read ({reason_of(error)})"
+        raise UsageError(f"{told}; {made}") from error
+    if other:
         raise UsageError(f"{what}: made with {', '.join(other)}; use the same, or another cache (--latents)")
     needed = ("out_path", "name", "begin", "group") if cache else ("out_path",)
     if not rows or not all(row.get(name) for row in rows for name in needed):
@@ -2887,9 +2896,9 @@ def read_cache(world, cfg):
 
 
 def list_latents(world, cfg):
-    """The clips of a cache -> Listing with the class that reads them, `Dataset`, and `root`, a list of their videos.
-    UsageError as of read_cache, for a world without such latents, and where no foreign file fits."""
-    if world.latents is World.latents:
+    """The clips of a cache -> Listing, with `Dataset`, which reads them, and `root`, the list of their videos.
+    UsageError as of read_cache, for a world that reads none, and where no file of others fits."""
+    if not world.latent_fields:
         raise UsageError(f"latents = {one_line(cfg.latents)}: {world.__name__} has none to read (--latents)")
     index, rows, cache = read_cache(world, cfg)
     listing, reason = Listing(), "no file"
@@ -2899,23 +2908,22 @@ def list_latents(world, cfg):
         listing.append(VideoFile(name, path, row.get("maneuver") or "", group=row.get("group") or ""))
     if cache.get("split") == "folders":
         listing.sides = {side: [clip for clip in listing if clip.name.startswith(f"{side}/")] for side in SIDES}
+    listing.root = str(index.parent / "list.jsonl" if cache else index)
+    listing.Dataset = kind = type("LatentDataset", (LatentDataset,), {"cache": cache})
+    if cache:
+        return listing
     with torch.device("meta"):
-        listing.Dataset = type("LatentDataset", (LatentDataset,), {"cache": cache, "world": world(cfg)})
-    listing.root, data = (
-        str(index.parent / "list.jsonl" if cache else index),
-        listing.Dataset(cfg, listing, "", "train"),
-    )
-    for clip in listing[: 0 if cache else 16]:
+        kind.world = world(cfg)
+    for clip in listing[:16]:
         try:
-            found = data.read_file(clip, 0.0)
+            forms = tensor_forms(kind(cfg, [clip], "", "train").read_file(clip, 0.0))
         except BadFile as error:
             reason = f"{clip.name}: {error}"
         else:
-            listing.Dataset.cache = {"tensors": tensor_forms({k: v for k, v in found.items() if k != "maneuver"})}
-            break
-    if not listing.Dataset.cache:
-        raise UsageError(f"latents {one_line(cfg.latents)}: no usable file among its first ({reason})")
-    return listing
+            del forms["maneuver"]
+            kind.cache = {"tensors": forms}
+            return listing
+    raise UsageError(f"latents {one_line(cfg.latents)}: no usable file among the first ({reason})")
 
 
 def maneuver_names(videos, data_root):
@@ -2951,15 +2959,12 @@ class DataSource:
     by_folders: bool = False  # whether folders split the files, not the hash of their names
 
     def listing(self):
-        """What a checkpoint keeps of it: number of files and what splits them, groups too; a user's names unless too
+        """What a checkpoint keeps of it: number of files and what splits them; a user's names, with groups, unless too
         many."""
         videos = (*self.train, *self.val)
-        names = sorted({video.name for video in videos})
+        names = sorted({f"{video.name} of {video.group}" if video.group else video.name for video in videos})
         kept = names if self.kind == "videos" and len(names) <= MAX_LISTED else []
         split = "folders" if self.by_folders else "hash"
-        groups = sorted({(video.name, video.group) for video in videos if video.group})
-        if groups:
-            split = f"groups {hashlib.sha256(repr(groups).encode()).hexdigest()[:12]}"
         return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept, "split": split}
 
     def dataset(self, cfg, stream):
@@ -2989,24 +2994,22 @@ def instead_of_videos(cfg, videos):
 
 
 def drives_of_pictures(cfg, videos):
-    """What was listed -> the same, or where it is no video the folders of pictures, if --frame_fps tells their rate.
-    UsageError for layouts that would be misread without a list."""
+    """What was listed -> the same, or where it is no video the folders of pictures, whose rate --frame_fps tells.
+    UsageError without it, and for layouts that would be misread without a list."""
     root, layout = cfg.data_root, ""
     command = f"python tools/make_list.py {root} --out LIST.jsonl"
     with suppress(OSError, ValueError):
         if '"codebase_version"' in read_text(os.path.join(root, "meta", "info.json"), MAX_ANNOTATION_BYTES):
-            layout = "LeRobot, whose files hold several episodes or cameras of one"
+            layout = "LeRobot, several episodes in a file or cameras of one"
     streams = (video.path for video in videos if video.path.endswith("/video.hevc") and not (video.fps or video.times))
     if not cfg.frame_fps and any(os.path.exists(path[:-10] + "global_pose/frame_times") for path in streams):
         layout = "comma2k19, whose streams hold no times"
     if layout:
         raise UsageError(f"data_root {root}: this is {layout}; {command} makes the list to be given instead")
-    if videos or not videos.drives:
-        return videos
-    if cfg.frame_fps:
-        return Listing(sorted(videos.drives, key=operator.attrgetter("name")))
-    rate = "--frame_fps N takes each of its folders of pictures for a drive of that rate"
-    raise UsageError(f"data_root {root}: {nothing_found(cfg, videos)}; {command} makes a list of what it knows; {rate}")
+    if videos.drives and not videos and not cfg.frame_fps:
+        cure = f"{command} makes a list of known layouts, and --frame_fps N takes each folder of pictures for a drive"
+        raise UsageError(f"data_root {root}: {nothing_found(cfg, videos)}; {cure}")
+    return videos or videos.drives or videos
 
 
 def list_data(cfg, Dataset=ClipDataset):
@@ -4065,12 +4068,12 @@ class World(nn.Module):
     latent_fields = ()  # names of the settings that decide what latents are
 
     def latents(self, batch):
-        """All that `forward` needs of the clips of a batch, where no trained part has touched it -> {name: tensor [B,
-        ...]}. tools/cache_latents.py keeps it; with --latents, a batch holds these instead of `frames`."""
+        """All that `forward` needs of a batch's clips, made by FROZEN parts alone -> {name: tensor [B, ...]}. With
+        --latents a batch holds these, as tools/cache_latents.py kept them, instead of `frames`."""
         return {}
 
     def latents_of(self, whole):
-        """`latents` of one clip, without batch axis, from all its tokens [L, D]: a cache that others made."""
+        """All tokens [L, D] of a clip of a cache that others made -> its `latents`, without batch axis."""
         raise BadFile(f"{type(self).__name__} reads no latents of whole clips")
 
     # -- a step
@@ -4157,6 +4160,9 @@ class World(nn.Module):
         """After the last evaluation, on rank 0: draw a picture, in about so many seconds. Stopped on a signal."""
 
     # -- start-up lines
+    def take_weights(self, say):
+        """Take in weights that the config names where a run begins, not where one goes on. `say` logs a line."""
+
     def describe(self):
         """Lines about the model; by default its parameters."""
         sizes = {name: sum(p.numel() for p in child.parameters()) / 1e6 for name, child in self.named_children()}
@@ -4271,13 +4277,15 @@ def sincos_table(positions, dim):
     return F.pad(code, (0, dim - code.shape[1])).float()
 
 
-def rope_table(positions, head_dim):
+def rope_table(positions, head_dim, paired=False):
     """3D rotary angles in V-JEPA 2's published form -> (cos, sin), float32 [L, head_dim].
 
     A head's channels are split in three equal even parts (t, h, w); the rest stays unrotated (cos 1, sin 0). Each part
-    repeats its frequency list twice while rotating neighbouring pairs: the published weights expect that.
+    repeats its frequency list twice while rotating neighbouring pairs: the published weights expect that. Those of
+    V-JEPA 2.1 expect one frequency per pair (`paired`).
     """
-    angles = axis_angles(positions, head_dim // 6).repeat(1, 1, 2).flatten(1)
+    angles = axis_angles(positions, head_dim // 6)
+    angles = (angles.repeat_interleave(2, 2) if paired else angles.repeat(1, 1, 2)).flatten(1)
     rest = (0, head_dim - angles.shape[1])
     return F.pad(angles.cos(), rest, value=1.0).float(), F.pad(angles.sin(), rest).float()
 
@@ -4378,9 +4386,10 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """A stack of blocks and a last norm over tokens at given positions: [B, N, dim] -> [B, N, dim]."""
 
-    def __init__(self, cfg, dim, depth):
+    def __init__(self, cfg, dim, depth, num_heads=0, mlp_ratio=0.0):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, cfg.num_heads, cfg.mlp_ratio, cfg.dropout) for _ in range(depth))
+        sizes = dim, num_heads or cfg.num_heads, mlp_ratio or cfg.mlp_ratio, cfg.dropout
+        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(depth))
         self.norm, self.grad_checkpoint = nn.LayerNorm(dim, eps=1e-6), cfg.grad_checkpoint
         init_weights(self)
         for number, block in enumerate(self.blocks, 1):
@@ -4402,17 +4411,36 @@ def gather_tokens(tokens, idx):
 
 
 class PositionCode(nn.Module):
-    """Positions of the clip's token grid as buffers: an additive code (sincos) or rotary angles (rope)."""
+    """Positions of a token grid as buffers: an additive code (sincos) or rotary angles (rope, rope21)."""
 
-    def __init__(self, cfg, dim):
+    def __init__(self, kind, grid, dim, num_heads):
         super().__init__()
-        self.is_rope, positions = cfg.pos_embed == "rope", grid_positions(cfg.grid)
+        self.kind, self.grid, self.dim, self.num_heads, self.other = kind, grid, dim, num_heads, None
+        self.is_rope, positions = kind != "sincos", grid_positions(grid)
+        if kind == "rope21":  # rows and columns of every grid span those of its pretraining, 0 to 15
+            spans = [1.0, *(15 / max(size - 1, 1) for size in grid[1:])]
+            positions = positions * torch.tensor(spans, dtype=torch.float64)
         if self.is_rope:
-            tables = dict(zip(("cos", "sin"), rope_table(positions, dim // cfg.num_heads)))
+            tables = dict(zip(("cos", "sin"), rope_table(positions, dim // num_heads, kind == "rope21")))
         else:
             tables = {"code": sincos_table(positions, dim)}
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
+
+    def changed(self, kind=None, grid=None):
+        """The code of another kind or grid, on the same device."""
+        with torch.inference_mode(False):  # it may be made in a look at a clip, and used in training
+            code = PositionCode(kind or self.kind, grid or self.grid, self.dim, self.num_heads)
+        return code.to(next(self.buffers()))
+
+    def at(self, grid):
+        """The code of a grid: this one where it has as many rows and columns and no more tubelets, else another, which
+        is kept until one of a third grid is asked for."""
+        if grid[1:] == self.grid[1:] and grid[0] <= self.grid[0]:
+            return self
+        if self.other is None or self.other.grid != grid:
+            self.other = self.changed(grid=grid)
+        return self.other
 
     def add(self, x, idx):
         """x [B, N, dim] at positions idx [B, N] -> x with the additive code; unchanged for rope."""
@@ -4455,18 +4483,25 @@ class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.tokenizer, self.position = Tokenizer(cfg), PositionCode(cfg, cfg.enc_dim)
+        self.tokenizer = Tokenizer(cfg)
+        self.position = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads)
         self.trunk = Trunk(cfg, cfg.enc_dim, cfg.enc_depth)
 
-    def encode(self, tokens, keep_idx):
-        """tokens [B, L, D] of the tokenizer, keep_idx [B, K] -> context [B, K, D]; other tokens are never seen."""
-        x = self.position.add(gather_tokens(tokens, keep_idx), keep_idx)  # [B, K, D]
-        return self.trunk(x, self.position.rope(keep_idx))
+    def encode(self, tokens, keep_idx, grid=None):
+        """tokens [B, L, D] of the tokenizer, keep_idx [B, K] -> context [B, K, D]; other tokens are never seen. `grid`:
+        (t, h, w) of the tokens, by default the config's."""
+        position = self.position if grid is None else self.position.at(grid)
+        x = position.add(gather_tokens(tokens, keep_idx), keep_idx)  # [B, K, D]
+        return self.trunk(x, position.rope(keep_idx))
 
     def forward(self, clip):
-        """Whole clip [B, T, C, H, W], T at most num_frames -> [B, L, D]."""
+        """Whole clip [B, T, C, H, W] of any length and size in whole tubelets and patches -> [B, L, D]."""
+        sizes, units = (clip.shape[1], *clip.shape[3:]), self.tokenizer.proj.weight.shape[2:]
+        if any(size % unit for size, unit in zip(sizes, units)):
+            raise UsageError(f"a clip of {sizes[0]} x {sizes[1]} x {sizes[2]} is cut in pieces of {list(units)}")
         tokens = self.tokenizer(clip)  # [B, L, D]
-        return self.encode(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1))
+        everything = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        return self.encode(tokens, everything, tuple(size // unit for size, unit in zip(sizes, units)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4478,15 +4513,17 @@ class Predictor(nn.Module):
     """Narrow transformer that fills masked positions from a context; one mask token per family (short, long, SOON).
 
     A SOON position starts from what the context holds at its site in the last NOW tubelet, so that the trunk learns
-    what changes and need not first learn to copy.
+    what changes and need not first learn to copy; not so where `soon_start` is mask, as in published predictors.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        self.sites = cfg.sites
-        self.embed, self.position = nn.Linear(cfg.enc_dim, cfg.pred_dim), PositionCode(cfg, cfg.pred_dim)
+        self.sites, self.from_last, num_heads = cfg.sites, cfg.soon_start == "last", cfg.pred_heads or cfg.num_heads
+        self.embed = nn.Linear(cfg.enc_dim, cfg.pred_dim)
+        self.position = PositionCode(cfg.pos_embed, cfg.grid, cfg.pred_dim, num_heads)
         self.mask_tokens = nn.Parameter(torch.zeros(SOON + 1, cfg.pred_dim))
-        self.trunk, self.out = Trunk(cfg, cfg.pred_dim, cfg.pred_depth), nn.Linear(cfg.pred_dim, cfg.enc_dim)
+        self.trunk = Trunk(cfg, cfg.pred_dim, cfg.pred_depth, num_heads, cfg.pred_mlp_ratio)
+        self.out = nn.Linear(cfg.pred_dim, cfg.enc_dim)
         init_weights(self.embed)
         init_weights(self.out)
         nn.init.trunc_normal_(self.mask_tokens, std=0.02)
@@ -4496,21 +4533,10 @@ class Predictor(nn.Module):
         idx = torch.cat([keep_idx, mask_idx], 1)  # [B, K + M]
         holes = self.mask_tokens[family].expand(*mask_idx.shape, -1)  # [B, M, P]
         seen = self.embed(context)  # [B, K, P]
-        if family == SOON:
+        if family == SOON and self.from_last:
             holes = holes + seen[:, -self.sites :].repeat(1, mask_idx.shape[1] // self.sites, 1)
         x = self.position.add(torch.cat([seen, holes.to(seen.dtype)], 1), idx)  # [B, K + M, P]
         return self.out(self.trunk(x, self.position.rope(idx))[:, keep_idx.shape[1] :])
-
-
-def load_encoder(path):
-    """STUB"""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UsageError(f"init_from {path}: {reason_of(error)}") from error
-    encoder = Encoder(VJepaAutoV2Config(**state["cfg"]))
-    encoder.load_state_dict(state["target"])
-    return encoder.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5094,13 +5120,13 @@ def save_picture(image, path):
 
 
 def videos_behind(world, cfg, path):
-    """The list that tools/cache_latents.py left of a cache's windows -> (their DataSource, names that are gone)."""
+    """The list that tools/cache_latents.py left of a cache's clips -> (their DataSource or None, what is gone)."""
     if not path.endswith(".jsonl") or not os.path.exists(path):
         return None, [path]
-    cfg = replace(cfg, latents="", data_root=path)
-    videos = list_data(cfg)
-    gone = [video.name for video in videos if not os.path.exists(video.path)]
-    return None if gone else open_data(world, cfg, videos, True, None), gone
+    videos = read_list(path)
+    if gone := [video.name for video in videos if not os.path.exists(video.path)]:
+        return None, gone
+    return open_data(world, replace(cfg, data_root=path), videos, True, None), []
 
 
 @torch.no_grad()
@@ -5125,7 +5151,356 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 21  Model: batch -> dict of losses (online + EMA target)
+# 21  Weights: published encoders and predictors <-> ours
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors have three sets of names: V-JEPA 2's own, by which they are known here, transformers', and this file's.
+
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 22, 1664: 26}  # by width: an official .pt does not say them
+ENCODER_SIZES = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio", "tubelet_t", "patch")
+FRAMES_SEEN = 64  # of the longest clips in the published pretraining
+# fmt: off
+OUR_ENCODER = (("tokenizer.", "patch_embed."), ("trunk.blocks.", "blocks."), ("trunk.norm.", "norm."))
+OUR_PREDICTOR = (
+    ("embed.", "predictor_embed."), ("trunk.blocks.", "predictor_blocks."), ("trunk.norm.", "predictor_norm."),
+    ("out.", "predictor_proj."),
+)
+TRANSFORMERS = (
+    ("encoder.embeddings.patch_embeddings.", "patch_embed."), ("encoder.layer.", "blocks."),
+    ("encoder.layernorm.", "norm."), ("predictor.embeddings.predictor_embeddings.", "predictor_embed."),
+    ("predictor.embeddings.mask_tokens", "mask_tokens"), ("predictor.layer.", "predictor_blocks."),
+    ("predictor.layernorm.", "predictor_norm."), ("predictor.proj.", "predictor_proj."),
+)
+CONFIG_NAMES = {  # fields of a config -> transformers' names
+    "num_heads": "num_attention_heads", "pred_heads": "pred_num_attention_heads", "num_frames": "frames_per_clip",
+    "image_size": "crop_size", "patch": "patch_size", "tubelet_t": "tubelet_size", "enc_dim": "hidden_size",
+    "enc_depth": "num_hidden_layers", "mlp_ratio": "mlp_ratio", "pred_dim": "pred_hidden_size",
+    "pred_depth": "pred_num_hidden_layers", "pred_mlp_ratio": "pred_mlp_ratio",
+}
+NO_PLACE = {  # what may stand beside an encoder, and why it is left out
+    "(predictor_)?pos_embed": "rope needs none", "patch_embed_img|img_mod_embed": "for single pictures",
+    "norms_block": "norms at other depths", "pooler|classifier": "a classifier's",
+}
+# fmt: on
+
+
+def extra(name, why):
+    """A package that only some need, imported. UsageError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"{why}: needs the package {name} (pip install {name})") from error
+
+
+def renamed(name, pairs):
+    """The name of a tensor by the first of the pairs (old beginning, new beginning) that fits, else as it is."""
+    return next((new + name[len(old) :] for old, new in pairs if name.startswith(old)), name)
+
+
+def own_tensor(value, name, path):
+    """A tensor of a file -> a copy in fp32. UsageError where it is none, or not finite."""
+    if not isinstance(value, torch.Tensor):
+        raise UsageError(f"{path}: {one_line(name)} is a {type(value).__name__}, not a tensor")
+    value = value.to(torch.float32, copy=True)
+    if not value.isfinite().all():
+        raise UsageError(f"{path}: {one_line(name)} holds NaN or infinite numbers")
+    return value
+
+
+def check_weights(folder):
+    """A folder of transformers, weights in one safetensors file or in shards -> {name: fp32 tensor}, all finite.
+    UsageError for files that are absent, cut, damaged, git lfs pointers, or outside the folder."""
+    folder, tensors = Path(folder), {}
+    table = read_mapping(folder / "model.safetensors.index.json", 2**25).get("weight_map") or {"": "model.safetensors"}
+    for shard in sorted(set(map(str, table.values()))):
+        path = folder / shard
+        if Path(shard).name != shard:
+            raise UsageError(f"{folder}: its index names {shown(shard)}, no file of that folder")
+        if not path.is_file():
+            raise UsageError(f"{folder}: no weights, it lacks {shard}")
+        safetensors = extra("safetensors", path)
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                names = list(file.keys())
+            for name in names:  # each by itself: pages of a file that stays open count as memory
+                with safetensors.safe_open(path, "pt") as file:
+                    tensors[name] = own_tensor(file.get_tensor(name), name, path)
+        except safetensors.SafetensorError as error:
+            why = "cut, damaged, or a git lfs pointer (git lfs pull)"
+            raise UsageError(f"{path}: {why}: {flat(error)[:160]}") from error
+    if lacking := [name for name in table if name and name not in tensors]:
+        raise UsageError(f"{folder}: its shards lack {name_some(lacking)}, which the index promises")
+    return tensors
+
+
+@dataclass
+class Origin:
+    """What is known of weights beside their tensors."""
+
+    path: str
+    what: str  # in words
+    cfg: dict  # fields of a config that the file decides
+    no_predictor: str = ""  # why there is none to load
+    left_out: str = ""  # what and why
+
+
+def read_folder(folder):
+    """A folder of transformers -> (tensors, Origin). UsageError for another model, or one that computes otherwise."""
+    config = read_mapping(folder / "config.json", 2**20)
+    fixed = {"model_type": "vjepa2", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True, "in_chans": 3}
+    for name, value in fixed.items():
+        if (found := config.get(name, value if "model_type" in config else None)) != value:
+            raise UsageError(f"{folder}: {name} = {shown(found)} in its config.json, only {value} can be taken")
+    cfg = dict(num_heads=16, pred_heads=12, num_frames=FRAMES_SEEN, image_size=256)  # as transformers has them
+    cfg = {name: config.get(CONFIG_NAMES[name], default) for name, default in cfg.items()}
+    if odd := [CONFIG_NAMES[name] for name, number in cfg.items() if not fits(int, number) or number < 1]:
+        raise UsageError(f"{folder}: {odd[0]} in its config.json is no number above 0")
+    tensors = {
+        renamed(name.removeprefix("vjepa2."), TRANSFORMERS).replace(".attention.", ".attn."): value
+        for name, value in check_weights(folder).items()
+    }
+    for name in [name for name in tensors if ".attn.query." in name]:
+        parts = [name.replace("query", part) for part in ("query", "key", "value")]
+        if all(part in tensors for part in parts):
+            tensors[name.replace("query", "qkv")] = torch.cat([tensors.pop(part) for part in parts])
+    return tensors, Origin(str(folder), "transformers folder", {**cfg, "pos_embed": "rope"})
+
+
+def read_pt(path, key):
+    """An official .pt, or a checkpoint of ours -> (tensors, Origin). UsageError."""
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"{path}: no .pt file, cut, or a git lfs pointer (git lfs pull)")
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise UsageError(f"{path}: damaged (checksum of {damaged})")
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    ours = state.get("cfg") if "format" in state else None
+    known = ("target", "online") if ours else ("target_encoder", "ema_encoder", "encoder")
+    entries = {name: state[name] for name in known if isinstance(state.get(name), dict)}
+    key = key or next(iter(entries), known[0])
+    if key not in entries:
+        there = ", ".join(entries) or name_some(sorted(state))
+        raise UsageError(f"{path}: no entry {one_line(key)}; there are {there} (--init_key)")
+    tensors = {}
+    for part, pairs in ((entries[key], OUR_ENCODER), (state.get("predictor") or {}, OUR_PREDICTOR)):
+        for name, value in part.items():
+            name = renamed(re.sub(r"^(module\.|backbone\.|_orig_mod\.)+", "", name), pairs if ours else ())
+            foreign = pairs is OUR_PREDICTOR and not name.startswith(("predictor_", "mask_tokens"))
+            tensors["predictor_." * foreign + name] = own_tensor(value, name, path)
+    if ours:
+        return tensors, Origin(str(path), f"checkpoint of a run, {key}", ours, "of a run the encoder alone is taken")
+    origin = Origin(str(path), f"official .pt, {key}", {"pos_embed": "rope"})
+    if "norms_block.0.weight" in tensors:
+        origin.what, origin.cfg["pos_embed"] = f"V-JEPA 2.1, {origin.what}", "rope21"
+        origin.no_predictor = "that of V-JEPA 2.1 has other shapes"
+        last = max(name.split(".")[1] for name in tensors if name.startswith("norms_block."))
+        for part in ("weight", "bias"):
+            tensors[f"norm.{part}"] = tensors.pop(f"norms_block.{last}.{part}")
+        tensors["patch_embed.proj.bias"] += tensors.pop("video_mod_embed", torch.zeros(1)).flatten()
+    if "predictor_.action_encoder.weight" in tensors:
+        origin.no_predictor = "it is conditioned on actions"
+    return tensors, origin
+
+
+def read_weights(path, key=""):
+    """Weights of V-JEPA 2 or 2.1, or of a run -> (encoder, predictor, Origin), both {official name: fp32 tensor}, but
+    mask_tokens [K, P]. `path`: folder, file, or hub id, which is fetched; `key`: entry of a .pt. UsageError for all
+    that may be wrong."""
+    path, found, told = str(path), Path(path), {}
+    try:
+        if not found.exists():
+            if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or path.endswith(".pt") or found.parent.is_dir():
+                raise UsageError(f"{path}: no such folder or file, and no hub id (--init_from)")
+            hub, wanted = extra("huggingface_hub", f"hub id {path}"), ["config.json", "*.safetensors*"]
+            found = Path(hub.snapshot_download(path, allow_patterns=wanted))
+        if key and found.is_dir():
+            raise UsageError(f"{path}: a folder holds one encoder, nothing to choose from (--init_key)")
+        tensors, origin = read_folder(found) if found.is_dir() else read_pt(found, key)
+        tokens = [tensors.pop(name).flatten(0, -2) for name in sorted(tensors) if name.startswith("mask_tokens")]
+    except UserError:
+        raise
+    except Exception as error:  # a foreign file makes the unpickler raise anything, and so does a network
+        why = f"{type(error).__name__}: {flat(error)[:160]}"
+        raise UsageError(f"{path}: cannot be read as weights ({why}) (--init_from)") from error
+    for name in list(tensors):
+        if why := next((why for pattern, why in NO_PLACE.items() if re.match(pattern, name)), ""):
+            told[name.split(".")[0]] = why
+            del tensors[name]
+    origin.left_out = ", ".join(f"{name} ({why})" for name, why in told.items())
+    predictor = {name: tensors.pop(name) for name in list(tensors) if name.startswith("predictor_")}
+    if tokens:
+        predictor["mask_tokens"] = torch.cat(tokens)
+    origin.no_predictor = origin.no_predictor or "there is none" * ("mask_tokens" not in predictor)
+    return tensors, predictor, origin
+
+
+def sizes_of(tensors, origin, num_heads=0, kind=""):
+    """What a config must say for an encoder, or a predictor (`kind` predictor_) -> {field: value}, the width first.
+    UsageError where there is none, or neither the file nor its width nor `num_heads` says its heads."""
+    first = tensors.get("predictor_embed.weight" if kind else "patch_embed.proj.weight", torch.empty(0))
+    fc1 = tensors.get(f"{kind}blocks.0.mlp.fc1.weight", torch.empty(0))
+    if first.ndim != (2 if kind else 5) or fc1.ndim != 2:
+        raise UsageError(f"{origin.path}: holds no {kind.strip('_') or 'video encoder'} of V-JEPA 2")
+    dim, depth = len(first), len({name.split(".")[1] for name in tensors if name.startswith(f"{kind}blocks.")})
+    published = {384: 12} if kind else HEADS
+    heads = origin.cfg.get("pred_heads" if kind else "num_heads") or published.get(dim, num_heads)
+    if not heads or dim % heads:
+        raise UsageError(f"{origin.path}: a width of {dim} with {heads or 'an unknown number of'} heads (--num_heads)")
+    names = ("pred_dim", "pred_depth", "pred_heads", "pred_mlp_ratio") if kind else ENCODER_SIZES
+    return dict(zip(names, (dim, depth, heads, len(fc1) / dim, *first.shape[2:4])))
+
+
+def misfits(cfg, sizes):
+    """Sizes that a config has otherwise -> [text]."""
+    odd, width = [], next(iter(sizes.values()))
+    for name, theirs in sizes.items():
+        own = getattr(cfg, name) or getattr(cfg, {"pred_heads": "num_heads"}.get(name, "mlp_ratio"))
+        if int(width * own) != int(width * theirs) if name.endswith("ratio") else own != theirs:
+            odd.append(f"{name} = {own}, the weights have {theirs} (--{name})")
+    return odd
+
+
+def misnamed(net, tensors, pairs):
+    """What a network lacks among tensors by official names or has in another shape, and what has no place -> text."""
+    own = {renamed(name, pairs): value.shape for name, value in net.state_dict().items()}
+    good = {name for name in own if name in tensors and tensors[name].shape == own[name]}
+    odd = (("no", own.keys() - good), ("no place for", tensors.keys() - own.keys()))
+    return " and ".join(f"{what} {name_some(sorted(names))}" for what, names in odd if names)
+
+
+def fill(net, tensors, pairs, partial=False):
+    """Copy tensors into a network -> what is `misnamed`: then none of them, or with `partial` those that fit."""
+    odd = misnamed(net, tensors, pairs)
+    for name, value in net.state_dict().items() if partial or not odd else ():
+        if (found := tensors.get(renamed(name, pairs), value)).shape == value.shape:
+            value.copy_(found)
+    return odd
+
+
+def take_predictor(model, cfg, tensors, origin):
+    """The predictor of read_weights into a model, where all of it fits -> what became of it. Mask tokens that were
+    never trained are zero: then all families have the first that was."""
+    why, told = origin.no_predictor, ""
+    if not why and "mask_tokens" in tensors:
+        why = "; ".join(misfits(cfg, sizes_of(tensors, origin, cfg.pred_heads or cfg.num_heads, "predictor_")))
+        norms = (tokens := tensors["mask_tokens"]).norm(dim=1).tolist()
+        learned = [number for number, norm in enumerate(norms) if norm] or [0]
+        families = learned[0], learned[min(1, len(learned) - 1)], learned[0]
+        tensors = {**tensors, "mask_tokens": tokens[list(families)]}
+        told = f"mask tokens {families} of those with norms {', '.join(f'{norm:.3g}' for norm in norms)}"
+    if why := why or fill(model.predictor, tensors, OUR_PREDICTOR):
+        return f"weights: predictor starts anew: {why}"
+    start = "; SOON starts from the last tubelet, which it never saw (--soon_start mask)" * (cfg.soon_start == "last")
+    return f"weights: predictor, {len(tensors)} tensors, {told}{start}"
+
+
+@torch.no_grad()
+def take_weights(model, cfg, say):
+    """Fill online encoder, target and, where it fits, predictor of a model from what cfg.init_from names, and take over
+    its kind of positions. `say` tells what was loaded, left out and starts anew. UsageError where the encoder does not
+    fit, or in part only and allow_partial is off."""
+    tensors, predictor, origin = read_weights(cfg.init_from, cfg.init_key)
+    sizes = sizes_of(tensors, origin, cfg.num_heads if cfg.num_heads != type(cfg).num_heads else 0)
+    if cfg.allow_partial:
+        del sizes["enc_depth"]
+    if odd := misfits(cfg, sizes):
+        raise UsageError(f"init_from {origin.path}: {'; '.join(odd)}")
+    if cfg.pos_embed != (kind := origin.cfg["pos_embed"]):
+        say(f"pos_embed: {kind}, as the weights need, not {cfg.pos_embed}")
+        cfg.pos_embed = kind
+        validate_config(cfg)
+        for net in (model.online, model.target, model.predictor):
+            net.position = net.position.changed(kind=kind)
+    part = fill(model.online, tensors, OUR_ENCODER, cfg.allow_partial)
+    if part and not cfg.allow_partial:
+        raise UsageError(f"init_from {origin.path}: the encoder fits in part only: {part} (--allow_partial)")
+    model.target.load_state_dict(model.online.state_dict())
+    count, part = sum(value.numel() for value in tensors.values()) / 1e6, f", in part: {part}" * bool(part)
+    say(f"weights: encoder of {origin.path} ({origin.what}), {count:.1f} M, into online and target{part}")
+    say(take_predictor(model, cfg, predictor, origin))
+    left_out = f"; left out: {origin.left_out}" * bool(origin.left_out)
+    say(f"weights: outcome head, flow net and read-out start anew{left_out}")
+    if cfg.num_frames > (seen := origin.cfg.get("num_frames", FRAMES_SEEN)):
+        say(f"note: a clip has {cfg.num_frames} frames, the weights saw at most {seen}")
+
+
+def config_of(values):
+    """A dict of values, those of a checkpoint or a newer file among them -> VJepaAutoV2Config."""
+    values = {name: value for name, value in values.items() if name in field_types(VJepaAutoV2Config)}
+    return VJepaAutoV2Config(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    )
+
+
+def encoder_of(tensors, origin, num_heads=0):
+    """The encoder of read_weights, as load_encoder gives it; its tensors are not copied."""
+    sizes, seen = sizes_of(tensors, origin, num_heads), origin.cfg.get("num_frames", FRAMES_SEEN)
+    t = sizes["tubelet_t"]
+    clip = dict(image_size=256, num_frames=seen, now_frames=t, soon_frames=t, eventually_frames=max(seen - 2 * t, t))
+    cfg = config_of({**clip, "pred_heads": 12, **origin.cfg, **sizes})
+    with torch.device("meta"):  # first values would be made in vain
+        encoder = Encoder(cfg)
+    if odd := misnamed(encoder, tensors, OUR_ENCODER):
+        raise UsageError(f"{origin.path}: the encoder fits in part only: {odd}")
+    own = {name: tensors[renamed(name, OUR_ENCODER)] for name in encoder.state_dict()}
+    encoder.load_state_dict(own, assign=True)
+    encoder.position, encoder.cfg = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads), cfg
+    return encoder.eval().requires_grad_(False)
+
+
+def load_encoder(path, key="", num_heads=0):
+    """Weights -> their Encoder, in eval mode and without gradients: normalised clip [B, T, 3, H, W], of any length and
+    size in whole tubelets and patches -> [B, L, D]. `cfg` has its sizes; `key` and `num_heads` as --init_key and
+    --num_heads. UsageError."""
+    tensors, _, origin = read_weights(path, key)
+    return encoder_of(tensors, origin, num_heads)
+
+
+def export_hf(checkpoint, folder, key="", size=0):
+    """Encoder (target, or `key` online) and predictor of a checkpoint -> a new folder that transformers' VJEPA2Model
+    reads, for pictures of size x size pixels, by default the run's -> lines about it. UsageError for what the format
+    cannot say."""
+    (tensors, predictor, origin), folder = read_weights(checkpoint, key), Path(folder)
+    tensors |= predictor
+    cfg = config_of(origin.cfg)
+    size = size or cfg.height * (cfg.height == cfg.width)
+    squares = f"{cfg.height} x {cfg.width}, the format takes all pictures for squares; name their side (--size)"
+    problems = broken(
+        (
+            "enc_dim" not in origin.cfg or "mask_tokens" not in tensors,
+            "",
+            "is no checkpoint with encoder and predictor",
+        ),
+        (cfg.pos_embed != "rope", "", f"pos_embed = {cfg.pos_embed}, the format has rope alone"),
+        (not size, "", squares),
+        (size % cfg.patch, "", f"--size {size} is not divisible by patch = {cfg.patch}"),
+    )
+    if problems:
+        raise UsageError(f"{checkpoint}: {problems[0][1]}")
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder}: is there already; use another --out")
+    saved, back = {}, [(new, old) for old, new in TRANSFORMERS]
+    tokens = tensors["mask_tokens"][[*range(SOON)] * 5, None, None]  # short and long in turn: any index finds one
+    for name, value in {**tensors, "mask_tokens": tokens}.items():
+        parts = zip(("query", "key", "value"), value.chunk(3)) if ".qkv." in name else [("", value)]
+        name = renamed(name, back).replace(".attn.", ".attention.")
+        saved |= {name.replace("qkv", part): rows.contiguous() for part, rows in parts}
+    values = asdict(replace(cfg, image_size=size, pred_heads=cfg.pred_heads or cfg.num_heads))
+    values["pred_mlp_ratio"] = cfg.pred_mlp_ratio or cfg.mlp_ratio
+    config = {"model_type": "vjepa2", "architectures": ["VJEPA2Model"], "dtype": "float32", "pred_num_mask_tokens": 10}
+    config |= {theirs: values[own] for own, theirs in CONFIG_NAMES.items()}
+    content = extra("safetensors.torch", folder).save(saved, {"format": "pt"}), json.dumps(config, indent=1).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in zip(("model.safetensors", "config.json"), content):
+        write_atomic(folder / name, partial(GuardedFile.write, data=part))
+    start = ", the start of SOON from the last tubelet" * (cfg.soon_start == "last")
+    return [
+        f"{folder}: {len(saved)} tensors of {checkpoint} ({origin.what})",
+        f"left out, no place there: mask token of SOON{start}, outcome head, flow net, read-out, queue, other encoder",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 22  Model: batch -> dict of losses (online + EMA target)
 # ---------------------------------------------------------------------------------------------------------------------
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as V-JEPA 2 normalises
@@ -5136,15 +5511,17 @@ def block_flops(num_tokens, dim, mlp_ratio):
     return 2 * num_tokens * dim * dim * (4 + 2 * mlp_ratio) + 4 * num_tokens**2 * dim
 
 
-def flops_per_clip(cfg, teacher):
+def flops_per_clip(cfg, teacher=None):
     """Multiply-adds times two of one training step on one clip, forward and backward, by module -> {name: FLOP}.
-    `teacher`: the config of the target encoder."""
+    `teacher`: the config of the target encoder where it has its own."""
+    teacher = teacher or cfg
     D, P, L, ratio = cfg.enc_dim, cfg.pred_dim, cfg.num_tokens, cfg.mlp_ratio
     kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES if cfg.lambda_vjepa]
     tokenizer = 2 * L * D * 3 * cfg.tubelet_t * cfg.patch**2
     masked = [block_flops(num_tokens, D, ratio) for num_tokens in kept for _ in range(cfg.mask_draws)]
     online = cfg.enc_depth * (sum(masked) + block_flops(cfg.now_tokens, D, ratio)) + tokenizer
-    filled = len(masked) * block_flops(L, P, ratio) + block_flops(cfg.now_tokens + cfg.soon_tokens, P, ratio)
+    soon = cfg.now_tokens + cfg.soon_tokens
+    filled = sum(times * block_flops(n, P, cfg.pred_mlp_ratio or ratio) for times, n in ((len(masked), L), (1, soon)))
     W, RN, K = cfg.flow_dim, cfg.flow_draws * cfg.flow_tokens, cfg.now_tokens
     mixing = RN * 2 * W * W * 6 + 4 * K * W * D + 4 * RN * (K + cfg.flow_tokens) * W
     flow = cfg.flow_depth * (RN * 2 * W * W * 8 + mixing * (not cfg.flow_joint)) + 2 * K * D * W * cfg.flow_joint
@@ -5170,26 +5547,29 @@ def memory_estimate_gb(cfg, num_parameters):
     return (num_parameters * 16 + cfg.batch_size * values * per_value) / 1e9
 
 
-SHAPE_FIELDS = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio", "pos_embed")  # what an encoder's weights decide
-
-
 def frozen_encoder(cfg):
-    """The encoder of init_from on the token grid of a config, which learns nothing. UsageError where it cuts clips into
-    other tokens, or with freeze_encoder, has other shapes. On the meta device one of the config's own shapes."""
+    """The encoder of init_from on a config's token grid, which learns nothing -> (encoder, predictor and Origin). Where
+    it has the config's sizes, as it must with freeze_encoder, its kind of positions becomes the config's. On the meta
+    device nothing is read. UsageError."""
     if torch.get_default_device().type == "meta":
-        return Encoder(cfg).eval().requires_grad_(False)
-    encoder = load_encoder(cfg.init_from)
-    must = ("patch", "tubelet_t", *(SHAPE_FIELDS if cfg.freeze_encoder else ()))
-    values = [(name, getattr(encoder.cfg, name), getattr(cfg, name)) for name in must]
-    if other := [f"{name} = {value} (here {own}, --{name})" for name, value, own in values if value != own]:
-        raise UsageError(f"init_from {cfg.init_from}: its encoder has {', '.join(other)}")
-    encoder.cfg = replace(cfg, **{name: getattr(encoder.cfg, name) for name in SHAPE_FIELDS})
-    encoder.position = PositionCode(encoder.cfg, encoder.cfg.enc_dim)
-    return encoder.eval().requires_grad_(False)
+        return Encoder(cfg).requires_grad_(False), ()
+    heads = cfg.num_heads if cfg.freeze_encoder and cfg.num_heads != type(cfg).num_heads else 0
+    tensors, *beside = read_weights(cfg.init_from, cfg.init_key)
+    encoder = encoder_of(tensors, beside[1], heads)
+    sizes, pieces = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio"), ("patch", "tubelet_t")
+    odd, other = (misfits(cfg, {name: getattr(encoder.cfg, name) for name in names}) for names in (sizes, pieces))
+    if other := other + odd * cfg.freeze_encoder:
+        raise UsageError(f"init_from {cfg.init_from}: {'; '.join(other)}")
+    if not odd:
+        cfg.pos_embed = encoder.cfg.pos_embed
+        validate_config(cfg)
+    own = {name: getattr(encoder.cfg, name) for name in (*sizes, "pos_embed")}
+    encoder.cfg, encoder.position = replace(cfg, **own) if odd else cfg, encoder.position.changed(grid=cfg.grid)
+    return encoder, beside
 
 
 def fixed_map(width, wanted, seed):
-    """Orthonormal random matrix [width, wanted], the same wherever it is drawn: onto a smaller width it keeps distances
+    """Orthonormal random matrix [width, wanted], the same on every machine: onto a smaller width it keeps distances
     nearly, onto a larger one exactly. One that learns would let targets collapse."""
     rows = torch.randn((max(width, wanted), min(width, wanted)), generator=torch.Generator().manual_seed(seed)).double()
     directions, upper = torch.linalg.qr(rows)
@@ -5221,7 +5601,7 @@ class VJepaAutoV2(World):
         "flow_grad_norm": "gradient norm of the flow net before clipping",
         "flow_explained": "share of the residual's variance inside the flow's directions",
     }
-    latent_fields = (*ClipConfig.MUST_MATCH, *"clip_fps eventually_frames tubelet_t patch num_heads pos_embed".split())
+    latent_fields = (*ClipConfig.MUST_MATCH, "clip_fps", "eventually_frames", "tubelet_t", "patch", "num_heads")
     VAL_KEYS = {
         "flow_spread": "deviation among sampled futures over that of real futures from the forecast; "
         "0 = one mode, 1 = as wide"
@@ -5232,15 +5612,21 @@ class VJepaAutoV2(World):
 
     def __init__(self, cfg, rank=0, world_size=1):
         super().__init__(cfg, rank, world_size)
-        self.online = frozen_encoder(cfg) if cfg.freeze_encoder else Encoder(cfg)
-        self.predictor = Predictor(cfg)
+        is_frozen = cfg.freeze_encoder or cfg.teacher == "frozen"
+        frozen, self.beside = frozen_encoder(cfg) if is_frozen else (None, ())
+        self.online, self.predictor = frozen if cfg.freeze_encoder else Encoder(cfg), Predictor(cfg)
         self.outcome, self.flow = OutcomeHead(cfg), FlowNet(cfg)
         self.read_out = nn.Linear(cfg.enc_dim, cfg.flow_chunks * cfg.enc_dim)  # forecast of the EVENTUALLY chunks
         init_weights(self.read_out)
-        self.target, self.flow_ema = self.make_target(), copy.deepcopy(self.flow)
-        self.FROZEN = ("online",) * cfg.freeze_encoder + ("target",) * (cfg.teacher == "frozen")
-        known = {*self.FROZEN, "target"} if self.FROZEN else ()  # one module has both names where the encoder is frozen
-        self.NETWORKS = tuple(name for name in self.NETWORKS if name not in known)
+        self.target, self.flow_ema = frozen or copy.deepcopy(self.online), copy.deepcopy(self.flow)
+        if frozen is not None:  # with freeze_encoder, one module has both names
+            self.FROZEN = ("online" if cfg.freeze_encoder else "target",)
+            self.NETWORKS = tuple(name for name in self.NETWORKS if getattr(self, name, None) is not frozen)
+            if frozen.cfg is cfg and not cfg.freeze_encoder:
+                self.online.load_state_dict(frozen.state_dict())
+            widths = frozen.cfg.enc_dim, cfg.enc_dim
+            if widths[0] != widths[1]:
+                self.register_buffer("target_map", fixed_map(*widths, cfg.seed), persistent=False)
         self.soon_predictor = None  # the predictor's copy that the flow phase fits to SOON alone
         self.space = FutureSpace(cfg)
         self.register_buffer("queue", torch.zeros(cfg.outcome_queue, cfg.enc_dim))
@@ -5263,22 +5649,18 @@ class VJepaAutoV2(World):
             getattr(self, name).requires_grad_(False)
         self.target.eval(), self.flow_ema.eval()
 
-    def make_target(self):
-        """The target encoder: a copy of the online one, which follows it; or what is frozen. One of another width gets
-        a fixed map onto ours. The online encoder of a frozen target begins as its copy where it has its shapes."""
-        cfg = self.cfg
-        if cfg.freeze_encoder or cfg.teacher == "ema":
-            return self.online if cfg.freeze_encoder else copy.deepcopy(self.online)
-        target, shapes = frozen_encoder(cfg), {key: value.shape for key, value in self.online.state_dict().items()}
-        if target.cfg.enc_dim != cfg.enc_dim:
-            self.register_buffer("target_map", fixed_map(target.cfg.enc_dim, cfg.enc_dim, cfg.seed), persistent=False)
-        if shapes == {key: value.shape for key, value in target.state_dict().items()}:
-            self.online.load_state_dict(target.state_dict())
-        return target
-
     @staticmethod
     def wants_labels(cfg):
         return bool(cfg.lambda_supcon)
+
+    @torch.no_grad()
+    def take_weights(self, say):
+        if self.beside:  # of what is frozen
+            say(f"weights: encoder of {self.beside[1].path} ({self.beside[1].what}), frozen")
+            say(take_predictor(self, self.cfg, *self.beside))
+            self.beside = ()
+        elif self.cfg.init_from:
+            take_weights(self, self.cfg, say)
 
     def train(self, mode=True):
         """As nn.Module.train, but the target encoder and the flow EMA stay in eval mode for ever."""
@@ -5302,13 +5684,12 @@ class VJepaAutoV2(World):
 
     @torch.no_grad()
     def latents(self, batch):
-        """What training needs of clips: the NOW context [B, K, D], made of NOW alone, and targets [B, L', D]: those of
-        NOW and SOON, and of EVENTUALLY the mean of each tubelet, as only means of it are ever used."""
+        """The NOW context [B, K, D], of NOW alone, and targets [B, L', D], EVENTUALLY as the mean of each tubelet:
+        only means of it are ever used."""
         return self.brief(self.now_context(batch["frames"]), self.make_targets(self.normalise(batch["frames"])))
 
     def latents_of(self, whole):
-        """Tokens [L, D] of a whole clip by the frozen encoder, of which NOW's saw the future -> as `latents`, without
-        batch. BadFile for others than this encoder's."""
+        """As in World; here NOW's tokens saw the future. BadFile for tokens of another grid or width."""
         if whole.shape != (self.cfg.num_tokens, self.cfg.enc_dim):
             grid = " x ".join(map(str, self.cfg.grid))
             raise BadFile(f"holds {list(whole.shape)} tokens and channels, not {grid} tokens of {self.cfg.enc_dim}")
@@ -5326,7 +5707,7 @@ class VJepaAutoV2(World):
         return batch["context"].float() if "context" in batch else self.now_context(batch["frames"])
 
     def targets_of(self, batch):
-        """Targets of a batch of clips [B, L, D]; of their latents [B, L', D], as in `latents`."""
+        """Targets of a batch of clips [B, L, D], or of their latents [B, L', D]."""
         return batch["targets"].float() if "targets" in batch else self.make_targets(self.normalise(batch["frames"]))
 
     def encode_now(self, tokens):
@@ -5513,7 +5894,7 @@ class VJepaAutoV2(World):
         if self.cfg.latents:
             source, gone = videos_behind(type(self), self.cfg, source.root)
             if gone:
-                log.line(f"picture: none, as the videos behind the latents are not there: {name_some(gone)}")
+                log.line(f"picture: none, since videos behind the latents are not there: {name_some(gone)}")
                 return
         log.stage = "drawing futures.png"
         try:
@@ -5574,6 +5955,7 @@ class VJepaAutoV2(World):
 
     def restore(self, state):
         super().restore(state)
+        self.beside = ()
         if not state["after"]:  # SOON is fitted anew
             self.soon_predictor = None
 
@@ -5616,7 +5998,7 @@ class VJepaAutoV2(World):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 22  Checkpoint: state of a run <-> file
+# 23  Checkpoint: state of a run <-> file
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -6045,8 +6427,8 @@ def newest_checkpoint(out_dir, tell, world=None):
 def check_same_run(state, cfg, path):
     """UsageError naming the fields in which a checkpoint and this config cannot be the same run. Whether a loss has
     weight decides which parameters learn."""
-    saved = {**asdict(type(cfg)()), **state["cfg"]}  # a field that is younger than the checkpoint had its default
-    plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), saved))
+    earlier = {**asdict(type(cfg)()), **state["cfg"]}  # a field that the checkpoint's version lacked had its default
+    plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), earlier))
     names = [name for cls in reversed(type(cfg).__mro__) for name in vars(cls).get("MUST_MATCH", ())]
     different = [name for name in names if plain[name] != saved.get(name)]
     different += [name for name in plain if name.startswith("lambda_") and bool(plain[name]) != bool(saved.get(name))]
@@ -6090,7 +6472,7 @@ def load_model(path, device="cpu", world=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 23  Log and folder: what a run says, and where it writes
+# 24  Log and folder: what a run says, and where it writes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -6483,7 +6865,7 @@ def peak_memory_gb(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 24  Steps: resume, rehearse, update, log, evaluate, save
+# 25  Steps: resume, rehearse, update, log, evaluate, save
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -6714,6 +7096,8 @@ def open_run(world, cfg, process, log):
     if not path:
         return None, None
     state = state or load_checkpoint(path, world)
+    if getattr(cfg, "init_from", ""):  # its weights said which when the run began
+        cfg.pos_embed = state["cfg"].get("pos_embed", cfg.pos_embed)
     check_same_run(state, cfg, path)
     return state, path
 
@@ -6992,7 +7376,7 @@ class Clock:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 25  Training: Config -> checkpoints
+# 26  Training: Config -> checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 END_S = 20.0  # for the last evaluation, and again for the picture; a hundredth of a long run's time where that is more
@@ -7242,6 +7626,10 @@ def run_world(world, run, overrides, argv, videos):
     # -- model
     log.stage = "building the model and timing a pass on noise"
     wrapped = build_world(world, run)
+    if state is None:
+        run.world.take_weights(log.line)
+    elif (named := getattr(cfg, "init_from", "")) and not run.world.FROZEN:
+        log.line(f"note: init_from {named} is not read, the run goes on from {path}")
     check_cache(run)
     process.amp_dtype, reason = choose_precision(world, cfg, process, state["precision"] if state else "")
     run.scaler = torch.amp.GradScaler(process.device.type, enabled=process.amp_dtype == torch.float16)

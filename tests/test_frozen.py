@@ -1,4 +1,4 @@
-"""A frozen encoder, which is online and target in one, and a frozen teacher: what learns, what is saved, what is told."""
+"""A frozen encoder, online and target in one, and a frozen teacher: what learns, what is saved, what is told."""
 
 import json
 import shutil
@@ -40,7 +40,23 @@ def test_one_module_serves_both(source):
     assert {id(p) for p in model.predictor.parameters()} <= learning
     state = new_state(model)
     assert "online" not in state and "target" not in state and state["frozen"].keys() == {"online"}
-    assert "ema_momentum" not in model.state(0) and all(map(lambda step: step["loss_vjepa"] > 0, history))
+    assert "ema_momentum" not in model.state(0) and all(step["loss_vjepa"] > 0 for step in history)
+
+
+def test_a_published_folder_is_frozen(tmp_path):
+    """Positions of the weights become the config's, and the predictor beside them is taken where a run begins."""
+    rope = dict(pos_embed="rope", enc_dim=48, pred_dim=24, num_heads=4)
+    trained = new_model(small_config(**rope), seed=3)
+    torch.save(new_state(trained), tmp_path / "source.pt")
+    V.export_hf(tmp_path / "source.pt", tmp_path / "folder")
+    cfg, lines = frozen_config(tmp_path / "folder", soon_start="mask", **{**rope, "pos_embed": "sincos"}), []
+    model = new_model(cfg)
+    assert cfg.pos_embed == "rope" and model.predictor.position.kind == "rope"
+    model.take_weights(lines.append)
+    assert torch.equal(model.predictor.out.weight, trained.predictor.out.weight)
+    clip = model.normalise(random_batch(cfg, 1)["frames"])
+    torch.testing.assert_close(model.make_targets(clip), trained.make_targets(clip))
+    assert "frozen" in lines[0] and "predictor of" in lines[1] and not model.beside
 
 
 def test_now_sees_nothing_of_its_future(source):
@@ -165,7 +181,7 @@ def test_settings_that_cannot_be(overrides, word):
 
 def test_other_shapes_are_named(source):
     """Widths, patch and position code that are not those of the weights."""
-    for name, value in dict(enc_dim=96, enc_depth=3, patch=16, num_heads=2, pos_embed="rope").items():
+    for name, value in dict(enc_dim=96, enc_depth=3, patch=16, num_heads=2).items():
         with pytest.raises(V.UsageError, match=f"init_from .*--{name}"):
             new_model(frozen_config(source, **{name: value}))
 
@@ -193,7 +209,7 @@ def test_a_frozen_run_is_resumed_shown_and_refuses_other_weights(source, scene_f
     model, _ = V.load_model(final)
     assert model.online is model.target
     shutil.move(weights, tmp_path / "moved.pt")
-    with pytest.raises(V.UsageError, match="init_from .*weights.pt"):
+    with pytest.raises(V.UsageError, match="weights.pt: no such folder or file"):
         V.load_model(final)
     state = torch.load(tmp_path / "moved.pt", weights_only=True)
     state["target"]["trunk.norm.bias"] += 1

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, V, small_config
+from conftest import ROOT, SCRIPT, V, small_config
 from training import new_model, new_state
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -129,9 +129,7 @@ def test_losses_are_those_of_the_uncached_run(made):
             assert held[0]["flow_spread"] == pytest.approx(held[1]["flow_spread"], rel=1e-2, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name, value", [("clip_fps", 8.0), ("image_size", 64), ("soon_frames", 2), ("pos_embed", "rope")]
-)
+@pytest.mark.parametrize("name, value", [("clip_fps", 8.0), ("image_size", 64), ("soon_frames", 2), ("num_heads", 2)])
 def test_another_cache_is_refused(made, name, value):
     """Rate, size and window are named with both values."""
     cfg = replace(cached(*made), **{name: value})
@@ -233,7 +231,7 @@ def foreign_cache(folder, cfg, shape=None, **columns):
 
 
 def test_caches_of_others_work_with_a_warning(made, tmp_path):
-    """[B, D, T, H, W] and [D, T, H, W]: tokens in (t, h, w) order, NOW cut out of the whole, and the warning says so."""
+    """[B, D, T, H, W] and [D, T, H, W]: tokens in (t, h, w) order, NOW cut out of the whole, which a warning says."""
     cfg = cached(made[0], foreign_cache(tmp_path / "foreign", made[0], label="turn"))
     source = open_source(cfg)
     assert (
@@ -262,7 +260,7 @@ def test_caches_of_others_that_do_not_fit(made, tmp_path):
     for content in ([1], torch.ones(3), {"a": torch.ones(1)}, torch.ones(48, 6, 4, 4, dtype=torch.int64), Code()):
         for number in range(2):
             torch.save(content, path.parent / f"{number}.pt")
-        with pytest.raises(V.UsageError, match="no usable file among its first"):
+        with pytest.raises(V.UsageError, match="no usable file among the first"):
             V.list_latents(V.VJepaAutoV2, foreign)
 
 
@@ -405,4 +403,36 @@ def test_real_runs(made, tmp_path, capsys):
     finally:
         moved.rename(cfg.data_root)
     told = capsys.readouterr().out
-    assert "picture: none, as the videos behind the latents are not there: " in told and "resumed from" in told
+    assert "picture: none, since videos behind the latents are not there: " in told and "resumed from" in told
+
+
+@pytest.mark.slow
+def test_two_ranks(made, tmp_path):
+    """torchrun on two ranks reads a cache, each its own samples."""
+    cfg, folder = made
+    run = replace(cached(cfg, folder), out_dir=str(tmp_path / "run"), steps=3, num_workers=1, picture=False)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, str(SCRIPT), *flags_of(run)], capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = V.load_checkpoint(tmp_path / "run" / "checkpoints" / "ckpt_final.pt")
+    assert state["step"] == 3 and state["world_size"] == 2 and state["data"]["root"] == str(folder / "list.jsonl")
+
+
+@pytest.mark.slow
+def test_tools_open_a_run_from_a_cache(made, tmp_path):
+    """futures.py and probe_drive.py find the videos of a cached run by its list, and an untrained twin has no weights
+    of the source."""
+    import probe_drive
+
+    cfg, folder = made
+    run = replace(cached(cfg, folder), out_dir=str(tmp_path / "run"), steps=2, picture=False)
+    assert V.main(flags_of(run)) == 0
+    final = tmp_path / "run" / "checkpoints" / "ckpt_final.pt"
+    command = [sys.executable, str(ROOT / "tools" / "futures.py"), f"--ckpt={final}", "--minutes=0.05", "--device=cpu"]
+    done = subprocess.run([*command, f"--out={tmp_path / 'out'}"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model, _ = V.load_model(final)
+    twin = probe_drive.untrained_model(model, 0)
+    assert not torch.equal(twin.online.tokenizer.proj.weight, model.online.tokenizer.proj.weight)
+    pictures = {number: np.zeros((32, 32, 3), np.uint8) for number in range(12)}
+    assert probe_drive.encoder_features(model, pictures, np.arange(12)[None], 1, "x").shape[0] == 1

@@ -314,7 +314,7 @@ def encode(model, cfg, out, windows):
 
 def make_model(world, cfg):
     """The world with its frozen encoder -> (model in eval mode on its device, forms of the latents of a clip)."""
-    if world.latents is V.World.latents:
+    if not world.latent_fields:
         raise V.UsageError(f"world {world.__name__}: has no latents to cache (--world)")
     torch.manual_seed(cfg.seed)
     model = world(cfg).eval()

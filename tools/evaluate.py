@@ -1973,6 +1973,12 @@ def need(*modules):
         raise V.UserError(f'{", ".join(missing)} not installed: pip install "vjepa-auto-v2[eval]"')
 
 
+def untrained_twin(model):
+    """A new model of the same sizes in eval mode, none of whose weights were read anywhere."""
+    cfg = replace(model.cfg, freeze_encoder=False, teacher="ema", init_from="")
+    return type(model)(cfg).to(next(model.parameters()).device).eval()
+
+
 def evaluate(model, sizes=FULL, source=None, split="val", seed=0, num_workers=2, progress=None):
     """Measure a world model on its device -> the content of evaluation.json, less the checkpoint's path and step.
 
@@ -1983,7 +1989,7 @@ def evaluate(model, sizes=FULL, source=None, split="val", seed=0, num_workers=2,
     model.eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
-        fresh = type(model)(model.cfg).to(device).eval()
+        fresh = untrained_twin(model)
         process = own_precision(model.cfg, device)
         # a fresh flow net returns the point forecast in any number of steps
         subjects = [Subject(model, process), Subject(fresh, process, steps=1)]
