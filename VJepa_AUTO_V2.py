@@ -71,6 +71,7 @@ import subprocess
 import sys
 import threading
 import time
+import tokenize
 import traceback
 import typing
 import warnings
@@ -1433,7 +1434,7 @@ def read_times(path):
         steps = np.diff(seconds)
         if seconds.ndim != 1 or not len(steps) or not np.all((0 < steps) & (steps < math.inf)):
             raise ValueError("they must be two or more in one column, each later than the one before")
-    except (OSError, ValueError, TypeError, LookupError, MemoryError, csv.Error) as error:
+    except (*DECODE_ERRORS, TypeError, SyntaxError, tokenize.TokenError, csv.Error) as error:
         raise BadFile(f"times {one_line(os.path.basename(path))}: {one_line(reason_of(error))}") from error
     return seconds, [os.path.join(os.path.dirname(path), row[0].strip()) for row in rows]
 
@@ -1447,7 +1448,7 @@ def list_pictures(folder, pattern):
         raise BadFile(f"cannot be read ({error.strerror})") from error
     names = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."]
     if not names:
-        raise BadFile(f"no picture in it ({', '.join(PICTURE_SUFFIXES)}) called {pattern}")
+        raise BadFile(f"no picture in it ({', '.join(PICTURE_SUFFIXES)}) called {one_line(pattern, 60)}")
     parts = {name: [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name)] for name in names}
     return [os.path.join(folder, name) for name in sorted(sorted(names), key=parts.get)]
 

@@ -326,6 +326,7 @@ EIGHT = "".join(f"{n}\n" for n in range(8))
         (("text", "a\nb\n"), "times text: could not convert"),
         (("dates", "2011-09-26 10:00:00\nlater\n"), "times dates: "),
         (("npy", b"\x93NUMPYxx"), "times npy: "),
+        (("cut", b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f8', 'shape': (" + b" " * 100), "times cut: "),
         (("gone", ""), "times gone: No such file"),
         (("a.csv", "name,time\nx.png,1\n"), "times a.csv: its first line must be path,time"),
         (("b.csv", "path,time\ngone.png,1\nmore.png,2\n"), "picture gone.png: .*No such file"),
