@@ -209,6 +209,7 @@ def test_base_preset_is_the_dataclass():
         "small",
         "base",
         "large",
+        *(f"vjepa2_{size}" for size in ("vitl", "vith", "vitg", "vitg_384")),
     }
 
 
@@ -624,6 +625,7 @@ RELATIONS = [
         dict(soon_fit_steps=5),
         "soon_fit_steps = 5: the flow phase fits SOON, and flow_fit_clips = 0 leaves it out (--soon_fit_steps)",
     ),
+    (dict(init_key="encoder"), "init_key = 'encoder': chooses within --init_from, which names nothing (--init_key)"),
     (dict(flow_joint_max=0, flow_pool=5), "flow_pool = 5: exceeds the 4 x 4 token grid (--flow_pool)"),
     (
         dict(flow_joint_max=0, flow_rank=49),
@@ -641,6 +643,8 @@ MORE_RELATIONS = [
     (dict(eventually_frames=5, num_frames=13), "eventually_frames = 5"),
     (dict(image_size=(32, 36)), "image_size = (32, 36): 36 must be divisible by patch = 8"),
     (dict(enc_dim=50), "enc_dim = 50: must be divisible"),
+    (dict(pred_heads=5), "pred_dim = 24: must be divisible by pred_heads = 5 (--pred_dim)"),
+    (dict(pos_embed="rope21", pred_heads=8), "pred_dim = 24: rope needs"),
     (dict(flow_dim=34), "flow_dim = 34: must be divisible by flow_heads = 4 (--flow_dim)"),
     (dict(flow_dim=33, flow_heads=3), "flow_dim = 33: must be even"),
     (dict(pos_embed="rope", enc_dim=16), "enc_dim = 16: rope needs"),
@@ -702,6 +706,7 @@ def test_every_word_has_a_list_or_is_free_text():
         "best_by",  # a figure of the world's evaluations
         "latents",
         "init_from",
+        "init_key",  # an entry of that file
     }
 
 

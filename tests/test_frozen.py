@@ -56,7 +56,7 @@ def test_a_published_folder_is_frozen(tmp_path):
     assert torch.equal(model.predictor.out.weight, trained.predictor.out.weight)
     clip = model.normalise(random_batch(cfg, 1)["frames"])
     torch.testing.assert_close(model.make_targets(clip), trained.make_targets(clip))
-    assert "frozen" in lines[0] and "predictor of" in lines[1] and not model.beside
+    assert "frozen" in lines[0] and "predictor, " in lines[1] and not model.beside
 
 
 def test_now_sees_nothing_of_its_future(source):

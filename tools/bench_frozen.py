@@ -1,7 +1,7 @@
 """What a frozen ViT-L costs on this machine's CPU: memory beside the encoder alone, clips per second with and without a
 cache. Weights are random, written by the real library (transformers) into --work, with a few videos.
 
-    python tools/bench_frozen.py --work /tmp/frozen [--frames 64] [--batch_size 1] [--steps 2]
+    python tools/bench_frozen.py --work /tmp/frozen [--frames 24] [--soon 4] [--batch_size 1] [--steps 2]
 
 One process after the other: the encoder alone on a batch (NOW, then the whole clip), a run with --freeze_encoder,
 tools/cache_latents.py, a run with --latents. Prints one line each and the two ratios.
@@ -35,20 +35,28 @@ def write_weights(folder):
 
 
 def write_videos(folder, frames):
-    """Four videos of noise in coarse blocks, a clip long each."""
+    """Two videos of noise in coarse blocks, a clip long each."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for number in range(4):
+    for number in range(2):
         pictures = rng.integers(0, 256, (frames, 16, 16, 3), dtype=np.uint8).repeat(16, 1).repeat(16, 2)
         V.write_video(folder / f"{number}.mp4", pictures, 4)
 
 
 def flags_of(args):
     """The command line that all runs share."""
-    now, soon = 4, 16
+    now, soon = 4, args.soon
     shape = dict(num_frames=args.frames, now_frames=now, soon_frames=soon, eventually_frames=args.frames - now - soon)
     plain = dict(lambda_vjepa=0, crop_scale_min=1, crop_ratio_min=1, crop_ratio_max=1, device="cpu", num_workers=0)
-    run = dict(batch_size=args.batch_size, grad_accum=1, steps=args.steps, log_every=1, val_clips=2, resume="never")
+    run = dict(
+        batch_size=args.batch_size,
+        grad_accum=1,
+        steps=args.steps,
+        log_every=1,
+        val_clips=2,
+        resume="never",
+        val_fraction=0.5,
+    )
     flags = ["--preset=vjepa2_vitl", "--no-amp", "--no-picture", "--freeze_encoder", f"--init_from={args.work}/weights"]
     return flags + [f"--{name}={value}" for name, value in {**shape, **plain, **run}.items()]
 
@@ -87,7 +95,8 @@ def main():
     """Command line -> exit code."""
     parser = argparse.ArgumentParser(description="Memory and speed of a frozen ViT-L on a CPU.")
     parser.add_argument("--work", required=True, type=Path, help="folder for weights, videos and runs")
-    parser.add_argument("--frames", type=int, default=64, help="frames of a clip")
+    parser.add_argument("--frames", type=int, default=24, help="frames of a clip, 4 of them NOW")
+    parser.add_argument("--soon", type=int, default=4, help="frames of SOON")
     parser.add_argument("--batch_size", type=int, default=1, help="clips of a batch")
     parser.add_argument("--steps", type=int, default=2, help="steps of a run; the first is not timed")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
@@ -99,7 +108,7 @@ def main():
         write_weights(args.work / "weights")
     if not videos.is_dir():
         write_videos(videos, args.frames)
-    same = [f"--work={args.work}", f"--frames={args.frames}", f"--batch_size={args.batch_size}"]
+    same = [f"--work={args.work}", f"--frames={args.frames}", f"--batch_size={args.batch_size}", f"--soon={args.soon}"]
     alone = json.loads(call(__file__, *same, "--alone"))
     print(
         f"encoder alone: {alone['mem_gb']:.2f} GB, {alone['seconds']:.1f} s for a batch of {args.batch_size}",
