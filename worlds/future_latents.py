@@ -490,7 +490,7 @@ class FutureClips(C.FrameClips):
         if self.cfg.predictor == "locate":
             plan = V.fit_plan(plan, video)
             times = V.frame_times(plan, *V.video_timing(video.path, plan))
-            annotation = {**annotation, "places": true_places(annotation, times - plan.begin)}
+            annotation = {**annotation, "places": true_places(annotation, times - video.begin)}
         return frames, annotation
 
     def sample(self, index):
