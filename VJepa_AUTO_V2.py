@@ -311,7 +311,7 @@ class ClipConfig(RunConfig):
 class VJepaAutoV2Config(ClipConfig):
     """The tri-temporal world: how a clip is cut into NOW, SOON and EVENTUALLY, networks, losses, and the flow net."""
 
-    preset: str = "base"  # tiny | proof | small | base | large | vjepa2_vitl, h, g, g_384: named overrides
+    preset: str = "base"  # tiny | proof | small | base | large | vjepa2_vitl, _vitl_latents, _vith, _vitg, _vitg_384
     # -- grid
     eventually_frames: int = 64  # far future
     tubelet_t: int = 2  # frames per token
@@ -413,6 +413,10 @@ class VJepaAutoV2Config(ClipConfig):
             amp=True,
         ),
         "vjepa2_vitl": VJEPA2,
+        "vjepa2_vitl_latents": dict(  # with --freeze_encoder, and from a cache with --latents
+            VJEPA2, lambda_vjepa=0.0, crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, batch_size=32,
+            grad_accum=1, lr=2e-4, warmup_steps=500, steps=5000, val_every=500, ckpt_every=500,
+        ),
         "vjepa2_vith": dict(VJEPA2, enc_dim=1280, enc_depth=32),
         "vjepa2_vitg": VITG,
         "vjepa2_vitg_384": dict(VITG, image_size=384, batch_size=1, grad_accum=16),
@@ -5465,12 +5469,9 @@ def export_hf(checkpoint, folder, key="", size=0):
     cfg = config_of(origin.cfg)
     size = size or cfg.height * (cfg.height == cfg.width)
     squares = f"{cfg.height} x {cfg.width}, the format takes all pictures for squares; name their side (--size)"
+    no_run = "enc_dim" not in origin.cfg or "mask_tokens" not in tensors
     problems = broken(
-        (
-            "enc_dim" not in origin.cfg or "mask_tokens" not in tensors,
-            "",
-            "is no checkpoint with encoder and predictor",
-        ),
+        (no_run, "", "is no checkpoint with encoder and predictor"),
         (cfg.pos_embed != "rope", "", f"pos_embed = {cfg.pos_embed}, the format has rope alone"),
         (not size, "", squares),
         (size % cfg.patch, "", f"--size {size} is not divisible by patch = {cfg.patch}"),
@@ -5792,13 +5793,10 @@ class VJepaAutoV2(World):
         cfg, targets = self.cfg, self.targets_of(batch)  # [B, L, D]
         losses = dict.fromkeys(("loss_vjepa", "loss_soon", "loss_eventually", "loss_flow"), targets.new_zeros(()))
         gauges, carry = {}, {"targets": targets, "key": self.outcome_key(targets)}
-        if "context" in batch:
-            context = self.context_of(batch)  # [B, K, D]
-        else:
-            tokens = self.online.tokenizer(self.normalise(batch["frames"]))  # [B, L, D]
-            if cfg.lambda_vjepa:
-                losses["loss_vjepa"] = self.now_loss(tokens, targets, batch)
-            context = self.encode_now(tokens)  # [B, K, D]
+        tokens = None if "context" in batch else self.online.tokenizer(self.normalise(batch["frames"]))  # [B, L, D]
+        if cfg.lambda_vjepa:
+            losses["loss_vjepa"] = self.now_loss(tokens, targets, batch)
+        context = self.context_of(batch) if tokens is None else self.encode_now(tokens)  # [B, K, D]
         soon_preds = self.predict_soon(context)  # [B, M, D]
         soon_targets = gather_tokens(targets, self.soon_idx.expand(len(targets), -1))
         losses["loss_soon"] = l1_loss(soon_preds, soon_targets)

@@ -209,7 +209,7 @@ def test_base_preset_is_the_dataclass():
         "small",
         "base",
         "large",
-        *(f"vjepa2_{size}" for size in ("vitl", "vith", "vitg", "vitg_384")),
+        *(f"vjepa2_{size}" for size in ("vitl", "vitl_latents", "vith", "vitg", "vitg_384")),
     }
 
 
