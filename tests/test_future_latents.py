@@ -268,7 +268,7 @@ def test_flow_loss_against_a_reference(loss):
     losses, _, _ = model(batch)
     wanted = (wrong**2 if loss == "mse" else wrong.abs()).mean()
     assert (batch["tau"] < 0.95).all()  # behind which V.flow_velocity cuts its blow-up
-    assert float(losses["loss_predict"]) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(losses["loss_predict"].detach()) == pytest.approx(float(wanted), rel=1e-5)
 
 
 class Gauss(torch.nn.Module):

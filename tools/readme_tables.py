@@ -1,7 +1,7 @@
 """Write what README.md and docs/ take from the code, so that they cannot drift from it.
 
-docs/config.md holds the config table, docs/log.md the log glossary, docs/cosmos.md both of that world, README.md the
-text of tests/toy_world.py.
+docs/config.md holds the config table, docs/log.md the log glossary, docs/cosmos.md and docs/future_latents.md both of
+their worlds, README.md the text of tests/toy_world.py.
 
     python tools/readme_tables.py            rewrites what stands between the marker comments of PARTS
     python tools/readme_tables.py --print    prints those parts instead
@@ -9,12 +9,14 @@ text of tests/toy_world.py.
 
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "worlds")]
 
 import cosmos  # noqa: E402
+import future_latents  # noqa: E402
 
 import VJepa_AUTO_V2 as V  # noqa: E402
 
@@ -22,6 +24,8 @@ CONFIG_MARKS = ("<!-- config table -->", "<!-- end config table -->")
 GLOSSARY_MARKS = ("<!-- log glossary -->", "<!-- end log glossary -->")
 COSMOS_CONFIG_MARKS = ("<!-- cosmos config -->", "<!-- end cosmos config -->")
 COSMOS_LOG_MARKS = ("<!-- cosmos log -->", "<!-- end cosmos log -->")
+FUTURE_CONFIG_MARKS = ("<!-- future config -->", "<!-- end future config -->")
+FUTURE_LOG_MARKS = ("<!-- future log -->", "<!-- end future log -->")
 TOY_MARKS = ("<!-- toy world -->", "<!-- end toy world -->")
 
 
@@ -51,14 +55,9 @@ def glossary_table():
     return "\n".join(["| key | meaning |", "|---|---|", *rows])
 
 
-def cosmos_config():
-    """What worlds/cosmos.py adds to the settings of every clip world, or has another default of."""
-    return config_table(cosmos.CosmosConfig, V.ClipConfig)
-
-
-def cosmos_log():
-    """What worlds/cosmos.py logs beside what every world does."""
-    rows = [f"| `{key}`, `val_{key}` | {cell(meaning)} |" for key, meaning in cosmos.Cosmos.KEYS.items()]
+def world_log(world):
+    """What a world logs beside what every world does."""
+    rows = [f"| `{key}`, `val_{key}` | {cell(meaning)} |" for key, meaning in world.KEYS.items()]
     return "\n".join(["| key | meaning |", "|---|---|", *rows])
 
 
@@ -70,8 +69,14 @@ def toy_world():
 PARTS = (  # page, its two markers, what stands between them
     ("docs/config.md", CONFIG_MARKS, config_table),
     ("docs/log.md", GLOSSARY_MARKS, glossary_table),
-    ("docs/cosmos.md", COSMOS_CONFIG_MARKS, cosmos_config),
-    ("docs/cosmos.md", COSMOS_LOG_MARKS, cosmos_log),
+    ("docs/cosmos.md", COSMOS_CONFIG_MARKS, partial(config_table, cosmos.CosmosConfig, V.ClipConfig)),
+    ("docs/cosmos.md", COSMOS_LOG_MARKS, partial(world_log, cosmos.Cosmos)),
+    (
+        "docs/future_latents.md",
+        FUTURE_CONFIG_MARKS,
+        partial(config_table, future_latents.FutureLatentsConfig, V.ClipConfig),
+    ),
+    ("docs/future_latents.md", FUTURE_LOG_MARKS, partial(world_log, future_latents.FutureLatents)),
     ("README.md", TOY_MARKS, toy_world),
 )
 

@@ -30,6 +30,7 @@ import io
 import math
 import os
 import sys
+import time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -99,7 +100,7 @@ class FutureLatentsConfig(V.ClipConfig):
         "future_tiny": dict(
             backbone="tiny", image_size=64, num_frames=16, now_frames=8, soon_frames=8, hidden_dim=128, depth=4,
             context_depth=2, num_heads=4, embedding_norm="layer", batch_size=8, lr=1e-3, warmup_steps=100,
-            steps=4000, flow_steps=10, num_workers=1, log_every=100, val_every=500, ckpt_every=500,
+            steps=3000, flow_steps=10, num_workers=1, log_every=100, val_every=500, ckpt_every=500,
         ),
         "future_flow": dict(amp=True, amp_type="fp16", grad_checkpoint=True, val_epochs=1),
         "future_direct": dict(predictor="direct", loss="l1", grad_clip=0.0, amp=True, amp_type="fp16", val_epochs=1),
@@ -298,10 +299,15 @@ class Reader(nn.Module):
         nn.init.trunc_normal_(self.embed.weight, std=dim**-0.5)
         nn.init.zeros_(self.embed.bias)
         self.register_buffer("code", grid_code(cfg, cfg.hidden_dim)[: cfg.context_tokens], persistent=False)
+        self.sites, self.num_targets = cfg.grid[1] * cfg.grid[2], cfg.target_tokens
         self.trunk = V.Trunk(cfg, cfg.hidden_dim, depth) if depth else nn.Identity()
 
     def forward(self, context):
         return self.trunk(self.embed(self.norm(context)) + self.code)
+
+    def nearest(self, seen):
+        """What was read [B, K, W] -> for each target that of its place in the last step of NOW, [B, F, W]."""
+        return seen[:, -self.sites :].repeat(1, self.num_targets // self.sites, 1)
 
 
 def silent(linear):
@@ -349,7 +355,7 @@ class Cross(nn.Module):
 
     def forward(self, context):
         context = self.read(context)
-        x = self.queries.expand(len(context), -1, -1)
+        x = self.queries + self.read.nearest(context)
         for block in self.blocks:
             if self.grad_checkpoint and self.training and torch.is_grad_enabled():
                 x = V.checkpoint_activations(block, x, context, use_reentrant=False)
@@ -377,20 +383,26 @@ class DiT(V.FlowNet):
         sizes = dict(flow_dim=W, enc_dim=W, flow_rank=dim, flow_depth=cfg.depth, flow_heads=cfg.num_heads)
         shape = dict(flow_joint=False, now_tokens=0, soon_frames=1, tubelet_t=1, flow_pool=1, flow_chunks=0)
         super().__init__(SimpleNamespace(**sizes, **shape))
-        self.read = Reader(cfg, dim, cfg.context_depth)
+        self.read, self.embed = Reader(cfg, dim, cfg.context_depth), nn.Linear(dim + W, W)
+        nn.init.trunc_normal_(self.embed.weight, std=(dim + W) ** -0.5)
+        nn.init.zeros_(self.embed.bias)
         self.register_buffer("code", grid_code(cfg, W)[cfg.context_tokens :], persistent=False)
         for block in self.blocks:
             block.__class__, block.grad_checkpoint = DiTBlock, cfg.grad_checkpoint
 
     def project(self, context):
-        return super().project(self.read(context))
+        """-> (what is near to each target [B, F, W], keys and values of the context for every block)."""
+        seen = self.read(context)
+        return self.read.nearest(seen), super().project(seen)[1]
 
     def forward(self, x_tau, tau, projected):
         """The net adds to the best linear guess for targets of unit deviation, in the unit of what that leaves open:
         its error counts alike at every time, where clean targets alone are mostly copied from late ones."""
+        near, keys_values = projected
+        seen = torch.cat([x_tau.to(near.dtype), near[:, None].expand(-1, x_tau.shape[1], -1, -1)], -1)
         t = tau[..., None, None]
         square = t * t + (1 - t) ** 2
-        return t / square * x_tau + (1 - t) / square.sqrt() * super().forward(x_tau, tau, projected)
+        return t / square * x_tau + (1 - t) / square.sqrt() * super().forward(seen, tau, (None, keys_values))
 
 
 class Finder(nn.Module):
@@ -478,7 +490,7 @@ class FutureClips(C.FrameClips):
         if self.cfg.predictor == "locate":
             plan = V.fit_plan(plan, video)
             times = V.frame_times(plan, *V.video_timing(video.path, plan))
-            annotation = {**annotation, "places": true_places(annotation, times - plan.begin)}
+            annotation = {**annotation, "places": true_places(annotation, times - video.begin)}
         return frames, annotation
 
     def sample(self, index):
@@ -618,8 +630,12 @@ class FutureLatents(V.World):
 
     # -- the verbs of a world model
     def known(self, clip_or_context):
-        """NOW frames [B, T, 3, H, W], or latents [B, K, D] as `encode` gives them -> the latter."""
-        return self.encode(clip_or_context) if clip_or_context.ndim == 5 else clip_or_context
+        """NOW frames [B, T, 3, H, W], or latents [B, K, D] as `encode` gives them -> the latter. ValueError for others
+        than now_frames."""
+        context = self.encode(clip_or_context) if clip_or_context.ndim == 5 else clip_or_context
+        if self.cfg.predictor != "locate" and context.shape[1] != self.cfg.context_tokens:
+            raise ValueError(f"NOW is {self.cfg.now_frames} frames, {self.cfg.context_tokens} latents")
+        return context
 
     @torch.no_grad()
     def predict(self, clip_or_context):
@@ -739,9 +755,9 @@ class FutureLatents(V.World):
 
     def report(self, run, values, seconds):
         """dump_<k>_*: the first held-out clips."""
-        data, began, done = run.source.dataset(self.cfg, "val"), V.time.monotonic(), 0
+        data, began, done = run.source.dataset(self.cfg, "val"), time.monotonic(), 0
         try:
-            while done < self.cfg.dump_clips and (not done or V.time.monotonic() < began + seconds):
+            while done < self.cfg.dump_clips and (not done or time.monotonic() < began + seconds):
                 batch = V.for_step(V.collate([data[done]]), 0, run.process.device)
                 self.dump(batch, Path(run.cfg.out_dir) / f"dump_{done}")
                 done += 1
