@@ -197,6 +197,10 @@ def draw_config(rng):
         "pred_dim": widths[1],
         "flow_heads": flow_heads,
         "flow_dim": flow_heads * 2 * rng.randint(1, 6),
+        "pred_heads": rng.choice([0, heads]),
+        "grad_clip_value": rng.choice([0.0, 0.1]) if not values["grad_clip"] else rng.choice([0.0] * 19 + [1.0]),
+        "freeze_encoder": rng.random() < 0.02,  # without weights both are refused
+        "teacher": "frozen" if rng.random() < 0.02 else "ema",
         "soon_fit_steps": rng.choice([0, 1, 3] if values["flow_fit_clips"] else [0] * 19 + [1]),
         "flow_chunks": rng.randint(1, parts["eventually_frames"] // tubelet),
         "flow_rank": rng.choice([1, 2, 5, 16, 64 if values["flow_joint_max"] else 3]),

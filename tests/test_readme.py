@@ -33,6 +33,7 @@ FOREIGN_FLAGS = {
     "--ntasks",
     "--ntasks-per-node",
     "--field",
+    "--local-dir",
 }
 
 

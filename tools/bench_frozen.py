@@ -70,7 +70,8 @@ def encode_alone(args):
     with torch.no_grad():
         encoder(clip[:, :4]), encoder(clip)
     seconds = time.perf_counter() - began
-    print(json.dumps({"mem_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, "seconds": seconds}))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    V.say(json.dumps({"mem_gb": peak, "seconds": seconds}))
 
 
 def call(*command):
@@ -110,21 +111,15 @@ def main():
         write_videos(videos, args.frames)
     same = [f"--work={args.work}", f"--frames={args.frames}", f"--batch_size={args.batch_size}", f"--soon={args.soon}"]
     alone = json.loads(call(__file__, *same, "--alone"))
-    print(
-        f"encoder alone: {alone['mem_gb']:.2f} GB, {alone['seconds']:.1f} s for a batch of {args.batch_size}",
-        flush=True,
-    )
+    V.say(f"encoder alone: {alone['mem_gb']:.2f} GB, {alone['seconds']:.1f} s for a batch of {args.batch_size}")
     frozen = train(args, "frozen", f"--data_root={videos}")
-    print(f"frozen run: {frozen['mem_gb']:.2f} GB, {frozen['clips_per_s']:.4g} clips/s", flush=True)
+    V.say(f"frozen run: {frozen['mem_gb']:.2f} GB, {frozen['clips_per_s']:.4g} clips/s")
     cache = args.work / f"cache_{args.frames}"
-    print(
-        call(ROOT / "tools" / "cache_latents.py", f"--out={cache}", f"--data_root={videos}", *flags_of(args)),
-        flush=True,
-    )
+    V.say(call(ROOT / "tools" / "cache_latents.py", f"--out={cache}", f"--data_root={videos}", *flags_of(args)))
     args.steps = max(args.steps, 6)
     cached = train(args, "cached", f"--latents={cache}")
-    print(f"run from a cache: {cached['mem_gb']:.2f} GB, {cached['clips_per_s']:.4g} clips/s")
-    print(
+    V.say(f"run from a cache: {cached['mem_gb']:.2f} GB, {cached['clips_per_s']:.4g} clips/s")
+    V.say(
         f"memory {frozen['mem_gb'] / alone['mem_gb']:.2f} times the encoder's, "
         f"speed from a cache {cached['clips_per_s'] / frozen['clips_per_s']:.1f} times"
     )

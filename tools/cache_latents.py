@@ -45,6 +45,7 @@ import torch
 import VJepa_AUTO_V2 as V
 
 COLUMNS = ("out_path", "name", "begin", "length", "group", "maneuver")
+STALE_S = 3600.0  # age of a half-written file that nobody writes any more
 TELL_S = 10.0  # between two lines of progress where no bar can be shown
 
 
@@ -228,9 +229,9 @@ def open_cache(out, about):
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise V.UsageError(f"out {out}: holds something else than a cache; use another folder (--out)")
     (out / "clips").mkdir(parents=True, exist_ok=True)
-    for left in (*out.glob(".*.tmp"), *(out / "clips").glob(".*.tmp")):  # of processes that were killed
-        if not os.path.exists(f"/proc/{left.name.split('.')[-2]}"):
-            left.unlink(missing_ok=True)
+    for stale in (*out.glob(".*.tmp"), *(out / "clips").glob(".*.tmp")):  # of processes that were killed, anywhere
+        if time.time() - stale.stat().st_mtime > STALE_S:
+            stale.unlink(missing_ok=True)
     put(path, json.dumps(about, indent=1).encode())
 
 
