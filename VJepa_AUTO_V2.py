@@ -71,6 +71,7 @@ import subprocess
 import sys
 import threading
 import time
+import tokenize
 import traceback
 import typing
 import warnings
@@ -154,13 +155,14 @@ class RunConfig:
 
     # -- run
     preset: str = "base"  # a named set of overrides (base = these defaults)
-    data_root: str = ""  # folder of videos, one video, or a list (csv, txt, jsonl); empty = built-in driving scenes
+    data_root: str = ""  # videos or pictures: folder, file or list (csv, txt, jsonl); empty = built-in driving scenes
     video_glob: str = "*"  # *.mp4: by name; sub/*.mp4: by path below data_root; **/: any folders or none
     out_dir: str = "runs/vjepa_auto_v2"  # everything the run writes
     resume: str = "auto"  # auto (newest checkpoint in out_dir) | never | a checkpoint file
     steps: int = 20000  # optimizer steps of the whole run; all schedules end here
     device: str = "auto"  # auto | cuda | mps | cpu
     amp: bool = False  # bf16 autocast where it is no slower (fp16 with a loss scaler on CUDA cards without bf16)
+    amp_type: str = "auto"  # auto (as --amp finds best) | bf16 | fp16 (with a loss scaler); with --amp, without a trial
     compile: bool = False  # torch.compile of the model's forward
     seed: int = 1337  # every sample, mask and noise draw is a pure function of (seed, sample number)
     # -- data
@@ -176,12 +178,14 @@ class RunConfig:
     weight_decay: float = 0.05  # AdamW, on matrices only
     warmup_steps: int = 2000  # linear warm-up, capped at a tenth of steps
     grad_clip: float = 1.0  # largest gradient norm of what is clipped as one; 0 = off
+    grad_clip_value: float = 0.0  # largest size of any number of a gradient; 0 = off; needs grad_clip 0
     max_skipped_steps: int = 20  # consecutive non-finite steps before the run stops
     # -- log, checkpoints, evaluation
     log_every: int = 50  # steps between log lines
     ckpt_every: int = 1000  # steps between checkpoints
     keep_last: int = 3  # checkpoints kept beside the final one
     val_every: int = 1000  # steps between evaluations; 0 = only at the end
+    val_epochs: int = 0  # passes over the training files between evaluations, in place of val_every; 0 = by val_every
     val_clips: int = 64  # clips of an evaluation, rounded up to full batches
     best_by: str = ""  # val_ figure by which ckpt_best.pt is kept: the smallest, with a - in front the largest
     track: str = ""  # tensorboard, wandb or both, separated by a comma
@@ -192,10 +196,11 @@ class RunConfig:
         "steps": (1, 10**9), "seed": (0, 2**31 - 1), "val_fraction": (0, 0.9), "max_bad_fraction": (0, 0.99),
         "decode_timeout_s": (0.1, 10**6), "num_workers": (0, 512), "batch_size": (1, 65536), "grad_accum": (1, 65536),
         "lr": (0, None), "min_lr": (0, None), "weight_decay": (0, None), "grad_clip": (0, None),
+        "grad_clip_value": (0, None), "val_epochs": (0, 10**6),
         "warmup_steps": (0, 10**9), "max_skipped_steps": (1, 10**9), "log_every": (1, 10**9), "ckpt_every": (1, 10**9),
         "keep_last": (1, 10**9), "val_every": (0, 10**9), "val_clips": (2, 10**7), "dist_timeout_s": (1, 10**6),
     }
-    CHOICES = {"device": ("auto", "cuda", "mps", "cpu")}
+    CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "amp_type": ("auto", "bf16", "fp16")}
     MUST_MATCH = ("seed",)
 
     def __init_subclass__(cls):
@@ -207,7 +212,7 @@ class RunConfig:
 
     def __post_init__(self):
         """A ~ at the front of a path is the home folder, wherever the config comes from."""
-        for name in ("data_root", "out_dir", "resume", "init_from"):
+        for name in ("data_root", "out_dir", "resume", "init_from", "latents"):
             if isinstance(getattr(self, name, None), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
 
@@ -218,6 +223,8 @@ class RunConfig:
             (not self.out_dir.strip(), "out_dir", "must name a folder"),
             (not self.resume.strip(), "resume", "must be auto, never or a checkpoint file"),
             (unknown, "track", f"{unknown} is not one of tensorboard, wandb"),
+            (self.amp_type != "auto" and not self.amp, "amp_type", "needs --amp"),
+            (self.grad_clip and self.grad_clip_value, "grad_clip_value", "clips in another way: needs --grad_clip 0"),
         )
 
     def in_order(self, *pairs):
@@ -246,9 +253,10 @@ class ClipConfig(RunConfig):
     soon_frames: int = 16  # near future
     channels: int = 3  # RGB
     clip_fps: float = 4.0  # frames per second taken from a video; 0 spreads the frames over the whole file
-    frame_fps: float = 0.0  # frames per second of raw H.264 / HEVC without times; 0 = as header or annotation say
+    frame_fps: float = 0.0  # frames per second of pictures and raw H.264 / HEVC; 0 = as times, header or annotation say
     decoder: str = "auto"  # auto (pyav, then decord) | pyav | decord
     missing_data: str = "scenes"  # when data_root holds no video: scenes | error | random
+    latents: str = ""  # folder or csv of latents cached by tools/cache_latents.py, read instead of videos
     crop_scale_min: float = 0.6  # smallest crop, share of the largest box that fits the frame
     crop_scale_max: float = 1.0  # largest crop, same unit
     crop_ratio_min: float = 0.85  # stretch of the crop's aspect ratio
@@ -270,6 +278,7 @@ class ClipConfig(RunConfig):
         "scenes": ("files", "render"),
     }
     MUST_MATCH = ("image_size", "num_frames", "now_frames", "soon_frames", "channels")
+    UNCROPPED = dict(crop_scale_min=1.0, crop_scale_max=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, hflip=False)
 
     @property
     def height(self) -> int:
@@ -291,6 +300,8 @@ class ClipConfig(RunConfig):
                 (not 1 <= min(sides) <= max(sides) <= 8192, "image_size", "must lie in 1 to 8192"),
                 (self.num_frames < least, "num_frames", f"must be at least now + soon frames = {least}"),
                 (problem, "scene_mix", problem),
+                *((self.latents and getattr(self, name) != plain, name, f"must be {plain}: cached latents are of clips "
+                   "as they are") for name, plain in self.UNCROPPED.items()),
             ),
             *self.in_order(("crop_scale_min", "crop_scale_max"), ("crop_ratio_min", "crop_ratio_max")),
         ]
@@ -300,7 +311,7 @@ class ClipConfig(RunConfig):
 class VJepaAutoV2Config(ClipConfig):
     """The tri-temporal world: how a clip is cut into NOW, SOON and EVENTUALLY, networks, losses, and the flow net."""
 
-    preset: str = "base"  # tiny | proof | small | base | large | vjepa2_vitl, h, g, g_384: named overrides
+    preset: str = "base"  # tiny | proof | small | base | large | vjepa2_vitl, _vitl_latents, _vith, _vitg, _vitg_384
     # -- grid
     eventually_frames: int = 64  # far future
     tubelet_t: int = 2  # frames per token
@@ -323,6 +334,8 @@ class VJepaAutoV2Config(ClipConfig):
     init_key: str = ""  # entry: target_encoder, ema_encoder or encoder, first found; of a checkpoint: target or online
     allow_partial: bool = False  # start even where tensors of the encoder are missing or too many
     # -- objective
+    freeze_encoder: bool = False  # the encoder of init_from learns nothing: NOW's and the target encoder in one
+    teacher: str = "ema"  # ema (the target follows the encoder) | frozen (it is that of init_from, of any width)
     ema_momentum: float = 0.996  # target encoder momentum
     ema_momentum_end: float = 0.0  # momentum at the last step, linear in between; 0 = constant
     short_num_blocks: int = 8  # blocks of a short-range mask
@@ -400,6 +413,10 @@ class VJepaAutoV2Config(ClipConfig):
             amp=True,
         ),
         "vjepa2_vitl": VJEPA2,
+        "vjepa2_vitl_latents": dict(  # with --freeze_encoder, and from a cache with --latents
+            VJEPA2, lambda_vjepa=0.0, crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, batch_size=32,
+            grad_accum=1, lr=2e-4, warmup_steps=500, steps=5000, val_every=500, ckpt_every=500,
+        ),
         "vjepa2_vith": dict(VJEPA2, enc_dim=1280, enc_depth=32),
         "vjepa2_vitg": VITG,
         "vjepa2_vitg_384": dict(VITG, image_size=384, batch_size=1, grad_accum=16),
@@ -423,13 +440,13 @@ class VJepaAutoV2Config(ClipConfig):
     }
     CHOICES = {
         "pos_embed": ("sincos", "rope", "rope21"), "soon_start": ("last", "mask"), "outcome_target": ("mean", "delta"),
-        "flow_rest": ("mean", "gaussian"),
+        "flow_rest": ("mean", "gaussian"), "teacher": ("ema", "frozen"),
     }
     MUST_MATCH = (
         "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim", "pred_depth", "num_heads",
         "mlp_ratio", "pred_heads", "pred_mlp_ratio", "pos_embed", "soon_start", "outcome_queries", "outcome_queue",
         "outcome_target", "flow_dim", "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max",
-        "flow_pool",
+        "flow_pool", "freeze_encoder", "teacher",
     )
 
     @property
@@ -494,10 +511,16 @@ class VJepaAutoV2Config(ClipConfig):
                 (width % 2, name, "must be even, the position code pairs sine and cosine"),
             ]
         no_fit = self.soon_fit_steps and not self.flow_fit_clips
+        taught, needs = self.teacher == "frozen", "needs the weights of init_from (--init_from)"
         rows += [
             (self.init_key and not self.init_from, "init_key", "chooses within --init_from, which names nothing"),
+            (self.freeze_encoder and not self.init_from, "freeze_encoder", needs),
+            (taught and not self.init_from, "teacher", needs),
+            (taught and self.freeze_encoder, "teacher", "freeze_encoder leaves nothing to teach"),
+            (self.latents and not self.freeze_encoder, "latents", "needs a frozen encoder (--freeze_encoder)"),
+            (self.latents and self.lambda_vjepa, "lambda_vjepa", "must be 0: cached latents know no masks"),
             (no_fit, "soon_fit_steps", "the flow phase fits SOON, and flow_fit_clips = 0 leaves it out"),
-            (losses <= 0, "lambda_vjepa", "at least one of vjepa, soon, eventually, supcon must train the encoder"),
+            (losses <= 0, "lambda_vjepa", "at least one of vjepa, soon, eventually, supcon must train the networks"),
         ]
         problems = [*super().rules(), *broken(*rows), *self.in_order(("aspect_min", "aspect_max"))]
         tubelets, (_, high, wide) = self.eventually_tubelets, self.grid
@@ -906,6 +929,10 @@ VIDEO_SUFFIXES = (
     *re.findall(r"\.\w+", ".mp4.m4v.mkv.mov.avi.webm.ts.mts.m2ts.3gp.3g2.f4v.wmv.asf.flv.mpg.mpeg.vob.ogv"),
     *RAW_SUFFIXES,
 )
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+# fmt: off
+LIST_KEYS = ("video", "path", "frames", "begin", "length", "fps", "times", "group", "signals", "maneuver", "label")
+# fmt: on
 SIDES = ("train", "val", "test")  # folders that split a data_root
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # copies that systems and network disks keep
 SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in this order
@@ -921,20 +948,33 @@ class BadFile(Exception):
 
 @dataclass(frozen=True)
 class VideoFile:
-    """One video."""
+    """One video, one drive of pictures, or a part of one."""
 
-    name: str  # path below the data root, with /: its identity in splits and logs
+    name: str  # path below the data root, with /, and #t=begin,end of a part: its identity in logs
     path: str
     label: str = ""  # a maneuver
+    begin: float = 0.0  # second after the first frame from which on it is used
+    length: float = 0.0  # seconds that are used; 0: up to the end
+    fps: float = 0.0  # of pictures, or of a raw stream
+    times: str = ""  # file with the times of these, that csv too
+    group: str = ""  # held out together
+    signals: str = ""  # an annotation: its file, or itself
+    pictures: str = ""  # pattern of their names, where path is their folder, or a csv of path,time
+
+    @property
+    def drive(self):
+        """What no split cuts: a group, else all parts of a file."""
+        is_part = self.begin or self.length
+        return self.group or is_part and self.name.rpartition("#t=")[0] or self.name
 
 
 class Listing(list):
     """The videos of a data_root. `notes`: lines for the user; `seen`: what else was found where no video was; `sides`:
-    {side: its videos} where folders split them."""
+    {side: its videos} where folders split them; `drives`: the Listing of folders with pictures."""
 
-    def __init__(self, videos=(), notes=(), seen=""):
+    def __init__(self, videos=(), notes=(), seen="", drives=()):
         super().__init__(videos)
-        self.notes, self.seen, self.sides = list(notes), seen, {}
+        self.notes, self.seen, self.sides, self.drives = list(notes), seen, {}, drives
 
 
 def name_some(names, most=3):
@@ -984,17 +1024,19 @@ def walk_folder(root, closed):
 
 def one_name_each(videos):
     """Leave out further names of one file (links) -> (videos, names left out). One that brings another label stays,
-    under the first name: the split goes by names, so no file ever stands on both sides."""
-    first, kept, left_out = {}, [], []
+    under the first name: the split goes by names, so no file ever stands on both sides, nor its parts without group."""
+    first, drives, kept, left_out = {}, {}, [], []
     for video in videos:
         key = video.name
         with suppress(OSError, ValueError):
             info = os.stat(video.path)
             if info.st_ino and stat.S_ISREG(info.st_mode):  # some network disks give one number to many files
                 key = info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
-        known, labels = first.setdefault(key, (video, {video.label}))
+        drive = drives.setdefault(key, video.drive)
+        known, labels = first.setdefault((key, video.begin, video.length), (video, {video.label}))
         if video.name == known.name or video.label not in labels:
-            kept.append(replace(video, name=known.name))
+            part = replace(video, name=known.name)
+            kept.append(part if part.group or part.drive == drive else replace(part, group=drive))
         else:
             left_out.append(video.name)
         if video.name != known.name:
@@ -1031,30 +1073,52 @@ def split_by_folders(listing, root):
 def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
     """Walk a folder -> Listing by name of the files with a known suffix that match the glob, one name each. Names with
     a dot in front do not count: they are hidden, or macOS's twins of other files."""
-    matches, found, others, closed = glob_pattern(video_glob).match, [], [], []
+    matches, found, others, closed, drives = glob_pattern(video_glob).match, [], [], [], {}
     below = "videos/" if os.path.basename(root) == "videos" else ""  # a glob may name that folder or not
     for parent, entry in walk_folder(root, closed):
         name, path = entry.name, parent + entry.name
-        known = name.lower().endswith(suffixes) and name[0] != "."
-        if known and any(map(matches, (name, path, below + path))):
+        wanted = name[0] != "." and any(map(matches, (name, path, below + path)))
+        if wanted and name.lower().endswith(suffixes):
             found.append(VideoFile(path, os.path.join(root, path)))
         else:
             others.append(name)
+            if wanted and parent not in drives and name.lower().endswith(PICTURE_SUFFIXES):
+                drive = parent[:-1] or os.path.basename(os.path.abspath(root))
+                drives[parent] = VideoFile(drive, os.path.join(root, parent), pictures="*")
     videos, links = one_name_each(sorted(found, key=operator.attrgetter("name")))
     notes = left_out_note("WARNING", closed, f"folder(s) below {one_line(root)} cannot be read and")
     notes += left_out_note("note", links, "further name(s) of files listed already (links)")
-    listing = Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}")
-    split_by_folders(listing, root)
+    drives = Listing(sorted(drives.values(), key=operator.attrgetter("name")))
+    listing = Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}", drives)
+    split_by_folders(listing or drives, root)
     return listing
 
 
-def label_text(value):
+def label_text(value, what="label"):
     """A label of a list or an annotation -> text, "" for null alone. ValueError for no plain text or number."""
     if value is None:
         return ""
     if not isinstance(value, (str, bool)) and not fits(float, value) or re.search(UNPRINTABLE, str(value)):
-        raise ValueError(f"label {shown(value)} must be a text without control characters or a number")
+        raise ValueError(f"{what} {shown(value)} must be a text without control characters or a number")
     return str(value)
+
+
+def check_annotation(annotation):
+    """Bring what is read of an annotation to its types, in place. ValueError names the key."""
+    if not isinstance(annotation, dict):
+        raise ValueError("must hold a JSON object")
+    fps = annotation.get("fps")
+    if fps is not None and not (fits(float, fps) and 0 < fps <= 10**6):
+        raise ValueError(f"fps = {shown(fps)} must be a positive number")
+    label = label_text(annotation.pop("maneuver", None))
+    if label:
+        annotation["maneuver"] = label
+    for name in SIGNALS:
+        values = annotation.get(name) if isinstance(annotation.get(name), list) else []
+        if not set(map(type, values)) <= {int, float, bool, type(None)}:
+            raise ValueError(f"{name} must be a list of numbers, null where it is unknown")
+        if not all(abs(value) < 1e30 for value in values if value is not None):
+            raise ValueError(f"{name} holds a number that is too large")
 
 
 def csv_cells(line, separator):
@@ -1092,24 +1156,52 @@ def text_readings(line, header):
     return [pair for pair in named + (quoted + split if '"' in line else split + quoted) if pair[0]]
 
 
-def json_reading(line):
-    """A line of a jsonl list -> (path, label). ValueError or RecursionError says what it lacks."""
-    row = parse_json(line)
-    path = row.get("video") or row.get("path") if isinstance(row, dict) else None
-    if not path or not isinstance(path, str) and not fits(int, path):
-        raise ValueError("it has no such text")
-    return str(path), label_text(row.get("maneuver")) or row.get("label")
+def listed_path(folder, path, key="path"):
+    """A path in a list -> the absolute one. ValueError where no file can be called so."""
+    if not isinstance(path, str) or "\0" in path:
+        raise ValueError(f"{key} = {shown(path)} must be a text without NUL")
+    os.fsencode(path)  # UnicodeEncodeError for what the file system's encoding lacks
+    return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
+
+
+def listed_number(row, key, least=1e-9):
+    """A number of a jsonl line, 0 where there is none. ValueError for one out of its range."""
+    if key in row and not (fits(float, row[key]) and least <= row[key] <= 10**9):
+        raise ValueError(f"{key} = {shown(row[key])} must be a number {'above 0' if least else 'from 0 on'}")
+    return float(row.get(key, 0))
+
+
+def json_video(row, folder):
+    """A line of a jsonl list -> VideoFile. ValueError says what is wrong with it."""
+    row = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {}
+    frames, video = row.get("frames"), row.get("video") or row.get("path")
+    path = str(video) if fits(int, video) else video or frames
+    if not path or video and frames:
+        raise ValueError("a line is a JSON object that names either a 'video' (or 'path') or 'frames'")
+    place, pictures, times, signals = listed_path(folder, path), "", row.get("times"), row.get("signals", "")
+    if times and not frames and not place.lower().endswith(RAW_SUFFIXES):
+        raise ValueError("times are for pictures and raw streams: this video holds its own")
+    times = listed_path(folder, times, "times") if times else ""
+    if frames:
+        is_pattern = re.search(r"[*?[]", os.path.basename(place)) and not os.path.isdir(place)
+        times = place if place.lower().endswith(".csv") else times
+        place, pictures = os.path.split(place) if is_pattern else (place, "*")
+    if isinstance(signals, dict):
+        check_annotation(dict(signals))
+        signals = json.dumps(signals)
+    else:
+        signals = signals and listed_path(folder, signals, "signals")
+    begin, length, fps = (listed_number(row, *key) for key in (("begin", 0), ("length",), ("fps",)))
+    if begin or length:
+        path += f"#t={begin:.12g}" + f",{begin + length:.12g}" * bool(length)
+    label, group = label_text(row.get("maneuver")) or row.get("label"), label_text(row.get("group"), "group")
+    return VideoFile(path, place, label_text(label), begin, length, fps, times, group, signals, pictures)
 
 
 def listed_video(readings, folder, is_comment):
     """What a line may say, [(path, label)] -> VideoFile, None for a comment. ValueError for no path or label. Which
     reading holds is seen on the disk; where no such file exists, the first that ends like a video is taken."""
-    found = []
-    for path, label in readings:
-        if "\0" in path:
-            raise ValueError("a path holds no NUL")
-        os.fsencode(path)  # UnicodeEncodeError for what the file system's encoding lacks
-        found.append((path, os.path.abspath(os.path.join(folder, os.path.expanduser(path))), label))
+    found = [(path, listed_path(folder, path), label) for path, label in readings]
     present = [one for one in found if os.path.isfile(one[1])] or [one for one in found if os.path.exists(one[1])]
     if not present and (is_comment or not found):
         return None
@@ -1121,7 +1213,7 @@ def listed_video(readings, folder, is_comment):
 def read_list(path):
     """A csv, txt or jsonl list, blank lines, comments (#) and a header left out -> Listing in its order. UsageError
     names a line that is not understood."""
-    folder, found, header = os.path.dirname(os.path.abspath(path)), [], None
+    folder, found, header, keys = os.path.dirname(os.path.abspath(path)), [], None, {}
     try:
         text = read_text(path, MAX_LIST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
@@ -1136,13 +1228,19 @@ def read_list(path):
                 header = not os.path.isfile(os.path.join(folder, line)) and list_header(line) or ()
                 if header:
                     continue
-            readings = [json_reading(line)] if as_json else text_readings(line, header)
-            found.append(listed_video(readings, folder, is_comment))
+            if as_json:
+                row = parse_json(line)
+                found.append(json_video(row, folder))
+                keys |= dict.fromkeys(row)
+            else:
+                found.append(listed_video(text_readings(line, header), folder, is_comment))
         except (ValueError, RecursionError, csv.Error) as error:
-            needs = "needs a JSON object with a key 'video' or 'path'" if as_json else "cannot be understood"
-            raise UsageError(f"data_root {one_line(path)} line {number}: {needs} ({one_line(error)})") from error
+            why = f"cannot be understood ({one_line(error)})"
+            raise UsageError(f"data_root {one_line(path)} line {number}: {why}") from error
     videos, links = one_name_each(filter(None, found))
     notes = left_out_note("note", links, f"line(s) of {one_line(path)} name files again under other names (links) and")
+    unknown = [key + nearest(key, LIST_KEYS) for key in keys if key not in LIST_KEYS]
+    notes += left_out_note("note", unknown, f"key(s) of {one_line(path)} mean nothing here and")
     return Listing(videos, notes, "the list names no video")
 
 
@@ -1164,47 +1262,31 @@ def find_videos(data_root, video_glob, suffixes=VIDEO_SUFFIXES):
 
 
 def split_videos(videos, val_fraction, at_least=1):
-    """Hold out files by the hash of their name, never by window -> (train, val), from two files up both non-empty."""
-    names = {video.name for video in videos}  # a list may name a file more than once
+    """Hold out drives by the hash of their name, never by window -> (train, val), from two up both non-empty."""
+    names = {video.drive for video in videos}  # a list may name a file more than once
     hashes = {name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest() for name in names}
     threshold = f"{int(val_fraction * 16**8):08x}"
     num_val = max(sum(hashed[:8] < threshold for hashed in hashes.values()), at_least if val_fraction > 0 else 0)
     val = set(sorted(hashes, key=hashes.get)[: max(min(num_val, len(names) - 1), 0)])
-    return [video for video in videos if video.name not in val], [video for video in videos if video.name in val]
-
-
-def check_annotation(annotation):
-    """Bring what is read of an annotation to its types, in place. ValueError names the key."""
-    if not isinstance(annotation, dict):
-        raise ValueError("must hold a JSON object")
-    fps = annotation.get("fps")
-    if fps is not None and not (fits(float, fps) and 0 < fps <= 10**6):
-        raise ValueError(f"fps = {shown(fps)} must be a positive number")
-    label = label_text(annotation.pop("maneuver", None))
-    if label:
-        annotation["maneuver"] = label
-    for name in SIGNALS:
-        values = annotation.get(name) if isinstance(annotation.get(name), list) else []
-        if not set(map(type, values)) <= {int, float, bool, type(None)}:
-            raise ValueError(f"{name} must be a list of numbers, null where it is unknown")
-        if not all(abs(value) < 1e30 for value in values if value is not None):
-            raise ValueError(f"{name} holds a number that is too large")
+    return [video for video in videos if video.drive not in val], [video for video in videos if video.drive in val]
 
 
 def read_annotation(data_root, video):
-    """DIR/annotations/<clip>.json of a video, in its own subfolder or flat -> dict, {} when there is none. `maneuver`
-    is a text or absent. BadFile when it is not what it should be."""
-    name = os.path.splitext(video.name)[0] + ".json"
-    for place in dict.fromkeys((name, os.path.basename(name))) if data_root else ():
-        path = os.path.join(data_root, "annotations", place)
+    """The annotation of a video: its line's signals, else DIR/annotations/<clip>.json, in its own subfolder or flat ->
+    dict, {} when there is none. `maneuver` is a text or absent. BadFile when it is not what it should be."""
+    name, own = os.path.splitext(video.name)[0] + ".json", video.signals
+    places = dict.fromkeys((name, os.path.basename(name))) if data_root else ()
+    for path in [own] if own else [os.path.join(data_root, "annotations", place) for place in places]:
+        inline = path[0] == "{"
         try:
-            if stat.S_ISREG(os.stat(path).st_mode):
-                annotation = parse_json(read_text(path, MAX_ANNOTATION_BYTES))
+            if inline or own or stat.S_ISREG(os.stat(path).st_mode):
+                annotation = parse_json(path if inline else read_text(path, MAX_ANNOTATION_BYTES))
                 check_annotation(annotation)
                 return annotation
         except (OSError, ValueError, RecursionError) as error:
-            if getattr(error, "errno", None) not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-                raise BadFile(f"annotation {one_line(os.path.basename(name))}: {one_line(reason_of(error))}") from error
+            if own or getattr(error, "errno", None) not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                place = "in its line" if inline else one_line(os.path.basename(path))
+                raise BadFile(f"annotation {place}: {one_line(reason_of(error))}") from error
     return {}
 
 
@@ -1222,6 +1304,8 @@ RAW_FORMATS = ("h264", "hevc")  # demuxers of bare streams, which hold no times 
 RAW_FPS = 25.0  # frames per second of a bare stream of which nobody says anything
 LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC at most 16 overtake a frame
 MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further has lost what lay between
+# A longer step than both between the told times of frames is a gap, which no window crosses: seconds, usual steps.
+GAP_S, GAP_STEPS = 0.5, 2.5
 SKIPPING_CODECS = ("h264", "hevc")  # they obey skip_frame by the packet; dav1d the first packet's for the whole file
 
 
@@ -1244,6 +1328,7 @@ class ClipPlan:
     u_y: float
     frame_fps: float = 0.0  # rate of a raw stream, whatever its header says; 0: the header's
     noted_fps: float = 0.0  # rate that its annotation names, for a raw stream whose header names none
+    file: VideoFile = VideoFile("", "")  # which part of it may be used, and its told times; set by fit_plan
 
 
 @dataclass(frozen=True)
@@ -1260,23 +1345,38 @@ class TimeLine:
     duration: float  # seconds, at which the last frame of this stream ends
     fps: float  # mean frames per second
     in_order: bool = False  # no presentation times: frames come in order, at the times of the packets
+    told: np.ndarray | None = None  # seconds of the frames of a raw stream, where a file tells them
 
     def second(self, pts):
         """Presentation times -> seconds, to the last bit: a moment on the very border of two frames must not waver."""
+        if self.told is not None:
+            return self.told[pts]
         return (pts - self.start) * self.unit.numerator / self.unit.denominator
 
 
+def usable_part(plan, duration, native_fps):
+    """Seconds of a file that a plan may use. BadFile for a list that promises more than containers round off."""
+    begin, length, slack = plan.file.begin, plan.file.length, 1.0 + 2 / native_fps
+    rest = duration - begin
+    if begin and rest < 0.5 / native_fps or length > rest + slack:
+        raise BadFile(f"lasts {duration:.2f} s, its line asks for begin {begin:g}, length {length or 'to its end'}")
+    return min(rest, length or rest)
+
+
 def frame_times(plan, duration, native_fps):
-    """Seconds from the first frame at which the clip's frames are taken -> float64 [T]. Half a native frame is added:
-    a request falls inside a frame, not on the border of two. A file shorter than the window gives frames over its
-    whole length; one with too few frames each of them, then the last again."""
+    """Seconds from the first frame at which the clip's frames are taken -> float64 [T], of a file of which `duration`
+    may be used. Half a native frame is added: a request falls inside a frame, not on the border of two. A file shorter
+    than the window gives frames over its whole length; one with too few frames each of them, then the last again."""
     steps, half = np.arange(plan.num_frames), 0.5 / native_fps
     window = plan.num_frames / plan.fps if plan.fps else math.inf
+    half = min(half, duration / 2) if plan.file.length else half
     if duration >= window - half:
-        return plan.u_start * max(duration - window, 0.0) + steps / plan.fps + half
-    if duration * native_fps < plan.num_frames:
-        return steps / native_fps + half
-    return steps * (duration / plan.num_frames) + half
+        times = plan.u_start * max(duration - window, 0.0) + steps / plan.fps + half
+    elif duration * native_fps < plan.num_frames:
+        times = steps / native_fps + half
+    else:
+        times = steps * (duration / plan.num_frames) + half
+    return plan.file.begin + (np.minimum(times, duration - half) if plan.file.length else times)  # no neighbour's
 
 
 def crop_box(plan, width, height):
@@ -1318,6 +1418,60 @@ def file_stamp(container):
     return path, info.st_ino, info.st_size, info.st_mtime_ns
 
 
+@lru_cache(maxsize=64)
+def read_times(path):
+    """Times of frames: npy, a text with a line of seconds or a date for each, or a csv of path,time -> (float64 seconds
+    after the first, paths of the csv). BadFile unless they are two or more and increase."""
+    rows = []
+    try:
+        with open(path, "rb") as file:
+            is_npy = file.read(6) == b"\x93NUMPY"
+        if is_npy:
+            times = np.load(path, allow_pickle=False)
+        else:
+            rows = [row for row in csv.reader(read_text(path, MAX_LIST_BYTES).splitlines()) if row]
+            if path.lower().endswith(".csv") and rows.pop(0) != ["path", "time"]:
+                raise ValueError("its first line must be path,time")
+            times = np.array([row[-1] for row in rows])
+            times = times.astype("datetime64[ns]" if re.search(r"\d-\d", str(times[:1])) else np.float64)
+        seconds = (times - times[:1]) / (np.timedelta64(1, "s") if times.dtype.kind == "M" else 1.0)
+        steps = np.diff(seconds)
+        if seconds.ndim != 1 or not len(steps) or not np.all((0 < steps) & (steps < math.inf)):
+            raise ValueError("they must be two or more in one column, each later than the one before")
+    except (*DECODE_ERRORS, TypeError, SyntaxError, tokenize.TokenError, csv.Error) as error:
+        raise BadFile(f"times {one_line(os.path.basename(path))}: {one_line(reason_of(error))}") from error
+    return seconds, [os.path.join(os.path.dirname(path), row[0].strip()) for row in rows]
+
+
+@lru_cache(maxsize=64)
+def list_pictures(folder, pattern):
+    """Pictures of a folder -> their paths in natural order, 2 before 10. BadFile."""
+    try:
+        names = fnmatch.filter(os.listdir(folder), pattern)
+    except OSError as error:
+        raise BadFile(f"cannot be read ({error.strerror})") from error
+    names = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."]
+    if not names:
+        raise BadFile(f"no picture in it ({', '.join(PICTURE_SUFFIXES)}) called {one_line(pattern, 60)}")
+    parts = {name: [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name)] for name in names}
+    return [os.path.join(folder, name) for name in sorted(sorted(names), key=parts.get)]
+
+
+def picture_line(path, plan):
+    """A drive of pictures -> (paths, seconds of each, seconds that may be used, frames per second). BadFile."""
+    told = plan.file.times
+    if not told and not plan.frame_fps:
+        raise BadFile("its pictures have no times: fps or times in its line, or --frame_fps")
+    seconds, paths = read_times(told) if told else ([], ())
+    if path != told:
+        paths = list_pictures(path, plan.file.pictures)
+        seconds = seconds if told else np.arange(len(paths)) / plan.frame_fps
+    if len(paths) != len(seconds):
+        raise BadFile(f"{len(paths)} pictures, and {len(seconds)} times in {one_line(os.path.basename(told))}")
+    fps = 1 / float(np.median(np.diff(seconds))) if len(seconds) > 1 else plan.frame_fps
+    return paths, seconds, usable_part(plan, float(seconds[-1]) + 1 / fps, fps), fps
+
+
 @lru_cache(maxsize=256)
 def streams_alive(stamp):
     """Numbers of the video streams that show a second frame before some other one shows its hundredth -> set."""
@@ -1328,6 +1482,31 @@ def streams_alive(stamp):
             if counts[packet.stream_index] == 100:
                 break
     return {number for number, count in counts.items() if count > 1}
+
+
+def between_gaps(plan, seconds):
+    """A plan for frames at these times -> one whose window lies between two gaps: u_start draws the place among all
+    stretches into which it fits; where it fits into none, the longest one is the file."""
+    steps = np.diff(seconds)
+    step = float(np.median(steps))
+    gaps = np.flatnonzero(steps > max(GAP_S, GAP_STEPS * step))
+    begins = np.maximum(seconds[[0, *gaps + 1]], plan.file.begin)
+    lengths = np.minimum(seconds[[*gaps, -1]] + step, plan.file.begin + (plan.file.length or math.inf)) - begins
+    if not len(gaps) or lengths.max() <= 0:  # it begins behind the end, which usable_part says
+        return plan
+    window = plan.num_frames / plan.fps - step / 2 if plan.fps else math.inf
+    until = np.cumsum(lengths * (lengths >= min(window, lengths.max())))
+    place = max(plan.u_start * until[-1], 1e-9)
+    chosen = int(np.searchsorted(until, place))
+    part = replace(plan.file, begin=float(begins[chosen]), length=float(lengths[chosen]))
+    return replace(plan, file=part, u_start=float(1 - (until[chosen] - place) / part.length))
+
+
+def fit_plan(plan, video, annotation=()):
+    """A plan -> the same for a file: which part of it may be used, and what tells the times of its frames. BadFile."""
+    noted = dict(annotation).get("fps") or 0.0
+    plan = replace(plan, file=video, frame_fps=video.fps or plan.frame_fps, noted_fps=noted)
+    return between_gaps(plan, read_times(video.times)[0]) if video.times else plan
 
 
 def playing_stream(container):
@@ -1450,6 +1629,12 @@ def time_line(container, stream, plan, fast=True):
     """-> (TimeLine, its packets from the first key packet on). A transport stream's line covers all its parts."""
     kind, codec, unit, stamp = container.format.name, stream.codec_context, stream.time_base, file_stamp(container)
     packets, fps = from_key(container.demux(stream)), float(stream.average_rate or stream.guessed_rate or 25)
+    if kind in RAW_FORMATS and (path := plan.file.times):
+        told, count = read_times(path)[0], count_packets(stamp)
+        if len(told) < count:
+            raise BadFile(f"{count} frames, and {len(told)} times in {one_line(os.path.basename(path))}")
+        fps = 1 / float(np.median(np.diff(told)))
+        return TimeLine(0, unit, float(told[count - 1]) + 1 / fps, fps, in_order=True, told=told), packets
     if kind in RAW_FORMATS:
         fps = plan.frame_fps or float(codec.framerate or 0) or plan.noted_fps or RAW_FPS
         unit = 1 / Fraction(fps).limit_denominator(10**6)
@@ -1577,7 +1762,8 @@ def pyav_walk(container, stream, plan, fast):
     from av.video.reformatter import VideoReformatter
 
     line, packets = time_line(container, stream, plan, fast)
-    times, aspect = frame_times(plan, line.duration, line.fps), float(stream.sample_aspect_ratio or 1)
+    times = frame_times(plan, usable_part(plan, line.duration, line.fps), line.fps)
+    aspect = float(stream.sample_aspect_ratio or 1)
     fast = fast and not line.in_order
     sought = fast and times[0] > 1
     if not 1 / 8 <= aspect <= 8:
@@ -1634,10 +1820,43 @@ def read_pyav(path, plan, fast=True):
 
 
 def video_timing(path, plan):
-    """-> (seconds, frames per second) of a video, for frame_times of a plan. BadFile for a bad one."""
+    """-> (seconds that may be used, frames per second) of a video, for frame_times of a plan. BadFile for a bad one."""
+    if plan.file.pictures:
+        return picture_line(path, plan)[2:]
     with opened_stream(path) as (container, stream):
         line, _ = time_line(container, stream, plan)
-        return line.duration, line.fps
+        return usable_part(plan, line.duration, line.fps), line.fps
+
+
+def open_picture(path):
+    """A picture -> uint8 [H, W, 3], turned as it asks. BadFile."""
+    from PIL import Image, ImageOps
+
+    try:
+        check_regular(path)
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS or image.mode[0] in "IF":
+                raise BadFile(f"{image.width} x {image.height} pixels of kind {image.mode}")
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (BadFile, SyntaxError, Image.DecompressionBombError, *DECODE_ERRORS) as error:
+        raise BadFile(f"picture {one_line(os.path.basename(path))}: {one_line(reason_of(error))}") from error
+
+
+def read_pictures(path, plan):
+    """The pictures of a drive that a plan needs, no others are opened -> uint8 [T, H, W, 3]. BadFile."""
+    import av
+    from av.video.reformatter import VideoReformatter
+
+    paths, seconds, duration, fps = picture_line(path, plan)
+    wanted = np.searchsorted(seconds, frame_times(plan, duration, fps), side="right") - 1
+    frames, sizes, scaler = {}, {}, VideoReformatter()
+    for number in dict.fromkeys(wanted.tolist()):
+        picture = open_picture(paths[number])
+        sizes.setdefault(picture.shape[1::-1], os.path.basename(paths[number]))
+        if len(sizes) > 1:
+            raise BadFile("pictures of two sizes: " + ", ".join(f"{one_line(sizes[w, h])} {w} x {h}" for w, h in sizes))
+        frames[number] = pyav_picture(av.VideoFrame.from_ndarray(picture, format="rgb24"), plan, 1.0, scaler)
+    return np.stack([frames[number] for number in wanted.tolist()])
 
 
 def beyond_decord(path):
@@ -1668,7 +1887,8 @@ def read_decord(path, plan):
     decord.logging.set_level(decord.logging.FATAL)
     open_decord = partial(decord.VideoReader, path, ctx=decord.cpu(0), num_threads=1)
     try:
-        if beyond := beyond_decord(path):
+        # in HEVC and AV1 its frames may be two off, which at a border is another episode
+        if beyond := "parts of a file" if plan.file.begin or plan.file.length else beyond_decord(path):
             raise CannotOpen(f"only pyav is trusted with {beyond}")
         height, width = open_decord()[0].shape[:2]
         scaled_w, scaled_h, x, y = crop_box(plan, width, height)
@@ -1689,6 +1909,8 @@ READERS = {"pyav": read_pyav, "decord": read_decord}
 
 def read_frames(path, plan, decoder):
     """Decode just the frames of a plan, resized -> uint8 [T, H, W, 3]. BadFile with every decoder's reason."""
+    if plan.file.pictures:
+        return read_pictures(path, plan)
     check_regular(path)
     reasons = []
     for name in DECODERS[decoder]:
@@ -1758,7 +1980,8 @@ def told_apart(seconds, work, *args):
 
 def small_clip(cfg, video):
     """Decode a small clip of a video, for told_apart."""
-    read_frames(video.path, ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5), cfg.decoder)
+    plan = ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5, cfg.frame_fps)
+    read_frames(video.path, fit_plan(plan, video), cfg.decoder)
 
 
 def guessed_names(root, videos):
@@ -1776,7 +1999,7 @@ def guessed_names(root, videos):
 def guessed_rates(cfg, root, videos):
     """Names of the files that are read at RAW_FPS since neither frame_fps nor header nor annotation says more -> (list,
     whether all were looked at). Only raw suffixes are opened, for 20 s at most."""
-    raw = [video for video in videos if video.path.lower().endswith(RAW_SUFFIXES)]
+    raw = [video for video in videos if video.path.lower().endswith(RAW_SUFFIXES) and not (video.fps or video.times)]
     if cfg.frame_fps or not raw:
         return [], True
     return told_apart(min(cfg.decode_timeout_s, 20.0), guessed_names, root, raw)
@@ -1785,7 +2008,8 @@ def guessed_rates(cfg, root, videos):
 def split_readable(cfg, videos, read_one=small_clip):
     """split_videos, but while none of a handful of held-out files can be read by `read_one`, one more is held out."""
     train, val = split_videos(videos, cfg.val_fraction)
-    for at_least in range(len(val), min(len(val) + 8, len(videos) - 1) + 1):
+    held_out = len({number if video.drive == video.name else video.drive for number, video in enumerate(val)})
+    for at_least in range(held_out, min(held_out + 8, len(videos) - 1) + 1):
         wider = split_videos(videos, cfg.val_fraction, at_least)
         if len(val) > 8 or any(told_apart(cfg.decode_timeout_s, read_one, cfg, video)[1] for video in wider[1]):
             return wider
@@ -2552,8 +2776,7 @@ class ClipDataset(FileDataset):
         """-> (frames uint8 [T, H, W, 3], annotation)."""
         noted = read_annotation(self.data_root, video).items()
         annotation = {"maneuver": video.label or "", **{key: value for key, value in noted if value is not None}}
-        plan = replace(plan, noted_fps=annotation.get("fps") or 0.0)
-        return read_frames(video.path, plan, self.cfg.decoder), annotation
+        return read_frames(video.path, fit_plan(plan, video, annotation), self.cfg.decoder), annotation
 
     def check_form(self, content):
         """Frames come from the decoder in the shape that was asked for."""
@@ -2602,6 +2825,112 @@ class SceneDataset(ClipDataset):
         return (frames[:, :, ::-1] if flip else frames), index % len(self.videos), labels, [], flip
 
 
+def whole_tokens(found, plan):
+    """Latents that others cached, [B, D, T, H, W] or [D, T, H, W] -> tokens [L, D] of one clip, drawn by plan, 0 to 1.
+    BadFile for anything else."""
+    if not torch.is_tensor(found) or found.ndim not in (4, 5) or not found.is_floating_point() or not len(found):
+        raise BadFile(f"latents are no tensor [B, D, T, H, W] or [D, T, H, W], but {describe_form(found)}")
+    return (found[int(plan * len(found))] if found.ndim == 5 else found).flatten(1).T.float()
+
+
+class LatentDataset(FileDataset):
+    """What a frozen encoder makes of clips, a cached file for each. `cache`: what cache.json says; of a cache of others
+    the forms alone, and `world`, which has no memory, takes its clips apart."""
+
+    SUFFIXES, cache, world = (".pt",), {}, None
+
+    @staticmethod
+    def notes(cfg, source):
+        own = "frozen" in source.Dataset.cache
+        told = "" if own else "WARNING: whole clips were encoded, so NOW saw its future: "
+        return [f"{told}latents of {cfg.latents} are read, videos neither decoded nor encoded"]
+
+    def read_file(self, video, plan):
+        check_regular(video.path)
+        try:
+            found = torch.load(video.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # such a file makes the unpickler raise anything
+            raise BadFile(f"latents cannot be read ({type(error).__name__}: {flat(error)[:160]})") from error
+        found = found if self.world is None else self.world.latents_of(whole_tokens(found, plan))
+        if not isinstance(found, dict):
+            raise BadFile(f"latents are no dict of tensors, but {describe_form(found)}")
+        if odd := [name for name, value in found.items() if torch.is_tensor(value) and not value.isfinite().all()]:
+            raise BadFile(f"latents hold NaN or infinity: {name_some(odd)}")
+        return {**found, "maneuver": torch.tensor(self.maneuvers.get(video.label, -1))}
+
+    def blank(self):
+        forms = self.cache["tensors"].items()
+        zeros = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms}
+        return {**zeros, "maneuver": torch.tensor(-1)}
+
+
+def tensor_forms(tensors):
+    """Dict of tensors -> {name: [shape, type]} for cache.json."""
+    return {name: [list(value.shape), str(value.dtype)[6:]] for name, value in tensors.items()}
+
+
+def latent_settings(world, cfg):
+    """What decides, beside frozen weights, what the latents of a world, its class, are -> {name: value} for JSON."""
+    values = {"world": world.__name__, **{name: getattr(cfg, name) for name in world.latent_fields}}
+    return json.loads(json.dumps(values))
+
+
+def read_cache(world, cfg):
+    """The csv of `latents` -> (its path, rows, what its cache.json says, {} for a cache of others). UsageError where
+    they cannot be read or were made with other settings."""
+    place, cache, other, what = Path(cfg.latents), {}, [], f"latents {one_line(cfg.latents)}"
+    index = place / "index.csv" if place.is_dir() else place
+    about = index.parent / "cache.json"
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(index, MAX_LIST_BYTES), newline="")))
+        if place.is_dir() or index.name == "index.csv" and about.is_file():
+            cache = parse_json(read_text(about, 2**24))
+            [torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in cache["tensors"].values()]
+            here, then = latent_settings(world, cfg), cache["settings"]
+            other = [f"{name} = {then.get(name)} (here {here[name]})" for name in here if then.get(name) != here[name]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, csv.Error) as error:
+        made = "tools/cache_latents.py makes them, and goes on where it was stopped"
+        told = f"{what}: no {index.name} or cache.json that can be read ({reason_of(error)})"
+        raise UsageError(f"{told}; {made}") from error
+    if other:
+        raise UsageError(f"{what}: made with {', '.join(other)}; use the same, or another cache (--latents)")
+    needed = ("out_path", "name", "begin", "group") if cache else ("out_path",)
+    if not rows or not all(row.get(name) for row in rows for name in needed):
+        raise UsageError(f"{what}: {index.name} has no rows, or not all have {', '.join(needed)}")
+    return index, rows, cache
+
+
+def list_latents(world, cfg):
+    """The clips of a cache -> Listing, with `Dataset`, which reads them, and `root`, the list of their videos.
+    UsageError as of read_cache, for a world that reads none, and where no file of others fits."""
+    if not world.latent_fields:
+        raise UsageError(f"latents = {one_line(cfg.latents)}: {world.__name__} has none to read (--latents)")
+    index, rows, cache = read_cache(world, cfg)
+    listing, reason = Listing(), "no file"
+    for row in rows:
+        path = os.path.join(index.parent, os.path.expanduser(row["out_path"]))
+        name = f"{row['name']}#t={row['begin']}" if cache else row["out_path"]
+        listing.append(VideoFile(name, path, row.get("maneuver") or "", group=row.get("group") or ""))
+    if cache.get("split") == "folders":
+        listing.sides = {side: [clip for clip in listing if clip.name.startswith(f"{side}/")] for side in SIDES}
+    listing.root = str(index.parent / "list.jsonl" if cache else index)
+    listing.Dataset = kind = type("LatentDataset", (LatentDataset,), {"cache": cache})
+    if cache:
+        return listing
+    with torch.device("meta"):
+        kind.world = world(cfg)
+    for clip in listing[:16]:
+        try:
+            forms = tensor_forms(kind(cfg, [clip], "", "train").read_file(clip, 0.0))
+        except BadFile as error:
+            reason = f"{clip.name}: {error}"
+        else:
+            del forms["maneuver"]
+            kind.cache = {"tensors": forms}
+            return listing
+    raise UsageError(f"latents {one_line(cfg.latents)}: no usable file among the first ({reason})")
+
+
 def maneuver_names(videos, data_root):
     """All maneuvers that lists and annotations name, mirrored ones included -> sorted list."""
     names = set()
@@ -2635,8 +2964,10 @@ class DataSource:
     by_folders: bool = False  # whether folders split the files, not the hash of their names
 
     def listing(self):
-        """What a checkpoint keeps of it: number of files and what splits them; a user's names unless too many."""
-        names = sorted({video.name for video in (*self.train, *self.val)})
+        """What a checkpoint keeps of it: number of files and what splits them; a user's names, with groups, unless too
+        many."""
+        videos = (*self.train, *self.val)
+        names = sorted({f"{video.name} of {video.group}" if video.group else video.name for video in videos})
         kept = names if self.kind == "videos" and len(names) <= MAX_LISTED else []
         split = "folders" if self.by_folders else "hash"
         return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept, "split": split}
@@ -2667,6 +2998,25 @@ def instead_of_videos(cfg, videos):
     return f"no --data_root: training on built-in driving scenes, {what}"
 
 
+def drives_of_pictures(cfg, videos):
+    """What was listed -> the same, or where it is no video the folders of pictures, whose rate --frame_fps tells.
+    UsageError without it, and for layouts that would be misread without a list."""
+    root, layout = cfg.data_root, ""
+    command = f"python tools/make_list.py {root} --out LIST.jsonl"
+    with suppress(OSError, ValueError):
+        if '"codebase_version"' in read_text(os.path.join(root, "meta", "info.json"), MAX_ANNOTATION_BYTES):
+            layout = "LeRobot, several episodes in a file or cameras of one"
+    streams = (video.path for video in videos if video.path.endswith("/video.hevc") and not (video.fps or video.times))
+    if not cfg.frame_fps and any(os.path.exists(path[:-10] + "global_pose/frame_times") for path in streams):
+        layout = "comma2k19, whose streams hold no times"
+    if layout:
+        raise UsageError(f"data_root {root}: this is {layout}; {command} makes the list to be given instead")
+    if videos.drives and not videos and not cfg.frame_fps:
+        cure = f"{command} makes a list of known layouts, and --frame_fps N takes each folder of pictures for a drive"
+        raise UsageError(f"data_root {root}: {nothing_found(cfg, videos)}; {cure}")
+    return videos or videos.drives or videos
+
+
 def list_data(cfg, Dataset=ClipDataset):
     """The files that a config names, [] for built-in scenes. UsageError for a wrong or a missing path."""
     suffixes, must = Dataset.SUFFIXES, not Dataset.HAS_SCENES
@@ -2674,6 +3024,7 @@ def list_data(cfg, Dataset=ClipDataset):
         wanted = f"must name a folder or a list of files {', '.join(suffixes)} (--data_root)"
         raise UsageError(f"data_root = {cfg.data_root or repr('')}: {wanted}")
     videos = find_videos(cfg.data_root, cfg.video_glob, suffixes) if cfg.data_root else Listing()
+    videos = drives_of_pictures(cfg, videos) if cfg.data_root and not must else videos
     if cfg.data_root and not videos and (must or cfg.missing_data == "error"):
         raise UsageError(f"data_root {cfg.data_root}: {nothing_found(cfg, videos, suffixes)} (--video_glob)")
     return videos
@@ -2682,7 +3033,8 @@ def list_data(cfg, Dataset=ClipDataset):
 def open_data(world, cfg, videos, is_main, barrier, stopping=None):
     """Listed files -> the DataSource of a world (its class). Built-in scenes are written where they are needed, by
     rank 0, while the others wait at `barrier()`. Stopped when `stopping()` says so meanwhile."""
-    kind, root, sides = "videos", cfg.data_root, getattr(videos, "sides", {})
+    kind, root, sides = "videos", getattr(videos, "root", cfg.data_root), getattr(videos, "sides", {})
+    Dataset = getattr(videos, "Dataset", world.Dataset)
     if not videos and cfg.data_root and cfg.missing_data == "random":
         kind, videos = "random", [VideoFile(f"random_{number}", "") for number in range(64)]
     elif not videos and cfg.scenes == "render":
@@ -2700,14 +3052,12 @@ def open_data(world, cfg, videos, is_main, barrier, stopping=None):
     elif kind in ("random", "render"):
         train, val = split_videos(videos, cfg.val_fraction)
     else:
-        train, val = split_readable(cfg, videos, world.Dataset.read_one)
+        train, val = split_readable(cfg, videos, Dataset.read_one)
     maneuvers = []
     if world.wants_labels(cfg):
         maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names([*train, *val], root)
     split = dict(held_out=bool(val and train), test=sides.get("test", []), by_folders=bool(sides))
-    return DataSource(
-        kind, root, train or videos, val or videos, maneuvers, Dataset=world.Dataset, draw=world.draw, **split
-    )
+    return DataSource(kind, root, train or videos, val or videos, maneuvers, Dataset=Dataset, draw=world.draw, **split)
 
 
 def listing_change(saved, source):
@@ -3291,9 +3641,12 @@ EMULATED = 4.0  # products that take so many times as long as in fp32 are done b
 
 
 def amp_dtype(cfg, device):
-    """The type to try under --amp: bf16, or fp16 on CUDA cards that only emulate bf16. None without --amp."""
+    """The type to try under --amp: amp_type, else bf16, or fp16 on CUDA cards that only emulate bf16. None without
+    --amp."""
     if not cfg.amp:
         return None
+    if cfg.amp_type != "auto":
+        return torch.bfloat16 if cfg.amp_type == "bf16" else torch.float16
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
@@ -3342,8 +3695,9 @@ def choose_precision(world, cfg, process, saved=""):
     unless the other one is clearly faster here, so that a resumed run computes the same bits. The draws of the global
     generator differ from run to run after this: seed it afterwards.
     """
-    if (dtype := amp_dtype(cfg, process.device)) is None:
-        return None, ""
+    dtype = amp_dtype(cfg, process.device)
+    if dtype is None or cfg.amp_type != "auto":
+        return dtype, "as amp_type says" if dtype else ""
     name, kind = PRECISIONS[dtype], {"cpu": "CPU", "cuda": "GPU"}.get(process.device.type, process.device.type)
     try:
         cost = amp_cost(world, cfg, process.device, dtype)
@@ -3626,7 +3980,7 @@ def move_ema(slow, fast, momentum):
 
 def clip_gradients(optimizer, cfg):
     """Clip each optimizer group on its own, `decay` and `no_decay` as one, so that no gradient shrinks another's
-    -> {grad_norm and NAME_grad_norm: norm before clipping}."""
+    -> {grad_norm and NAME_grad_norm: norm before clipping}. With grad_clip_value each number on its own instead."""
     sides = {"grad_norm": []}
     for group in optimizer.param_groups:
         name = "grad_norm" if group["name"] in ("decay", "no_decay") else f"{group['name']}_grad_norm"
@@ -3636,6 +3990,9 @@ def clip_gradients(optimizer, cfg):
         norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
         if cfg.grad_clip and grads:
             torch._foreach_mul_(grads, (cfg.grad_clip / (norms[name] + 1e-6)).clamp_max(1.0).to(grads[0].device))
+        elif cfg.grad_clip_value and grads:
+            torch._foreach_clamp_min_(grads, -cfg.grad_clip_value)
+            torch._foreach_clamp_max_(grads, cfg.grad_clip_value)
     return norms
 
 
@@ -3697,7 +4054,7 @@ class World(nn.Module):
 
     def __setattr__(self, name, value):
         """As nn.Module's. TypeError where an attribute, a child say, would hide something that the loop calls."""
-        if callable(getattr(World, name, None)) and name in vars(World):
+        if callable(getattr(type(self), name, None)) and name in vars(World):
             raise TypeError(f"{type(self).__name__}: an attribute must not be called {name}, which the loop calls")
         super().__setattr__(name, value)
 
@@ -3711,6 +4068,18 @@ class World(nn.Module):
     def wants_labels(cfg):
         """Whether samples carry the number of their maneuver."""
         return False
+
+    # -- latents of a frozen encoder
+    latent_fields = ()  # names of the settings that decide what latents are
+
+    def latents(self, batch):
+        """All that `forward` needs of a batch's clips, made by FROZEN parts alone -> {name: tensor [B, ...]}. With
+        --latents a batch holds these, as tools/cache_latents.py kept them, instead of `frames`."""
+        return {}
+
+    def latents_of(self, whole):
+        """All tokens [L, D] of a clip of a cache that others made -> its `latents`, without batch axis."""
+        raise BadFile(f"{type(self).__name__} reads no latents of whole clips")
 
     # -- a step
     def forward(self, batch):
@@ -3852,6 +4221,8 @@ class Fit(World):
     the optimizer, nothing of the Fit. One clip in twenty is held out; when its loss rises while the other falls, the
     net learns clips by heart.
     """
+
+    latents = None  # not asked of a Fit, which may call its own so
 
     def __init__(self, model, name, num_steps, batch_size, num_clips):
         cfg = replace(model.cfg, steps=num_steps, warmup_steps=num_steps, batch_size=batch_size, grad_accum=1)
@@ -4116,6 +4487,7 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
+        self.cfg = cfg
         self.tokenizer = Tokenizer(cfg)
         self.position = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads)
         self.trunk = Trunk(cfg, cfg.enc_dim, cfg.enc_depth)
@@ -4547,8 +4919,8 @@ def cache_latents(model, run):
     with spare_threads(cfg.num_workers):
         for number, batch in enumerate(process.in_step(loader)):
             with autocast(process):
-                clip = model.normalise(batch["frames"].to(process.device))
-                parts = model.now_context(clip), model.future_target(model.make_targets(clip))
+                batch = to_device(batch, process.device)
+                parts = model.context_of(batch), model.future_target(model.targets_of(batch))
             # taken whole: joining pieces in the end would need the memory twice
             cached = cached or [torch.empty((num_batches * size, *part.shape[1:]), dtype=kept) for part in parts]
             for whole, part in zip(cached, parts):
@@ -4656,6 +5028,8 @@ def verdict(metrics, cfg):
         std, what = metrics["val_target_std"], "(one held-out clip)"
     collapsed = std < 0.2 or rank < 0.05 * cfg.enc_dim
     health = "COLLAPSED: lower lr, raise ema_momentum or warm up longer" if collapsed else "no sign of collapse"
+    if collapsed and (cfg.freeze_encoder or cfg.teacher == "frozen"):
+        health = "LOW: the frozen encoder hardly tells these clips apart"
     moves = f"{'' if skill > 0 else 'no '}better than a world that stands still"
     moves = "nothing moves in the held-out clips" if math.isnan(skill) else moves
     return (
@@ -4676,7 +5050,7 @@ def encode_bank(model, source, process, num_clips, deadline):
         if process.stop.asked():  # rank 0 alone is here, the others learn of it afterwards
             raise Stopped
         with autocast(process):
-            targets = model.make_targets(model.normalise(batch["frames"].to(process.device)))
+            targets = model.targets_of(to_device(batch, process.device))
         usable = batch["file"] >= 0
         futures.append(model.future_target(targets)[usable].flatten(1).cpu())
         numbers += batch["index"][usable].tolist()
@@ -4733,8 +5107,8 @@ def picture_rows(model, data, bank, process, number, side, num_samples):
     clip = torch.from_numpy(np.ascontiguousarray(seen.transpose(0, 3, 1, 2)))
     generator = torch.Generator(process.device).manual_seed(number)
     samples = model.sample_futures(clip[None].to(process.device), num_samples, generator=generator)[0].flatten(1).cpu()
-    own = data["val"].videos[file].name
-    other = torch.tensor([data["bank"].videos[file].name != own for file in bank_files])
+    own = data["val"].videos[file].drive
+    other = torch.tensor([data["bank"].videos[file].drive != own for file in bank_files])
     other = other if other.any() else torch.ones_like(other)  # a single file has only itself to show
     nearest = torch.cdist(samples, futures).masked_fill(~other, float("inf")).argmin(1).tolist()
     found = [data["bank"].decode(bank_numbers[entry], *side)[0] for entry in nearest]
@@ -4750,6 +5124,16 @@ def save_picture(image, path):
     write_own(path, partial(image.save, format="PNG", optimize=True, pnginfo=info))
 
 
+def videos_behind(world, cfg, path):
+    """The list that tools/cache_latents.py left of a cache's clips -> (their DataSource or None, what is gone)."""
+    if not path.endswith(".jsonl") or not os.path.exists(path):
+        return None, [path]
+    videos = read_list(path)
+    if gone := [video.name for video in videos if not os.path.exists(video.path)]:
+        return None, gone
+    return open_data(world, replace(cfg, data_root=path), videos, True, None), []
+
+
 @torch.no_grad()
 def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, num_samples=4):
     """futures.png: for some val clips the NOW frames, the true SOON frames, and for each sampled future the SOON frames
@@ -4757,7 +5141,7 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
     clip is drawn at least, the others while `seconds` last, of which the search may take two fifths."""
     cfg, began = model.cfg, time.monotonic()
     data = {stream: source.dataset(cfg, stream) for stream in ("val", "bank")}
-    budget = (2e15 if process.device.type == "cuda" else 2e13) / model.flops()["target"]
+    budget = (2e15 if process.device.type == "cuda" else 2e13) / (model.flops()["target"] or 1.0)
     wanted = int(min(max(budget, 16), 256))
     bank = encode_bank(model, source, process, wanted, began + 0.4 * seconds)
     grow = max(1, round(96 / min(cfg.height, cfg.width)))
@@ -5131,10 +5515,12 @@ def block_flops(num_tokens, dim, mlp_ratio):
     return 2 * num_tokens * dim * dim * (4 + 2 * mlp_ratio) + 4 * num_tokens**2 * dim
 
 
-def flops_per_clip(cfg):
-    """Multiply-adds times two of one training step on one clip, forward and backward, by module -> {name: FLOP}."""
+def flops_per_clip(cfg, teacher=None):
+    """Multiply-adds times two of one training step on one clip, forward and backward, by module -> {name: FLOP}.
+    `teacher`: the config of the target encoder where it has its own."""
+    teacher = teacher or cfg
     D, P, L, ratio = cfg.enc_dim, cfg.pred_dim, cfg.num_tokens, cfg.mlp_ratio
-    kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES]
+    kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES if cfg.lambda_vjepa]
     tokenizer = 2 * L * D * 3 * cfg.tubelet_t * cfg.patch**2
     masked = [block_flops(num_tokens, D, ratio) for num_tokens in kept for _ in range(cfg.mask_draws)]
     online = cfg.enc_depth * (sum(masked) + block_flops(cfg.now_tokens, D, ratio)) + tokenizer
@@ -5144,9 +5530,10 @@ def flops_per_clip(cfg):
     mixing = RN * 2 * W * W * 6 + 4 * K * W * D + 4 * RN * (K + cfg.flow_tokens) * W
     flow = cfg.flow_depth * (RN * 2 * W * W * 8 + mixing * (not cfg.flow_joint)) + 2 * K * D * W * cfg.flow_joint
     again = 4 if cfg.grad_checkpoint else 3
+    target = teacher.enc_depth * block_flops(L, teacher.enc_dim, teacher.mlp_ratio) + tokenizer * teacher.enc_dim / D
     return {
-        "online": again * online,
-        "target": cfg.enc_depth * block_flops(L, D, ratio) + tokenizer,
+        "online": (1 if cfg.freeze_encoder else again) * online * (not cfg.latents),
+        "target": target * (not cfg.latents),
         "predictor": again * cfg.pred_depth * filled,
         "flow": 3 * flow * bool(cfg.lambda_flow),
     }
@@ -5155,11 +5542,43 @@ def flops_per_clip(cfg):
 def memory_estimate_gb(cfg, num_parameters):
     """Weights, gradients, AdamW state and saved activations of a micro-step -> GB. 53 bytes per token, channel and
     block under autocast (70 in fp32) were measured with saved-tensor hooks; checkpointing keeps one input per block."""
-    kept = cfg.mask_draws * sum(family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES) + cfg.now_tokens
-    filled = 2 * cfg.mask_draws * cfg.num_tokens + cfg.now_tokens + cfg.soon_tokens
+    draws = cfg.mask_draws * bool(cfg.lambda_vjepa)
+    kept = draws * sum(family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES) + cfg.now_tokens
+    kept *= not cfg.freeze_encoder
+    filled = 2 * draws * cfg.num_tokens + cfg.now_tokens + cfg.soon_tokens
     per_value = 5 if cfg.grad_checkpoint else 53 if cfg.amp else 70
     values = kept * cfg.enc_dim * cfg.enc_depth + filled * cfg.pred_dim * cfg.pred_depth
     return (num_parameters * 16 + cfg.batch_size * values * per_value) / 1e9
+
+
+def frozen_encoder(cfg):
+    """The encoder of init_from on a config's token grid, which learns nothing -> (encoder, predictor and Origin). Where
+    it has the config's sizes, as it must with freeze_encoder, its kind of positions becomes the config's. On the meta
+    device nothing is read. UsageError."""
+    if torch.get_default_device().type == "meta":
+        return Encoder(cfg).requires_grad_(False), ()
+    heads = cfg.num_heads if cfg.freeze_encoder and cfg.num_heads != type(cfg).num_heads else 0
+    tensors, *beside = read_weights(cfg.init_from, cfg.init_key)
+    encoder = encoder_of(tensors, beside[1], heads)
+    sizes, pieces = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio"), ("patch", "tubelet_t")
+    odd, other = (misfits(cfg, {name: getattr(encoder.cfg, name) for name in names}) for names in (sizes, pieces))
+    if other := other + odd * cfg.freeze_encoder:
+        raise UsageError(f"init_from {cfg.init_from}: {'; '.join(other)}")
+    if not odd:
+        cfg.pos_embed = encoder.cfg.pos_embed
+        validate_config(cfg)
+    own = {name: getattr(encoder.cfg, name) for name in (*sizes, "pos_embed")}
+    encoder.cfg, encoder.position = replace(cfg, **own) if odd else cfg, encoder.position.changed(grid=cfg.grid)
+    return encoder, beside
+
+
+def fixed_map(width, wanted, seed):
+    """Orthonormal random matrix [width, wanted], the same on every machine: onto a smaller width it keeps distances
+    nearly, onto a larger one exactly. One that learns would let targets collapse."""
+    rows = torch.randn((max(width, wanted), min(width, wanted)), generator=torch.Generator().manual_seed(seed)).double()
+    directions, upper = torch.linalg.qr(rows)
+    directions = (directions * upper.diagonal().sign()).float()  # else only up to signs
+    return directions if width > wanted else directions.T
 
 
 class VJepaAutoV2(World):
@@ -5182,10 +5601,11 @@ class VJepaAutoV2(World):
         "outcome_top1": "share of clips whose own future ranks first among all keys",
     }
     TRAIN_KEYS = {
-        "ema_momentum": "momentum of the target encoder",
+        "ema_momentum": "momentum of the target encoder; absent where that is frozen",
         "flow_grad_norm": "gradient norm of the flow net before clipping",
         "flow_explained": "share of the residual's variance inside the flow's directions",
     }
+    latent_fields = (*ClipConfig.MUST_MATCH, "clip_fps", "eventually_frames", "tubelet_t", "patch", "num_heads")
     VAL_KEYS = {
         "flow_spread": "deviation among sampled futures over that of real futures from the forecast; "
         "0 = one mode, 1 = as wide"
@@ -5196,11 +5616,21 @@ class VJepaAutoV2(World):
 
     def __init__(self, cfg, rank=0, world_size=1):
         super().__init__(cfg, rank, world_size)
-        self.online, self.predictor = Encoder(cfg), Predictor(cfg)
+        is_frozen = cfg.freeze_encoder or cfg.teacher == "frozen"
+        frozen, self.beside = frozen_encoder(cfg) if is_frozen else (None, ())
+        self.online, self.predictor = frozen if cfg.freeze_encoder else Encoder(cfg), Predictor(cfg)
         self.outcome, self.flow = OutcomeHead(cfg), FlowNet(cfg)
         self.read_out = nn.Linear(cfg.enc_dim, cfg.flow_chunks * cfg.enc_dim)  # forecast of the EVENTUALLY chunks
         init_weights(self.read_out)
-        self.target, self.flow_ema = copy.deepcopy(self.online), copy.deepcopy(self.flow)
+        self.target, self.flow_ema = frozen or copy.deepcopy(self.online), copy.deepcopy(self.flow)
+        if frozen is not None:  # with freeze_encoder, one module has both names
+            self.FROZEN = ("online" if cfg.freeze_encoder else "target",)
+            self.NETWORKS = tuple(name for name in self.NETWORKS if getattr(self, name, None) is not frozen)
+            if frozen.cfg is cfg and not cfg.freeze_encoder:
+                self.online.load_state_dict(frozen.state_dict())
+            widths = frozen.cfg.enc_dim, cfg.enc_dim
+            if widths[0] != widths[1]:
+                self.register_buffer("target_map", fixed_map(*widths, cfg.seed), persistent=False)
         self.soon_predictor = None  # the predictor's copy that the flow phase fits to SOON alone
         self.space = FutureSpace(cfg)
         self.register_buffer("queue", torch.zeros(cfg.outcome_queue, cfg.enc_dim))
@@ -5227,8 +5657,13 @@ class VJepaAutoV2(World):
     def wants_labels(cfg):
         return bool(cfg.lambda_supcon)
 
+    @torch.no_grad()
     def take_weights(self, say):
-        if self.cfg.init_from:
+        if self.beside:  # of what is frozen
+            say(f"weights: encoder of {self.beside[1].path} ({self.beside[1].what}), frozen")
+            say(take_predictor(self, self.cfg, *self.beside))
+            self.beside = ()
+        elif self.cfg.init_from:
             take_weights(self, self.cfg, say)
 
     def train(self, mode=True):
@@ -5245,8 +5680,39 @@ class VJepaAutoV2(World):
 
     @torch.no_grad()
     def make_targets(self, clip):
-        """clip [B, T, C, H, W] -> targets [B, L, D]: EMA encoder on the whole clip, LayerNorm without affine."""
-        return layer_norm(self.target(clip))
+        """clip [B, T, C, H, W] -> targets [B, L, D]: target encoder on the whole clip, LayerNorm without affine."""
+        targets = self.target(clip)
+        if hasattr(self, "target_map"):
+            targets = layer_norm(targets) @ self.target_map
+        return layer_norm(targets)
+
+    @torch.no_grad()
+    def latents(self, batch):
+        """The NOW context [B, K, D], of NOW alone, and targets [B, L', D], EVENTUALLY as the mean of each tubelet:
+        only means of it are ever used."""
+        return self.brief(self.now_context(batch["frames"]), self.make_targets(self.normalise(batch["frames"])))
+
+    def latents_of(self, whole):
+        """As in World; here NOW's tokens saw the future. BadFile for tokens of another grid or width."""
+        if whole.shape != (self.cfg.num_tokens, self.cfg.enc_dim):
+            grid = " x ".join(map(str, self.cfg.grid))
+            raise BadFile(f"holds {list(whole.shape)} tokens and channels, not {grid} tokens of {self.cfg.enc_dim}")
+        brief = self.brief(whole[None, : self.cfg.now_tokens], layer_norm(whole[None]))
+        return {name: value[0] for name, value in brief.items()}
+
+    def brief(self, context, targets):
+        """NOW context and targets [B, L, D] -> `latents`."""
+        soon, later = targets.tensor_split((self.cfg.now_tokens + self.cfg.soon_tokens,), 1)
+        later = later.unflatten(1, (self.cfg.eventually_tubelets, -1)).mean(2)
+        return {"context": context, "targets": torch.cat([soon, later], 1)}
+
+    def context_of(self, batch):
+        """NOW context [B, K, D] of a batch of clips or of their latents."""
+        return batch["context"].float() if "context" in batch else self.now_context(batch["frames"])
+
+    def targets_of(self, batch):
+        """Targets of a batch of clips [B, L, D], or of their latents [B, L', D]."""
+        return batch["targets"].float() if "targets" in batch else self.make_targets(self.normalise(batch["frames"]))
 
     def encode_now(self, tokens):
         """Tokens [B, >= NOW, D] -> context of the NOW tokens alone [B, K, D]."""
@@ -5279,7 +5745,7 @@ class VJepaAutoV2(World):
 
     def outcome_key(self, targets):
         """targets [B, L, D] -> mean EVENTUALLY target [B, D], minus the mean NOW target for `outcome_target` delta."""
-        key = targets[:, -self.cfg.eventually_tubelets * self.cfg.sites :].mean(1)
+        key = targets[:, self.cfg.now_tokens + self.cfg.soon_tokens :].mean(1)
         return key - targets[:, : self.cfg.now_tokens].mean(1) if self.cfg.outcome_target == "delta" else key
 
     def gather(self, rows):
@@ -5297,7 +5763,7 @@ class VJepaAutoV2(World):
     def future_target(self, targets):
         """targets [B, L, D] -> a future [B, F, D]: the SOON tokens, then the chunk means of EVENTUALLY."""
         cfg, later = self.cfg, self.cfg.now_tokens + self.cfg.soon_tokens
-        tubelets = targets[:, later:].reshape(len(targets), cfg.eventually_tubelets, cfg.sites, -1).mean(2)
+        tubelets = targets[:, later:].unflatten(1, (cfg.eventually_tubelets, -1)).mean(2)  # [B, t, D]
         chunks = [part.mean(1) for part in tubelets.tensor_split(cfg.flow_chunks, 1)]
         return torch.cat([targets[:, cfg.now_tokens : later], torch.stack(chunks, 1)], 1)
 
@@ -5326,17 +5792,15 @@ class VJepaAutoV2(World):
         return loss, rows, residual.square().mean((0, 1))
 
     def forward(self, batch):
-        cfg = self.cfg
-        clip = self.normalise(batch["frames"])  # [B, T, C, H, W]
-        targets = self.make_targets(clip)  # [B, L, D]
-        tokens = self.online.tokenizer(clip)  # [B, L, D]
+        cfg, targets = self.cfg, self.targets_of(batch)  # [B, L, D]
         losses = dict.fromkeys(("loss_vjepa", "loss_soon", "loss_eventually", "loss_flow"), targets.new_zeros(()))
         gauges, carry = {}, {"targets": targets, "key": self.outcome_key(targets)}
+        tokens = None if "context" in batch else self.online.tokenizer(self.normalise(batch["frames"]))  # [B, L, D]
         if cfg.lambda_vjepa:
             losses["loss_vjepa"] = self.now_loss(tokens, targets, batch)
-        context = self.encode_now(tokens)  # [B, K, D]
+        context = self.context_of(batch) if tokens is None else self.encode_now(tokens)  # [B, K, D]
         soon_preds = self.predict_soon(context)  # [B, M, D]
-        soon_targets = gather_tokens(targets, self.soon_idx.expand(len(clip), -1))
+        soon_targets = gather_tokens(targets, self.soon_idx.expand(len(targets), -1))
         losses["loss_soon"] = l1_loss(soon_preds, soon_targets)
         still = targets[:, cfg.now_tokens - cfg.sites : cfg.now_tokens]  # [B, h*w, D], as if nothing moved
         gauges["persistence"] = l1_loss(still.repeat(1, cfg.soon_tokens // cfg.sites, 1), soon_targets)
@@ -5365,8 +5829,9 @@ class VJepaAutoV2(World):
         self.absorb(carries)
 
     def update_ema(self, momentum, flow_momentum):
-        """target follows online, and the flow net's EMA the flow net."""
-        move_ema(self.target, self.online, momentum)
+        """target follows online unless it is frozen, and the flow net's EMA the flow net."""
+        if not self.FROZEN:
+            move_ema(self.target, self.online, momentum)
         move_ema(self.flow_ema, self.flow, flow_momentum)
 
     @torch.no_grad()
@@ -5390,7 +5855,10 @@ class VJepaAutoV2(World):
             dist.broadcast(value, 0)
 
     def look(self, batch, carry):
-        return {"targets": gauge_tokens(carry["targets"]), "brightness": batch["frames"].float().flatten(1).mean(1)}
+        targets, clips = carry["targets"], batch["context"] if "context" in batch else batch["frames"]
+        if self.cfg.freeze_encoder:  # latents hold EVENTUALLY as means
+            targets = targets[:, : self.cfg.now_tokens + self.cfg.soon_tokens]
+        return {"targets": gauge_tokens(targets), "brightness": clips.float().flatten(1).mean(1)}
 
     def figures(self, looks, means):
         targets, brightness = (torch.cat([look[name] for look in looks]) for name in ("targets", "brightness"))
@@ -5405,12 +5873,13 @@ class VJepaAutoV2(World):
         }
 
     def state(self, step):
-        return {"ema_momentum": ema_momentum_at(step, self.cfg), "flow_explained": float(self.space.explained)}
+        momentum = {} if self.FROZEN else {"ema_momentum": ema_momentum_at(step, self.cfg)}
+        return {**momentum, "flow_explained": float(self.space.explained)}
 
     def held_out(self, batch, carry):
         if not self.cfg.lambda_flow:
             return {"flow_spread": 0.0}
-        context = self.now_context(batch["frames"])
+        context = self.context_of(batch)
         samples = self.sample_futures(context, 8, generator=torch.Generator(context.device).manual_seed(0))
         residual = self.future_target(carry["targets"]) - self.forecast(context)
         return {"flow_spread": float(samples.std(1).square().mean().sqrt() / residual.square().mean().sqrt())}
@@ -5422,9 +5891,15 @@ class VJepaAutoV2(World):
         path, log = Path(run.cfg.out_dir) / "futures.png", run.log
         if not self.cfg.picture:
             return
+        source = run.source
+        if self.cfg.latents:
+            source, gone = videos_behind(type(self), self.cfg, source.root)
+            if gone:
+                log.line(f"picture: none, since videos behind the latents are not there: {name_some(gone)}")
+                return
         log.stage = "drawing futures.png"
         try:
-            cut = draw_futures(self, run.source, run.process, values, path, seconds)
+            cut = draw_futures(self, source, run.process, values, path, seconds)
         except OSError as error:  # a full disk
             log.line(f"WARNING: {path} could not be written ({error.strerror})")
         else:
@@ -5437,11 +5912,14 @@ class VJepaAutoV2(World):
         spread = f"{cfg.clip_fps:g} per second" if cfg.clip_fps else "spread over the file"
         visible = (f"{name} {family_visible(cfg, name)}/{cfg.sites} sites" for name in MASK_FAMILIES)
         shares = (f"{name} {value / sum(flops.values()):.0%}" for name, value in flops.items())
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in self.trained().values())
         trained += sum(p.numel() for p in self.target.parameters()) / 4
+        target = "frozen, target as well" if cfg.freeze_encoder else "target = online"
+        if cfg.teacher == "frozen":
+            target = f"target {sum(p.numel() for p in self.target.parameters()) / 1e6:.2f} M, frozen"
         grid = f"grid {' x '.join(map(str, cfg.grid))} = {cfg.num_tokens} tokens"
         return [
-            f"parameters: {', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())} (target = online)",
+            f"parameters: {', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())} ({target})",
             f"clip: {cfg.num_frames} frames of {cfg.height} x {cfg.width}, {spread} -> {grid}; "
             f"visible under a mask: {', '.join(visible)}",
             f"step: {clips} clips, {sum(flops.values()) * clips / 1e12:.3g} TFLOP ({', '.join(shares)}); memory about "
@@ -5449,7 +5927,7 @@ class VJepaAutoV2(World):
         ]
 
     def flops(self):
-        return flops_per_clip(self.cfg)
+        return flops_per_clip(self.cfg, self.target.cfg)
 
     @staticmethod
     def typical_part(cfg, device):
@@ -5478,6 +5956,7 @@ class VJepaAutoV2(World):
 
     def restore(self, state):
         super().restore(state)
+        self.beside = ()
         if not state["after"]:  # SOON is fitted anew
             self.soon_predictor = None
 
@@ -6433,6 +6912,11 @@ class Run:
         return dict(zip(names, self.process.mean([values[name] for name in names])))
 
 
+def step_samples(cfg, world_size):
+    """Samples of an optimizer step, those of all ranks and micro-steps."""
+    return cfg.batch_size * cfg.grad_accum * world_size
+
+
 class Phase:
     """A stretch of optimizer steps: training (`name` ""), or a Fit that begins `begin` steps after it. `wrapped` is the
     world, or DDP around it."""
@@ -6453,7 +6937,7 @@ class Phase:
             progress.after += 1
         else:
             progress.step += 1
-            progress.consumed += self.cfg.batch_size * self.cfg.grad_accum * self.world.world_size
+            progress.consumed += step_samples(self.cfg, self.world.world_size)
         progress.seconds = time.perf_counter() - self.run.began
         self.run.folder.step = progress.total
 
@@ -6467,6 +6951,16 @@ class Phase:
     def is_due(self, every):
         """Whether what is done every so many steps is done now; the end of a phase is saved and evaluated by itself."""
         return bool(every) and 0 < self.step < self.cfg.steps and self.step % every == 0
+
+    def is_val_due(self):
+        """Whether an evaluation is: every val_epochs passes over the training files, in a Fit and without it every
+        val_every steps."""
+        cfg, run = self.cfg, self.run
+        if not cfg.val_epochs or self.name:
+            return self.is_due(cfg.val_every)
+        per_step, span = step_samples(cfg, self.world.world_size), cfg.val_epochs * len(run.source.train)
+        done = run.progress.consumed
+        return 0 < self.step < cfg.steps and done // span > (done - per_step) // span
 
 
 REHEARSAL_S = 10.0  # a pass longer than this is not made just to time it
@@ -6514,12 +7008,13 @@ def print_summary(run, overrides, reason):
         held = "; val_fraction is not used"
     capped = f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else ""
     changed = ", ".join(f"{name}={value}" for name, value in overrides.items())
+    steps_each = len(source.train) / step_samples(cfg, process.world_size)
     for line in (
         f"device: {process.device.type} ({device}), {process.world_size} process(es), {precision}",
         *run.world.describe(),
         f"data: {kind}, {sides} {where}{held}",
         *source.Dataset.notes(cfg, source),
-        f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}{capped}",
+        f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}{capped}; a pass over the files is {steps_each:.3g} steps",
         f"set: {changed or 'nothing, all defaults'}",
     ):
         log.line(line)
@@ -6639,6 +7134,13 @@ def build_world(world, run):
     if cfg.compile:
         run.world.compile(dynamic=False)
     return wrap(run.world, process)
+
+
+def check_cache(run):
+    """UsageError where cached latents are those of other frozen weights than the world's."""
+    made_by = getattr(run.source.Dataset, "cache", {}).get("frozen")
+    if made_by is not None and made_by != run.frozen:
+        raise UsageError(f"latents {run.cfg.latents}: made by an encoder with other weights (--latents)")
 
 
 def noise_like(value):
@@ -6774,7 +7276,7 @@ def log_values(phase, metrics, looks, clock):
         "step": progress.total,
         "lr": world.lr(phase.step - 1, phase.optimizer.param_groups[0]["peak_lr"]),
         **world.state(phase.step - 1),
-        "clips_per_s": cfg.batch_size * cfg.grad_accum * run.process.world_size / clock.seconds_per_step,
+        "clips_per_s": step_samples(cfg, run.process.world_size) / clock.seconds_per_step,
         "data_wait": clock.data_wait,
         "mem_gb": peak_memory_gb(run.process.device),
         "bad_files": len(run.log.bad),
@@ -6974,7 +7476,7 @@ def train_phase(phase):
     world.train()
     loader = phase.batches()
     run.folder.closing.append(loader)
-    if phase.is_due(cfg.val_every):  # a stop came before it, or before what it changed was saved
+    if phase.is_val_due():  # a stop came before it, or before what it changed was saved
         values = process.collect(log.evaluated.get(progress.total))[0]
         if values is None:
             stopping = evaluate(phase)
@@ -7014,7 +7516,7 @@ def train_phase(phase):
         pause = time.perf_counter()
         if phase.is_due(cfg.ckpt_every) and not stopping:
             save_run(run)
-        if phase.is_due(cfg.val_every) and not stopping:
+        if phase.is_val_due() and not stopping:
             stopping = evaluate(phase)
         if phase.name and phase.step == cfg.steps:  # after a stop as well: it takes a moment, and is due only here
             evaluate(phase)
@@ -7129,6 +7631,7 @@ def run_world(world, run, overrides, argv, videos):
         run.world.take_weights(log.line)
     elif (named := getattr(cfg, "init_from", "")) and not run.world.FROZEN:
         log.line(f"note: init_from {named} is not read, the run goes on from {path}")
+    check_cache(run)
     process.amp_dtype, reason = choose_precision(world, cfg, process, state["precision"] if state else "")
     run.scaler = torch.amp.GradScaler(process.device.type, enabled=process.amp_dtype == torch.float16)
     seconds, told = rehearse(run, wrapped)
@@ -7185,7 +7688,7 @@ def train(cfg, overrides=None, argv=(), stop=None, world=VJepaAutoV2):
     try:
         validate_config(cfg)
         check_best_by(cfg, world)
-        videos = list_data(cfg, world.Dataset)
+        videos = list_latents(world, cfg) if getattr(cfg, "latents", "") else list_data(cfg, world.Dataset)
         process, met = identify_process(cfg, stop), False
         with suppress(Stopped):
             join_ranks(process, cfg)

@@ -209,7 +209,7 @@ def test_base_preset_is_the_dataclass():
         "small",
         "base",
         "large",
-        *(f"vjepa2_{size}" for size in ("vitl", "vith", "vitg", "vitg_384")),
+        *(f"vjepa2_{size}" for size in ("vitl", "vitl_latents", "vith", "vitg", "vitg_384")),
     }
 
 
@@ -603,6 +603,7 @@ def test_print_config_reads_back(tmp_path, capsys, argv):
 
 # -- rules
 
+FROZEN, UNCROPPED = dict(freeze_encoder=True, init_from="x"), V.ClipConfig.UNCROPPED
 # One entry per rule between fields: overrides of a valid config, and the words that name field, value, rule and flag.
 RELATIONS = [
     (dict(num_frames=14), "num_frames = 14: must equal now + soon + eventually frames = 12 (--num_frames)"),
@@ -631,6 +632,11 @@ RELATIONS = [
         "flow_rank = 49: exceeds the 48 numbers that a direction spans (--flow_rank)",
     ),
     (dict(lambda_vjepa=0.0, lambda_soon=0.0, lambda_eventually=0.0), "lambda_vjepa = 0.0: at least one of"),
+    (dict(freeze_encoder=True), "freeze_encoder = True: needs the weights of init_from"),
+    (dict(teacher="frozen"), "teacher = 'frozen': needs the weights of init_from"),
+    (dict(FROZEN, teacher="frozen"), "teacher = 'frozen': freeze_encoder leaves nothing to teach (--teacher)"),
+    (dict(latents="x", lambda_vjepa=0.0, **UNCROPPED), "latents = 'x': needs a frozen encoder (--freeze_encoder)"),
+    (dict(FROZEN, latents="x", **UNCROPPED), "lambda_vjepa = 1.0: must be 0: cached latents know no masks"),
 ]
 MORE_RELATIONS = [
     (dict(soon_frames=5, num_frames=13), "soon_frames = 5"),
@@ -698,6 +704,7 @@ def test_every_word_has_a_list_or_is_free_text():
         "track",
         "scene_mix",
         "best_by",  # a figure of the world's evaluations
+        "latents",
         "init_from",
         "init_key",  # an entry of that file
     }

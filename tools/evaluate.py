@@ -930,10 +930,11 @@ def timed_annotation(annotation, video, plan):
     if not signals:
         return labels
     try:
-        duration, native_fps = V.video_timing(video.path, replace(plan, noted_fps=annotation.get("fps") or 0.0))
+        plan = V.fit_plan(plan, video, annotation)
+        duration, native_fps = V.video_timing(video.path, plan)
     except (V.BadFile, *V.DECODE_ERRORS) as error:
         raise V.UserError(f"annotation of {video.name}: the times of its video cannot be read ({error})") from error
-    times = V.frame_times(plan, duration, native_fps)
+    times = V.frame_times(plan, duration, native_fps) - video.begin
     for name in signals:
         try:
             values = np.array([math.nan if value is None else float(value) for value in annotation[name]])
@@ -949,6 +950,9 @@ class VideoClips(torch.utils.data.Dataset):
 
     def __init__(self, dataset, count):
         self.dataset, self.count, self.cfg = dataset, min(count, 32 * len(dataset.videos)), dataset.cfg
+        self.drives = {}  # number of the first file of each
+        for number, video in enumerate(dataset.videos):
+            self.drives.setdefault(video.drive, number)
 
     def __len__(self):
         return self.count
@@ -961,6 +965,7 @@ class VideoClips(torch.utils.data.Dataset):
             plan = V.draw_plan(V.sample_rng(cfg.seed, data.stream, index, 2), cfg, data.stream)
             with data.watch.holding(number):
                 labels = timed_annotation(annotation, data.videos[number], plan)
+            labels["drive"] = self.drives[data.videos[number].drive]
         return as_frames(frames), {**labels, "file": number, "bad": bad}
 
 
@@ -993,7 +998,7 @@ def window_maneuver(labels, cfg):
 
 
 def make_tasks(labels, cfg, maneuvers, scenes):
-    """Labels of clips -> Tasks, groups by scene or file. Scenes also have a branch, a lane choice, a car that stops."""
+    """Labels of clips -> Tasks, groups by scene or drive. Scenes have branch, lane and a car that stops too."""
     values = {name: np.array([soon_end(label.get(name), cfg) for label in labels]) for name in SIGNALS}
     values = {name: v for name, v in values.items() if np.isfinite(v).any() and not (scenes and name == "steer")}
     numbers, classes = {name: number for number, name in enumerate(maneuvers)}, {}
@@ -1006,7 +1011,8 @@ def make_tasks(labels, cfg, maneuvers, scenes):
         classes["lane"] = np.array([lanes[label["maneuver"]] if label["kind"] == "lane" else -1 for label in labels])
         classes["stops"] = np.array([int(label["stops"]) if label["kind"] == "occluder" else -1 for label in labels])
         counts |= {"branch": 2, "lane": 3, "stops": 2}
-    _, groups = np.unique([label["scene_seed" if scenes else "file"] for label in labels], return_inverse=True)
+    groups = [label["scene_seed"] if scenes else label.get("drive", label["file"]) for label in labels]
+    _, groups = np.unique(groups, return_inverse=True)
     return Tasks(values, classes, counts, groups)
 
 
@@ -1967,6 +1973,12 @@ def need(*modules):
         raise V.UserError(f'{", ".join(missing)} not installed: pip install "vjepa-auto-v2[eval]"')
 
 
+def untrained_twin(model):
+    """A new model of the same sizes in eval mode, none of whose weights were read anywhere."""
+    cfg = replace(model.cfg, freeze_encoder=False, teacher="ema", init_from="")
+    return type(model)(cfg).to(next(model.parameters()).device).eval()
+
+
 def evaluate(model, sizes=FULL, source=None, split="val", seed=0, num_workers=2, progress=None):
     """Measure a world model on its device -> the content of evaluation.json, less the checkpoint's path and step.
 
@@ -1977,7 +1989,7 @@ def evaluate(model, sizes=FULL, source=None, split="val", seed=0, num_workers=2,
     model.eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
-        fresh = type(model)(model.cfg).to(device).eval()
+        fresh = untrained_twin(model)
         process = own_precision(model.cfg, device)
         # a fresh flow net returns the point forecast in any number of steps
         subjects = [Subject(model, process), Subject(fresh, process, steps=1)]

@@ -11,6 +11,10 @@ times in seconds: --size changes the picture and --fps the instants, never the m
 --seed, the kind and i, on --max_balls where balls bounce and on --max_falling where things fall; on nothing else that
 is made beside it.
 
+--kinds shapes, which must be named, is the bouncing-shapes set of FutureLatents: on a dark ground a square that bounces
+off the walls and a disk that goes round once in two seconds. Their annotations also hold each one's position_pixel and
+position_normalized (-1 to 1, the frame's edges), [x, y] for every frame.
+
 The same command goes on where it was interrupted, and one with more videos or kinds adds them. A folder with other
 settings or other contents is refused, and no file that stands there is overwritten.
 
@@ -38,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import VJepa_AUTO_V2 as V
 
 KINDS = ("bouncing", "pendulum", "falling", "projectile")  # a kind's place is part of its seeds: append, never sort
+ALL_KINDS = (*KINDS, "shapes")  # what --kinds may name; by default it is KINDS
 PHYSICS = 1  # another number where the same settings give other motions or pictures: a folder never holds both
 STEPS_PER_S = 480  # sub-steps of the motion; frames look at it between them, so that it is the same at every fps
 CONSTANTS = {  # sides and seconds; `simulate` takes other values by these names
@@ -45,7 +50,11 @@ CONSTANTS = {  # sides and seconds; `simulate` takes other values by these names
     "pendulum": {"damping": 0.15},
     "falling": {"gravity": 1.4, "drag": 0.6, "floor_restitution": 0.7, "wall_restitution": 0.7},
     "projectile": {"gravity": 1.6, "drag": 0.0, "floor_restitution": 0.7, "wall_restitution": 0.8},
+    "shapes": {"gravity": 0.0, "drag": 0.0, "floor_restitution": 1.0, "wall_restitution": 1.0},
 }
+# FutureLatents' numbers in sides and seconds: 256 pixels, at 30 frames per second, a turn in as long as 60 of them
+SHAPES = dict(square=32 / 256, disk=24 / 256, speed=(90 / 256, 60 / 256), orbit=96 / 256, turn_s=2.0)
+SHAPE_COLOURS, SHAPE_GROUND = ([200, 50, 50], [50, 180, 250]), 20
 MAX_BALLS = 16  # more would not find room to start
 MAX_FALLING = 3  # more would overlap
 PIVOT = (0.5, 0.06)
@@ -224,6 +233,28 @@ def start_pendulum(rng):
     return angle, rng.uniform(0.35, min(0.6, 0.43 / abs(math.sin(angle)))), rng.uniform(1.3, 1.9)
 
 
+def move_shapes(rng, law, times):
+    """A square that flies and bounces from a random place, a disk on a circle from a random phase -> (shapes, radius
+    [2], place [T, 2, 2], speed [T, 2, 2]). They do not meet."""
+    radius, orbit, rate = np.array([SHAPES["square"], SHAPES["disk"]]), SHAPES["orbit"], 2 * math.pi / SHAPES["turn_s"]
+    start, phase = rng.uniform(radius[0], 1 - radius[0], 2), rng.uniform(0, 2 * math.pi)
+    place, speed = move_bodies([start], [SHAPES["speed"]], radius[:1], law, times)
+    angle = phase + rate * times
+    towards = np.stack((np.cos(angle), np.sin(angle)), 1)[:, None]  # [T, 1, 2]
+    across = towards[:, :, ::-1] * (-1, 1)
+    place = np.concatenate([place, 0.5 + orbit * towards], 1)
+    return ["square", "circle"], radius, place, np.concatenate([speed, orbit * rate * across], 1)
+
+
+def add_places(state, size):
+    """Give each thing of a state its places as FutureLatents' labels have them, for a frame of `size` pixels."""
+    for thing in state["objects"]:
+        place = np.stack((thing["x"], thing["y"]), 1)  # [T, 2]
+        thing["position_pixel"] = np.clip(np.floor(place * size), 0, size - 1).astype(int).tolist()
+        thing["position_normalized"] = (2 * place - 1).tolist()
+    return state
+
+
 def pendulum_gravity(angle, length, period):
     """Gravity with which an undamped pendulum let go at an angle has a period (Gauss: arithmetic-geometric mean)."""
     one, other = 1.0, math.cos(angle / 2)
@@ -237,9 +268,9 @@ def simulate(kind, seed, num_frames=60, fps=30.0, index=0, max_balls=8, max_fall
     and x, y, vx, vy, lists over frames; a pendulum has `angle` and `angular_velocity` as well. `changed`: other
     CONSTANTS of the kind. ValueError for a kind or constant that is not known."""
     unknown = [name for name in changed if name not in CONSTANTS.get(kind, changed)]
-    if kind not in KINDS or unknown:
+    if kind not in ALL_KINDS or unknown:
         raise ValueError(f"no kind {kind}, or no constant {unknown} of it; known: {CONSTANTS}")
-    rng, law = np.random.default_rng([seed, KINDS.index(kind), index]), {**CONSTANTS[kind], **changed}
+    rng, law = np.random.default_rng([seed, ALL_KINDS.index(kind), index]), {**CONSTANTS[kind], **changed}
     times = np.arange(num_frames) / fps
     state = dict(maneuver=kind, kind=kind, fps=fps, num_frames=num_frames, seed=seed, index=index, **law)
     if kind == "pendulum":
@@ -251,10 +282,12 @@ def simulate(kind, seed, num_frames=60, fps=30.0, index=0, max_balls=8, max_fall
         speed = (length * np.array(rates)[:, None] * towards[:, ::-1] * (1, -1))[:, None]
         state.update(gravity=gravity, length=length, period=period, pivot=list(PIVOT))
         state.update(angle=angles, angular_velocity=rates)
+    elif kind == "shapes":
+        shapes, radius, place, speed = move_shapes(rng, law, times)
     else:
         shapes, radius, place, speed = STARTS[kind](rng, {"bouncing": max_balls, "falling": max_falling}.get(kind, 1))
         place, speed = move_bodies(place, speed, radius, law, times, kind == "bouncing")
-    colours, state["objects"] = draw_colours(rng, len(shapes)), []
+    colours, state["objects"] = SHAPE_COLOURS if kind == "shapes" else draw_colours(rng, len(shapes)), []
     for body, shape in enumerate(shapes):
         columns = dict(x=place[:, body, 0], y=place[:, body, 1], vx=speed[:, body, 0], vy=speed[:, body, 1])
         thing = dict(shape=shape, radius=float(radius[body]), colour=colours[body])
@@ -304,9 +337,11 @@ def paint_string(canvas, size, state, x, y):
 
 
 def render(state, size):
-    """State of a clip -> uint8 frames [T, size, size, 3] on white; positions are those of no whole pixel."""
+    """State of a clip -> uint8 frames [T, size, size, 3] on white, shapes on dark; positions are those of no whole
+    pixel."""
     num_frames, margin = len(state["objects"][0]["x"]), margin_of(size)
-    canvas = np.full((num_frames, size + 2 * margin, size + 2 * margin, 3), 255, np.float32)
+    ground = SHAPE_GROUND if state["kind"] == "shapes" else 255
+    canvas = np.full((num_frames, size + 2 * margin, size + 2 * margin, 3), ground, np.float32)
     for thing in state["objects"]:
         x, y = np.array(thing["x"]), np.array(thing["y"])
         radius, colour = thing["radius"], thing["colour"]
@@ -363,10 +398,10 @@ def parse(argv):
     if not args.out and not args.sheet:
         parser.error("one of --out and --sheet is needed")
     args.kinds = list(dict.fromkeys(kind.strip() for kind in args.kinds.split(",") if kind.strip()))
-    unknown = [kind for kind in args.kinds if kind not in KINDS]
+    unknown = [kind for kind in args.kinds if kind not in ALL_KINDS]
     if unknown or not args.kinds:
-        what = f"no kind {V.shown(unknown[0])}{V.nearest(unknown[0], KINDS)}" if unknown else "names no kind"
-        parser.error(f"--kinds: {what}; known: {', '.join(KINDS)}")
+        what = f"no kind {V.shown(unknown[0])}{V.nearest(unknown[0], ALL_KINDS)}" if unknown else "names no kind"
+        parser.error(f"--kinds: {what}; known: {', '.join(ALL_KINDS)}")
     for name, low, high in (
         ("num_videos", 1, 10**6),
         ("num_frames", 2, 10**6),
@@ -411,6 +446,7 @@ def write_one(folder, kind, index, args):
     most, content = (args.max_balls, args.max_falling), io.BytesIO()
     state = simulate(kind, args.seed, args.num_frames, args.fps, index, *most)
     V.write_video(content, render(state, args.size), args.fps)
+    state = add_places(state, args.size) if kind == "shapes" else state
     V.write_new(video, content.getvalue())
     V.write_new(annotation, json.dumps(state, allow_nan=False).encode())
     return True

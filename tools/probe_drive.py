@@ -247,13 +247,15 @@ def pool_tokens(tokens, grid):
 
 @torch.no_grad()
 def encoder_features(model, pictures, windows, batch_size, name):
-    """Target-encoder tokens of every window -> float32 [n, L', D] on the CPU."""
+    """Target-encoder tokens of every window, of a taught encoder its own -> float32 [n, L', D] on the CPU."""
     grid, features = (windows.shape[1] // model.cfg.tubelet_t, *model.cfg.grid[1:]), []
     device = next(model.parameters()).device
     parts = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
     for part in E.counted(parts, f"{name}, {windows.shape[1]} frames, batches"):
         frames = torch.from_numpy(np.stack([[pictures[int(number)] for number in row] for row in part])).to(device)
-        tokens = model.make_targets(model.normalise(frames.permute(0, 1, 4, 2, 3)))  # [B, L, D]
+        clip = model.normalise(frames.permute(0, 1, 4, 2, 3))
+        taught = model.cfg.teacher == "frozen"
+        tokens = V.layer_norm(model.online(clip)) if taught else model.make_targets(clip)  # [B, L, D]
         features.append(pool_tokens(tokens, grid).float().cpu())
     return torch.cat(features)
 
@@ -419,9 +421,9 @@ def encoded(pictures, batch_size, name, make_model, records):
 
 
 def untrained_model(model, seed):
-    """A fresh model of the same config: what its architecture alone makes of the pictures."""
+    """A fresh model of the same sizes: what its architecture alone makes of the pictures."""
     torch.manual_seed(seed)
-    return type(model)(model.cfg).to(next(model.parameters()).device).eval()
+    return E.untrained_twin(model)
 
 
 def all_rows(model, drive, windows, labels, folds, spans, args):

@@ -128,9 +128,10 @@ def window_starts(there, needed, most):
 def opened(video, root, cfg):
     """A video -> (annotation, plan of a clip from its start, seconds, frames per second). BadFile."""
     annotation = V.read_annotation(root, video)
-    V.check_regular(video.path)
-    middle = (0.0, 1.0, 1.0, 0.5, 0.5)
-    plan = V.ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, *middle, cfg.frame_fps, annotation.get("fps") or 0.0)
+    if not video.pictures:
+        V.check_regular(video.path)
+    plan = V.ClipPlan(2, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5, cfg.frame_fps)
+    plan = V.fit_plan(plan, video, annotation)
     try:
         return annotation, plan, *V.video_timing(video.path, plan)
     except V.DECODE_ERRORS as error:  # what bindings raise on damaged files
@@ -185,7 +186,8 @@ def read_clips(number, video, root, cfg, needed, most):
         frames.append(E.as_frames(V.read_frames(video.path, own, cfg.decoder)))
         states.append(np.full((needed, 2), math.nan))
         if places is not None:
-            at = V.frame_times(own, duration, native_fps) * float(annotation.get("fps") or native_fps)
+            at = V.frame_times(own, duration, native_fps) - video.begin
+            at *= float(annotation.get("fps") or native_fps)
             states[-1] = places[np.clip(at.astype(int), 0, len(places) - 1)]
     return FileClips(number, kind, "", there, torch.stack(frames), np.stack(states))
 

@@ -462,7 +462,7 @@ class FrameClips(V.ClipDataset):
         FrameClips(cfg, [video], "", "val").read_file(video, V.draw_plan(np.random.default_rng(0), cfg, "val"))
 
     def read_file(self, video, plan):
-        seconds, fps = V.video_timing(video.path, plan)
+        seconds, fps = V.video_timing(video.path, V.fit_plan(plan, video))
         wanted = plan.num_frames / (plan.fps or fps)  # at 0 the frames spread over the file: none of them twice
         if seconds < wanted - 0.5 / fps:
             lasts = f"lasts {seconds:.2f} s, {round(seconds * fps)} frames at {fps:g} per second"
