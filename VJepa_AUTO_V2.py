@@ -5310,7 +5310,8 @@ def read_weights(path, key=""):
     """Weights of V-JEPA 2 or 2.1, or of a run -> (encoder, predictor, Origin), both {official name: fp32 tensor}, but
     mask_tokens [K, P]. `path`: folder, file, or hub id, which is fetched; `key`: entry of a .pt. UsageError for all
     that may be wrong."""
-    path, found, told = str(path), Path(path), {}
+    path, told = os.path.expanduser(path), {}
+    found = Path(path)
     try:
         if not found.exists():
             if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or path.endswith(".pt") or found.parent.is_dir():
@@ -5334,7 +5335,8 @@ def read_weights(path, key=""):
     predictor = {name: tensors.pop(name) for name in list(tensors) if name.startswith("predictor_")}
     if tokens:
         predictor["mask_tokens"] = torch.cat(tokens)
-    origin.no_predictor = origin.no_predictor or "there is none" * ("mask_tokens" not in predictor)
+    parts = {"mask_tokens", "predictor_embed.weight", "predictor_blocks.0.mlp.fc1.weight"}
+    origin.no_predictor = origin.no_predictor or "there is none" * (not parts <= predictor.keys())
     return tensors, predictor, origin
 
 
@@ -5383,19 +5385,21 @@ def fill(net, tensors, pairs, partial=False):
 
 def take_predictor(model, cfg, tensors, origin):
     """The predictor of read_weights into a model, where all of it fits -> what became of it. Mask tokens that were
-    never trained are zero: then all families have the first that was."""
-    why, told = origin.no_predictor, ""
-    if not why and "mask_tokens" in tensors:
-        why = "; ".join(misfits(cfg, sizes_of(tensors, origin, cfg.pred_heads or cfg.num_heads, "predictor_")))
-        norms = (tokens := tensors["mask_tokens"]).norm(dim=1).tolist()
-        learned = [number for number, norm in enumerate(norms) if norm] or [0]
-        families = learned[0], learned[min(1, len(learned) - 1)], learned[0]
-        tensors = {**tensors, "mask_tokens": tokens[list(families)]}
-        told = f"mask tokens {families} of those with norms {', '.join(f'{norm:.3g}' for norm in norms)}"
-    if why := why or fill(model.predictor, tensors, OUR_PREDICTOR):
+    never trained are zero: then all families have the first that was. UsageError where the sizes fit, but not all."""
+    if why := origin.no_predictor or "; ".join(
+        misfits(cfg, sizes_of(tensors, origin, cfg.pred_heads or cfg.num_heads, "predictor_"))
+    ):
         return f"weights: predictor starts anew: {why}"
+    norms = (tokens := tensors["mask_tokens"]).norm(dim=1).tolist()
+    first, second, *_ = [number for number, norm in enumerate(norms) if norm][:2] * 2 or (0, 0)
+    families = (first, second, first)
+    if odd := fill(model.predictor, {**tensors, "mask_tokens": tokens[list(families)]}, OUR_PREDICTOR):
+        if not cfg.allow_partial:
+            raise UsageError(f"init_from {origin.path}: the predictor fits in part only: {odd} (--allow_partial)")
+        return f"weights: predictor starts anew: {odd}"
     start = "; SOON starts from the last tubelet, which it never saw (--soon_start mask)" * (cfg.soon_start == "last")
-    return f"weights: predictor, {len(tensors)} tensors, {told}{start}"
+    listed = ", ".join(f"{norm:.3g}" for norm in norms)
+    return f"weights: predictor, {len(tensors)} tensors, mask tokens {families} of those with norms {listed}{start}"
 
 
 @torch.no_grad()
@@ -5467,17 +5471,15 @@ def export_hf(checkpoint, folder, key="", size=0):
     (tensors, predictor, origin), folder = read_weights(checkpoint, key), Path(folder)
     tensors |= predictor
     cfg = config_of(origin.cfg)
-    size = size or cfg.height * (cfg.height == cfg.width)
-    squares = f"{cfg.height} x {cfg.width}, the format takes all pictures for squares; name their side (--size)"
-    no_run = "enc_dim" not in origin.cfg or "mask_tokens" not in tensors
-    problems = broken(
-        (no_run, "", "is no checkpoint with encoder and predictor"),
-        (cfg.pos_embed != "rope", "", f"pos_embed = {cfg.pos_embed}, the format has rope alone"),
-        (not size, "", squares),
-        (size % cfg.patch, "", f"--size {size} is not divisible by patch = {cfg.patch}"),
+    size, form = size or cfg.height * (cfg.height == cfg.width), f"{cfg.height} x {cfg.width} pixels"
+    problems = (
+        "no checkpoint with encoder and predictor" * ("enc_dim" not in origin.cfg or "mask_tokens" not in tensors),
+        f"pos_embed = {cfg.pos_embed}, and the format has rope alone" * (cfg.pos_embed != "rope"),
+        f"{form}, and the format takes all pictures for squares; name their side (--size)" * (not size),
+        f"--size {size} is not divisible by patch = {cfg.patch}" * (size % cfg.patch > 0),
     )
-    if problems:
-        raise UsageError(f"{checkpoint}: {problems[0][1]}")
+    if any(problems):
+        raise UsageError(f"{checkpoint}: {next(filter(None, problems))}")
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: is there already; use another --out")
     saved, back = {}, [(new, old) for old, new in TRANSFORMERS]
@@ -7095,8 +7097,8 @@ def open_run(world, cfg, process, log):
     if not path:
         return None, None
     state = state or load_checkpoint(path, world)
-    if getattr(cfg, "init_from", ""):  # its weights said which when the run began
-        cfg.pos_embed = state["cfg"].get("pos_embed", cfg.pos_embed)
+    if getattr(cfg, "init_from", "") and "pos_embed" in state["cfg"]:  # its weights said which when the run began
+        cfg.pos_embed = state["cfg"]["pos_embed"]
     check_same_run(state, cfg, path)
     return state, path
 

@@ -331,6 +331,18 @@ def test_predictor_starts_anew_where_it_does_not_fit(published):
     assert "--soon_start mask" in text and "a clip has 76 frames, the weights saw at most 12" in text
 
 
+def test_a_predictor_that_lacks_a_tensor_is_an_error(published, tmp_path):
+    """Its sizes fit, so the file is damaged or of another code: nothing of it is loaded, and only --allow_partial goes
+    on. One of other parts starts anew."""
+    less = copy_folder(published[1], tmp_path / "less", None, {"predictor.layer.1.norm1.bias": None})
+    with pytest.raises(V.UsageError, match="predictor fits in part only: no predictor_blocks.1.norm1.bias"):
+        loaded(less)
+    ours, fresh = loaded(less, said := [], allow_partial=True), new_model(small_config(**FITS), seed=3)
+    assert same(state_of(ours.predictor), state_of(fresh.predictor)) and "starts anew: no predictor_blocks" in said[2]
+    path = write_pt(tmp_path / "a.pt", published[0], predictor={"predictor_embed.0.weight": torch.zeros(24, 48)})
+    assert loaded(path, said := []) and "predictor starts anew: there is none" in said[2]
+
+
 # -- refusals
 
 
