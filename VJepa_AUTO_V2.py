@@ -5251,9 +5251,11 @@ class Origin:
 def read_folder(folder):
     """A folder of transformers -> (tensors, Origin). UsageError for another model, or one that computes otherwise."""
     config = read_mapping(folder / "config.json", 2**20)
+    if not config:
+        raise UsageError(f"{folder}: no config.json that can be read")
     fixed = {"model_type": "vjepa2", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True, "in_chans": 3}
     for name, value in fixed.items():
-        if (found := config.get(name, value if "model_type" in config else None)) != value:
+        if (found := config.get(name, value if name != "model_type" else None)) != value:
             raise UsageError(f"{folder}: {name} = {shown(found)} in its config.json, only {value} can be taken")
     cfg = dict(num_heads=16, pred_heads=12, num_frames=FRAMES_SEEN, image_size=256)  # as transformers has them
     cfg = {name: config.get(CONFIG_NAMES[name], default) for name, default in cfg.items()}
@@ -5322,8 +5324,8 @@ def read_weights(path, key=""):
             raise UsageError(f"{path}: a folder holds one encoder, nothing to choose from (--init_key)")
         tensors, origin = read_folder(found) if found.is_dir() else read_pt(found, key)
         tokens = [tensors.pop(name).flatten(0, -2) for name in sorted(tensors) if name.startswith("mask_tokens")]
-    except UserError:
-        raise
+    except UserError as error:
+        raise UsageError(f"{error}{' (--init_from)' * ('(--' not in str(error))}") from error
     except Exception as error:  # a foreign file makes the unpickler raise anything, and so does a network
         why = f"{type(error).__name__}: {flat(error)[:160]}"
         raise UsageError(f"{path}: cannot be read as weights ({why}) (--init_from)") from error
@@ -5352,8 +5354,8 @@ def sizes_of(tensors, origin, num_heads=0, kind=""):
     heads = origin.cfg.get("pred_heads" if kind else "num_heads") or published.get(dim, num_heads)
     if not heads or dim % heads:
         raise UsageError(f"{origin.path}: a width of {dim} with {heads or 'an unknown number of'} heads (--num_heads)")
-    names = ("pred_dim", "pred_depth", "pred_heads", "pred_mlp_ratio") if kind else ENCODER_SIZES
-    return dict(zip(names, (dim, depth, heads, len(fc1) / dim, *first.shape[2:4])))
+    names = ("pred_dim", "pred_depth", "pred_heads", "pred_mlp_ratio", "enc_dim") if kind else ENCODER_SIZES
+    return dict(zip(names, (dim, depth, heads, len(fc1) / dim, *first.shape[1 if kind else 2 : 4])))
 
 
 def misfits(cfg, sizes):
@@ -6385,9 +6387,10 @@ def world_of(state, world=None):
     raise WrongWorld(f"{made_by}, this is {own['name']} ({own['file']}); {cure}")
 
 
-def load_checkpoint(path, world=None, instead="use another one, or --resume never"):
+def load_checkpoint(path, world=None, instead="use another one, or --resume never", init_from=""):
     """Read a checkpoint -> state dict on the CPU. BadCheckpoint, with what to do `instead`, where it is damaged or none
-    of ours, UsageError where it is absent or of another world than the one given."""
+    of ours, UsageError where it is absent or of another world than the one given. `init_from`: where the weights are
+    now that it names in a place that is gone."""
     path = Path(path)
     if not os.path.lexists(path):
         raise UsageError(f"resume {path}: no such checkpoint")
@@ -6395,6 +6398,9 @@ def load_checkpoint(path, world=None, instead="use another one, or --resume neve
         raise BadCheckpoint(f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; {instead}")
     try:
         state = read_checkpoint(path)
+        name = "init_from" if state["cfg"].get("init_from") else "backbone"
+        if init_from and os.path.exists(init_from) and not os.path.exists(state["cfg"].get(name) or "."):
+            state["cfg"][name] = init_from
         check_insides(state, world_of(state, world))
     except WrongWorld as error:
         raise WrongWorld(f"checkpoint {path}: {error}") from error
@@ -6406,13 +6412,13 @@ def load_checkpoint(path, world=None, instead="use another one, or --resume neve
     return state
 
 
-def newest_checkpoint(out_dir, tell, world=None):
+def newest_checkpoint(out_dir, tell, world=None, init_from=""):
     """Newest checkpoint of a run folder that can be trusted -> (state, path), (None, None) where there is none. Damaged
     ones are told and passed over; when all are, that is a UserError: a run never starts anew by itself."""
     reasons = []
     for _, path in reversed(checkpoint_files(out_dir)):
         try:
-            state = load_checkpoint(path, world)
+            state = load_checkpoint(path, world, init_from=init_from)
         except BadCheckpoint as error:
             reasons.append(str(error))
             continue
@@ -6460,10 +6466,11 @@ def restore_run(state, run):
             torch.cuda.set_rng_state(rng["cuda"], run.process.device)
 
 
-def load_model(path, device="cpu", world=None):
+def load_model(path, device="cpu", world=None, init_from=""):
     """Checkpoint -> (its world in eval mode on the device, its config): what tools and notebooks start from. The world
-    is found by what the checkpoint says, unless its class is given."""
-    state = load_checkpoint(path, world, "use another one")
+    is found by what the checkpoint says, unless its class is given. `init_from`: where its frozen weights are now, if
+    they were moved."""
+    state = load_checkpoint(path, world, "use another one", init_from)
     world = world_of(state, world)
     cfg = saved_config(state, world)
     model = world(cfg)
@@ -7075,12 +7082,19 @@ def is_restart(cfg):
     return bool(config) and config.get("launch") == os.environ.get("TORCHELASTIC_RUN_ID")
 
 
+def weights_place(cfg):
+    """Where a config says that frozen weights are, "" where it says nothing."""
+    return getattr(cfg, "init_from", "") or getattr(cfg, "backbone", "")
+
+
 def newest_of_launch(world, cfg, tell):
     """What a restarted run goes on from -> (state, path): its own newest checkpoint, whatever --resume asked for when
     it began; (None, None) where it has made none, and --resume FILE counts."""
-    state, path = newest_checkpoint(cfg.out_dir, tell, world)
+    state, path = newest_checkpoint(cfg.out_dir, tell, world, weights_place(cfg))
     if state is not None and cfg.resume != "never" and os.path.lexists(cfg.resume):
-        named = load_checkpoint(cfg.resume, world)  # the fits after its training do not count where the run is extended
+        named = load_checkpoint(
+            cfg.resume, world, init_from=weights_place(cfg)
+        )  # the fits after its training do not count where the run is extended
         if (named["step"], named["after"]) >= (state["step"], state["after"]):
             return None, None
     return state, path
@@ -7090,13 +7104,13 @@ def open_run(world, cfg, process, log):
     """Find what to resume from, the same on all ranks -> (state or None, its path). Refuses another world's."""
     state, path = None, None
     if process.is_main and cfg.resume == "auto":
-        state, path = newest_checkpoint(cfg.out_dir, log.line, world)
+        state, path = newest_checkpoint(cfg.out_dir, log.line, world, weights_place(cfg))
     elif process.is_main and is_restart(cfg):
         state, path = newest_of_launch(world, cfg, log.line)
     path = process.collect(str(path or ("" if cfg.resume in ("auto", "never") else cfg.resume)))[0]
     if not path:
         return None, None
-    state = state or load_checkpoint(path, world)
+    state = state or load_checkpoint(path, world, init_from=weights_place(cfg))
     if getattr(cfg, "init_from", "") and "pos_embed" in state["cfg"]:  # its weights said which when the run began
         cfg.pos_embed = state["cfg"]["pos_embed"]
     check_same_run(state, cfg, path)
@@ -7630,7 +7644,7 @@ def run_world(world, run, overrides, argv, videos):
     if state is None:
         run.world.take_weights(log.line)
     elif (named := getattr(cfg, "init_from", "")) and not run.world.FROZEN:
-        log.line(f"note: init_from {named} is not read, the run goes on from {path}")
+        log.line(f"note: init_from {named} does not count, the run goes on from {path}")
     check_cache(run)
     process.amp_dtype, reason = choose_precision(world, cfg, process, state["precision"] if state else "")
     run.scaler = torch.amp.GradScaler(process.device.type, enabled=process.amp_dtype == torch.float16)
