@@ -5131,6 +5131,8 @@ def videos_behind(world, cfg, path):
     videos = read_list(path)
     if gone := [video.name for video in videos if not os.path.exists(video.path)]:
         return None, gone
+    if read_mapping(os.path.join(os.path.dirname(path), "cache.json"), MAX_LIST_BYTES).get("split") == "folders":
+        videos.sides = {side: [part for part in videos if part.group.startswith(f"{side}/")] for side in SIDES}
     return open_data(world, replace(cfg, data_root=path), videos, True, None), []
 
 

@@ -495,7 +495,7 @@ def test_a_video_without_places_is_a_bad_file(shapes):
 
 BAD = [
     (dict(backbone="vjepa2"), "backbone = 'vjepa2': vjepa2 has no weights of its own, and nothing is fetched"),
-    (dict(backbone="dinov4"), "no folder with the config.json of one of vjepa2, dinov2"),
+    (dict(backbone="dinov4"), "dinov4: no such folder, and none of vjepa2, dinov2"),
     (dict(backbone="tiny", init_from="x"), "tiny takes no init_from"),
     (dict(backbone="x", init_from="y"), "x is a folder itself, so init_from must be empty"),
     (dict(num_frames=10), "num_frames = 10: must equal now + soon frames = 8 (--num_frames)"),

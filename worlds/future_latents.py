@@ -199,7 +199,7 @@ def folder_form(folder):
     """What a folder's config.json says of a backbone -> its form. ValueError where it is none of ours."""
     path, known = os.path.join(folder, "config.json"), [kind for kinds in NAMES.values() for kind in kinds]
     if not os.path.isdir(folder):
-        raise ValueError(f"{folder}: no such folder")
+        raise ValueError(f"{folder}: no such folder, and none of {', '.join((*NAMES, 'tiny'))}")
     what = f"{folder} is no folder with the config.json of one of {', '.join(known)}"
     try:
         found = V.parse_json(V.read_text(path, 2**22))
@@ -260,14 +260,17 @@ class MapNet(nn.Module):
     def __init__(self, folder, form, has_weights):
         super().__init__()
         transformers = V.extra("transformers", f"backbone {folder}")
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        self.net, self.dim = transformers.AutoModel.from_config(config), form.dim
-        if has_weights:
-            own, found = self.net.state_dict(), V.check_weights(folder)
-            kept = {name: found[name].to(own[name].dtype) for name in own if name in found}
-            if odd := [name for name, value in own.items() if name not in kept or kept[name].shape != value.shape]:
-                raise V.UsageError(f"{folder}: its weights lack {V.name_some(odd)}")
-            self.net.load_state_dict(kept)
+        transformers.utils.logging.disable_progress_bar()
+        self.dim, options = form.dim, dict(local_files_only=True)
+        if not has_weights:
+            self.net = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(folder, **options))
+            return
+        V.check_weights(folder)
+        with C.reading(f"backbone {folder}"):
+            options |= dict(dtype=torch.float32, output_loading_info=True)
+            self.net, told = transformers.AutoModel.from_pretrained(folder, **options)
+        if absent := sorted(told["missing_keys"]):  # else they stay as they were drawn, with a warning
+            raise V.UsageError(f"backbone {folder}: its weights lack {V.name_some(absent)}")
 
     def forward(self, frames):
         found = self.net(pixel_values=frames).last_hidden_state
