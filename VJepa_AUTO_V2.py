@@ -5158,23 +5158,25 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 # ---------------------------------------------------------------------------------------------------------------------
 # 21  Weights: published encoders and predictors <-> ours
 # ---------------------------------------------------------------------------------------------------------------------
-# Tensors have three sets of names: V-JEPA 2's own, by which they are known here, transformers', and this file's.
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 22, 1664: 26}  # by width: an official .pt does not say them
-ENCODER_SIZES = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio", "tubelet_t", "patch")
 FRAMES_SEEN = 64  # of the longest clips in the published pretraining
+ENCODER_SIZES = ("enc_dim", "enc_depth", "mlp_ratio", "num_heads", "tubelet_t", "patch")
+PREDICTOR_SIZES = ("pred_dim", "pred_depth", "pred_mlp_ratio", "pred_heads")
+OFFICIAL, OURS, THEIRS = range(3)  # names of a tensor: V-JEPA 2's own, this file's, transformers'
+ENCODER_NAMES = (  # how they begin
+    ("patch_embed.", "tokenizer.", "encoder.embeddings.patch_embeddings."),
+    ("blocks.", "trunk.blocks.", "encoder.layer."),
+    ("norm.", "trunk.norm.", "encoder.layernorm."),
+)
+PREDICTOR_NAMES = (
+    ("predictor_embed.", "embed.", "predictor.embeddings.predictor_embeddings."),
+    ("predictor_blocks.", "trunk.blocks.", "predictor.layer."),
+    ("predictor_norm.", "trunk.norm.", "predictor.layernorm."),
+    ("predictor_proj.", "out.", "predictor.proj."),
+    ("mask_tokens", "mask_tokens", "predictor.embeddings.mask_tokens"),
+)
 # fmt: off
-OUR_ENCODER = (("tokenizer.", "patch_embed."), ("trunk.blocks.", "blocks."), ("trunk.norm.", "norm."))
-OUR_PREDICTOR = (
-    ("embed.", "predictor_embed."), ("trunk.blocks.", "predictor_blocks."), ("trunk.norm.", "predictor_norm."),
-    ("out.", "predictor_proj."),
-)
-TRANSFORMERS = (
-    ("encoder.embeddings.patch_embeddings.", "patch_embed."), ("encoder.layer.", "blocks."),
-    ("encoder.layernorm.", "norm."), ("predictor.embeddings.predictor_embeddings.", "predictor_embed."),
-    ("predictor.embeddings.mask_tokens", "mask_tokens"), ("predictor.layer.", "predictor_blocks."),
-    ("predictor.layernorm.", "predictor_norm."), ("predictor.proj.", "predictor_proj."),
-)
 CONFIG_NAMES = {  # fields of a config -> transformers' names
     "num_heads": "num_attention_heads", "pred_heads": "pred_num_attention_heads", "num_frames": "frames_per_clip",
     "image_size": "crop_size", "patch": "patch_size", "tubelet_t": "tubelet_size", "enc_dim": "hidden_size",
@@ -5196,9 +5198,9 @@ def extra(name, why):
         raise UsageError(f"{why}: needs the package {name} (pip install {name})") from error
 
 
-def renamed(name, pairs):
-    """The name of a tensor by the first of the pairs (old beginning, new beginning) that fits, else as it is."""
-    return next((new + name[len(old) :] for old, new in pairs if name.startswith(old)), name)
+def renamed(name, rows, old, new):
+    """The name of a tensor in another column of the table's rows; as it is where none fits."""
+    return next((row[new] + name[len(row[old]) :] for row in rows if name.startswith(row[old])), name)
 
 
 def own_tensor(value, name, path):
@@ -5237,41 +5239,31 @@ def check_weights(folder):
     return tensors
 
 
-@dataclass
-class Origin:
-    """What is known of weights beside their tensors."""
-
-    path: str
-    what: str  # in words
-    cfg: dict  # fields of a config that the file decides
-    no_predictor: str = ""  # why there is none to load
-    left_out: str = ""  # what and why
-
-
 def read_folder(folder):
-    """A folder of transformers -> (tensors, Origin). UsageError for another model, or one that computes otherwise."""
-    config = read_mapping(folder / "config.json", 2**20)
+    """A folder of transformers -> (tensors, what it is, config fields that it decides, why no predictor can be taken).
+    UsageError for another model, or one that computes otherwise."""
+    config = {"model_type": None, **read_mapping(folder / "config.json", 2**20)}
     fixed = {"model_type": "vjepa2", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True, "in_chans": 3}
     for name, value in fixed.items():
-        if (found := config.get(name, value if "model_type" in config else None)) != value:
+        if (found := config.get(name, value)) != value:
             raise UsageError(f"{folder}: {name} = {shown(found)} in its config.json, only {value} can be taken")
-    cfg = dict(num_heads=16, pred_heads=12, num_frames=FRAMES_SEEN, image_size=256)  # as transformers has them
-    cfg = {name: config.get(CONFIG_NAMES[name], default) for name, default in cfg.items()}
-    if odd := [CONFIG_NAMES[name] for name, number in cfg.items() if not fits(int, number) or number < 1]:
+    values = dict(num_heads=16, pred_heads=12, num_frames=FRAMES_SEEN, image_size=256)  # as transformers has them
+    values = {name: config.get(CONFIG_NAMES[name], default) for name, default in values.items()}
+    if odd := [CONFIG_NAMES[name] for name, number in values.items() if not fits(int, number) or number < 1]:
         raise UsageError(f"{folder}: {odd[0]} in its config.json is no number above 0")
-    tensors = {
-        renamed(name.removeprefix("vjepa2."), TRANSFORMERS).replace(".attention.", ".attn."): value
-        for name, value in check_weights(folder).items()
-    }
+    tensors = {}
+    for name, value in check_weights(folder).items():
+        name = renamed(name.removeprefix("vjepa2."), ENCODER_NAMES + PREDICTOR_NAMES, THEIRS, OFFICIAL)
+        tensors[name.replace(".attention.", ".attn.")] = value
     for name in [name for name in tensors if ".attn.query." in name]:
         parts = [name.replace("query", part) for part in ("query", "key", "value")]
         if all(part in tensors for part in parts):
             tensors[name.replace("query", "qkv")] = torch.cat([tensors.pop(part) for part in parts])
-    return tensors, Origin(str(folder), "transformers folder", {**cfg, "pos_embed": "rope"})
+    return tensors, "transformers folder", {**values, "pos_embed": "rope"}, ""
 
 
 def read_pt(path, key):
-    """An official .pt, or a checkpoint of ours -> (tensors, Origin). UsageError."""
+    """An official .pt, or a checkpoint of a run -> as read_folder. UsageError."""
     if not zipfile.is_zipfile(path):
         raise UsageError(f"{path}: no .pt file, cut, or a git lfs pointer (git lfs pull)")
     with zipfile.ZipFile(path) as archive:
@@ -5286,31 +5278,29 @@ def read_pt(path, key):
         there = ", ".join(entries) or name_some(sorted(state))
         raise UsageError(f"{path}: no entry {one_line(key)}; there are {there} (--init_key)")
     tensors = {}
-    for part, pairs in ((entries[key], OUR_ENCODER), (state.get("predictor") or {}, OUR_PREDICTOR)):
+    for part, rows in ((entries[key], ENCODER_NAMES), (state.get("predictor") or {}, PREDICTOR_NAMES)):
         for name, value in part.items():
-            name = renamed(re.sub(r"^(module\.|backbone\.|_orig_mod\.)+", "", name), pairs if ours else ())
-            foreign = pairs is OUR_PREDICTOR and not name.startswith(("predictor_", "mask_tokens"))
+            name = renamed(
+                re.sub(r"^(module\.|backbone\.|_orig_mod\.)+", "", name), rows if ours else (), OURS, OFFICIAL
+            )
+            foreign = rows is PREDICTOR_NAMES and not name.startswith(("predictor_", "mask_tokens"))
             tensors["predictor_." * foreign + name] = own_tensor(value, name, path)
     if ours:
-        return tensors, Origin(str(path), f"checkpoint of a run, {key}", ours, "of a run the encoder alone is taken")
-    origin = Origin(str(path), f"official .pt, {key}", {"pos_embed": "rope"})
+        return tensors, f"checkpoint of a run, {key}", ours, "of a run the encoder alone is taken"
+    what, positions, no_predictor = f"official .pt, {key}", "rope", ""
     if "norms_block.0.weight" in tensors:
-        origin.what, origin.cfg["pos_embed"] = f"V-JEPA 2.1, {origin.what}", "rope21"
-        origin.no_predictor = "that of V-JEPA 2.1 has other shapes"
+        what, positions, no_predictor = f"V-JEPA 2.1, {what}", "rope21", "that of V-JEPA 2.1 has other shapes"
         last = max(name.split(".")[1] for name in tensors if name.startswith("norms_block."))
         for part in ("weight", "bias"):
             tensors[f"norm.{part}"] = tensors.pop(f"norms_block.{last}.{part}")
         tensors["patch_embed.proj.bias"] += tensors.pop("video_mod_embed", torch.zeros(1)).flatten()
     if "predictor_.action_encoder.weight" in tensors:
-        origin.no_predictor = "it is conditioned on actions"
-    return tensors, origin
+        no_predictor = "it is conditioned on actions"
+    return tensors, what, {"pos_embed": positions}, no_predictor
 
 
-def read_weights(path, key=""):
-    """Weights of V-JEPA 2 or 2.1, or of a run -> (encoder, predictor, Origin), both {official name: fp32 tensor}, but
-    mask_tokens [K, P]. `path`: folder, file, or hub id, which is fetched; `key`: entry of a .pt. UsageError for all
-    that may be wrong."""
-    path, told = os.path.expanduser(path), {}
+def read_any(path, key):
+    """Weights of a folder, a file, or a hub id, which is fetched -> as read_folder. UsageError."""
     found = Path(path)
     try:
         if not found.exists():
@@ -5320,80 +5310,115 @@ def read_weights(path, key=""):
             found = Path(hub.snapshot_download(path, allow_patterns=wanted))
         if key and found.is_dir():
             raise UsageError(f"{path}: a folder holds one encoder, nothing to choose from (--init_key)")
-        tensors, origin = read_folder(found) if found.is_dir() else read_pt(found, key)
-        tokens = [tensors.pop(name).flatten(0, -2) for name in sorted(tensors) if name.startswith("mask_tokens")]
+        return read_folder(found) if found.is_dir() else read_pt(found, key)
     except UserError:
         raise
     except Exception as error:  # a foreign file makes the unpickler raise anything, and so does a network
         why = f"{type(error).__name__}: {flat(error)[:160]}"
         raise UsageError(f"{path}: cannot be read as weights ({why}) (--init_from)") from error
+
+
+def trunk_sizes(tensors, blocks):
+    """Width, depth and MLP ratio of the blocks whose names begin so, () where there are none."""
+    fc1 = tensors.get(f"{blocks}.0.mlp.fc1.weight", torch.empty(0))
+    depth = len({name.split(".")[1] for name in tensors if name.startswith(f"{blocks}.")})
+    return (fc1.shape[1], depth, len(fc1) / fc1.shape[1]) if fc1.ndim == 2 else ()
+
+
+def config_of(Config, values):
+    """A dict of values, those of a checkpoint say -> Config, without those that it has no field for."""
+    known = {name: value for name, value in values.items() if name in field_types(Config)}
+    return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+
+
+@dataclass
+class Origin:
+    """What is known of weights beside their tensors."""
+
+    path: str
+    what: str  # in words
+    cfg: VJepaAutoV2Config  # has their sizes; pred_heads 0: unknown
+    no_predictor: str  # why there is none to load
+    left_out: str  # what and why
+
+
+def read_weights(path, key="", num_heads=0):
+    """Weights of V-JEPA 2 or 2.1, or of a run -> (encoder, predictor, Origin), both {official name: fp32 tensor}, but
+    mask_tokens [K, P]. `path`: folder, file, or hub id, which is fetched; `key`: entry of a .pt; `num_heads`: for a
+    width that does not say. UsageError for all that may be wrong."""
+    path, told = os.path.expanduser(path), {}
+    tensors, what, values, no_predictor = read_any(path, key)
     for name in list(tensors):
         if why := next((why for pattern, why in NO_PLACE.items() if re.match(pattern, name)), ""):
             told[name.split(".")[0]] = why
             del tensors[name]
-    origin.left_out = ", ".join(f"{name} ({why})" for name, why in told.items())
     predictor = {name: tensors.pop(name) for name in list(tensors) if name.startswith("predictor_")}
-    if tokens:
+    if tokens := [tensors.pop(name).flatten(0, -2) for name in sorted(tensors) if name.startswith("mask_tokens")]:
         predictor["mask_tokens"] = torch.cat(tokens)
-    parts = {"mask_tokens", "predictor_embed.weight", "predictor_blocks.0.mlp.fc1.weight"}
-    origin.no_predictor = origin.no_predictor or "there is none" * (not parts <= predictor.keys())
-    return tensors, predictor, origin
+    dims, patch = trunk_sizes(tensors, "blocks"), tensors.get("patch_embed.proj.weight", torch.empty(0))
+    if not dims or patch.ndim != 5:
+        raise UsageError(f"{path}: holds no video encoder of V-JEPA 2")
+    heads = values.get("num_heads") or HEADS.get(dims[0], num_heads)
+    if not heads or dims[0] % heads:
+        raise UsageError(f"{path}: a width of {dims[0]} with {heads or 'an unknown number of'} heads (--num_heads)")
+    sizes = dict(zip(ENCODER_SIZES, (*dims, heads, *patch.shape[2:4])))
+    if (dims := trunk_sizes(predictor, "predictor_blocks")) and {"mask_tokens", "predictor_embed.weight"} <= set(
+        predictor
+    ):
+        sizes |= dict(zip(PREDICTOR_SIZES, (*dims, 12 * (dims[0] == 384))))
+    else:
+        no_predictor = no_predictor or "there is none"
+    t, frames = sizes["tubelet_t"], values.get("num_frames", FRAMES_SEEN)
+    clip = dict(
+        num_frames=frames, now_frames=t, soon_frames=t, eventually_frames=max(frames - 2 * t, t), image_size=256
+    )
+    cfg = config_of(VJepaAutoV2Config, {**clip, **sizes, **values})
+    left_out = ", ".join(f"{name} ({why})" for name, why in told.items())
+    return tensors, predictor, Origin(path, what, cfg, no_predictor, left_out)
 
 
-def sizes_of(tensors, origin, num_heads=0, kind=""):
-    """What a config must say for an encoder, or a predictor (`kind` predictor_) -> {field: value}, the width first.
-    UsageError where there is none, or neither the file nor its width nor `num_heads` says its heads."""
-    first = tensors.get("predictor_embed.weight" if kind else "patch_embed.proj.weight", torch.empty(0))
-    fc1 = tensors.get(f"{kind}blocks.0.mlp.fc1.weight", torch.empty(0))
-    if first.ndim != (2 if kind else 5) or fc1.ndim != 2:
-        raise UsageError(f"{origin.path}: holds no {kind.strip('_') or 'video encoder'} of V-JEPA 2")
-    dim, depth = len(first), len({name.split(".")[1] for name in tensors if name.startswith(f"{kind}blocks.")})
-    published = {384: 12} if kind else HEADS
-    heads = origin.cfg.get("pred_heads" if kind else "num_heads") or published.get(dim, num_heads)
-    if not heads or dim % heads:
-        raise UsageError(f"{origin.path}: a width of {dim} with {heads or 'an unknown number of'} heads (--num_heads)")
-    names = ("pred_dim", "pred_depth", "pred_heads", "pred_mlp_ratio") if kind else ENCODER_SIZES
-    return dict(zip(names, (dim, depth, heads, len(fc1) / dim, *first.shape[2:4])))
+def read_init(cfg):
+    """read_weights of what a config's init_from names. Its num_heads helps where it is not the default, and not a
+    frozen teacher's."""
+    own = cfg.teacher != "frozen" and cfg.num_heads != type(cfg).num_heads
+    return read_weights(cfg.init_from, cfg.init_key, cfg.num_heads * own)
 
 
-def misfits(cfg, sizes):
-    """Sizes that a config has otherwise -> [text]."""
-    odd, width = [], next(iter(sizes.values()))
-    for name, theirs in sizes.items():
+def misfits(cfg, other, names):
+    """Sizes that a config has otherwise than the weights' -> [text]. 0: the predictor's are the encoder's in a config,
+    unknown in weights."""
+    odd = []
+    for name in names:
         own = getattr(cfg, name) or getattr(cfg, {"pred_heads": "num_heads"}.get(name, "mlp_ratio"))
-        if int(width * own) != int(width * theirs) if name.endswith("ratio") else own != theirs:
+        theirs, width = getattr(other, name), other.pred_dim if name.startswith("pred") else other.enc_dim
+        if theirs and int(width * own) != int(width * theirs):
             odd.append(f"{name} = {own}, the weights have {theirs} (--{name})")
     return odd
 
 
-def misnamed(net, tensors, pairs):
-    """What a network lacks among tensors by official names or has in another shape, and what has no place -> text."""
-    own = {renamed(name, pairs): value.shape for name, value in net.state_dict().items()}
-    good = {name for name in own if name in tensors and tensors[name].shape == own[name]}
-    odd = (("no", own.keys() - good), ("no place for", tensors.keys() - own.keys()))
-    return " and ".join(f"{what} {name_some(sorted(names))}" for what, names in odd if names)
-
-
-def fill(net, tensors, pairs, partial=False):
-    """Copy tensors into a network -> what is `misnamed`: then none of them, or with `partial` those that fit."""
-    odd = misnamed(net, tensors, pairs)
-    for name, value in net.state_dict().items() if partial or not odd else ():
-        if (found := tensors.get(renamed(name, pairs), value)).shape == value.shape:
-            value.copy_(found)
+def fill(net, tensors, rows, partial=False):
+    """Load tensors by official names into a network; into one on the meta device without a copy -> what is missing or
+    of another shape, and what has no place: then none is loaded, or with `partial` those that fit."""
+    own = net.state_dict()
+    names = {renamed(name, rows, OURS, OFFICIAL): name for name in own}
+    good = {name: tensors[name] for name in names if name in tensors and tensors[name].shape == own[names[name]].shape}
+    odd = (("no", names.keys() - good.keys()), ("no place for", tensors.keys() - names.keys()))
+    odd = " and ".join(f"{what} {name_some(sorted(found))}" for what, found in odd if found)
+    if partial or not odd:
+        own |= {names[name]: value for name, value in good.items()}
+        net.load_state_dict(own, assign=next(net.parameters()).is_meta)
     return odd
 
 
 def take_predictor(model, cfg, tensors, origin):
     """The predictor of read_weights into a model, where all of it fits -> what became of it. Mask tokens that were
     never trained are zero: then all families have the first that was. UsageError where the sizes fit, but not all."""
-    if why := origin.no_predictor or "; ".join(
-        misfits(cfg, sizes_of(tensors, origin, cfg.pred_heads or cfg.num_heads, "predictor_"))
-    ):
+    if why := origin.no_predictor or "; ".join(misfits(cfg, origin.cfg, PREDICTOR_SIZES)):
         return f"weights: predictor starts anew: {why}"
     norms = (tokens := tensors["mask_tokens"]).norm(dim=1).tolist()
     first, second, *_ = [number for number, norm in enumerate(norms) if norm][:2] * 2 or (0, 0)
     families = (first, second, first)
-    if odd := fill(model.predictor, {**tensors, "mask_tokens": tokens[list(families)]}, OUR_PREDICTOR):
+    if odd := fill(model.predictor, {**tensors, "mask_tokens": tokens[list(families)]}, PREDICTOR_NAMES):
         if not cfg.allow_partial:
             raise UsageError(f"init_from {origin.path}: the predictor fits in part only: {odd} (--allow_partial)")
         return f"weights: predictor starts anew: {odd}"
@@ -5407,20 +5432,17 @@ def take_weights(model, cfg, say):
     """Fill online encoder, target and, where it fits, predictor of a model from what cfg.init_from names, and take over
     its kind of positions. `say` tells what was loaded, left out and starts anew. UsageError where the encoder does not
     fit, or in part only and allow_partial is off."""
-    tensors, predictor, origin = read_weights(cfg.init_from, cfg.init_key)
-    sizes = sizes_of(tensors, origin, cfg.num_heads if cfg.num_heads != type(cfg).num_heads else 0)
-    if cfg.allow_partial:
-        del sizes["enc_depth"]
-    if odd := misfits(cfg, sizes):
+    tensors, predictor, origin = read_init(cfg)
+    names = [name for name in ENCODER_SIZES if name != "enc_depth" or not cfg.allow_partial]
+    if odd := misfits(cfg, origin.cfg, names):
         raise UsageError(f"init_from {origin.path}: {'; '.join(odd)}")
-    if cfg.pos_embed != (kind := origin.cfg["pos_embed"]):
+    if cfg.pos_embed != (kind := origin.cfg.pos_embed):
         say(f"pos_embed: {kind}, as the weights need, not {cfg.pos_embed}")
         cfg.pos_embed = kind
         validate_config(cfg)
         for net in (model.online, model.target, model.predictor):
             net.position = net.position.changed(kind=kind)
-    part = fill(model.online, tensors, OUR_ENCODER, cfg.allow_partial)
-    if part and not cfg.allow_partial:
+    if (part := fill(model.online, tensors, ENCODER_NAMES, cfg.allow_partial)) and not cfg.allow_partial:
         raise UsageError(f"init_from {origin.path}: the encoder fits in part only: {part} (--allow_partial)")
     model.target.load_state_dict(model.online.state_dict())
     count, part = sum(value.numel() for value in tensors.values()) / 1e6, f", in part: {part}" * bool(part)
@@ -5428,40 +5450,27 @@ def take_weights(model, cfg, say):
     say(take_predictor(model, cfg, predictor, origin))
     left_out = f"; left out: {origin.left_out}" * bool(origin.left_out)
     say(f"weights: outcome head, flow net and read-out start anew{left_out}")
-    if cfg.num_frames > (seen := origin.cfg.get("num_frames", FRAMES_SEEN)):
+    if cfg.num_frames > (seen := origin.cfg.num_frames):
         say(f"note: a clip has {cfg.num_frames} frames, the weights saw at most {seen}")
 
 
-def config_of(values):
-    """A dict of values, those of a checkpoint or a newer file among them -> VJepaAutoV2Config."""
-    values = {name: value for name, value in values.items() if name in field_types(VJepaAutoV2Config)}
-    return VJepaAutoV2Config(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    )
-
-
-def encoder_of(tensors, origin, num_heads=0):
-    """The encoder of read_weights, as load_encoder gives it; its tensors are not copied."""
-    sizes, seen = sizes_of(tensors, origin, num_heads), origin.cfg.get("num_frames", FRAMES_SEEN)
-    t = sizes["tubelet_t"]
-    clip = dict(image_size=256, num_frames=seen, now_frames=t, soon_frames=t, eventually_frames=max(seen - 2 * t, t))
-    cfg = config_of({**clip, "pred_heads": 12, **origin.cfg, **sizes})
+def encoder_of(tensors, origin, cfg=None):
+    """The tensors of read_weights, which are not copied, as an Encoder of their own config or of one with the same
+    sizes, in eval mode and without gradients. UsageError where they fit in part only."""
+    cfg = cfg or origin.cfg
     with torch.device("meta"):  # first values would be made in vain
         encoder = Encoder(cfg)
-    if odd := misnamed(encoder, tensors, OUR_ENCODER):
+    if odd := fill(encoder, tensors, ENCODER_NAMES):
         raise UsageError(f"{origin.path}: the encoder fits in part only: {odd}")
-    own = {name: tensors[renamed(name, OUR_ENCODER)] for name in encoder.state_dict()}
-    encoder.load_state_dict(own, assign=True)
-    encoder.position, encoder.cfg = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads), cfg
+    encoder.position = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads)
     return encoder.eval().requires_grad_(False)
 
 
 def load_encoder(path, key="", num_heads=0):
-    """Weights -> their Encoder, in eval mode and without gradients: normalised clip [B, T, 3, H, W], of any length and
-    size in whole tubelets and patches -> [B, L, D]. `cfg` has its sizes; `key` and `num_heads` as --init_key and
-    --num_heads. UsageError."""
-    tensors, _, origin = read_weights(path, key)
-    return encoder_of(tensors, origin, num_heads)
+    """Weights as of read_weights -> their Encoder, with its sizes as `cfg`, in eval mode and without gradients:
+    normalised clip [B, T, 3, H, W], of any length and size in whole tubelets and patches -> [B, L, D]. UsageError."""
+    tensors, _, origin = read_weights(path, key, num_heads)
+    return encoder_of(tensors, origin)
 
 
 def export_hf(checkpoint, folder, key="", size=0):
@@ -5469,11 +5478,11 @@ def export_hf(checkpoint, folder, key="", size=0):
     reads, for pictures of size x size pixels, by default the run's -> lines about it. UsageError for what the format
     cannot say."""
     (tensors, predictor, origin), folder = read_weights(checkpoint, key), Path(folder)
-    tensors |= predictor
-    cfg = config_of(origin.cfg)
+    cfg = origin.cfg
     size, form = size or cfg.height * (cfg.height == cfg.width), f"{cfg.height} x {cfg.width} pixels"
+    has_both = origin.what.startswith("checkpoint") and "mask_tokens" in predictor
     problems = (
-        "no checkpoint with encoder and predictor" * ("enc_dim" not in origin.cfg or "mask_tokens" not in tensors),
+        "no checkpoint with encoder and predictor" * (not has_both),
         f"pos_embed = {cfg.pos_embed}, and the format has rope alone" * (cfg.pos_embed != "rope"),
         f"{form}, and the format takes all pictures for squares; name their side (--size)" * (not size),
         f"--size {size} is not divisible by patch = {cfg.patch}" * (size % cfg.patch > 0),
@@ -5482,14 +5491,14 @@ def export_hf(checkpoint, folder, key="", size=0):
         raise UsageError(f"{checkpoint}: {next(filter(None, problems))}")
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: is there already; use another --out")
-    saved, back = {}, [(new, old) for old, new in TRANSFORMERS]
-    tokens = tensors["mask_tokens"][[*range(SOON)] * 5, None, None]  # short and long in turn: any index finds one
-    for name, value in {**tensors, "mask_tokens": tokens}.items():
+    saved = {}
+    predictor["mask_tokens"] = predictor["mask_tokens"][[*range(SOON)] * 5, None, None]  # any index finds one in use
+    for name, value in {**tensors, **predictor}.items():
         parts = zip(("query", "key", "value"), value.chunk(3)) if ".qkv." in name else [("", value)]
-        name = renamed(name, back).replace(".attn.", ".attention.")
+        name = renamed(name, ENCODER_NAMES + PREDICTOR_NAMES, OFFICIAL, THEIRS).replace(".attn.", ".attention.")
         saved |= {name.replace("qkv", part): rows.contiguous() for part, rows in parts}
-    values = asdict(replace(cfg, image_size=size, pred_heads=cfg.pred_heads or cfg.num_heads))
-    values["pred_mlp_ratio"] = cfg.pred_mlp_ratio or cfg.mlp_ratio
+    heads, ratio = cfg.pred_heads or cfg.num_heads, cfg.pred_mlp_ratio or cfg.mlp_ratio
+    values = asdict(replace(cfg, image_size=size, pred_heads=heads, pred_mlp_ratio=ratio))
     config = {"model_type": "vjepa2", "architectures": ["VJEPA2Model"], "dtype": "float32", "pred_num_mask_tokens": 10}
     config |= {theirs: values[own] for own, theirs in CONFIG_NAMES.items()}
     content = extra("safetensors.torch", folder).save(saved, {"format": "pt"}), json.dumps(config, indent=1).encode()
@@ -5557,19 +5566,17 @@ def frozen_encoder(cfg):
     device nothing is read. UsageError."""
     if torch.get_default_device().type == "meta":
         return Encoder(cfg).requires_grad_(False), ()
-    heads = cfg.num_heads if cfg.freeze_encoder and cfg.num_heads != type(cfg).num_heads else 0
-    tensors, *beside = read_weights(cfg.init_from, cfg.init_key)
-    encoder = encoder_of(tensors, beside[1], heads)
-    sizes, pieces = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio"), ("patch", "tubelet_t")
-    odd, other = (misfits(cfg, {name: getattr(encoder.cfg, name) for name in names}) for names in (sizes, pieces))
+    tensors, *beside = read_init(cfg)
+    origin = beside[1]
+    other, odd = (misfits(cfg, origin.cfg, names) for names in (ENCODER_SIZES[4:], ENCODER_SIZES[:4]))
     if other := other + odd * cfg.freeze_encoder:
         raise UsageError(f"init_from {cfg.init_from}: {'; '.join(other)}")
-    if not odd:
-        cfg.pos_embed = encoder.cfg.pos_embed
-        validate_config(cfg)
-    own = {name: getattr(encoder.cfg, name) for name in (*sizes, "pos_embed")}
-    encoder.cfg, encoder.position = replace(cfg, **own) if odd else cfg, encoder.position.changed(grid=cfg.grid)
-    return encoder, beside
+    if odd:
+        own = {name: getattr(origin.cfg, name) for name in (*ENCODER_SIZES, "pos_embed")}
+        return encoder_of(tensors, origin, replace(cfg, **own)), beside
+    cfg.pos_embed = origin.cfg.pos_embed
+    validate_config(cfg)
+    return encoder_of(tensors, origin, cfg), beside
 
 
 def fixed_map(width, wanted, seed):
@@ -6242,8 +6249,7 @@ def damage_of(path):
 
 def saved_config(state, world):
     """The config in a checkpoint, less fields that the world no longer has. ValueError, TypeError where it is none."""
-    known = {name: value for name, value in state["cfg"].items() if name in field_types(world.Config)}
-    cfg = world.Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+    cfg = config_of(world.Config, state["cfg"])
     try:
         validate_config(cfg)
     except UsageError as error:  # no error of the user's
