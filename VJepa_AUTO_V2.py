@@ -4073,12 +4073,12 @@ class World(nn.Module):
     latent_fields = ()  # names of the settings that decide what latents are
 
     def latents(self, batch):
-        """All that `forward` needs of a batch's clips, made by FROZEN parts alone -> {name: tensor [B, ...]}. With
-        --latents a batch holds these, as tools/cache_latents.py kept them, instead of `frames`."""
+        """All that `forward` needs of a batch's clips, made by FROZEN parts alone -> {name: tensor [B, ...]}: what a
+        batch holds with --latents, instead of `frames`."""
         return {}
 
     def latents_of(self, whole):
-        """All tokens [L, D] of a clip of a cache that others made -> its `latents`, without batch axis."""
+        """All tokens [L, D] of a clip in a foreign cache -> its `latents`, without batch axis."""
         raise BadFile(f"{type(self).__name__} reads no latents of whole clips")
 
     # -- a step
@@ -4166,7 +4166,7 @@ class World(nn.Module):
 
     # -- start-up lines
     def take_weights(self, say):
-        """Take in weights that the config names where a run begins, not where one goes on. `say` logs a line."""
+        """Take in weights where a run begins, not where one goes on. `say` logs a line."""
 
     def describe(self):
         """Lines about the model; by default its parameters."""
@@ -4420,11 +4420,10 @@ class PositionCode(nn.Module):
 
     def __init__(self, kind, grid, dim, num_heads):
         super().__init__()
-        self.kind, self.grid, self.dim, self.num_heads, self.other = kind, grid, dim, num_heads, None
+        self.kind, self.grid, self.sizes, self.other = kind, grid, (dim, num_heads), None
         self.is_rope, positions = kind != "sincos", grid_positions(grid)
         if kind == "rope21":  # rows and columns of every grid span those of its pretraining, 0 to 15
-            spans = [1.0, *(15 / max(size - 1, 1) for size in grid[1:])]
-            positions = positions * torch.tensor(spans, dtype=torch.float64)
+            positions = positions * torch.tensor([1.0, *(15 / max(n - 1, 1) for n in grid[1:])], dtype=torch.float64)
         if self.is_rope:
             tables = dict(zip(("cos", "sin"), rope_table(positions, dim // num_heads, kind == "rope21")))
         else:
@@ -4432,19 +4431,17 @@ class PositionCode(nn.Module):
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
-    def changed(self, kind=None, grid=None):
+    def changed(self, kind, grid):
         """The code of another kind or grid, on the same device."""
         with torch.inference_mode(False):  # it may be made in a look at a clip, and used in training
-            code = PositionCode(kind or self.kind, grid or self.grid, self.dim, self.num_heads)
-        return code.to(next(self.buffers()))
+            return PositionCode(kind, grid, *self.sizes).to(next(self.buffers()))
 
     def at(self, grid):
-        """The code of a grid: this one where it has as many rows and columns and no more tubelets, else another, which
-        is kept until one of a third grid is asked for."""
+        """The code of a grid: this one unless that is longer or has other rows or columns, else another, kept until a third is asked for."""
         if grid[1:] == self.grid[1:] and grid[0] <= self.grid[0]:
             return self
         if self.other is None or self.other.grid != grid:
-            self.other = self.changed(grid=grid)
+            self.other = self.changed(self.kind, grid)
         return self.other
 
     def add(self, x, idx):
@@ -4503,7 +4500,7 @@ class Encoder(nn.Module):
         """Whole clip [B, T, C, H, W] of any length and size in whole tubelets and patches -> [B, L, D]."""
         sizes, units = (clip.shape[1], *clip.shape[3:]), self.tokenizer.proj.weight.shape[2:]
         if any(size % unit for size, unit in zip(sizes, units)):
-            raise UsageError(f"a clip of {sizes[0]} x {sizes[1]} x {sizes[2]} is cut in pieces of {list(units)}")
+            raise UsageError(f"a clip of {' x '.join(map(str, sizes))} is cut in pieces of {list(units)}")
         tokens = self.tokenizer(clip)  # [B, L, D]
         everything = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         return self.encode(tokens, everything, tuple(size // unit for size, unit in zip(sizes, units)))
@@ -5125,10 +5122,8 @@ def save_picture(image, path):
 
 
 def videos_behind(world, cfg, path):
-    """The list that tools/cache_latents.py left of a cache's clips -> (their DataSource or None, what is gone)."""
-    if not path.endswith(".jsonl") or not os.path.exists(path):
-        return None, [path]
-    videos = read_list(path)
+    """The list that tools/cache_latents.py left of a cache's clips -> (their DataSource, what is gone)."""
+    videos = read_list(path) if path.endswith(".jsonl") and os.path.exists(path) else [VideoFile(path, "")]
     if gone := [video.name for video in videos if not os.path.exists(video.path)]:
         return None, gone
     return open_data(world, replace(cfg, data_root=path), videos, True, None), []
@@ -5161,22 +5156,20 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 22, 1664: 26}  # by width: an official .pt does not say them
 FRAMES_SEEN = 64  # of the longest clips in the published pretraining
-ENCODER_SIZES = ("enc_dim", "enc_depth", "mlp_ratio", "num_heads", "tubelet_t", "patch")
-PREDICTOR_SIZES = ("pred_dim", "pred_depth", "pred_mlp_ratio", "pred_heads")
-OFFICIAL, OURS, THEIRS = range(3)  # names of a tensor: V-JEPA 2's own, this file's, transformers'
-ENCODER_NAMES = (  # how they begin
+ENCODER_SIZES = ("enc_depth", "enc_dim", "mlp_ratio", "num_heads", "tubelet_t", "patch")
+PREDICTOR_SIZES = ("pred_depth", "pred_dim", "pred_mlp_ratio", "pred_heads")
+OFFICIAL, OURS, THEIRS = range(3)  # how names of tensors begin in V-JEPA 2's own code, here, and in transformers
+# fmt: off
+ENCODER_NAMES = (
     ("patch_embed.", "tokenizer.", "encoder.embeddings.patch_embeddings."),
-    ("blocks.", "trunk.blocks.", "encoder.layer."),
-    ("norm.", "trunk.norm.", "encoder.layernorm."),
+    ("blocks.", "trunk.blocks.", "encoder.layer."), ("norm.", "trunk.norm.", "encoder.layernorm."),
 )
 PREDICTOR_NAMES = (
     ("predictor_embed.", "embed.", "predictor.embeddings.predictor_embeddings."),
     ("predictor_blocks.", "trunk.blocks.", "predictor.layer."),
-    ("predictor_norm.", "trunk.norm.", "predictor.layernorm."),
-    ("predictor_proj.", "out.", "predictor.proj."),
+    ("predictor_norm.", "trunk.norm.", "predictor.layernorm."), ("predictor_proj.", "out.", "predictor.proj."),
     ("mask_tokens", "mask_tokens", "predictor.embeddings.mask_tokens"),
 )
-# fmt: off
 CONFIG_NAMES = {  # fields of a config -> transformers' names
     "num_heads": "num_attention_heads", "pred_heads": "pred_num_attention_heads", "num_frames": "frames_per_clip",
     "image_size": "crop_size", "patch": "patch_size", "tubelet_t": "tubelet_size", "enc_dim": "hidden_size",
@@ -5199,7 +5192,7 @@ def extra(name, why):
 
 
 def renamed(name, rows, old, new):
-    """The name of a tensor in another column of the table's rows; as it is where none fits."""
+    """A tensor's name in another column of a table; as it is where no row fits."""
     return next((row[new] + name[len(row[old]) :] for row in rows if name.startswith(row[old])), name)
 
 
@@ -5240,8 +5233,8 @@ def check_weights(folder):
 
 
 def read_folder(folder):
-    """A folder of transformers -> (tensors, what it is, config fields that it decides, why no predictor can be taken).
-    UsageError for another model, or one that computes otherwise."""
+    """A folder of transformers -> (encoder, predictor, what it is, fields of a config that it decides, why the predictor
+    is of no use). UsageError for another model, or one that computes otherwise."""
     config = {"model_type": None, **read_mapping(folder / "config.json", 2**20)}
     fixed = {"model_type": "vjepa2", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True, "in_chans": 3}
     for name, value in fixed.items():
@@ -5259,7 +5252,8 @@ def read_folder(folder):
         parts = [name.replace("query", part) for part in ("query", "key", "value")]
         if all(part in tensors for part in parts):
             tensors[name.replace("query", "qkv")] = torch.cat([tensors.pop(part) for part in parts])
-    return tensors, "transformers folder", {**values, "pos_embed": "rope"}, ""
+    predictor = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("predictor_", "mask_tokens"))}
+    return tensors, predictor, "transformers folder", {**values, "pos_embed": "rope"}, ""
 
 
 def read_pt(path, key):
@@ -5272,57 +5266,36 @@ def read_pt(path, key):
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     ours = state.get("cfg") if "format" in state else None
     known = ("target", "online") if ours else ("target_encoder", "ema_encoder", "encoder")
+    tables = (ENCODER_NAMES, PREDICTOR_NAMES) if ours else ((), ())
     entries = {name: state[name] for name in known if isinstance(state.get(name), dict)}
     key = key or next(iter(entries), known[0])
     if key not in entries:
         there = ", ".join(entries) or name_some(sorted(state))
         raise UsageError(f"{path}: no entry {one_line(key)}; there are {there} (--init_key)")
-    tensors = {}
-    for part, rows in ((entries[key], ENCODER_NAMES), (state.get("predictor") or {}, PREDICTOR_NAMES)):
+    encoder, predictor = {}, {}
+    for tensors, part, rows in zip((encoder, predictor), (entries[key], state.get("predictor") or {}), tables):
         for name, value in part.items():
-            name = renamed(
-                re.sub(r"^(module\.|backbone\.|_orig_mod\.)+", "", name), rows if ours else (), OURS, OFFICIAL
-            )
-            foreign = rows is PREDICTOR_NAMES and not name.startswith(("predictor_", "mask_tokens"))
-            tensors["predictor_." * foreign + name] = own_tensor(value, name, path)
+            official = re.sub(r"^(module\.|backbone\.|_orig_mod\.)+", "", name)
+            tensors[renamed(official, rows, OURS, OFFICIAL)] = own_tensor(value, name, path)
     if ours:
-        return tensors, f"checkpoint of a run, {key}", ours, "of a run the encoder alone is taken"
-    what, positions, no_predictor = f"official .pt, {key}", "rope", ""
-    if "norms_block.0.weight" in tensors:
-        what, positions, no_predictor = f"V-JEPA 2.1, {what}", "rope21", "that of V-JEPA 2.1 has other shapes"
-        last = max(name.split(".")[1] for name in tensors if name.startswith("norms_block."))
+        return encoder, predictor, f"checkpoint of a run, {key}", ours, "of a run the encoder alone is taken"
+    what, positions, why = f"official .pt, {key}", "rope", ""
+    if "norms_block.0.weight" in encoder:
+        what, positions, why = f"V-JEPA 2.1, {what}", "rope21", "that of V-JEPA 2.1 has other shapes"
+        last = max(name.split(".")[1] for name in encoder if name.startswith("norms_block."))
         for part in ("weight", "bias"):
-            tensors[f"norm.{part}"] = tensors.pop(f"norms_block.{last}.{part}")
-        tensors["patch_embed.proj.bias"] += tensors.pop("video_mod_embed", torch.zeros(1)).flatten()
-    if "predictor_.action_encoder.weight" in tensors:
-        no_predictor = "it is conditioned on actions"
-    return tensors, what, {"pos_embed": positions}, no_predictor
-
-
-def read_any(path, key):
-    """Weights of a folder, a file, or a hub id, which is fetched -> as read_folder. UsageError."""
-    found = Path(path)
-    try:
-        if not found.exists():
-            if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or path.endswith(".pt") or found.parent.is_dir():
-                raise UsageError(f"{path}: no such folder or file, and no hub id (--init_from)")
-            hub, wanted = extra("huggingface_hub", f"hub id {path}"), ["config.json", "*.safetensors*"]
-            found = Path(hub.snapshot_download(path, allow_patterns=wanted))
-        if key and found.is_dir():
-            raise UsageError(f"{path}: a folder holds one encoder, nothing to choose from (--init_key)")
-        return read_folder(found) if found.is_dir() else read_pt(found, key)
-    except UserError:
-        raise
-    except Exception as error:  # a foreign file makes the unpickler raise anything, and so does a network
-        why = f"{type(error).__name__}: {flat(error)[:160]}"
-        raise UsageError(f"{path}: cannot be read as weights ({why}) (--init_from)") from error
+            encoder[f"norm.{part}"] = encoder.pop(f"norms_block.{last}.{part}")
+        encoder["patch_embed.proj.bias"] += encoder.pop("video_mod_embed", torch.zeros(1)).flatten()
+    if "action_encoder.weight" in predictor:
+        why = "it is conditioned on actions"
+    return encoder, predictor, what, {"pos_embed": positions}, why
 
 
 def trunk_sizes(tensors, blocks):
-    """Width, depth and MLP ratio of the blocks whose names begin so, () where there are none."""
+    """Depth, width and MLP ratio of the blocks whose names begin so, () where there are none."""
     fc1 = tensors.get(f"{blocks}.0.mlp.fc1.weight", torch.empty(0))
     depth = len({name.split(".")[1] for name in tensors if name.startswith(f"{blocks}.")})
-    return (fc1.shape[1], depth, len(fc1) / fc1.shape[1]) if fc1.ndim == 2 else ()
+    return (depth, fc1.shape[1], len(fc1) / fc1.shape[1]) if fc1.ndim == 2 else ()
 
 
 def config_of(Config, values):
@@ -5342,46 +5315,54 @@ class Origin:
     left_out: str  # what and why
 
 
+def sized(path, encoder, predictor, what, values, why, num_heads):
+    """What read_folder gives, less tensors that have no place -> as read_weights. UsageError."""
+    told = {
+        name.split(".")[0]: reason
+        for name in (*encoder, *predictor)
+        for beginning, reason in NO_PLACE.items()
+        if re.match(beginning, name)
+    }
+    for name in [name for name in encoder if name.split(".")[0] in told]:
+        del encoder[name]
+    predictor.pop("predictor_pos_embed", None)
+    if tokens := [predictor.pop(name).flatten(0, -2) for name in sorted(predictor) if name.startswith("mask_tokens")]:
+        predictor["mask_tokens"] = torch.cat(tokens)
+    dims, patch = trunk_sizes(encoder, "blocks"), encoder.get("patch_embed.proj.weight", torch.empty(0))
+    if not dims or patch.ndim != 5:
+        raise UsageError(f"{path}: holds no video encoder of V-JEPA 2")
+    heads = values.get("num_heads") or HEADS.get(dims[1], num_heads)
+    if not heads or dims[1] % heads:
+        raise UsageError(f"{path}: a width of {dims[1]} with {heads or 'an unknown number of'} heads (--num_heads)")
+    sizes = dict(zip(ENCODER_SIZES, (*dims, heads, *patch.shape[2:4])), num_frames=FRAMES_SEEN, image_size=256)
+    if (dims := trunk_sizes(predictor, "predictor_blocks")) and tokens:
+        sizes |= dict(zip(PREDICTOR_SIZES, (*dims, 12 * (dims[1] == 384))))
+    else:
+        why = why or "there is none"
+    left_out = ", ".join(f"{name} ({reason})" for name, reason in told.items())
+    return encoder, predictor, Origin(path, what, config_of(VJepaAutoV2Config, {**sizes, **values}), why, left_out)
+
+
 def read_weights(path, key="", num_heads=0):
     """Weights of V-JEPA 2 or 2.1, or of a run -> (encoder, predictor, Origin), both {official name: fp32 tensor}, but
     mask_tokens [K, P]. `path`: folder, file, or hub id, which is fetched; `key`: entry of a .pt; `num_heads`: for a
     width that does not say. UsageError for all that may be wrong."""
-    path, told = os.path.expanduser(path), {}
-    tensors, what, values, no_predictor = read_any(path, key)
-    for name in list(tensors):
-        if why := next((why for pattern, why in NO_PLACE.items() if re.match(pattern, name)), ""):
-            told[name.split(".")[0]] = why
-            del tensors[name]
-    predictor = {name: tensors.pop(name) for name in list(tensors) if name.startswith("predictor_")}
-    if tokens := [tensors.pop(name).flatten(0, -2) for name in sorted(tensors) if name.startswith("mask_tokens")]:
-        predictor["mask_tokens"] = torch.cat(tokens)
-    dims, patch = trunk_sizes(tensors, "blocks"), tensors.get("patch_embed.proj.weight", torch.empty(0))
-    if not dims or patch.ndim != 5:
-        raise UsageError(f"{path}: holds no video encoder of V-JEPA 2")
-    heads = values.get("num_heads") or HEADS.get(dims[0], num_heads)
-    if not heads or dims[0] % heads:
-        raise UsageError(f"{path}: a width of {dims[0]} with {heads or 'an unknown number of'} heads (--num_heads)")
-    sizes = dict(zip(ENCODER_SIZES, (*dims, heads, *patch.shape[2:4])))
-    if (dims := trunk_sizes(predictor, "predictor_blocks")) and {"mask_tokens", "predictor_embed.weight"} <= set(
-        predictor
-    ):
-        sizes |= dict(zip(PREDICTOR_SIZES, (*dims, 12 * (dims[0] == 384))))
-    else:
-        no_predictor = no_predictor or "there is none"
-    t, frames = sizes["tubelet_t"], values.get("num_frames", FRAMES_SEEN)
-    clip = dict(
-        num_frames=frames, now_frames=t, soon_frames=t, eventually_frames=max(frames - 2 * t, t), image_size=256
-    )
-    cfg = config_of(VJepaAutoV2Config, {**clip, **sizes, **values})
-    left_out = ", ".join(f"{name} ({why})" for name, why in told.items())
-    return tensors, predictor, Origin(path, what, cfg, no_predictor, left_out)
-
-
-def read_init(cfg):
-    """read_weights of what a config's init_from names. Its num_heads helps where it is not the default, and not a
-    frozen teacher's."""
-    own = cfg.teacher != "frozen" and cfg.num_heads != type(cfg).num_heads
-    return read_weights(cfg.init_from, cfg.init_key, cfg.num_heads * own)
+    path = os.path.expanduser(path)
+    found = Path(path)
+    try:
+        if not found.exists():
+            if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or path.endswith(".pt") or found.parent.is_dir():
+                raise UsageError(f"{path}: no such folder or file, and no hub id (--init_from)")
+            hub, wanted = extra("huggingface_hub", f"hub id {path}"), ["config.json", "*.safetensors*"]
+            found = Path(hub.snapshot_download(path, allow_patterns=wanted))
+        if key and found.is_dir():
+            raise UsageError(f"{path}: a folder holds one encoder, nothing to choose from (--init_key)")
+        return sized(path, *(read_folder(found) if found.is_dir() else read_pt(found, key)), num_heads)
+    except UserError:
+        raise
+    except Exception as error:  # a foreign file makes the unpickler raise anything, and so does a network
+        why = f"{type(error).__name__}: {flat(error)[:160]}"
+        raise UsageError(f"{path}: cannot be read as weights ({why}) (--init_from)") from error
 
 
 def misfits(cfg, other, names):
@@ -5394,6 +5375,17 @@ def misfits(cfg, other, names):
         if theirs and int(width * own) != int(width * theirs):
             odd.append(f"{name} = {own}, the weights have {theirs} (--{name})")
     return odd
+
+
+def read_init(cfg):
+    """read_weights of init_from. UsageError where sizes are not the config's: for a frozen teacher its pieces, else
+    all, but for the depth with allow_partial. A num_heads that is not the default helps."""
+    taught = cfg.teacher == "frozen"
+    heads = cfg.num_heads if cfg.num_heads != type(cfg).num_heads and not taught else 0
+    encoder, predictor, origin = read_weights(cfg.init_from, cfg.init_key, heads)
+    if odd := misfits(cfg, origin.cfg, ENCODER_SIZES[4 if taught else cfg.allow_partial :]):
+        raise UsageError(f"init_from {origin.path}: {'; '.join(odd)}")
+    return encoder, predictor, origin
 
 
 def fill(net, tensors, rows, partial=False):
@@ -5433,15 +5425,12 @@ def take_weights(model, cfg, say):
     its kind of positions. `say` tells what was loaded, left out and starts anew. UsageError where the encoder does not
     fit, or in part only and allow_partial is off."""
     tensors, predictor, origin = read_init(cfg)
-    names = [name for name in ENCODER_SIZES if name != "enc_depth" or not cfg.allow_partial]
-    if odd := misfits(cfg, origin.cfg, names):
-        raise UsageError(f"init_from {origin.path}: {'; '.join(odd)}")
     if cfg.pos_embed != (kind := origin.cfg.pos_embed):
         say(f"pos_embed: {kind}, as the weights need, not {cfg.pos_embed}")
         cfg.pos_embed = kind
         validate_config(cfg)
         for net in (model.online, model.target, model.predictor):
-            net.position = net.position.changed(kind=kind)
+            net.position = net.position.changed(kind, cfg.grid)
     if (part := fill(model.online, tensors, ENCODER_NAMES, cfg.allow_partial)) and not cfg.allow_partial:
         raise UsageError(f"init_from {origin.path}: the encoder fits in part only: {part} (--allow_partial)")
     model.target.load_state_dict(model.online.state_dict())
@@ -5567,16 +5556,13 @@ def frozen_encoder(cfg):
     if torch.get_default_device().type == "meta":
         return Encoder(cfg).requires_grad_(False), ()
     tensors, *beside = read_init(cfg)
-    origin = beside[1]
-    other, odd = (misfits(cfg, origin.cfg, names) for names in (ENCODER_SIZES[4:], ENCODER_SIZES[:4]))
-    if other := other + odd * cfg.freeze_encoder:
-        raise UsageError(f"init_from {cfg.init_from}: {'; '.join(other)}")
-    if odd:
-        own = {name: getattr(origin.cfg, name) for name in (*ENCODER_SIZES, "pos_embed")}
-        return encoder_of(tensors, origin, replace(cfg, **own)), beside
-    cfg.pos_embed = origin.cfg.pos_embed
-    validate_config(cfg)
-    return encoder_of(tensors, origin, cfg), beside
+    theirs = beside[1].cfg
+    if misfits(cfg, theirs, ENCODER_SIZES[:4]):
+        cfg = replace(cfg, **{name: getattr(theirs, name) for name in (*ENCODER_SIZES, "pos_embed")})
+    else:
+        cfg.pos_embed = theirs.pos_embed
+        validate_config(cfg)
+    return encoder_of(tensors, beside[1], cfg), beside
 
 
 def fixed_map(width, wanted, seed):
@@ -5695,9 +5681,9 @@ class VJepaAutoV2(World):
 
     @torch.no_grad()
     def latents(self, batch):
-        """The NOW context [B, K, D], of NOW alone, and targets [B, L', D], EVENTUALLY as the mean of each tubelet:
-        only means of it are ever used."""
-        return self.brief(self.now_context(batch["frames"]), self.make_targets(self.normalise(batch["frames"])))
+        """NOW context [B, K, D], of NOW alone, and targets [B, L', D], of EVENTUALLY one per tubelet: only means of it
+        are used."""
+        return self.brief(self.context_of(batch), self.targets_of(batch))
 
     def latents_of(self, whole):
         """As in World; here NOW's tokens saw the future. BadFile for tokens of another grid or width."""
@@ -5709,9 +5695,9 @@ class VJepaAutoV2(World):
 
     def brief(self, context, targets):
         """NOW context and targets [B, L, D] -> `latents`."""
-        soon, later = targets.tensor_split((self.cfg.now_tokens + self.cfg.soon_tokens,), 1)
+        kept, later = targets.tensor_split((self.cfg.now_tokens + self.cfg.soon_tokens,), 1)
         later = later.unflatten(1, (self.cfg.eventually_tubelets, -1)).mean(2)
-        return {"context": context, "targets": torch.cat([soon, later], 1)}
+        return {"context": context, "targets": torch.cat([kept, later], 1)}
 
     def context_of(self, batch):
         """NOW context [B, K, D] of a batch of clips or of their latents."""
@@ -5898,12 +5884,12 @@ class VJepaAutoV2(World):
         path, log = Path(run.cfg.out_dir) / "futures.png", run.log
         if not self.cfg.picture:
             return
-        source = run.source
+        source, gone = run.source, ()
         if self.cfg.latents:
             source, gone = videos_behind(type(self), self.cfg, source.root)
-            if gone:
-                log.line(f"picture: none, since videos behind the latents are not there: {name_some(gone)}")
-                return
+        if gone:
+            log.line(f"picture: none, since videos behind the latents are not there: {name_some(gone)}")
+            return
         log.stage = "drawing futures.png"
         try:
             cut = draw_futures(self, source, run.process, values, path, seconds)
@@ -6959,14 +6945,13 @@ class Phase:
         return bool(every) and 0 < self.step < self.cfg.steps and self.step % every == 0
 
     def is_val_due(self):
-        """Whether an evaluation is: every val_epochs passes over the training files, in a Fit and without it every
-        val_every steps."""
-        cfg, run = self.cfg, self.run
+        """Whether an evaluation is: every val_epochs passes over the training files, in a Fit or without, val_every
+        steps."""
+        cfg, now = self.cfg, self.run.progress.consumed
         if not cfg.val_epochs or self.name:
             return self.is_due(cfg.val_every)
-        per_step, span = step_samples(cfg, self.world.world_size), cfg.val_epochs * len(run.source.train)
-        done = run.progress.consumed
-        return 0 < self.step < cfg.steps and done // span > (done - per_step) // span
+        before, span = now - step_samples(cfg, self.world.world_size), cfg.val_epochs * len(self.run.source.train)
+        return 0 < self.step < cfg.steps and now // span > before // span
 
 
 REHEARSAL_S = 10.0  # a pass longer than this is not made just to time it

@@ -221,7 +221,7 @@ def test_sections_are_numbered_and_banners_have_one_style():
 
 
 def test_broad_handlers_only_where_foreign_things_are_met():
-    """`except Exception` where a foreign file is read (read_any, import_world, load_checkpoint,
+    """`except Exception` where a foreign file is read (read_weights, import_world, load_checkpoint,
     LatentDataset) or a foreign package called (Tracker.call), with its reason. Seen red with another one in `main`."""
     broad = []
     for function in FUNCTIONS:
@@ -229,7 +229,7 @@ def test_broad_handlers_only_where_foreign_things_are_met():
             caught = ast.unparse(handler.type) if handler.type else "Exception"
             if re.search(r"\b(Base)?Exception\b", caught):
                 broad.append((function.name, handler.lineno))
-    assert [name for name, _ in broad] == ["read_any", "import_world", "load_checkpoint", "read_file", "call"]
+    assert [name for name, _ in broad] == ["read_weights", "import_world", "load_checkpoint", "read_file", "call"]
     for _, line in broad:
         assert re.search(r"# \w+", SOURCE.splitlines()[line - 1]), "a reason must stand beside it"
 
