@@ -4437,7 +4437,7 @@ class PositionCode(nn.Module):
             return PositionCode(kind, grid, *self.sizes).to(next(self.buffers()))
 
     def at(self, grid):
-        """The code of a grid: this one unless that is longer or has other rows or columns, else another, kept until a third is asked for."""
+        """The code of a grid: this one where it holds that, else another, kept until a third is asked for."""
         if grid[1:] == self.grid[1:] and grid[0] <= self.grid[0]:
             return self
         if self.other is None or self.other.grid != grid:
@@ -5123,7 +5123,9 @@ def save_picture(image, path):
 
 def videos_behind(world, cfg, path):
     """The list that tools/cache_latents.py left of a cache's clips -> (their DataSource, what is gone)."""
-    videos = read_list(path) if path.endswith(".jsonl") and os.path.exists(path) else [VideoFile(path, "")]
+    if not path.endswith(".jsonl") or not os.path.exists(path):
+        return None, [path]
+    videos = read_list(path)
     if gone := [video.name for video in videos if not os.path.exists(video.path)]:
         return None, gone
     return open_data(world, replace(cfg, data_root=path), videos, True, None), []
@@ -5233,8 +5235,8 @@ def check_weights(folder):
 
 
 def read_folder(folder):
-    """A folder of transformers -> (encoder, predictor, what it is, fields of a config that it decides, why the predictor
-    is of no use). UsageError for another model, or one that computes otherwise."""
+    """A folder of transformers -> (encoder, predictor, what it is, fields of a config that it decides, why the
+    predictor is of no use). UsageError for another model, or one that computes otherwise."""
     config = {"model_type": None, **read_mapping(folder / "config.json", 2**20)}
     fixed = {"model_type": "vjepa2", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True, "in_chans": 3}
     for name, value in fixed.items():
@@ -5405,26 +5407,24 @@ def fill(net, tensors, rows, partial=False):
 def take_predictor(model, cfg, tensors, origin):
     """The predictor of read_weights into a model, where all of it fits -> what became of it. Mask tokens that were
     never trained are zero: then all families have the first that was. UsageError where the sizes fit, but not all."""
-    if why := origin.no_predictor or "; ".join(misfits(cfg, origin.cfg, PREDICTOR_SIZES)):
+    why = origin.no_predictor or "; ".join(misfits(cfg, origin.cfg, PREDICTOR_SIZES))
+    if not why:
+        norms = (tokens := tensors["mask_tokens"]).norm(dim=1).tolist()
+        first, second, *_ = [number for number, norm in enumerate(norms) if norm][:2] * 2 or (0, 0)
+        families = (first, second, first)
+        why = fill(model.predictor, {**tensors, "mask_tokens": tokens[list(families)]}, PREDICTOR_NAMES)
+        if why and not cfg.allow_partial:
+            raise UsageError(f"init_from {origin.path}: the predictor fits in part only: {why} (--allow_partial)")
+    if why:
         return f"weights: predictor starts anew: {why}"
-    norms = (tokens := tensors["mask_tokens"]).norm(dim=1).tolist()
-    first, second, *_ = [number for number, norm in enumerate(norms) if norm][:2] * 2 or (0, 0)
-    families = (first, second, first)
-    if odd := fill(model.predictor, {**tensors, "mask_tokens": tokens[list(families)]}, PREDICTOR_NAMES):
-        if not cfg.allow_partial:
-            raise UsageError(f"init_from {origin.path}: the predictor fits in part only: {odd} (--allow_partial)")
-        return f"weights: predictor starts anew: {odd}"
     start = "; SOON starts from the last tubelet, which it never saw (--soon_start mask)" * (cfg.soon_start == "last")
     listed = ", ".join(f"{norm:.3g}" for norm in norms)
     return f"weights: predictor, {len(tensors)} tensors, mask tokens {families} of those with norms {listed}{start}"
 
 
-@torch.no_grad()
-def take_weights(model, cfg, say):
-    """Fill online encoder, target and, where it fits, predictor of a model from what cfg.init_from names, and take over
-    its kind of positions. `say` tells what was loaded, left out and starts anew. UsageError where the encoder does not
-    fit, or in part only and allow_partial is off."""
-    tensors, predictor, origin = read_init(cfg)
+def take_encoder(model, cfg, tensors, origin, say):
+    """The encoder of read_weights into online and target, whose kind of positions becomes its -> what is lacking.
+    UsageError for that unless allow_partial is on."""
     if cfg.pos_embed != (kind := origin.cfg.pos_embed):
         say(f"pos_embed: {kind}, as the weights need, not {cfg.pos_embed}")
         cfg.pos_embed = kind
@@ -5434,8 +5434,17 @@ def take_weights(model, cfg, say):
     if (part := fill(model.online, tensors, ENCODER_NAMES, cfg.allow_partial)) and not cfg.allow_partial:
         raise UsageError(f"init_from {origin.path}: the encoder fits in part only: {part} (--allow_partial)")
     model.target.load_state_dict(model.online.state_dict())
-    count, part = sum(value.numel() for value in tensors.values()) / 1e6, f", in part: {part}" * bool(part)
-    say(f"weights: encoder of {origin.path} ({origin.what}), {count:.1f} M, into online and target{part}")
+    return "into online and target" + f", in part: {part}" * bool(part)
+
+
+@torch.no_grad()
+def take_weights(model, cfg, say):
+    """Fill online encoder and target, unless they are frozen, and where it fits the predictor of a model from what
+    cfg.init_from names. `say` tells what was loaded, left out and starts anew. UsageError."""
+    tensors, predictor, origin = model.beside or read_init(cfg)
+    into = "frozen" if model.beside else take_encoder(model, cfg, tensors, origin, say)
+    model.beside, count = (), sum(value.numel() for value in tensors.values()) / 1e6
+    say(f"weights: encoder of {origin.path} ({origin.what}), {count:.1f} M, {into}")
     say(take_predictor(model, cfg, predictor, origin))
     left_out = f"; left out: {origin.left_out}" * bool(origin.left_out)
     say(f"weights: outcome head, flow net and read-out start anew{left_out}")
@@ -5464,9 +5473,13 @@ def load_encoder(path, key="", num_heads=0):
 
 def export_hf(checkpoint, folder, key="", size=0):
     """Encoder (target, or `key` online) and predictor of a checkpoint -> a new folder that transformers' VJEPA2Model
-    reads, for pictures of size x size pixels, by default the run's -> lines about it. UsageError for what the format
-    cannot say."""
-    (tensors, predictor, origin), folder = read_weights(checkpoint, key), Path(folder)
+    reads, for pictures of size x size pixels, by default the run's. -> (number of tensors, Origin). UsageError for what
+    the format cannot say."""
+    (tensors, predictor, origin), folder, rows = (
+        read_weights(checkpoint, key),
+        Path(folder),
+        ENCODER_NAMES + PREDICTOR_NAMES,
+    )
     cfg = origin.cfg
     size, form = size or cfg.height * (cfg.height == cfg.width), f"{cfg.height} x {cfg.width} pixels"
     has_both = origin.what.startswith("checkpoint") and "mask_tokens" in predictor
@@ -5483,9 +5496,9 @@ def export_hf(checkpoint, folder, key="", size=0):
     saved = {}
     predictor["mask_tokens"] = predictor["mask_tokens"][[*range(SOON)] * 5, None, None]  # any index finds one in use
     for name, value in {**tensors, **predictor}.items():
+        name = renamed(name, rows, OFFICIAL, THEIRS).replace(".attn.", ".attention.")
         parts = zip(("query", "key", "value"), value.chunk(3)) if ".qkv." in name else [("", value)]
-        name = renamed(name, ENCODER_NAMES + PREDICTOR_NAMES, OFFICIAL, THEIRS).replace(".attn.", ".attention.")
-        saved |= {name.replace("qkv", part): rows.contiguous() for part, rows in parts}
+        saved |= {name.replace("qkv", part): piece.contiguous() for part, piece in parts}
     heads, ratio = cfg.pred_heads or cfg.num_heads, cfg.pred_mlp_ratio or cfg.mlp_ratio
     values = asdict(replace(cfg, image_size=size, pred_heads=heads, pred_mlp_ratio=ratio))
     config = {"model_type": "vjepa2", "architectures": ["VJEPA2Model"], "dtype": "float32", "pred_num_mask_tokens": 10}
@@ -5494,11 +5507,7 @@ def export_hf(checkpoint, folder, key="", size=0):
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in zip(("model.safetensors", "config.json"), content):
         write_atomic(folder / name, partial(GuardedFile.write, data=part))
-    start = ", the start of SOON from the last tubelet" * (cfg.soon_start == "last")
-    return [
-        f"{folder}: {len(saved)} tensors of {checkpoint} ({origin.what})",
-        f"left out, no place there: mask token of SOON{start}, outcome head, flow net, read-out, queue, other encoder",
-    ]
+    return len(saved), origin
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5550,19 +5559,18 @@ def memory_estimate_gb(cfg, num_parameters):
 
 
 def frozen_encoder(cfg):
-    """The encoder of init_from on a config's token grid, which learns nothing -> (encoder, predictor and Origin). Where
+    """The encoder of init_from on a config's token grid, which learns nothing -> (encoder, what read_init gave). Where
     it has the config's sizes, as it must with freeze_encoder, its kind of positions becomes the config's. On the meta
     device nothing is read. UsageError."""
     if torch.get_default_device().type == "meta":
         return Encoder(cfg).requires_grad_(False), ()
-    tensors, *beside = read_init(cfg)
-    theirs = beside[1].cfg
-    if misfits(cfg, theirs, ENCODER_SIZES[:4]):
-        cfg = replace(cfg, **{name: getattr(theirs, name) for name in (*ENCODER_SIZES, "pos_embed")})
+    tensors, _, origin = found = read_init(cfg)
+    if misfits(cfg, origin.cfg, ENCODER_SIZES[:4]):
+        cfg = replace(cfg, **{name: getattr(origin.cfg, name) for name in (*ENCODER_SIZES, "pos_embed")})
     else:
-        cfg.pos_embed = theirs.pos_embed
+        cfg.pos_embed = origin.cfg.pos_embed
         validate_config(cfg)
-    return encoder_of(tensors, beside[1], cfg), beside
+    return encoder_of(tensors, origin, cfg), found
 
 
 def fixed_map(width, wanted, seed):
@@ -5650,13 +5658,8 @@ class VJepaAutoV2(World):
     def wants_labels(cfg):
         return bool(cfg.lambda_supcon)
 
-    @torch.no_grad()
     def take_weights(self, say):
-        if self.beside:  # of what is frozen
-            say(f"weights: encoder of {self.beside[1].path} ({self.beside[1].what}), frozen")
-            say(take_predictor(self, self.cfg, *self.beside))
-            self.beside = ()
-        elif self.cfg.init_from:
+        if self.cfg.init_from:
             take_weights(self, self.cfg, say)
 
     def train(self, mode=True):
