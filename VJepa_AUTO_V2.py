@@ -5179,8 +5179,9 @@ CONFIG_NAMES = {  # fields of a config -> transformers' names
     "pred_depth": "pred_num_hidden_layers", "pred_mlp_ratio": "pred_mlp_ratio",
 }
 NO_PLACE = {  # what may stand beside an encoder, and why it is left out
-    "(predictor_)?pos_embed": "rope needs none", "patch_embed_img|img_mod_embed": "for single pictures",
-    "norms_block": "norms at other depths", "pooler|classifier": "a classifier's",
+    "pos_embed": "rope needs none", "predictor_pos_embed": "rope needs none", "patch_embed_img": "for single pictures",
+    "img_mod_embed": "for single pictures", "norms_block": "norms at other depths", "pooler": "a classifier's",
+    "classifier": "a classifier's",
 }
 # fmt: on
 
@@ -5319,15 +5320,11 @@ class Origin:
 
 def sized(path, encoder, predictor, what, values, why, num_heads):
     """What read_folder gives, less tensors that have no place -> as read_weights. UsageError."""
-    told = {
-        name.split(".")[0]: reason
-        for name in (*encoder, *predictor)
-        for beginning, reason in NO_PLACE.items()
-        if re.match(beginning, name)
-    }
-    for name in [name for name in encoder if name.split(".")[0] in told]:
-        del encoder[name]
-    predictor.pop("predictor_pos_embed", None)
+    roots = {name.split(".")[0] for name in (*encoder, *predictor)}
+    left_out = ", ".join(f"{root} ({reason})" for root, reason in NO_PLACE.items() if root in roots)
+    for tensors in (encoder, predictor):
+        for name in [name for name in tensors if name.split(".")[0] in NO_PLACE]:
+            del tensors[name]
     if tokens := [predictor.pop(name).flatten(0, -2) for name in sorted(predictor) if name.startswith("mask_tokens")]:
         predictor["mask_tokens"] = torch.cat(tokens)
     dims, patch = trunk_sizes(encoder, "blocks"), encoder.get("patch_embed.proj.weight", torch.empty(0))
@@ -5341,7 +5338,6 @@ def sized(path, encoder, predictor, what, values, why, num_heads):
         sizes |= dict(zip(PREDICTOR_SIZES, (*dims, 12 * (dims[1] == 384))))
     else:
         why = why or "there is none"
-    left_out = ", ".join(f"{name} ({reason})" for name, reason in told.items())
     return encoder, predictor, Origin(path, what, config_of(VJepaAutoV2Config, {**sizes, **values}), why, left_out)
 
 
@@ -5380,10 +5376,10 @@ def misfits(cfg, other, names):
 
 
 def read_init(cfg):
-    """read_weights of init_from. UsageError where sizes are not the config's: for a frozen teacher its pieces, else
-    all, but for the depth with allow_partial. A num_heads that is not the default helps."""
+    """read_weights of init_from. UsageError where sizes are others: a frozen teacher's pieces, else all, but the depth
+    with allow_partial."""
     taught = cfg.teacher == "frozen"
-    heads = cfg.num_heads if cfg.num_heads != type(cfg).num_heads and not taught else 0
+    heads = cfg.num_heads * (cfg.num_heads != type(cfg).num_heads and not taught)
     encoder, predictor, origin = read_weights(cfg.init_from, cfg.init_key, heads)
     if odd := misfits(cfg, origin.cfg, ENCODER_SIZES[4 if taught else cfg.allow_partial :]):
         raise UsageError(f"init_from {origin.path}: {'; '.join(odd)}")
@@ -5391,8 +5387,8 @@ def read_init(cfg):
 
 
 def fill(net, tensors, rows, partial=False):
-    """Load tensors by official names into a network; into one on the meta device without a copy -> what is missing or
-    of another shape, and what has no place: then none is loaded, or with `partial` those that fit."""
+    """Load tensors by official names into a network, on the meta device without a copy -> what is lacking or of another
+    shape, and what has no place: then none is loaded, or with `partial` what fits."""
     own = net.state_dict()
     names = {renamed(name, rows, OURS, OFFICIAL): name for name in own}
     good = {name: tensors[name] for name in names if name in tensors and tensors[name].shape == own[names[name]].shape}
@@ -5407,24 +5403,23 @@ def fill(net, tensors, rows, partial=False):
 def take_predictor(model, cfg, tensors, origin):
     """The predictor of read_weights into a model, where all of it fits -> what became of it. Mask tokens that were
     never trained are zero: then all families have the first that was. UsageError where the sizes fit, but not all."""
-    why = origin.no_predictor or "; ".join(misfits(cfg, origin.cfg, PREDICTOR_SIZES))
-    if not why:
-        norms = (tokens := tensors["mask_tokens"]).norm(dim=1).tolist()
-        first, second, *_ = [number for number, norm in enumerate(norms) if norm][:2] * 2 or (0, 0)
-        families = (first, second, first)
-        why = fill(model.predictor, {**tensors, "mask_tokens": tokens[list(families)]}, PREDICTOR_NAMES)
-        if why and not cfg.allow_partial:
-            raise UsageError(f"init_from {origin.path}: the predictor fits in part only: {why} (--allow_partial)")
-    if why:
+    if why := origin.no_predictor or "; ".join(misfits(cfg, origin.cfg, PREDICTOR_SIZES)):
         return f"weights: predictor starts anew: {why}"
+    norms = tensors["mask_tokens"].norm(dim=1).tolist()
+    first, second, *_ = [number for number, norm in enumerate(norms) if norm][:2] * 2 or (0, 0)
+    families = (first, second, first)
+    tokens = tensors["mask_tokens"][list(families)]
+    if odd := fill(model.predictor, {**tensors, "mask_tokens": tokens}, PREDICTOR_NAMES):
+        if not cfg.allow_partial:
+            raise UsageError(f"init_from {origin.path}: the predictor fits in part only: {odd} (--allow_partial)")
+        return f"weights: predictor starts anew: {odd}"
     start = "; SOON starts from the last tubelet, which it never saw (--soon_start mask)" * (cfg.soon_start == "last")
     listed = ", ".join(f"{norm:.3g}" for norm in norms)
     return f"weights: predictor, {len(tensors)} tensors, mask tokens {families} of those with norms {listed}{start}"
 
 
 def take_encoder(model, cfg, tensors, origin, say):
-    """The encoder of read_weights into online and target, whose kind of positions becomes its -> what is lacking.
-    UsageError for that unless allow_partial is on."""
+    """The encoder of read_weights, its kind of positions as well, into a model -> what became of it. UsageError."""
     if cfg.pos_embed != (kind := origin.cfg.pos_embed):
         say(f"pos_embed: {kind}, as the weights need, not {cfg.pos_embed}")
         cfg.pos_embed = kind
@@ -5453,8 +5448,8 @@ def take_weights(model, cfg, say):
 
 
 def encoder_of(tensors, origin, cfg=None):
-    """The tensors of read_weights, which are not copied, as an Encoder of their own config or of one with the same
-    sizes, in eval mode and without gradients. UsageError where they fit in part only."""
+    """Tensors of read_weights, uncopied, as an Encoder of their config or of one with these sizes, in eval mode and
+    without gradients. UsageError where they fit in part only."""
     cfg = cfg or origin.cfg
     with torch.device("meta"):  # first values would be made in vain
         encoder = Encoder(cfg)
@@ -5473,20 +5468,15 @@ def load_encoder(path, key="", num_heads=0):
 
 def export_hf(checkpoint, folder, key="", size=0):
     """Encoder (target, or `key` online) and predictor of a checkpoint -> a new folder that transformers' VJEPA2Model
-    reads, for pictures of size x size pixels, by default the run's. -> (number of tensors, Origin). UsageError for what
-    the format cannot say."""
-    (tensors, predictor, origin), folder, rows = (
-        read_weights(checkpoint, key),
-        Path(folder),
-        ENCODER_NAMES + PREDICTOR_NAMES,
-    )
-    cfg = origin.cfg
-    size, form = size or cfg.height * (cfg.height == cfg.width), f"{cfg.height} x {cfg.width} pixels"
-    has_both = origin.what.startswith("checkpoint") and "mask_tokens" in predictor
+    reads, for pictures of size x size pixels, by default the run's -> (number of tensors, Origin). UsageError."""
+    (tensors, predictor, origin), folder = read_weights(checkpoint, key), Path(folder)
+    cfg, has_both = origin.cfg, origin.what.startswith("checkpoint") and "mask_tokens" in predictor
+    size = size or cfg.height * (cfg.height == cfg.width)
+    form = f"{cfg.height} x {cfg.width} pixels, and the format takes all pictures for squares"
     problems = (
         "no checkpoint with encoder and predictor" * (not has_both),
         f"pos_embed = {cfg.pos_embed}, and the format has rope alone" * (cfg.pos_embed != "rope"),
-        f"{form}, and the format takes all pictures for squares; name their side (--size)" * (not size),
+        f"{form}; name their side (--size)" * (not size),
         f"--size {size} is not divisible by patch = {cfg.patch}" * (size % cfg.patch > 0),
     )
     if any(problems):
@@ -5496,7 +5486,7 @@ def export_hf(checkpoint, folder, key="", size=0):
     saved = {}
     predictor["mask_tokens"] = predictor["mask_tokens"][[*range(SOON)] * 5, None, None]  # any index finds one in use
     for name, value in {**tensors, **predictor}.items():
-        name = renamed(name, rows, OFFICIAL, THEIRS).replace(".attn.", ".attention.")
+        name = renamed(name, ENCODER_NAMES + PREDICTOR_NAMES, OFFICIAL, THEIRS).replace(".attn.", ".attention.")
         parts = zip(("query", "key", "value"), value.chunk(3)) if ".qkv." in name else [("", value)]
         saved |= {name.replace("qkv", part): piece.contiguous() for part, piece in parts}
     heads, ratio = cfg.pred_heads or cfg.num_heads, cfg.pred_mlp_ratio or cfg.mlp_ratio
