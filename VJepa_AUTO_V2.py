@@ -5460,8 +5460,8 @@ def encoder_of(tensors, origin, cfg=None):
 
 
 def load_encoder(path, key="", num_heads=0):
-    """Weights as of read_weights -> their Encoder, with its sizes as `cfg`, in eval mode and without gradients:
-    normalised clip [B, T, 3, H, W], of any length and size in whole tubelets and patches -> [B, L, D]. UsageError."""
+    """Weights as of read_weights -> their Encoder, in eval mode and without gradients: normalised clip [B, T, 3, H, W],
+    of any length and size in whole tubelets and patches -> [B, L, D]. `cfg` has its sizes. UsageError."""
     tensors, _, origin = read_weights(path, key, num_heads)
     return encoder_of(tensors, origin)
 
@@ -5549,9 +5549,8 @@ def memory_estimate_gb(cfg, num_parameters):
 
 
 def frozen_encoder(cfg):
-    """The encoder of init_from on a config's token grid, which learns nothing -> (encoder, what read_init gave). Where
-    it has the config's sizes, as it must with freeze_encoder, its kind of positions becomes the config's. On the meta
-    device nothing is read. UsageError."""
+    """The encoder of init_from on a config's token grid -> (encoder, what read_init gave). Where it has the config's
+    sizes, as with freeze_encoder, its kind of positions becomes the config's. On meta nothing is read. UsageError."""
     if torch.get_default_device().type == "meta":
         return Encoder(cfg).requires_grad_(False), ()
     tensors, _, origin = found = read_init(cfg)
@@ -5564,8 +5563,8 @@ def frozen_encoder(cfg):
 
 
 def fixed_map(width, wanted, seed):
-    """Orthonormal random matrix [width, wanted], the same on every machine: onto a smaller width it keeps distances
-    nearly, onto a larger one exactly. One that learns would let targets collapse."""
+    """Orthonormal random matrix [width, wanted], the same everywhere: it keeps distances, nearly so onto a smaller
+    width. One that learns would let targets collapse."""
     rows = torch.randn((max(width, wanted), min(width, wanted)), generator=torch.Generator().manual_seed(seed)).double()
     directions, upper = torch.linalg.qr(rows)
     directions = (directions * upper.diagonal().sign()).float()  # else only up to signs
@@ -5619,9 +5618,8 @@ class VJepaAutoV2(World):
             self.NETWORKS = tuple(name for name in self.NETWORKS if getattr(self, name, None) is not frozen)
             if frozen.cfg is cfg and not cfg.freeze_encoder:
                 self.online.load_state_dict(frozen.state_dict())
-            widths = frozen.cfg.enc_dim, cfg.enc_dim
-            if widths[0] != widths[1]:
-                self.register_buffer("target_map", fixed_map(*widths, cfg.seed), persistent=False)
+            if (width := frozen.cfg.enc_dim) != cfg.enc_dim:
+                self.register_buffer("target_map", fixed_map(width, cfg.enc_dim, cfg.seed), persistent=False)
         self.soon_predictor = None  # the predictor's copy that the flow phase fits to SOON alone
         self.space = FutureSpace(cfg)
         self.register_buffer("queue", torch.zeros(cfg.outcome_queue, cfg.enc_dim))
@@ -5841,7 +5839,7 @@ class VJepaAutoV2(World):
             dist.broadcast(value, 0)
 
     def look(self, batch, carry):
-        targets, clips = carry["targets"], batch["context"] if "context" in batch else batch["frames"]
+        targets, clips = carry["targets"], batch["context" if "context" in batch else "frames"]
         if self.cfg.freeze_encoder:  # latents hold EVENTUALLY as means
             targets = targets[:, : self.cfg.now_tokens + self.cfg.soon_tokens]
         return {"targets": gauge_tokens(targets), "brightness": clips.float().flatten(1).mean(1)}
@@ -5894,18 +5892,16 @@ class VJepaAutoV2(World):
     def describe(self):
         cfg, flops, clips = self.cfg, self.flops(), self.cfg.batch_size * self.cfg.grad_accum * self.world_size
         nets = ("online", "predictor", "outcome", "flow")
-        sizes = {name: sum(p.numel() for p in getattr(self, name).parameters()) / 1e6 for name in nets}
+        sizes = {name: sum(p.numel() for p in getattr(self, name).parameters()) / 1e6 for name in (*nets, "target")}
         spread = f"{cfg.clip_fps:g} per second" if cfg.clip_fps else "spread over the file"
         visible = (f"{name} {family_visible(cfg, name)}/{cfg.sites} sites" for name in MASK_FAMILIES)
         shares = (f"{name} {value / sum(flops.values()):.0%}" for name, value in flops.items())
-        trained = sum(p.numel() for p in self.trained().values())
-        trained += sum(p.numel() for p in self.target.parameters()) / 4
+        trained = sum(p.numel() for p in self.trained().values()) + sizes["target"] * 1e6 / 4
         target = "frozen, target as well" if cfg.freeze_encoder else "target = online"
-        if cfg.teacher == "frozen":
-            target = f"target {sum(p.numel() for p in self.target.parameters()) / 1e6:.2f} M, frozen"
+        target = f"target {sizes['target']:.2f} M, frozen" if cfg.teacher == "frozen" else target
         grid = f"grid {' x '.join(map(str, cfg.grid))} = {cfg.num_tokens} tokens"
         return [
-            f"parameters: {', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())} ({target})",
+            f"parameters: {', '.join(f'{name} {sizes[name]:.2f} M' for name in nets)} ({target})",
             f"clip: {cfg.num_frames} frames of {cfg.height} x {cfg.width}, {spread} -> {grid}; "
             f"visible under a mask: {', '.join(visible)}",
             f"step: {clips} clips, {sum(flops.values()) * clips / 1e12:.3g} TFLOP ({', '.join(shares)}); memory about "
@@ -7121,7 +7117,7 @@ def build_world(world, run):
 
 
 def check_cache(run):
-    """UsageError where cached latents are those of other frozen weights than the world's."""
+    """UsageError where cached latents are of other frozen weights than the world's."""
     made_by = getattr(run.source.Dataset, "cache", {}).get("frozen")
     if made_by is not None and made_by != run.frozen:
         raise UsageError(f"latents {run.cfg.latents}: made by an encoder with other weights (--latents)")
