@@ -1051,13 +1051,18 @@ def count_suffixes(names):
     return ", ".join(f"{count} {one_line(suffix, 20)}" for suffix, count in counts) or "no file at all"
 
 
+def below_sides(videos):
+    """{side: the videos below its folder}."""
+    return {side: [video for video in videos if video.name.startswith(f"{side}/")] for side in SIDES}
+
+
 def split_by_folders(listing, root):
     """Fill in the `sides` of a folder with train/ and val/ or test/, all of whose videos stand below these; where some
     stand elsewhere, a note. UsageError when train/ or val/ holds none."""
     there = [side for side in SIDES if os.path.isdir(os.path.join(root, side))]
     if not listing or there[:1] != ["train"] or len(there) == 1:
         return
-    sides = {side: [video for video in listing if video.name.startswith(f"{side}/")] for side in SIDES}
+    sides = below_sides(listing)
     outside = sorted({video.name for video in listing}.difference(*([v.name for v in part] for part in sides.values())))
     split = " and ".join(f"{side}/" for side in there)
     if outside:
@@ -2825,24 +2830,15 @@ class SceneDataset(ClipDataset):
         return (frames[:, :, ::-1] if flip else frames), index % len(self.videos), labels, [], flip
 
 
-def whole_tokens(found, plan):
-    """Latents that others cached, [B, D, T, H, W] or [D, T, H, W] -> tokens [L, D] of one clip, drawn by plan, 0 to 1.
-    BadFile for anything else."""
-    if not torch.is_tensor(found) or found.ndim not in (4, 5) or not found.is_floating_point() or not len(found):
-        raise BadFile(f"latents are no tensor [B, D, T, H, W] or [D, T, H, W], but {describe_form(found)}")
-    return (found[int(plan * len(found))] if found.ndim == 5 else found).flatten(1).T.float()
-
-
 class LatentDataset(FileDataset):
-    """What a frozen encoder makes of clips, a cached file for each. `cache`: what cache.json says; of a cache of others
-    the forms alone, and `world`, which has no memory, takes its clips apart."""
+    """What a frozen encoder makes of clips, a cached file for each, in the form of `zeros`. `cache`: what cache.json
+    says, {} of a cache of others, whose whole clips `world`, which has no memory, takes apart."""
 
-    SUFFIXES, cache, world = (".pt",), {}, None
+    SUFFIXES, cache, world, zeros = (".pt",), {}, None, {}
 
     @staticmethod
     def notes(cfg, source):
-        own = "frozen" in source.Dataset.cache
-        told = "" if own else "WARNING: whole clips were encoded, so NOW saw its future: "
+        told = "" if source.Dataset.cache else "WARNING: whole clips were encoded, so NOW saw its future: "
         return [f"{told}latents of {cfg.latents} are read, videos neither decoded nor encoded"]
 
     def read_file(self, video, plan):
@@ -2851,7 +2847,16 @@ class LatentDataset(FileDataset):
             found = torch.load(video.path, map_location="cpu", weights_only=True)
         except Exception as error:  # such a file makes the unpickler raise anything
             raise BadFile(f"latents cannot be read ({type(error).__name__}: {flat(error)[:160]})") from error
-        found = found if self.world is None else self.world.latents_of(whole_tokens(found, plan))
+        if self.world is not None:
+            if (
+                not torch.is_tensor(found)
+                or found.ndim not in (4, 5)
+                or not found.is_floating_point()
+                or not len(found)
+            ):
+                raise BadFile(f"latents are no tensor [B, D, T, H, W] or [D, T, H, W], but {describe_form(found)}")
+            whole = found[int(plan * len(found))] if found.ndim == 5 else found  # [D, T, H, W]
+            found = self.world.latents_of(whole.flatten(1).T.float())
         if not isinstance(found, dict):
             raise BadFile(f"latents are no dict of tensors, but {describe_form(found)}")
         if odd := [name for name, value in found.items() if torch.is_tensor(value) and not value.isfinite().all()]:
@@ -2859,14 +2864,7 @@ class LatentDataset(FileDataset):
         return {**found, "maneuver": torch.tensor(self.maneuvers.get(video.label, -1))}
 
     def blank(self):
-        forms = self.cache["tensors"].items()
-        zeros = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms}
-        return {**zeros, "maneuver": torch.tensor(-1)}
-
-
-def tensor_forms(tensors):
-    """Dict of tensors -> {name: [shape, type]} for cache.json."""
-    return {name: [list(value.shape), str(value.dtype)[6:]] for name, value in tensors.items()}
+        return {**self.zeros, "maneuver": torch.tensor(-1)}
 
 
 def latent_settings(world, cfg):
@@ -2876,28 +2874,28 @@ def latent_settings(world, cfg):
 
 
 def read_cache(world, cfg):
-    """The csv of `latents` -> (its path, rows, what its cache.json says, {} for a cache of others). UsageError where
-    they cannot be read or were made with other settings."""
-    place, cache, other, what = Path(cfg.latents), {}, [], f"latents {one_line(cfg.latents)}"
+    """The csv of `latents` -> (its path, rows, LatentDataset for it). UsageError where it or its cache.json cannot be
+    read, or was made with other settings."""
+    place, cache, zeros, other = Path(cfg.latents), {}, {}, []
     index = place / "index.csv" if place.is_dir() else place
-    about = index.parent / "cache.json"
+    about, what = index.with_name("cache.json"), f"latents {one_line(place)}"
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(index, MAX_LIST_BYTES), newline="")))
-        if place.is_dir() or index.name == "index.csv" and about.is_file():
+        if place.is_dir() or about.is_file():
             cache = parse_json(read_text(about, 2**24))
-            [torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in cache["tensors"].values()]
+            forms = cache["tensors"].items()
+            zeros = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms}
             here, then = latent_settings(world, cfg), cache["settings"]
             other = [f"{name} = {then.get(name)} (here {here[name]})" for name in here if then.get(name) != here[name]]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, csv.Error) as error:
-        made = "tools/cache_latents.py makes them, and goes on where it was stopped"
+    except (*DECODE_ERRORS, TypeError, csv.Error) as error:
         told = f"{what}: no {index.name} or cache.json that can be read ({reason_of(error)})"
-        raise UsageError(f"{told}; {made}") from error
+        raise UsageError(f"{told}; tools/cache_latents.py makes them, and goes on where it was stopped") from error
     if other:
         raise UsageError(f"{what}: made with {', '.join(other)}; use the same, or another cache (--latents)")
     needed = ("out_path", "name", "begin", "group") if cache else ("out_path",)
     if not rows or not all(row.get(name) for row in rows for name in needed):
         raise UsageError(f"{what}: {index.name} has no rows, or not all have {', '.join(needed)}")
-    return index, rows, cache
+    return index, rows, type("LatentDataset", (LatentDataset,), {"cache": cache, "zeros": zeros})
 
 
 def list_latents(world, cfg):
@@ -2905,28 +2903,25 @@ def list_latents(world, cfg):
     UsageError as of read_cache, for a world that reads none, and where no file of others fits."""
     if not world.latent_fields:
         raise UsageError(f"latents = {one_line(cfg.latents)}: {world.__name__} has none to read (--latents)")
-    index, rows, cache = read_cache(world, cfg)
-    listing, reason = Listing(), "no file"
+    index, rows, Dataset = read_cache(world, cfg)
+    own, listing = Dataset.cache, Listing()
     for row in rows:
         path = os.path.join(index.parent, os.path.expanduser(row["out_path"]))
-        name = f"{row['name']}#t={row['begin']}" if cache else row["out_path"]
+        name = f"{row['name']}#t={row['begin']}" if own else row["out_path"]
         listing.append(VideoFile(name, path, row.get("maneuver") or "", group=row.get("group") or ""))
-    if cache.get("split") == "folders":
-        listing.sides = {side: [clip for clip in listing if clip.name.startswith(f"{side}/")] for side in SIDES}
-    listing.root = str(index.parent / "list.jsonl" if cache else index)
-    listing.Dataset = kind = type("LatentDataset", (LatentDataset,), {"cache": cache})
-    if cache:
+    listing.root, listing.Dataset = str(index.with_name("list.jsonl") if own else index), Dataset
+    if own:
+        listing.sides = below_sides(listing) if own.get("split") == "folders" else {}
         return listing
     with torch.device("meta"):
-        kind.world = world(cfg)
+        Dataset.world = world(cfg)
     for clip in listing[:16]:
         try:
-            forms = tensor_forms(kind(cfg, [clip], "", "train").read_file(clip, 0.0))
+            found = Dataset(cfg, [clip], "", "train").read_file(clip, 0.0)
         except BadFile as error:
             reason = f"{clip.name}: {error}"
         else:
-            del forms["maneuver"]
-            kind.cache = {"tensors": forms}
+            Dataset.zeros = {name: torch.zeros_like(value) for name, value in found.items()}
             return listing
     raise UsageError(f"latents {one_line(cfg.latents)}: no usable file among the first ({reason})")
 

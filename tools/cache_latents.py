@@ -325,7 +325,7 @@ def make_model(world, cfg):
     frames = torch.zeros((1, cfg.num_frames, cfg.channels, cfg.height, cfg.width), dtype=torch.uint8)
     with torch.no_grad():
         latents = model.latents({"frames": frames.to(next(model.parameters()).device)})
-    return model, V.tensor_forms({name: value[0].half() for name, value in latents.items()})
+    return model, {name: [list(value.shape[1:]), "float16"] for name, value in latents.items()}
 
 
 def start(argv):
