@@ -1426,7 +1426,7 @@ def file_stamp(container):
 @lru_cache(maxsize=64)
 def read_times(path):
     """Times of frames: npy, a text with a line of seconds or a date for each, or a csv of path,time -> (float64 seconds
-    after the first, paths of the csv). BadFile unless they are two or more and increase."""
+    after the first, usual rate, paths of the csv). BadFile unless they are two or more and increase."""
     rows = []
     try:
         with open(path, "rb") as file:
@@ -1445,7 +1445,8 @@ def read_times(path):
             raise ValueError("they must be two or more in one column, each later than the one before")
     except (*DECODE_ERRORS, TypeError, SyntaxError, tokenize.TokenError, csv.Error) as error:
         raise BadFile(f"times {one_line(os.path.basename(path))}: {one_line(reason_of(error))}") from error
-    return seconds, [os.path.join(os.path.dirname(path), row[0].strip()) for row in rows]
+    paths = [os.path.join(os.path.dirname(path), row[0].strip()) for row in rows]
+    return seconds, 1 / float(np.median(steps)), paths
 
 
 @lru_cache(maxsize=64)
@@ -1458,8 +1459,8 @@ def list_pictures(folder, pattern):
     names = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."]
     if not names:
         raise BadFile(f"no picture in it ({', '.join(PICTURE_SUFFIXES)}) called {one_line(pattern, 60)}")
-    parts = {name: [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name)] for name in names}
-    return [os.path.join(folder, name) for name in sorted(sorted(names), key=parts.get)]
+    names.sort(key=lambda name: (re.sub("[0-9]+", lambda number: number[0].zfill(255), name), name))
+    return [os.path.join(folder, name) for name in names]
 
 
 def picture_line(path, plan):
@@ -1467,13 +1468,12 @@ def picture_line(path, plan):
     told = plan.file.times
     if not told and not plan.frame_fps:
         raise BadFile("its pictures have no times: fps or times in its line, or --frame_fps")
-    seconds, paths = read_times(told) if told else ([], ())
+    seconds, fps, paths = read_times(told) if told else ((), plan.frame_fps, ())
     if path != told:
         paths = list_pictures(path, plan.file.pictures)
-        seconds = seconds if told else np.arange(len(paths)) / plan.frame_fps
+        seconds = seconds if told else np.arange(len(paths)) / fps
     if len(paths) != len(seconds):
         raise BadFile(f"{len(paths)} pictures, and {len(seconds)} times in {one_line(os.path.basename(told))}")
-    fps = 1 / float(np.median(np.diff(seconds))) if len(seconds) > 1 else plan.frame_fps
     return paths, seconds, usable_part(plan, float(seconds[-1]) + 1 / fps, fps), fps
 
 
@@ -1489,29 +1489,26 @@ def streams_alive(stamp):
     return {number for number, count in counts.items() if count > 1}
 
 
-def between_gaps(plan, seconds):
-    """A plan for frames at these times -> one whose window lies between two gaps: u_start draws the place among all
-    stretches into which it fits; where it fits into none, the longest one is the file."""
-    steps = np.diff(seconds)
-    step = float(np.median(steps))
-    gaps = np.flatnonzero(steps > max(GAP_S, GAP_STEPS * step))
-    begins = np.maximum(seconds[[0, *gaps + 1]], plan.file.begin)
-    lengths = np.minimum(seconds[[*gaps, -1]] + step, plan.file.begin + (plan.file.length or math.inf)) - begins
+def fit_plan(plan, video, annotation=()):
+    """A plan -> the same for a file: which part of it may be used, and what tells the times of its frames. With gaps
+    between these, u_start draws a place among all stretches into which the window fits; where it fits into none, the
+    longest one is the file. BadFile."""
+    noted = dict(annotation).get("fps") or 0.0
+    plan = replace(plan, file=video, frame_fps=video.fps or plan.frame_fps, noted_fps=noted)
+    if not video.times:
+        return plan
+    seconds, fps, _ = read_times(video.times)
+    gaps = np.flatnonzero(np.diff(seconds) > max(GAP_S, GAP_STEPS / fps))
+    begins = np.maximum(seconds[[0, *gaps + 1]], video.begin)
+    lengths = np.minimum(seconds[[*gaps, -1]] + 1 / fps, video.begin + (video.length or math.inf)) - begins
     if not len(gaps) or lengths.max() <= 0:  # it begins behind the end, which usable_part says
         return plan
-    window = plan.num_frames / plan.fps - step / 2 if plan.fps else math.inf
+    window = plan.num_frames / plan.fps - 0.5 / fps if plan.fps else math.inf
     until = np.cumsum(lengths * (lengths >= min(window, lengths.max())))
     place = max(plan.u_start * until[-1], 1e-9)
     chosen = int(np.searchsorted(until, place))
-    part = replace(plan.file, begin=float(begins[chosen]), length=float(lengths[chosen]))
+    part = replace(video, begin=float(begins[chosen]), length=float(lengths[chosen]))
     return replace(plan, file=part, u_start=float(1 - (until[chosen] - place) / part.length))
-
-
-def fit_plan(plan, video, annotation=()):
-    """A plan -> the same for a file: which part of it may be used, and what tells the times of its frames. BadFile."""
-    noted = dict(annotation).get("fps") or 0.0
-    plan = replace(plan, file=video, frame_fps=video.fps or plan.frame_fps, noted_fps=noted)
-    return between_gaps(plan, read_times(video.times)[0]) if video.times else plan
 
 
 def playing_stream(container):
@@ -1634,16 +1631,15 @@ def time_line(container, stream, plan, fast=True):
     """-> (TimeLine, its packets from the first key packet on). A transport stream's line covers all its parts."""
     kind, codec, unit, stamp = container.format.name, stream.codec_context, stream.time_base, file_stamp(container)
     packets, fps = from_key(container.demux(stream)), float(stream.average_rate or stream.guessed_rate or 25)
-    if kind in RAW_FORMATS and (path := plan.file.times):
-        told, count = read_times(path)[0], count_packets(stamp)
-        if len(told) < count:
-            raise BadFile(f"{count} frames, and {len(told)} times in {one_line(os.path.basename(path))}")
-        fps = 1 / float(np.median(np.diff(told)))
-        return TimeLine(0, unit, float(told[count - 1]) + 1 / fps, fps, in_order=True, told=told), packets
     if kind in RAW_FORMATS:
+        count, path = count_packets(stamp), plan.file.times
+        if path:
+            told, fps, _ = read_times(path)
+            if len(told) < count:
+                raise BadFile(f"{count} frames, and {len(told)} times in {one_line(os.path.basename(path))}")
+            return TimeLine(0, unit, float(told[count - 1]) + 1 / fps, fps, in_order=True, told=told), packets
         fps = plan.frame_fps or float(codec.framerate or 0) or plan.noted_fps or RAW_FPS
-        unit = 1 / Fraction(fps).limit_denominator(10**6)
-        return TimeLine(0, unit, count_packets(stamp) / fps, fps, in_order=True), packets
+        return TimeLine(0, 1 / Fraction(fps).limit_denominator(10**6), count / fps, fps, in_order=True), packets
     if kind == "mpegts":
         keys = stream_keys(stamp, stream.index)
         return TimeLine(keys[0][1], unit, keys[-1][3], fps), packets
@@ -1857,9 +1853,10 @@ def read_pictures(path, plan):
     frames, sizes, scaler = {}, {}, VideoReformatter()
     for number in dict.fromkeys(wanted.tolist()):
         picture = open_picture(paths[number])
-        sizes.setdefault(picture.shape[1::-1], os.path.basename(paths[number]))
+        height, width, _ = picture.shape
+        sizes.setdefault((height, width), f"{one_line(os.path.basename(paths[number]))} {width} x {height}")
         if len(sizes) > 1:
-            raise BadFile("pictures of two sizes: " + ", ".join(f"{one_line(sizes[w, h])} {w} x {h}" for w, h in sizes))
+            raise BadFile(f"pictures of two sizes: {', '.join(sizes.values())}")
         frames[number] = pyav_picture(av.VideoFrame.from_ndarray(picture, format="rgb24"), plan, 1.0, scaler)
     return np.stack([frames[number] for number in wanted.tolist()])
 
