@@ -414,8 +414,8 @@ class VJepaAutoV2Config(ClipConfig):
         ),
         "vjepa2_vitl": VJEPA2,
         "vjepa2_vitl_latents": dict(  # with --freeze_encoder, and from a cache with --latents
-            VJEPA2, lambda_vjepa=0.0, crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, batch_size=32,
-            grad_accum=1, lr=2e-4, warmup_steps=500, steps=5000, val_every=500, ckpt_every=500,
+            {**VJEPA2, **ClipConfig.UNCROPPED}, lambda_vjepa=0.0, batch_size=32, grad_accum=1, lr=2e-4,
+            warmup_steps=500, steps=5000, val_every=500, ckpt_every=500,
         ),
         "vjepa2_vith": dict(VJEPA2, enc_dim=1280, enc_depth=32),
         "vjepa2_vitg": VITG,
@@ -930,9 +930,7 @@ VIDEO_SUFFIXES = (
     *RAW_SUFFIXES,
 )
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-# fmt: off
-LIST_KEYS = ("video", "path", "frames", "begin", "length", "fps", "times", "group", "signals", "maneuver", "label")
-# fmt: on
+LIST_KEYS = re.findall(r"\w+", "video path frames begin length fps times group signals maneuver label")
 SIDES = ("train", "val", "test")  # folders that split a data_root
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # copies that systems and network disks keep
 SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in this order
@@ -964,8 +962,7 @@ class VideoFile:
     @property
     def drive(self):
         """What no split cuts: a group, else all parts of a file."""
-        is_part = self.begin or self.length
-        return self.group or is_part and self.name.rpartition("#t=")[0] or self.name
+        return self.group or re.sub(r"#t=[\d.,e+-]+$", "", self.name)
 
 
 class Listing(list):
@@ -1078,7 +1075,7 @@ def split_by_folders(listing, root):
 def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
     """Walk a folder -> Listing by name of the files with a known suffix that match the glob, one name each. Names with
     a dot in front do not count: they are hidden, or macOS's twins of other files."""
-    matches, found, others, closed, drives = glob_pattern(video_glob).match, [], [], [], {}
+    matches, found, others, closed, drives = glob_pattern(video_glob).match, [], [], [], set()
     below = "videos/" if os.path.basename(root) == "videos" else ""  # a glob may name that folder or not
     for parent, entry in walk_folder(root, closed):
         name, path = entry.name, parent + entry.name
@@ -1087,13 +1084,13 @@ def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
             found.append(VideoFile(path, os.path.join(root, path)))
         else:
             others.append(name)
-            if wanted and parent not in drives and name.lower().endswith(PICTURE_SUFFIXES):
-                drive = parent[:-1] or os.path.basename(os.path.abspath(root))
-                drives[parent] = VideoFile(drive, os.path.join(root, parent), pictures="*")
+            if wanted and name.lower().endswith(PICTURE_SUFFIXES):
+                drives.add(parent)
     videos, links = one_name_each(sorted(found, key=operator.attrgetter("name")))
     notes = left_out_note("WARNING", closed, f"folder(s) below {one_line(root)} cannot be read and")
     notes += left_out_note("note", links, "further name(s) of files listed already (links)")
-    drives = Listing(sorted(drives.values(), key=operator.attrgetter("name")))
+    names = {parent: parent[:-1] or os.path.basename(os.path.abspath(root)) for parent in sorted(drives)}
+    drives = Listing(VideoFile(name, os.path.join(root, parent), pictures="*") for parent, name in names.items())
     listing = Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}", drives)
     split_by_folders(listing or drives, root)
     return listing
@@ -1169,13 +1166,6 @@ def listed_path(folder, path, key="path"):
     return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
 
 
-def listed_number(row, key, least=1e-9):
-    """A number of a jsonl line, 0 where there is none. ValueError for one out of its range."""
-    if key in row and not (fits(float, row[key]) and least <= row[key] <= 10**9):
-        raise ValueError(f"{key} = {shown(row[key])} must be a number {'above 0' if least else 'from 0 on'}")
-    return float(row.get(key, 0))
-
-
 def json_video(row, folder):
     """A line of a jsonl list -> VideoFile. ValueError says what is wrong with it."""
     row = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {}
@@ -1183,20 +1173,23 @@ def json_video(row, folder):
     path = str(video) if fits(int, video) else video or frames
     if not path or video and frames:
         raise ValueError("a line is a JSON object that names either a 'video' (or 'path') or 'frames'")
-    place, pictures, times, signals = listed_path(folder, path), "", row.get("times"), row.get("signals", "")
-    if times and not frames and not place.lower().endswith(RAW_SUFFIXES):
-        raise ValueError("times are for pictures and raw streams: this video holds its own")
+    for key, least in (("begin", 0), ("length", 1e-9), ("fps", 1e-9)):
+        if key in row and not (fits(float, row[key]) and least <= row[key] <= 10**9):
+            raise ValueError(f"{key} = {shown(row[key])} must be a number {'above 0' if least else 'from 0 on'}")
+    if isinstance(row.get("signals"), dict):
+        check_annotation(dict(row["signals"]))
+        signals = json.dumps(row["signals"])
+    else:
+        signals = listed_path(folder, row["signals"], "signals") if row.get("signals") else ""
+    times, place, pictures = row.get("times"), listed_path(folder, path), ""
     times = listed_path(folder, times, "times") if times else ""
     if frames:
         is_pattern = re.search(r"[*?[]", os.path.basename(place)) and not os.path.isdir(place)
         times = place if place.lower().endswith(".csv") else times
         place, pictures = os.path.split(place) if is_pattern else (place, "*")
-    if isinstance(signals, dict):
-        check_annotation(dict(signals))
-        signals = json.dumps(signals)
-    else:
-        signals = signals and listed_path(folder, signals, "signals")
-    begin, length, fps = (listed_number(row, *key) for key in (("begin", 0), ("length",), ("fps",)))
+    elif times and not place.lower().endswith(RAW_SUFFIXES):
+        raise ValueError("times are for pictures and raw streams: this video holds its own")
+    begin, length, fps = (float(row.get(key, 0)) for key in ("begin", "length", "fps"))
     if begin or length:
         path += f"#t={begin:.12g}" + f",{begin + length:.12g}" * bool(length)
     label, group = label_text(row.get("maneuver")) or row.get("label"), label_text(row.get("group"), "group")
@@ -2870,12 +2863,14 @@ def latent_settings(world, cfg):
     return json.loads(json.dumps(values))
 
 
-def read_cache(world, cfg):
-    """The csv of `latents` -> (its path, rows, LatentDataset for it). UsageError where it or its cache.json cannot be
-    read, or was made with other settings."""
-    place, cache, zeros, other = Path(cfg.latents), {}, {}, []
-    index = place / "index.csv" if place.is_dir() else place
-    about, what = index.with_name("cache.json"), f"latents {one_line(place)}"
+def list_latents(world, cfg):
+    """The clips of a cache -> Listing, with `Dataset`, which reads them, and `root`, the list of their videos.
+    UsageError for a world that reads none, and for a cache that cannot be read or was made with other settings."""
+    place, cache, zeros, other, listing = Path(cfg.latents), {}, {}, [], Listing()
+    index, what = place / "index.csv" if place.is_dir() else place, f"latents {one_line(place)}"
+    about = index.with_name("cache.json")
+    if not world.latent_fields:
+        raise UsageError(f"{what}: {world.__name__} has none to read (--latents)")
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(index, MAX_LIST_BYTES), newline="")))
         if place.is_dir() or about.is_file():
@@ -2892,35 +2887,26 @@ def read_cache(world, cfg):
     needed = ("out_path", "name", "begin", "group") if cache else ("out_path",)
     if not rows or not all(row.get(name) for row in rows for name in needed):
         raise UsageError(f"{what}: {index.name} has no rows, or not all have {', '.join(needed)}")
-    return index, rows, type("LatentDataset", (LatentDataset,), {"cache": cache, "zeros": zeros})
-
-
-def list_latents(world, cfg):
-    """The clips of a cache -> Listing, with `Dataset`, which reads them, and `root`, the list of their videos.
-    UsageError as of read_cache, for a world that reads none, and where no file of others fits."""
-    if not world.latent_fields:
-        raise UsageError(f"latents = {one_line(cfg.latents)}: {world.__name__} has none to read (--latents)")
-    index, rows, Dataset = read_cache(world, cfg)
-    own, listing = Dataset.cache, Listing()
     for row in rows:
         path = os.path.join(index.parent, os.path.expanduser(row["out_path"]))
-        name = f"{row['name']}#t={row['begin']}" if own else row["out_path"]
+        name = f"{row['name']}#t={row['begin']}" if cache else row["out_path"]
         listing.append(VideoFile(name, path, row.get("maneuver") or "", group=row.get("group") or ""))
-    listing.root, listing.Dataset = str(index.with_name("list.jsonl") if own else index), Dataset
-    if own:
-        listing.sides = below_sides(listing) if own.get("split") == "folders" else {}
+    listing.root = str(index.with_name("list.jsonl") if cache else index)
+    listing.Dataset = type("LatentDataset", (LatentDataset,), {"cache": cache, "zeros": zeros})
+    if cache:
+        listing.sides = below_sides(listing) if cache.get("split") == "folders" else {}
         return listing
     with torch.device("meta"):
-        Dataset.world = world(cfg)
+        listing.Dataset.world = world(cfg)
     for clip in listing[:16]:
         try:
-            found = Dataset(cfg, [clip], "", "train").read_file(clip, 0.0)
+            found = listing.Dataset(cfg, [clip], "", "train").read_file(clip, 0.0)
         except BadFile as error:
             reason = f"{clip.name}: {error}"
         else:
-            Dataset.zeros = {name: torch.zeros_like(value) for name, value in found.items()}
+            listing.Dataset.zeros = {name: torch.zeros_like(value) for name, value in found.items()}
             return listing
-    raise UsageError(f"latents {one_line(cfg.latents)}: no usable file among the first ({reason})")
+    raise UsageError(f"{what}: no usable file among the first ({reason})")
 
 
 def maneuver_names(videos, data_root):
@@ -2993,19 +2979,19 @@ def instead_of_videos(cfg, videos):
 def drives_of_pictures(cfg, videos):
     """What was listed -> the same, or where it is no video the folders of pictures, whose rate --frame_fps tells.
     UsageError without it, and for layouts that would be misread without a list."""
-    root, layout = cfg.data_root, ""
-    command = f"python tools/make_list.py {root} --out LIST.jsonl"
+    root, what, otherwise = cfg.data_root, "", ""
+    raw = [] if cfg.frame_fps else [video.path for video in videos if not (video.fps or video.times)]
+    if any(path.endswith("/video.hevc") and os.path.exists(path[:-10] + "global_pose/frame_times") for path in raw):
+        what = "this is comma2k19, whose streams hold no times"
+    elif videos.drives and not videos and not cfg.frame_fps:
+        what = nothing_found(cfg, videos)
+        otherwise = "; --frame_fps N takes each folder of pictures for a drive"
     with suppress(OSError, ValueError):
         if '"codebase_version"' in read_text(os.path.join(root, "meta", "info.json"), MAX_ANNOTATION_BYTES):
-            layout = "LeRobot, several episodes in a file or cameras of one"
-    streams = (video.path for video in videos if video.path.endswith("/video.hevc") and not (video.fps or video.times))
-    if not cfg.frame_fps and any(os.path.exists(path[:-10] + "global_pose/frame_times") for path in streams):
-        layout = "comma2k19, whose streams hold no times"
-    if layout:
-        raise UsageError(f"data_root {root}: this is {layout}; {command} makes the list to be given instead")
-    if videos.drives and not videos and not cfg.frame_fps:
-        cure = f"{command} makes a list of known layouts, and --frame_fps N takes each folder of pictures for a drive"
-        raise UsageError(f"data_root {root}: {nothing_found(cfg, videos)}; {cure}")
+            what = "this is LeRobot, several episodes in a file or cameras of one"
+    if what:
+        cure = f"python tools/make_list.py {root} --out LIST.jsonl makes the list to be given instead{otherwise}"
+        raise UsageError(f"data_root {root}: {what}; {cure}")
     return videos or videos.drives or videos
 
 
