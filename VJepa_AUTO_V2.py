@@ -944,6 +944,11 @@ class BadFile(Exception):
     """This file cannot give a clip; the message is the reason."""
 
 
+def bad_part(what, path, error):
+    """The BadFile of a video, for an error in another file that goes with it."""
+    return BadFile(f"{what} {one_line(os.path.basename(path))}: {one_line(reason_of(error))}")
+
+
 @dataclass(frozen=True)
 class VideoFile:
     """One video, one drive of pictures, or a part of one."""
@@ -1176,13 +1181,13 @@ def json_video(row, folder):
     for key, least in (("begin", 0), ("length", 1e-9), ("fps", 1e-9)):
         if key in row and not (fits(float, row[key]) and least <= row[key] <= 10**9):
             raise ValueError(f"{key} = {shown(row[key])} must be a number {'above 0' if least else 'from 0 on'}")
-    if isinstance(row.get("signals"), dict):
-        check_annotation(dict(row["signals"]))
-        signals = json.dumps(row["signals"])
-    else:
-        signals = listed_path(folder, row["signals"], "signals") if row.get("signals") else ""
-    times, place, pictures = row.get("times"), listed_path(folder, path), ""
+    place, pictures, times, signals = listed_path(folder, path), "", row.get("times"), row.get("signals")
     times = listed_path(folder, times, "times") if times else ""
+    if isinstance(signals, dict):
+        check_annotation(signals)
+        signals = json.dumps(signals)
+    elif signals:
+        signals = listed_path(folder, signals, "signals")
     if frames:
         is_pattern = re.search(r"[*?[]", os.path.basename(place)) and not os.path.isdir(place)
         times = place if place.lower().endswith(".csv") else times
@@ -1193,7 +1198,7 @@ def json_video(row, folder):
     if begin or length:
         path += f"#t={begin:.12g}" + f",{begin + length:.12g}" * bool(length)
     label, group = label_text(row.get("maneuver")) or row.get("label"), label_text(row.get("group"), "group")
-    return VideoFile(path, place, label_text(label), begin, length, fps, times, group, signals, pictures)
+    return VideoFile(path, place, label_text(label), begin, length, fps, times, group, signals or "", pictures)
 
 
 def listed_video(readings, folder, is_comment):
@@ -1273,18 +1278,18 @@ def read_annotation(data_root, video):
     """The annotation of a video: its line's signals, else DIR/annotations/<clip>.json, in its own subfolder or flat ->
     dict, {} when there is none. `maneuver` is a text or absent. BadFile when it is not what it should be."""
     name, own = os.path.splitext(video.name)[0] + ".json", video.signals
+    if own.startswith("{"):  # it was checked with its line
+        return json.loads(own)
     places = dict.fromkeys((name, os.path.basename(name))) if data_root else ()
     for path in [own] if own else [os.path.join(data_root, "annotations", place) for place in places]:
-        inline = path[0] == "{"
         try:
-            if inline or own or stat.S_ISREG(os.stat(path).st_mode):
-                annotation = parse_json(path if inline else read_text(path, MAX_ANNOTATION_BYTES))
+            if own or stat.S_ISREG(os.stat(path).st_mode):
+                annotation = parse_json(read_text(path, MAX_ANNOTATION_BYTES))
                 check_annotation(annotation)
                 return annotation
         except (OSError, ValueError, RecursionError) as error:
             if own or getattr(error, "errno", None) not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-                place = "in its line" if inline else one_line(os.path.basename(path))
-                raise BadFile(f"annotation {place}: {one_line(reason_of(error))}") from error
+                raise bad_part("annotation", path, error) from error
     return {}
 
 
@@ -1437,7 +1442,7 @@ def read_times(path):
         if seconds.ndim != 1 or not len(steps) or not np.all((0 < steps) & (steps < math.inf)):
             raise ValueError("they must be two or more in one column, each later than the one before")
     except (*DECODE_ERRORS, TypeError, SyntaxError, tokenize.TokenError, csv.Error) as error:
-        raise BadFile(f"times {one_line(os.path.basename(path))}: {one_line(reason_of(error))}") from error
+        raise bad_part("times", path, error) from error
     paths = [os.path.join(os.path.dirname(path), row[0].strip()) for row in rows]
     return seconds, 1 / float(np.median(steps)), paths
 
@@ -1833,7 +1838,7 @@ def open_picture(path):
                 raise BadFile(f"{image.width} x {image.height} pixels of kind {image.mode}")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (BadFile, SyntaxError, Image.DecompressionBombError, *DECODE_ERRORS) as error:
-        raise BadFile(f"picture {one_line(os.path.basename(path))}: {one_line(reason_of(error))}") from error
+        raise bad_part("picture", path, error) from error
 
 
 def read_pictures(path, plan):
