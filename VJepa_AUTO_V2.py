@@ -1352,9 +1352,8 @@ class TimeLine:
 
     def second(self, pts):
         """Presentation times -> seconds, to the last bit: a moment on the very border of two frames must not waver."""
-        if self.told is not None:
-            return self.told[pts]
-        return (pts - self.start) * self.unit.numerator / self.unit.denominator
+        since = pts - self.start
+        return since * self.unit.numerator / self.unit.denominator if self.told is None else self.told[since]
 
 
 def usable_part(plan, duration, native_fps):
@@ -1367,9 +1366,9 @@ def usable_part(plan, duration, native_fps):
 
 
 def frame_times(plan, duration, native_fps):
-    """Seconds from the first frame at which the clip's frames are taken -> float64 [T], of a file of which `duration`
-    may be used. Half a native frame is added: a request falls inside a frame, not on the border of two. A file shorter
-    than the window gives frames over its whole length; one with too few frames each of them, then the last again."""
+    """Seconds from the first frame at which the clip's frames are taken -> float64 [T]; `duration` is what may be used.
+    Half a native frame is added: a request falls inside a frame, not on the border of two. A file shorter than the
+    window gives frames over its whole length; one with too few frames each of them, then the last again."""
     steps, half = np.arange(plan.num_frames), 0.5 / native_fps
     window = plan.num_frames / plan.fps if plan.fps else math.inf
     half = min(half, duration / 2) if plan.file.length else half
@@ -2947,10 +2946,9 @@ class DataSource:
     by_folders: bool = False  # whether folders split the files, not the hash of their names
 
     def listing(self):
-        """What a checkpoint keeps of it: number of files and what splits them; a user's names, with groups, unless too
-        many."""
+        """What a checkpoint keeps of it: number of files and what splits them; a user's names, groups, if few."""
         videos = (*self.train, *self.val)
-        names = sorted({f"{video.name} of {video.group}" if video.group else video.name for video in videos})
+        names = sorted({video.name + f" of {video.group}" * bool(video.group) for video in videos})
         kept = names if self.kind == "videos" and len(names) <= MAX_LISTED else []
         split = "folders" if self.by_folders else "hash"
         return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept, "split": split}
@@ -3219,10 +3217,8 @@ class Worker:
         self.channel.setblocking(False)
         self.batch_numbers, self.todo, self.ahead = batch_numbers, len(batch_numbers), 0  # to make; made, slot in use
         self.inbox, self.parcels, self.in_hand = bytearray(), [], -1  # bytes, batches not taken yet, file that it reads
-        self.silent, self.lost = (
-            0.0,
-            False,
-        )  # seconds for which the loop has waited for a word, whether its end is closed
+        # seconds for which the loop has waited for a word, whether its end is closed
+        self.silent, self.lost = 0.0, False
         self.process, self.failure = None, None  # what ended it: (name in WORKER_ERRORS or "", text, traceback)
 
     def start(self, *work):
@@ -3624,15 +3620,13 @@ EMULATED = 4.0  # products that take so many times as long as in fp32 are done b
 
 
 def amp_dtype(cfg, device):
-    """The type to try under --amp: amp_type, else bf16, or fp16 on CUDA cards that only emulate bf16. None without
-    --amp."""
+    """The type under --amp: amp_type, else bf16, or fp16 on CUDA cards that only emulate bf16. None without --amp."""
     if not cfg.amp:
         return None
-    if cfg.amp_type != "auto":
-        return torch.bfloat16 if cfg.amp_type == "bf16" else torch.float16
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+    kind = cfg.amp_type
+    if kind == "auto" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        kind = "fp16"
+    return torch.float16 if kind == "fp16" else torch.bfloat16
 
 
 def fastest(calls, device, rounds=3):
