@@ -4870,7 +4870,7 @@ def effective_rank(targets):
     return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable imports the compiler, for longer than a second
 def gather_rows(rows, world_size):
     """Rows [B, ...] of every rank without gradient -> [B*W, ...] in sample order (clip i of rank r is row i*W + r)."""
     parts = [torch.empty_like(rows) for _ in range(world_size)]
