@@ -414,8 +414,8 @@ class VJepaAutoV2Config(ClipConfig):
         ),
         "vjepa2_vitl": VJEPA2,
         "vjepa2_vitl_latents": dict(  # with --freeze_encoder, and from a cache with --latents
-            VJEPA2, lambda_vjepa=0.0, crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, batch_size=32,
-            grad_accum=1, lr=2e-4, warmup_steps=500, steps=5000, val_every=500, ckpt_every=500,
+            {**VJEPA2, **ClipConfig.UNCROPPED}, lambda_vjepa=0.0, batch_size=32, grad_accum=1, lr=2e-4,
+            warmup_steps=500, steps=5000, val_every=500, ckpt_every=500,
         ),
         "vjepa2_vith": dict(VJEPA2, enc_dim=1280, enc_depth=32),
         "vjepa2_vitg": VITG,
@@ -930,9 +930,7 @@ VIDEO_SUFFIXES = (
     *RAW_SUFFIXES,
 )
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-# fmt: off
-LIST_KEYS = ("video", "path", "frames", "begin", "length", "fps", "times", "group", "signals", "maneuver", "label")
-# fmt: on
+LIST_KEYS = re.findall(r"\w+", "video path frames begin length fps times group signals maneuver label")
 SIDES = ("train", "val", "test")  # folders that split a data_root
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # copies that systems and network disks keep
 SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in this order
@@ -944,6 +942,11 @@ SIGNALS = ("speed", "yaw_rate", "lane_offset", "lead_gap", "steer", "mover_u")
 
 class BadFile(Exception):
     """This file cannot give a clip; the message is the reason."""
+
+
+def bad_part(what, path, error):
+    """The BadFile of a video, for an error in another file that goes with it."""
+    return BadFile(f"{what} {one_line(os.path.basename(path))}: {one_line(reason_of(error))}")
 
 
 @dataclass(frozen=True)
@@ -964,8 +967,7 @@ class VideoFile:
     @property
     def drive(self):
         """What no split cuts: a group, else all parts of a file."""
-        is_part = self.begin or self.length
-        return self.group or is_part and self.name.rpartition("#t=")[0] or self.name
+        return self.group or re.sub(r"#t=[\d.,e+-]+$", "", self.name)
 
 
 class Listing(list):
@@ -1051,13 +1053,18 @@ def count_suffixes(names):
     return ", ".join(f"{count} {one_line(suffix, 20)}" for suffix, count in counts) or "no file at all"
 
 
+def below_sides(videos):
+    """{side: the videos below its folder}."""
+    return {side: [video for video in videos if video.name.startswith(f"{side}/")] for side in SIDES}
+
+
 def split_by_folders(listing, root):
     """Fill in the `sides` of a folder with train/ and val/ or test/, all of whose videos stand below these; where some
     stand elsewhere, a note. UsageError when train/ or val/ holds none."""
     there = [side for side in SIDES if os.path.isdir(os.path.join(root, side))]
     if not listing or there[:1] != ["train"] or len(there) == 1:
         return
-    sides = {side: [video for video in listing if video.name.startswith(f"{side}/")] for side in SIDES}
+    sides = below_sides(listing)
     outside = sorted({video.name for video in listing}.difference(*([v.name for v in part] for part in sides.values())))
     split = " and ".join(f"{side}/" for side in there)
     if outside:
@@ -1073,7 +1080,7 @@ def split_by_folders(listing, root):
 def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
     """Walk a folder -> Listing by name of the files with a known suffix that match the glob, one name each. Names with
     a dot in front do not count: they are hidden, or macOS's twins of other files."""
-    matches, found, others, closed, drives = glob_pattern(video_glob).match, [], [], [], {}
+    matches, found, others, closed, drives = glob_pattern(video_glob).match, [], [], [], set()
     below = "videos/" if os.path.basename(root) == "videos" else ""  # a glob may name that folder or not
     for parent, entry in walk_folder(root, closed):
         name, path = entry.name, parent + entry.name
@@ -1082,13 +1089,13 @@ def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
             found.append(VideoFile(path, os.path.join(root, path)))
         else:
             others.append(name)
-            if wanted and parent not in drives and name.lower().endswith(PICTURE_SUFFIXES):
-                drive = parent[:-1] or os.path.basename(os.path.abspath(root))
-                drives[parent] = VideoFile(drive, os.path.join(root, parent), pictures="*")
+            if wanted and name.lower().endswith(PICTURE_SUFFIXES):
+                drives.add(parent)
     videos, links = one_name_each(sorted(found, key=operator.attrgetter("name")))
     notes = left_out_note("WARNING", closed, f"folder(s) below {one_line(root)} cannot be read and")
     notes += left_out_note("note", links, "further name(s) of files listed already (links)")
-    drives = Listing(sorted(drives.values(), key=operator.attrgetter("name")))
+    names = {parent: parent[:-1] or os.path.basename(os.path.abspath(root)) for parent in sorted(drives)}
+    drives = Listing(VideoFile(name, os.path.join(root, parent), pictures="*") for parent, name in names.items())
     listing = Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}", drives)
     split_by_folders(listing or drives, root)
     return listing
@@ -1164,13 +1171,6 @@ def listed_path(folder, path, key="path"):
     return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
 
 
-def listed_number(row, key, least=1e-9):
-    """A number of a jsonl line, 0 where there is none. ValueError for one out of its range."""
-    if key in row and not (fits(float, row[key]) and least <= row[key] <= 10**9):
-        raise ValueError(f"{key} = {shown(row[key])} must be a number {'above 0' if least else 'from 0 on'}")
-    return float(row.get(key, 0))
-
-
 def json_video(row, folder):
     """A line of a jsonl list -> VideoFile. ValueError says what is wrong with it."""
     row = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {}
@@ -1178,24 +1178,27 @@ def json_video(row, folder):
     path = str(video) if fits(int, video) else video or frames
     if not path or video and frames:
         raise ValueError("a line is a JSON object that names either a 'video' (or 'path') or 'frames'")
-    place, pictures, times, signals = listed_path(folder, path), "", row.get("times"), row.get("signals", "")
-    if times and not frames and not place.lower().endswith(RAW_SUFFIXES):
-        raise ValueError("times are for pictures and raw streams: this video holds its own")
+    for key, least in (("begin", 0), ("length", 1e-9), ("fps", 1e-9)):
+        if key in row and not (fits(float, row[key]) and least <= row[key] <= 10**9):
+            raise ValueError(f"{key} = {shown(row[key])} must be a number {'above 0' if least else 'from 0 on'}")
+    place, pictures, times, signals = listed_path(folder, path), "", row.get("times"), row.get("signals")
     times = listed_path(folder, times, "times") if times else ""
+    if isinstance(signals, dict):
+        check_annotation(signals)
+        signals = json.dumps(signals)
+    elif signals:
+        signals = listed_path(folder, signals, "signals")
     if frames:
         is_pattern = re.search(r"[*?[]", os.path.basename(place)) and not os.path.isdir(place)
         times = place if place.lower().endswith(".csv") else times
         place, pictures = os.path.split(place) if is_pattern else (place, "*")
-    if isinstance(signals, dict):
-        check_annotation(dict(signals))
-        signals = json.dumps(signals)
-    else:
-        signals = signals and listed_path(folder, signals, "signals")
-    begin, length, fps = (listed_number(row, *key) for key in (("begin", 0), ("length",), ("fps",)))
+    elif times and not place.lower().endswith(RAW_SUFFIXES):
+        raise ValueError("times are for pictures and raw streams: this video holds its own")
+    begin, length, fps = (float(row.get(key, 0)) for key in ("begin", "length", "fps"))
     if begin or length:
         path += f"#t={begin:.12g}" + f",{begin + length:.12g}" * bool(length)
     label, group = label_text(row.get("maneuver")) or row.get("label"), label_text(row.get("group"), "group")
-    return VideoFile(path, place, label_text(label), begin, length, fps, times, group, signals, pictures)
+    return VideoFile(path, place, label_text(label), begin, length, fps, times, group, signals or "", pictures)
 
 
 def listed_video(readings, folder, is_comment):
@@ -1275,18 +1278,18 @@ def read_annotation(data_root, video):
     """The annotation of a video: its line's signals, else DIR/annotations/<clip>.json, in its own subfolder or flat ->
     dict, {} when there is none. `maneuver` is a text or absent. BadFile when it is not what it should be."""
     name, own = os.path.splitext(video.name)[0] + ".json", video.signals
+    if own.startswith("{"):  # it was checked with its line
+        return json.loads(own)
     places = dict.fromkeys((name, os.path.basename(name))) if data_root else ()
     for path in [own] if own else [os.path.join(data_root, "annotations", place) for place in places]:
-        inline = path[0] == "{"
         try:
-            if inline or own or stat.S_ISREG(os.stat(path).st_mode):
-                annotation = parse_json(path if inline else read_text(path, MAX_ANNOTATION_BYTES))
+            if own or stat.S_ISREG(os.stat(path).st_mode):
+                annotation = parse_json(read_text(path, MAX_ANNOTATION_BYTES))
                 check_annotation(annotation)
                 return annotation
         except (OSError, ValueError, RecursionError) as error:
             if own or getattr(error, "errno", None) not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-                place = "in its line" if inline else one_line(os.path.basename(path))
-                raise BadFile(f"annotation {place}: {one_line(reason_of(error))}") from error
+                raise bad_part("annotation", path, error) from error
     return {}
 
 
@@ -1349,9 +1352,8 @@ class TimeLine:
 
     def second(self, pts):
         """Presentation times -> seconds, to the last bit: a moment on the very border of two frames must not waver."""
-        if self.told is not None:
-            return self.told[pts]
-        return (pts - self.start) * self.unit.numerator / self.unit.denominator
+        since = pts - self.start
+        return since * self.unit.numerator / self.unit.denominator if self.told is None else self.told[since]
 
 
 def usable_part(plan, duration, native_fps):
@@ -1364,9 +1366,9 @@ def usable_part(plan, duration, native_fps):
 
 
 def frame_times(plan, duration, native_fps):
-    """Seconds from the first frame at which the clip's frames are taken -> float64 [T], of a file of which `duration`
-    may be used. Half a native frame is added: a request falls inside a frame, not on the border of two. A file shorter
-    than the window gives frames over its whole length; one with too few frames each of them, then the last again."""
+    """Seconds from the first frame at which the clip's frames are taken -> float64 [T]; `duration` is what may be used.
+    Half a native frame is added: a request falls inside a frame, not on the border of two. A file shorter than the
+    window gives frames over its whole length; one with too few frames each of them, then the last again."""
     steps, half = np.arange(plan.num_frames), 0.5 / native_fps
     window = plan.num_frames / plan.fps if plan.fps else math.inf
     half = min(half, duration / 2) if plan.file.length else half
@@ -1421,7 +1423,7 @@ def file_stamp(container):
 @lru_cache(maxsize=64)
 def read_times(path):
     """Times of frames: npy, a text with a line of seconds or a date for each, or a csv of path,time -> (float64 seconds
-    after the first, paths of the csv). BadFile unless they are two or more and increase."""
+    after the first, usual rate, paths of the csv). BadFile unless they are two or more and increase."""
     rows = []
     try:
         with open(path, "rb") as file:
@@ -1439,8 +1441,9 @@ def read_times(path):
         if seconds.ndim != 1 or not len(steps) or not np.all((0 < steps) & (steps < math.inf)):
             raise ValueError("they must be two or more in one column, each later than the one before")
     except (*DECODE_ERRORS, TypeError, SyntaxError, tokenize.TokenError, csv.Error) as error:
-        raise BadFile(f"times {one_line(os.path.basename(path))}: {one_line(reason_of(error))}") from error
-    return seconds, [os.path.join(os.path.dirname(path), row[0].strip()) for row in rows]
+        raise bad_part("times", path, error) from error
+    paths = [os.path.join(os.path.dirname(path), row[0].strip()) for row in rows]
+    return seconds, 1 / float(np.median(steps)), paths
 
 
 @lru_cache(maxsize=64)
@@ -1453,8 +1456,8 @@ def list_pictures(folder, pattern):
     names = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."]
     if not names:
         raise BadFile(f"no picture in it ({', '.join(PICTURE_SUFFIXES)}) called {one_line(pattern, 60)}")
-    parts = {name: [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name)] for name in names}
-    return [os.path.join(folder, name) for name in sorted(sorted(names), key=parts.get)]
+    names.sort(key=lambda name: (re.sub("[0-9]+", lambda number: number[0].zfill(255), name), name))
+    return [os.path.join(folder, name) for name in names]
 
 
 def picture_line(path, plan):
@@ -1462,13 +1465,12 @@ def picture_line(path, plan):
     told = plan.file.times
     if not told and not plan.frame_fps:
         raise BadFile("its pictures have no times: fps or times in its line, or --frame_fps")
-    seconds, paths = read_times(told) if told else ([], ())
+    seconds, fps, paths = read_times(told) if told else ((), plan.frame_fps, ())
     if path != told:
         paths = list_pictures(path, plan.file.pictures)
-        seconds = seconds if told else np.arange(len(paths)) / plan.frame_fps
+        seconds = seconds if told else np.arange(len(paths)) / fps
     if len(paths) != len(seconds):
         raise BadFile(f"{len(paths)} pictures, and {len(seconds)} times in {one_line(os.path.basename(told))}")
-    fps = 1 / float(np.median(np.diff(seconds))) if len(seconds) > 1 else plan.frame_fps
     return paths, seconds, usable_part(plan, float(seconds[-1]) + 1 / fps, fps), fps
 
 
@@ -1484,29 +1486,26 @@ def streams_alive(stamp):
     return {number for number, count in counts.items() if count > 1}
 
 
-def between_gaps(plan, seconds):
-    """A plan for frames at these times -> one whose window lies between two gaps: u_start draws the place among all
-    stretches into which it fits; where it fits into none, the longest one is the file."""
-    steps = np.diff(seconds)
-    step = float(np.median(steps))
-    gaps = np.flatnonzero(steps > max(GAP_S, GAP_STEPS * step))
-    begins = np.maximum(seconds[[0, *gaps + 1]], plan.file.begin)
-    lengths = np.minimum(seconds[[*gaps, -1]] + step, plan.file.begin + (plan.file.length or math.inf)) - begins
+def fit_plan(plan, video, annotation=()):
+    """A plan -> the same for a file: which part of it may be used, and what tells the times of its frames. With gaps
+    between these, u_start draws a place among all stretches into which the window fits; where it fits into none, the
+    longest one is the file. BadFile."""
+    noted = dict(annotation).get("fps") or 0.0
+    plan = replace(plan, file=video, frame_fps=video.fps or plan.frame_fps, noted_fps=noted)
+    if not video.times:
+        return plan
+    seconds, fps, _ = read_times(video.times)
+    gaps = np.flatnonzero(np.diff(seconds) > max(GAP_S, GAP_STEPS / fps))
+    begins = np.maximum(seconds[[0, *gaps + 1]], video.begin)
+    lengths = np.minimum(seconds[[*gaps, -1]] + 1 / fps, video.begin + (video.length or math.inf)) - begins
     if not len(gaps) or lengths.max() <= 0:  # it begins behind the end, which usable_part says
         return plan
-    window = plan.num_frames / plan.fps - step / 2 if plan.fps else math.inf
+    window = plan.num_frames / plan.fps - 0.5 / fps if plan.fps else math.inf
     until = np.cumsum(lengths * (lengths >= min(window, lengths.max())))
     place = max(plan.u_start * until[-1], 1e-9)
     chosen = int(np.searchsorted(until, place))
-    part = replace(plan.file, begin=float(begins[chosen]), length=float(lengths[chosen]))
+    part = replace(video, begin=float(begins[chosen]), length=float(lengths[chosen]))
     return replace(plan, file=part, u_start=float(1 - (until[chosen] - place) / part.length))
-
-
-def fit_plan(plan, video, annotation=()):
-    """A plan -> the same for a file: which part of it may be used, and what tells the times of its frames. BadFile."""
-    noted = dict(annotation).get("fps") or 0.0
-    plan = replace(plan, file=video, frame_fps=video.fps or plan.frame_fps, noted_fps=noted)
-    return between_gaps(plan, read_times(video.times)[0]) if video.times else plan
 
 
 def playing_stream(container):
@@ -1629,16 +1628,15 @@ def time_line(container, stream, plan, fast=True):
     """-> (TimeLine, its packets from the first key packet on). A transport stream's line covers all its parts."""
     kind, codec, unit, stamp = container.format.name, stream.codec_context, stream.time_base, file_stamp(container)
     packets, fps = from_key(container.demux(stream)), float(stream.average_rate or stream.guessed_rate or 25)
-    if kind in RAW_FORMATS and (path := plan.file.times):
-        told, count = read_times(path)[0], count_packets(stamp)
-        if len(told) < count:
-            raise BadFile(f"{count} frames, and {len(told)} times in {one_line(os.path.basename(path))}")
-        fps = 1 / float(np.median(np.diff(told)))
-        return TimeLine(0, unit, float(told[count - 1]) + 1 / fps, fps, in_order=True, told=told), packets
     if kind in RAW_FORMATS:
+        count, path = count_packets(stamp), plan.file.times
+        if path:
+            told, fps, _ = read_times(path)
+            if len(told) < count:
+                raise BadFile(f"{count} frames, and {len(told)} times in {one_line(os.path.basename(path))}")
+            return TimeLine(0, unit, float(told[count - 1]) + 1 / fps, fps, in_order=True, told=told), packets
         fps = plan.frame_fps or float(codec.framerate or 0) or plan.noted_fps or RAW_FPS
-        unit = 1 / Fraction(fps).limit_denominator(10**6)
-        return TimeLine(0, unit, count_packets(stamp) / fps, fps, in_order=True), packets
+        return TimeLine(0, 1 / Fraction(fps).limit_denominator(10**6), count / fps, fps, in_order=True), packets
     if kind == "mpegts":
         keys = stream_keys(stamp, stream.index)
         return TimeLine(keys[0][1], unit, keys[-1][3], fps), packets
@@ -1839,7 +1837,7 @@ def open_picture(path):
                 raise BadFile(f"{image.width} x {image.height} pixels of kind {image.mode}")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (BadFile, SyntaxError, Image.DecompressionBombError, *DECODE_ERRORS) as error:
-        raise BadFile(f"picture {one_line(os.path.basename(path))}: {one_line(reason_of(error))}") from error
+        raise bad_part("picture", path, error) from error
 
 
 def read_pictures(path, plan):
@@ -1852,9 +1850,10 @@ def read_pictures(path, plan):
     frames, sizes, scaler = {}, {}, VideoReformatter()
     for number in dict.fromkeys(wanted.tolist()):
         picture = open_picture(paths[number])
-        sizes.setdefault(picture.shape[1::-1], os.path.basename(paths[number]))
+        height, width, _ = picture.shape
+        sizes.setdefault((height, width), f"{one_line(os.path.basename(paths[number]))} {width} x {height}")
         if len(sizes) > 1:
-            raise BadFile("pictures of two sizes: " + ", ".join(f"{one_line(sizes[w, h])} {w} x {h}" for w, h in sizes))
+            raise BadFile(f"pictures of two sizes: {', '.join(sizes.values())}")
         frames[number] = pyav_picture(av.VideoFrame.from_ndarray(picture, format="rgb24"), plan, 1.0, scaler)
     return np.stack([frames[number] for number in wanted.tolist()])
 
@@ -2825,24 +2824,15 @@ class SceneDataset(ClipDataset):
         return (frames[:, :, ::-1] if flip else frames), index % len(self.videos), labels, [], flip
 
 
-def whole_tokens(found, plan):
-    """Latents that others cached, [B, D, T, H, W] or [D, T, H, W] -> tokens [L, D] of one clip, drawn by plan, 0 to 1.
-    BadFile for anything else."""
-    if not torch.is_tensor(found) or found.ndim not in (4, 5) or not found.is_floating_point() or not len(found):
-        raise BadFile(f"latents are no tensor [B, D, T, H, W] or [D, T, H, W], but {describe_form(found)}")
-    return (found[int(plan * len(found))] if found.ndim == 5 else found).flatten(1).T.float()
-
-
 class LatentDataset(FileDataset):
-    """What a frozen encoder makes of clips, a cached file for each. `cache`: what cache.json says; of a cache of others
-    the forms alone, and `world`, which has no memory, takes its clips apart."""
+    """What a frozen encoder makes of clips, a cached file for each, in the form of `zeros`. `cache`: what cache.json
+    says, {} of a cache of others, whose whole clips `world`, which has no memory, takes apart."""
 
-    SUFFIXES, cache, world = (".pt",), {}, None
+    SUFFIXES, cache, world, zeros = (".pt",), {}, None, {}
 
     @staticmethod
     def notes(cfg, source):
-        own = "frozen" in source.Dataset.cache
-        told = "" if own else "WARNING: whole clips were encoded, so NOW saw its future: "
+        told = "" if source.Dataset.cache else "WARNING: whole clips were encoded, so NOW saw its future: "
         return [f"{told}latents of {cfg.latents} are read, videos neither decoded nor encoded"]
 
     def read_file(self, video, plan):
@@ -2851,7 +2841,16 @@ class LatentDataset(FileDataset):
             found = torch.load(video.path, map_location="cpu", weights_only=True)
         except Exception as error:  # such a file makes the unpickler raise anything
             raise BadFile(f"latents cannot be read ({type(error).__name__}: {flat(error)[:160]})") from error
-        found = found if self.world is None else self.world.latents_of(whole_tokens(found, plan))
+        if self.world is not None:
+            if (
+                not torch.is_tensor(found)
+                or found.ndim not in (4, 5)
+                or not found.is_floating_point()
+                or not len(found)
+            ):
+                raise BadFile(f"latents are no tensor [B, D, T, H, W] or [D, T, H, W], but {describe_form(found)}")
+            whole = found[int(plan * len(found))] if found.ndim == 5 else found  # [D, T, H, W]
+            found = self.world.latents_of(whole.flatten(1).T.float())
         if not isinstance(found, dict):
             raise BadFile(f"latents are no dict of tensors, but {describe_form(found)}")
         if odd := [name for name, value in found.items() if torch.is_tensor(value) and not value.isfinite().all()]:
@@ -2859,14 +2858,7 @@ class LatentDataset(FileDataset):
         return {**found, "maneuver": torch.tensor(self.maneuvers.get(video.label, -1))}
 
     def blank(self):
-        forms = self.cache["tensors"].items()
-        zeros = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms}
-        return {**zeros, "maneuver": torch.tensor(-1)}
-
-
-def tensor_forms(tensors):
-    """Dict of tensors -> {name: [shape, type]} for cache.json."""
-    return {name: [list(value.shape), str(value.dtype)[6:]] for name, value in tensors.items()}
+        return {**self.zeros, "maneuver": torch.tensor(-1)}
 
 
 def latent_settings(world, cfg):
@@ -2875,60 +2867,50 @@ def latent_settings(world, cfg):
     return json.loads(json.dumps(values))
 
 
-def read_cache(world, cfg):
-    """The csv of `latents` -> (its path, rows, what its cache.json says, {} for a cache of others). UsageError where
-    they cannot be read or were made with other settings."""
-    place, cache, other, what = Path(cfg.latents), {}, [], f"latents {one_line(cfg.latents)}"
-    index = place / "index.csv" if place.is_dir() else place
-    about = index.parent / "cache.json"
+def list_latents(world, cfg):
+    """The clips of a cache -> Listing, with `Dataset`, which reads them, and `root`, the list of their videos.
+    UsageError for a world that reads none, and for a cache that cannot be read or was made with other settings."""
+    place, cache, zeros, other, listing = Path(cfg.latents), {}, {}, [], Listing()
+    index, what = place / "index.csv" if place.is_dir() else place, f"latents {one_line(place)}"
+    about = index.with_name("cache.json")
+    if not world.latent_fields:
+        raise UsageError(f"{what}: {world.__name__} has none to read (--latents)")
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(index, MAX_LIST_BYTES), newline="")))
-        if place.is_dir() or index.name == "index.csv" and about.is_file():
+        if place.is_dir() or about.is_file():
             cache = parse_json(read_text(about, 2**24))
-            [torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in cache["tensors"].values()]
+            forms = cache["tensors"].items()
+            zeros = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms}
             here, then = latent_settings(world, cfg), cache["settings"]
             other = [f"{name} = {then.get(name)} (here {here[name]})" for name in here if then.get(name) != here[name]]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, csv.Error) as error:
-        made = "tools/cache_latents.py makes them, and goes on where it was stopped"
+    except (*DECODE_ERRORS, TypeError, csv.Error) as error:
         told = f"{what}: no {index.name} or cache.json that can be read ({reason_of(error)})"
-        raise UsageError(f"{told}; {made}") from error
+        raise UsageError(f"{told}; tools/cache_latents.py makes them, and goes on where it was stopped") from error
     if other:
         raise UsageError(f"{what}: made with {', '.join(other)}; use the same, or another cache (--latents)")
     needed = ("out_path", "name", "begin", "group") if cache else ("out_path",)
     if not rows or not all(row.get(name) for row in rows for name in needed):
         raise UsageError(f"{what}: {index.name} has no rows, or not all have {', '.join(needed)}")
-    return index, rows, cache
-
-
-def list_latents(world, cfg):
-    """The clips of a cache -> Listing, with `Dataset`, which reads them, and `root`, the list of their videos.
-    UsageError as of read_cache, for a world that reads none, and where no file of others fits."""
-    if not world.latent_fields:
-        raise UsageError(f"latents = {one_line(cfg.latents)}: {world.__name__} has none to read (--latents)")
-    index, rows, cache = read_cache(world, cfg)
-    listing, reason = Listing(), "no file"
     for row in rows:
         path = os.path.join(index.parent, os.path.expanduser(row["out_path"]))
         name = f"{row['name']}#t={row['begin']}" if cache else row["out_path"]
         listing.append(VideoFile(name, path, row.get("maneuver") or "", group=row.get("group") or ""))
-    if cache.get("split") == "folders":
-        listing.sides = {side: [clip for clip in listing if clip.name.startswith(f"{side}/")] for side in SIDES}
-    listing.root = str(index.parent / "list.jsonl" if cache else index)
-    listing.Dataset = kind = type("LatentDataset", (LatentDataset,), {"cache": cache})
+    listing.root = str(index.with_name("list.jsonl") if cache else index)
+    listing.Dataset = type("LatentDataset", (LatentDataset,), {"cache": cache, "zeros": zeros})
     if cache:
+        listing.sides = below_sides(listing) if cache.get("split") == "folders" else {}
         return listing
     with torch.device("meta"):
-        kind.world = world(cfg)
+        listing.Dataset.world = world(cfg)
     for clip in listing[:16]:
         try:
-            forms = tensor_forms(kind(cfg, [clip], "", "train").read_file(clip, 0.0))
+            found = listing.Dataset(cfg, [clip], "", "train").read_file(clip, 0.0)
         except BadFile as error:
             reason = f"{clip.name}: {error}"
         else:
-            del forms["maneuver"]
-            kind.cache = {"tensors": forms}
+            listing.Dataset.zeros = {name: torch.zeros_like(value) for name, value in found.items()}
             return listing
-    raise UsageError(f"latents {one_line(cfg.latents)}: no usable file among the first ({reason})")
+    raise UsageError(f"{what}: no usable file among the first ({reason})")
 
 
 def maneuver_names(videos, data_root):
@@ -2964,10 +2946,9 @@ class DataSource:
     by_folders: bool = False  # whether folders split the files, not the hash of their names
 
     def listing(self):
-        """What a checkpoint keeps of it: number of files and what splits them; a user's names, with groups, unless too
-        many."""
+        """What a checkpoint keeps of it: number of files and what splits them; a user's names, groups, if few."""
         videos = (*self.train, *self.val)
-        names = sorted({f"{video.name} of {video.group}" if video.group else video.name for video in videos})
+        names = sorted({video.name + f" of {video.group}" * bool(video.group) for video in videos})
         kept = names if self.kind == "videos" and len(names) <= MAX_LISTED else []
         split = "folders" if self.by_folders else "hash"
         return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept, "split": split}
@@ -3001,19 +2982,19 @@ def instead_of_videos(cfg, videos):
 def drives_of_pictures(cfg, videos):
     """What was listed -> the same, or where it is no video the folders of pictures, whose rate --frame_fps tells.
     UsageError without it, and for layouts that would be misread without a list."""
-    root, layout = cfg.data_root, ""
-    command = f"python tools/make_list.py {root} --out LIST.jsonl"
+    root, what, otherwise = cfg.data_root, "", ""
+    raw = [] if cfg.frame_fps else [video.path for video in videos if not (video.fps or video.times)]
+    if any(path.endswith("/video.hevc") and os.path.exists(path[:-10] + "global_pose/frame_times") for path in raw):
+        what = "this is comma2k19, whose streams hold no times"
+    elif videos.drives and not videos and not cfg.frame_fps:
+        what = nothing_found(cfg, videos)
+        otherwise = "; --frame_fps N takes each folder of pictures for a drive"
     with suppress(OSError, ValueError):
         if '"codebase_version"' in read_text(os.path.join(root, "meta", "info.json"), MAX_ANNOTATION_BYTES):
-            layout = "LeRobot, several episodes in a file or cameras of one"
-    streams = (video.path for video in videos if video.path.endswith("/video.hevc") and not (video.fps or video.times))
-    if not cfg.frame_fps and any(os.path.exists(path[:-10] + "global_pose/frame_times") for path in streams):
-        layout = "comma2k19, whose streams hold no times"
-    if layout:
-        raise UsageError(f"data_root {root}: this is {layout}; {command} makes the list to be given instead")
-    if videos.drives and not videos and not cfg.frame_fps:
-        cure = f"{command} makes a list of known layouts, and --frame_fps N takes each folder of pictures for a drive"
-        raise UsageError(f"data_root {root}: {nothing_found(cfg, videos)}; {cure}")
+            what = "this is LeRobot, several episodes in a file or cameras of one"
+    if what:
+        cure = f"python tools/make_list.py {root} --out LIST.jsonl makes the list to be given instead{otherwise}"
+        raise UsageError(f"data_root {root}: {what}; {cure}")
     return videos or videos.drives or videos
 
 
@@ -3236,10 +3217,8 @@ class Worker:
         self.channel.setblocking(False)
         self.batch_numbers, self.todo, self.ahead = batch_numbers, len(batch_numbers), 0  # to make; made, slot in use
         self.inbox, self.parcels, self.in_hand = bytearray(), [], -1  # bytes, batches not taken yet, file that it reads
-        self.silent, self.lost = (
-            0.0,
-            False,
-        )  # seconds for which the loop has waited for a word, whether its end is closed
+        # seconds for which the loop has waited for a word, whether its end is closed
+        self.silent, self.lost = 0.0, False
         self.process, self.failure = None, None  # what ended it: (name in WORKER_ERRORS or "", text, traceback)
 
     def start(self, *work):
@@ -3641,15 +3620,13 @@ EMULATED = 4.0  # products that take so many times as long as in fp32 are done b
 
 
 def amp_dtype(cfg, device):
-    """The type to try under --amp: amp_type, else bf16, or fp16 on CUDA cards that only emulate bf16. None without
-    --amp."""
+    """The type under --amp: amp_type, else bf16, or fp16 on CUDA cards that only emulate bf16. None without --amp."""
     if not cfg.amp:
         return None
-    if cfg.amp_type != "auto":
-        return torch.bfloat16 if cfg.amp_type == "bf16" else torch.float16
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+    kind = cfg.amp_type
+    if kind == "auto" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        kind = "fp16"
+    return torch.float16 if kind == "fp16" else torch.bfloat16
 
 
 def fastest(calls, device, rounds=3):
@@ -4890,7 +4867,7 @@ def effective_rank(targets):
     return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable imports the compiler, for longer than a second
 def gather_rows(rows, world_size):
     """Rows [B, ...] of every rank without gradient -> [B*W, ...] in sample order (clip i of rank r is row i*W + r)."""
     parts = [torch.empty_like(rows) for _ in range(world_size)]

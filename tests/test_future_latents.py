@@ -531,7 +531,7 @@ def test_a_dump_holds_picture_video_and_latents(shapes, tmp_path, predictor):
     extra = {"flow": ("samples", (2, 8, 64)), "direct": ("predicted", (8, 64)), "locate": ("places", (4, 2, 2))}
     assert saved[extra[predictor][0]].shape == extra[predictor][1]
     rows = {"flow": 4, "direct": 3, "locate": 1}[predictor]
-    assert Image.open(tmp_path / "dump_0_latents.png").size == (4 * 36 + 16, rows * 36)
+    assert Image.open(tmp_path / "dump_0_latents.png").size == (84 + 4 * 100 + 16, 24 + rows * 100)  # 3 times 32, + 4
     plan = V.ClipPlan(8, cfg.clip_fps, rows * 32, 32, 0.0, 1.0, 1.0, 0.5, 0.5)
     assert V.read_frames(tmp_path / "dump_0_clip.mp4", plan, "auto").shape == (8, rows * 32, 32, 3)
 

@@ -457,7 +457,7 @@ def sample_heun(flow, projected, noise, num_steps, shift):
     return x
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable imports the compiler, for longer than a second
 def seeded_noise(seeds, shape, device):
     """Standard normal noise of samples by their seeds [B], drawn on the device -> [B, *shape]."""
     makers = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
@@ -772,7 +772,7 @@ class FutureLatents(V.World):
         in colours shared by all), and STEM_latents.pt (context, targets, predicted or samples, [tokens, D]); for
         locate its frames with true (white) and predicted (yellow) places. Frames are left out where a cache has none.
         """
-        cfg, stem, rows, frames = self.cfg, str(stem), [], None
+        cfg, stem, rows, names, frames = self.cfg, str(stem), [], [], None
         latents = batch if "context" in batch else self.latents(batch)
         context, targets = (normalised(latents[name][:1], cfg.embedding_norm) for name in ("context", "targets"))
         if "frames" in batch:
@@ -790,6 +790,7 @@ class FutureLatents(V.World):
             saved["samples" if flow else "predicted"] = guesses if flow else guesses[0]
             seen, *others = colours(context[0], targets[0], *guesses)
             clips = [torch.cat([seen, other]) for other in others]
+            names = ["truth", *(("sample 1", "sample 2") if flow else ("predicted",))]
             rows += [enlarged(each, cfg.grid[1:], (cfg.height, cfg.width), cfg.form.step) for each in clips]
         saved = {"made_by": V.MARK, **{name: value.cpu() for name, value in saved.items()}}
         Path(stem).parent.mkdir(parents=True, exist_ok=True)
@@ -797,20 +798,27 @@ class FutureLatents(V.World):
         video = io.BytesIO()
         V.write_video(video, np.concatenate(rows, 1), cfg.clip_fps or 1.0, V.MARK)
         V.write_own(f"{stem}_clip.mp4", lambda handle: handle.write(video.getvalue()))
-        V.save_picture(self.page(rows), f"{stem}_latents.png")
+        V.save_picture(self.page(["clip"] * ("frames" in batch) + names, rows), f"{stem}_latents.png")
 
-    def page(self, rows):
-        """Rows of frames uint8 [T, H, W, 3] -> one image: a column for each latent, a white gap behind NOW."""
-        from PIL import Image
+    def page(self, titles, rows):
+        """Rows of frames uint8 [T, H, W, 3] -> one image with their titles: a column for each latent, NOW and SOON
+        over them with a gap between."""
+        from PIL import Image, ImageDraw, ImageFont
 
-        cfg, step = self.cfg, self.cfg.form.step
-        parts = []
-        for row in rows:
-            row = np.pad(row[::step], ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
-            now = cfg.now_frames // step
-            gap = np.full((row.shape[1], 16, 3), 255, np.uint8)
-            parts.append(np.concatenate([*row[:now], gap, *row[now:]], 1))
-        return Image.fromarray(np.concatenate(parts))
+        cfg, step, left, top = self.cfg, self.cfg.form.step, 84, 24
+        now, count, grow = cfg.now_frames // step, cfg.num_frames // step, max(1, round(96 / cfg.height))
+        side = cfg.width * grow + 4, cfg.height * grow + 4
+        image = Image.new("RGB", (left + count * side[0] + 16, top + len(rows) * side[1]), "white")
+        draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+        for row, (title, frames) in enumerate(zip(titles, rows)):
+            draw.text((8, top + row * side[1] + side[1] // 2 - 8), title, fill="black", font=font)
+            for column, picture in enumerate(frames[::step].repeat(grow, 1).repeat(grow, 2)):
+                x = left + column * side[0] + 16 * (column >= now)
+                image.paste(Image.fromarray(picture), (x, top + row * side[1]))
+                if not row:
+                    name = f"SOON {column + 1 - now}" if column >= now else f"NOW {column + 1}"
+                    draw.text((x, 4), name, fill="black", font=font)
+        return image
 
     # -- start-up lines
     def describe(self):
