@@ -117,6 +117,22 @@ def keep_signal_handlers():
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def quick_pictures():
+    """PNG files of the tests may be large: to make one as small as can be takes longer than all that leads to it."""
+    from PIL import Image
+
+    real, patch = Image.Image.save, pytest.MonkeyPatch()
+
+    def save(image, file, format=None, **params):
+        quick = {"optimize": False, "compress_level": 1} if "optimize" in params else {}
+        real(image, file, format, **{**params, **quick})
+
+    patch.setattr(Image.Image, "save", save)
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def scene_folder(tmp_path_factory):
     """Eight built-in scenes as mp4 with annotations -> folder."""

@@ -240,14 +240,12 @@ def backbone_form(backbone, init_from="", init_key=""):
     if init_from and backbone not in NAMES:
         raise ValueError(f"{backbone} is a folder itself, so init_from must be empty")
     if os.path.isfile(source) and backbone == "vjepa2":
-        tensors, _, origin = V.read_weights(source, init_key)
         try:
-            sizes = V.sizes_of(tensors, origin)
+            cfg = V.read_weights(source, init_key)[2].cfg
         except V.UsageError as error:  # --num_heads is the predictor's here
             cure = "a folder of transformers says its heads"
             raise ValueError(str(error).replace("(--num_heads)", f"({cure})")) from error
-        dim, *_, step, patch = sizes.values()
-        return SimpleNamespace(kind="vjepa2", is_video=True, patch=patch, step=step, dim=dim)
+        return SimpleNamespace(kind="vjepa2", is_video=True, patch=cfg.patch, step=cfg.tubelet_t, dim=cfg.enc_dim)
     form = folder_form(source)
     if form.kind not in NAMES.get(backbone, (form.kind,)):
         raise ValueError(f"{source} holds a model of type {form.kind}, and not {backbone}")
@@ -502,7 +500,7 @@ def sample_heun(flow, projected, noise, num_steps, shift):
     return x
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable imports the compiler, for longer than a second
 def seeded_noise(seeds, shape, device):
     """Standard normal noise of samples by their seeds [B], drawn on the device -> [B, *shape]."""
     makers = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
