@@ -133,6 +133,24 @@ def quick_pictures():
     patch.undo()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_measure_of_speed():
+    """The speed of a matrix product is the machine's: measured once, not in each of some hundred runs."""
+    import VJepa_AUTO_V2 as V
+
+    real, known, patch = V.measure_speed, {}, pytest.MonkeyPatch()
+
+    def measured(process):
+        key = process.device, process.amp_dtype
+        if key not in known:
+            known[key] = real(process)
+        return known[key]
+
+    patch.setattr(V, "measure_speed", measured)
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def scene_folder(tmp_path_factory):
     """Eight built-in scenes as mp4 with annotations -> folder."""
