@@ -60,6 +60,8 @@ SMALL = dict(
     log_every=1,
 )
 
+SHALLOW = dict(enc_depth=1, pred_depth=1, flow_depth=1)  # for whole runs whose claim is about the loop around the model
+
 
 def small_config(**overrides):
     """A config of a few thousand parameters: 4 x 4 sites, NOW 2 + SOON 2 + EVENTUALLY 2 tubelets."""
