@@ -1,6 +1,6 @@
 """Shared pieces of the tests: the script on the import path, a tiny config, small videos made on the fly."""
 
-import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -27,6 +27,13 @@ def __getattr__(name):
     if name == "V":
         return importlib.import_module("VJepa_AUTO_V2")
     raise AttributeError(name)
+
+
+def needs(*packages):
+    """Skip a test file whose packages are not installed. Importing them here would cost each process a second."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed", allow_module_level=True)
 
 
 # 4 x 4 sites, NOW 2 + SOON 2 + EVENTUALLY 2 tubelets: a few thousand parameters
