@@ -1,6 +1,6 @@
 """Shared pieces of the tests: the script on the import path, a tiny config, small videos made on the fly."""
 
-import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -27,6 +27,13 @@ def __getattr__(name):
     if name == "V":
         return importlib.import_module("VJepa_AUTO_V2")
     raise AttributeError(name)
+
+
+def needs(*packages):
+    """Skip a test file whose packages are not installed. Importing them here would cost each process a second."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed", allow_module_level=True)
 
 
 # 4 x 4 sites, NOW 2 + SOON 2 + EVENTUALLY 2 tubelets: a few thousand parameters
@@ -59,6 +66,8 @@ SMALL = dict(
     val_clips=4,
     log_every=1,
 )
+
+SHALLOW = dict(enc_depth=1, pred_depth=1, flow_depth=1)  # for whole runs whose claim is about the loop around the model
 
 
 def small_config(**overrides):
@@ -129,6 +138,24 @@ def quick_pictures():
         real(image, file, format, **{**params, **quick})
 
     patch.setattr(Image.Image, "save", save)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_measure_of_speed():
+    """The speed of a matrix product is the machine's: measured once, not in each of some hundred runs."""
+    import VJepa_AUTO_V2 as V
+
+    real, known, patch = V.measure_speed, {}, pytest.MonkeyPatch()
+
+    def measured(process):
+        key = process.device, process.amp_dtype
+        if key not in known:
+            known[key] = real(process)
+        return known[key]
+
+    patch.setattr(V, "measure_speed", measured)
     yield
     patch.undo()
 

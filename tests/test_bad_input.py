@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import V, small_config
+from conftest import SHALLOW, V, small_config
 
 
 def run(capsys, tmp_path, **overrides):
     """Run the command in this process -> (exit code, stdout, stderr)."""
-    cfg = small_config(**{**dict(out_dir=str(tmp_path / "run"), steps=2, picture=False, val_clips=2), **overrides})
+    cfg = small_config(
+        **{**dict(out_dir=str(tmp_path / "run"), steps=2, picture=False, val_clips=2, **SHALLOW), **overrides}
+    )
     path = tmp_path / "flags.json"
     path.write_text(json.dumps(asdict(cfg)))
     code = V.main(["--config", str(path)])
@@ -218,7 +220,11 @@ def finished(scene_folder, tmp_path_factory):
     """A finished run of two steps -> folder."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert (
-        V.train(small_config(data_root=str(scene_folder), out_dir=str(folder), steps=2, picture=False, val_clips=2))
+        V.train(
+            small_config(
+                data_root=str(scene_folder), out_dir=str(folder), steps=2, picture=False, val_clips=2, **SHALLOW
+            )
+        )
         == 0
     )
     return folder

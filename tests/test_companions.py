@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPT, V, small_config
+from conftest import SCRIPT, SHALLOW, V, small_config
 
 WRONG = [
     0,
@@ -57,9 +57,7 @@ def stopped(scene_folder, tmp_path_factory):
         val_every=0,
         val_clips=2,
         picture=False,
-        enc_depth=1,
-        pred_depth=1,
-        flow_depth=1,
+        **SHALLOW,
     )
     assert V.train(cfg) == 0
     return out_dir, cfg

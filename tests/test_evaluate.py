@@ -14,14 +14,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, V, small_config
+from conftest import ROOT, V, needs, small_config
 from training import fill_space, new_model, new_state
 
 sys.path.insert(0, str(ROOT / "tools"))
 
 import evaluate as E  # noqa: E402
 
-metrics = pytest.importorskip("sklearn.metrics")
+needs("sklearn")
 
 SMALL = E.Sizes(
     fit_forks=8,
@@ -277,6 +277,8 @@ def test_best_of_k_is_the_mean_over_all_choices():
 
 def test_scores_agree_with_scikit_learn():
     """AUROC (with ties and direction), macro-F1, R2, accuracy."""
+    from sklearn import metrics
+
     rng = np.random.default_rng(4)
     positive, negative = rng.integers(2, 8, 40), rng.integers(0, 6, 30)
     known = metrics.roc_auc_score([1] * 40 + [0] * 30, [*positive, *negative])

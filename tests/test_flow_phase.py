@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, V, small_config
+from conftest import ROOT, SHALLOW, SMALL, V, small_config
 from training import cpu_process, new_model, new_phase
 
 STILL = ("online", "predictor", "outcome", "target", "read_out")  # what the flow phase must not touch
@@ -30,6 +30,7 @@ def phase_config(out_dir, **overrides):
         soon_fit_batch=4,
         picture=False,
         val_every=0,
+        **SHALLOW,
     )
     return small_config(**{**base, **overrides})
 

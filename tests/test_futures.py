@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import FOOTAGE, ROOT, V, small_config
+from conftest import FOOTAGE, ROOT, V, needs, small_config
 from training import new_model, new_state
 
 sys.path.insert(0, str(ROOT / "tools"))
 
 import futures as P  # noqa: E402
 
-pytest.importorskip("matplotlib")
+needs("matplotlib")
 
 
 def scene_config(**overrides):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import FOOTAGE, ROOT, V, small_config
+from conftest import FOOTAGE, ROOT, SHALLOW, V, small_config
 from test_videos import coded_frames, frame_numbers, names_of, touch
 
 PLAN = V.ClipPlan(8, 4.0, 64, 64, 0.0, 1.0, 1.0, 0.5, 0.5)
@@ -441,7 +441,9 @@ def test_a_list_of_everything_trains_and_resumes(tmp_path, pictures, raw_hevc):
     rows = [{"video": "a.mp4", "begin": begin, "length": 2.5, "group": f"e{begin}"} for begin in (0, 2.5, 5)]
     rows += [{"video": "a.mp4", "begin": 400, "maneuver": "left"}, {"frames": str(pictures), "fps": 20, "length": 5}]
     rows += [{"video": str(raw_hevc / "video.hevc"), "times": str(raw_hevc / "frame_times"), "group": "raw"}]
-    settings = dict(out_dir=str(tmp_path / "run"), picture=False, val_clips=2, val_fraction=0.3, clip_fps=8.0)
+    settings = dict(
+        out_dir=str(tmp_path / "run"), picture=False, val_clips=2, val_fraction=0.3, clip_fps=8.0, **SHALLOW
+    )
     settings |= dict(data_root=write_list(tmp_path, *rows), max_bad_fraction=0.9)
     assert V.train(small_config(steps=4, **settings)) == 0 and V.train(small_config(steps=5, **settings)) == 0
     log = (tmp_path / "run/train.log").read_text()

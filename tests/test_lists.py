@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import V, small_config
+from conftest import SHALLOW, V, small_config
 from test_videos import PLAN, coded_frames, frame_numbers, names_of, touch
 
 
@@ -560,7 +560,9 @@ def test_a_changed_listing_is_told_on_resume(scene_folder, tmp_path):
     """One line with counts and first names; nothing for the same files, for a moved folder, or for a checkpoint of an
     older version. Seen red with no such line."""
     data = shutil.copytree(scene_folder, tmp_path / "data")
-    settings = dict(data_root=str(data), out_dir=str(tmp_path / "run"), picture=False, val_clips=2, val_fraction=0.3)
+    settings = dict(
+        data_root=str(data), out_dir=str(tmp_path / "run"), picture=False, val_clips=2, val_fraction=0.3, **SHALLOW
+    )
     assert V.train(small_config(steps=1, **settings)) == 0
     assert V.train(small_config(steps=2, **settings)) == 0
     told = [line for line in (tmp_path / "run/train.log").read_text().splitlines() if "files are not those" in line]

@@ -157,7 +157,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("tool", ["make_scenes.py", "futures.py"])
+@pytest.mark.parametrize("tool", ["make_scenes.py", pytest.param("futures.py", marks=pytest.mark.slow)])
 def test_a_signal_during_the_imports_of_a_tool(tool):
     """Ctrl-C in the first seconds: one line and exit code 130. Seen red, a traceback, with the guard left out."""
     command = [sys.executable, "-c", STRIKE, str(ROOT / "tools" / tool)]

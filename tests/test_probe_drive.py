@@ -9,14 +9,14 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import FOOTAGE, ROOT, V, small_config
+from conftest import FOOTAGE, ROOT, V, needs, small_config
 from training import new_model, new_state
 
 sys.path.insert(0, str(ROOT / "tools"))
 
 import probe_drive as P  # noqa: E402
 
-pytest.importorskip("sklearn")
+needs("sklearn")
 Image = pytest.importorskip("PIL.Image")
 
 RATE = 10.0  # pictures per second of the made-up drive

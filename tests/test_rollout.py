@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, V, small_config
+from conftest import ROOT, V, needs, small_config
 from training import new_model, new_state
 
 sys.path.insert(0, str(ROOT / "tools"))
 
-skimage_metrics = pytest.importorskip("skimage.metrics")
+needs("skimage")
 
 import evaluate as E  # noqa: E402
 import futures as P  # noqa: E402
@@ -24,6 +24,13 @@ import rollout as R  # noqa: E402
 
 KINDS, CONTEXT, HORIZON, LENGTH, FPS, SIDE = ("falling", "pendulum"), 4, 6, 24, 10, 32
 STARTS = (0, 7, 14)  # of three clips of 10 frames in 24
+
+
+def similarity_of_others():
+    """scikit-image's SSIM, whose import takes a second."""
+    from skimage.metrics import structural_similarity
+
+    return structural_similarity
 
 
 @dataclass
@@ -168,7 +175,7 @@ def reference(root, kind):
             for name, frames in shown.items():
                 found[name][0].append(((frames - truth) ** 2).mean((1, 2, 3)))
                 pairs = zip(frames.transpose(0, 2, 3, 1), truth.transpose(0, 2, 3, 1))
-                ssim = skimage_metrics.structural_similarity
+                ssim = similarity_of_others()
                 found[name][1].append([ssim(a, b, data_range=1.0, channel_axis=2) for a, b in pairs])
     return {name: (np.array(mse), np.array(ssim)) for name, (mse, ssim) in found.items()}
 
@@ -255,7 +262,7 @@ def test_ssim_of_many_frames_is_that_of_each():
         pictures = (truth + 0.2 * torch.rand(truth.shape, generator=generator)).clamp(0, 1)
         size = dict(win_size=5) if min(H, W) < 7 else {}
         pairs = zip(pictures.permute(0, 2, 3, 1).double().numpy(), truth.permute(0, 2, 3, 1).double().numpy())
-        ssim = skimage_metrics.structural_similarity
+        ssim = similarity_of_others()
         plain = [ssim(a, b, data_range=1.0, channel_axis=2, **size) for a, b in pairs]
         np.testing.assert_allclose(R.similarity(pictures, truth), plain, atol=1e-5)  # float32 against float64
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPT, V, small_config
+from conftest import SCRIPT, SHALLOW, V, small_config
 
 STATE_KEYS = {
     "step",
@@ -47,6 +47,7 @@ def config(folder, out_dir, **overrides):
         steps=8,
         dropout=0.1,
         mask_draws=2,
+        **SHALLOW,
         val_every=3,
         val_clips=2,
         picture=False,
@@ -271,7 +272,7 @@ def test_picture_opens(commanded):
 
 def test_bare_command_marks_built_in_scenes(tmp_path, capsys):
     """Without data_root record lines start with data:scenes, and config.json has the source. Seen red: mark empty."""
-    cfg = small_config(out_dir=str(tmp_path / "run"), steps=2, picture=False, val_clips=2)
+    cfg = small_config(out_dir=str(tmp_path / "run"), steps=2, picture=False, val_clips=2, **SHALLOW)
     assert V.main(arguments(cfg, tmp_path)) == 0
     text = capsys.readouterr().out
     lines = [line for line in text.splitlines() if "step:" in line and "loss" in line]
@@ -286,7 +287,7 @@ def test_bare_command_marks_built_in_scenes(tmp_path, capsys):
 
 def test_checkpoint_tells_its_data_source(tmp_path):
     """A model trained on built-in scenes says so in the checkpoint itself, not only in the log."""
-    cfg = small_config(out_dir=str(tmp_path / "run"), steps=1, picture=False, val_clips=2)
+    cfg = small_config(out_dir=str(tmp_path / "run"), steps=1, picture=False, val_clips=2, **SHALLOW)
     assert V.train(cfg) == 0
     state = checkpoint(tmp_path / "run")
     told = {key: value for key, value in state.items() if key not in ("cfg", "source")}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, V, small_config
+from conftest import ROOT, SCRIPT, SHALLOW, V, small_config
 
 FAULTY = ROOT / "tests" / "faulty_run.py"
 RANK_NAMES = (
@@ -40,9 +40,7 @@ def config(scene_folder, out_dir, **overrides):
         val_clips=2,
         picture=False,
         dropout=0.1,
-        enc_depth=1,
-        pred_depth=1,
-        flow_depth=1,
+        **SHALLOW,
     )
     return small_config(**{**base, **overrides})
 
