@@ -423,7 +423,7 @@ def forget_optimizer(monkeypatch):
 
 def forget_consumed(monkeypatch):
     real = V.load_checkpoint
-    monkeypatch.setattr(V, "load_checkpoint", lambda path, world: {**real(path, world), "consumed": 0})
+    monkeypatch.setattr(V, "load_checkpoint", lambda *args, **kw: {**real(*args, **kw), "consumed": 0})
 
 
 def after_restore(monkeypatch, spoil):

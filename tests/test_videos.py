@@ -513,7 +513,10 @@ def test_stream_containers(tmp_path, decoder, suffix):
         with av.open(path, "w") as container:
             stream = container.add_stream("libx265", rate=10)
             stream.width = stream.height = 64  # x265 takes no less
-            stream.pix_fmt, stream.options = "yuv420p", {"x265-params": "log-level=none:keyint=40:pools=none:crf=10"}
+            stream.pix_fmt, stream.options = (
+                "yuv420p",
+                {"x265-params": "log-level=none:keyint=40:pools=none:frame-threads=1:crf=4"},
+            )
             for picture in coded_frames(120, 64):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
