@@ -414,8 +414,8 @@ class VJepaAutoV2Config(ClipConfig):
         ),
         "vjepa2_vitl": VJEPA2,
         "vjepa2_vitl_latents": dict(  # with --freeze_encoder, and from a cache with --latents
-            VJEPA2, lambda_vjepa=0.0, crop_scale_min=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, batch_size=32,
-            grad_accum=1, lr=2e-4, warmup_steps=500, steps=5000, val_every=500, ckpt_every=500,
+            {**VJEPA2, **ClipConfig.UNCROPPED}, lambda_vjepa=0.0, batch_size=32, grad_accum=1, lr=2e-4,
+            warmup_steps=500, steps=5000, val_every=500, ckpt_every=500,
         ),
         "vjepa2_vith": dict(VJEPA2, enc_dim=1280, enc_depth=32),
         "vjepa2_vitg": VITG,
@@ -930,9 +930,7 @@ VIDEO_SUFFIXES = (
     *RAW_SUFFIXES,
 )
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-# fmt: off
-LIST_KEYS = ("video", "path", "frames", "begin", "length", "fps", "times", "group", "signals", "maneuver", "label")
-# fmt: on
+LIST_KEYS = re.findall(r"\w+", "video path frames begin length fps times group signals maneuver label")
 SIDES = ("train", "val", "test")  # folders that split a data_root
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # copies that systems and network disks keep
 SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in this order
@@ -944,6 +942,11 @@ SIGNALS = ("speed", "yaw_rate", "lane_offset", "lead_gap", "steer", "mover_u")
 
 class BadFile(Exception):
     """This file cannot give a clip; the message is the reason."""
+
+
+def bad_part(what, path, error):
+    """The BadFile of a video, for an error in another file that goes with it."""
+    return BadFile(f"{what} {one_line(os.path.basename(path))}: {one_line(reason_of(error))}")
 
 
 @dataclass(frozen=True)
@@ -964,8 +967,7 @@ class VideoFile:
     @property
     def drive(self):
         """What no split cuts: a group, else all parts of a file."""
-        is_part = self.begin or self.length
-        return self.group or is_part and self.name.rpartition("#t=")[0] or self.name
+        return self.group or re.sub(r"#t=[\d.,e+-]+$", "", self.name)
 
 
 class Listing(list):
@@ -1051,13 +1053,18 @@ def count_suffixes(names):
     return ", ".join(f"{count} {one_line(suffix, 20)}" for suffix, count in counts) or "no file at all"
 
 
+def below_sides(videos):
+    """{side: the videos below its folder}."""
+    return {side: [video for video in videos if video.name.startswith(f"{side}/")] for side in SIDES}
+
+
 def split_by_folders(listing, root):
     """Fill in the `sides` of a folder with train/ and val/ or test/, all of whose videos stand below these; where some
     stand elsewhere, a note. UsageError when train/ or val/ holds none."""
     there = [side for side in SIDES if os.path.isdir(os.path.join(root, side))]
     if not listing or there[:1] != ["train"] or len(there) == 1:
         return
-    sides = {side: [video for video in listing if video.name.startswith(f"{side}/")] for side in SIDES}
+    sides = below_sides(listing)
     outside = sorted({video.name for video in listing}.difference(*([v.name for v in part] for part in sides.values())))
     split = " and ".join(f"{side}/" for side in there)
     if outside:
@@ -1073,7 +1080,7 @@ def split_by_folders(listing, root):
 def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
     """Walk a folder -> Listing by name of the files with a known suffix that match the glob, one name each. Names with
     a dot in front do not count: they are hidden, or macOS's twins of other files."""
-    matches, found, others, closed, drives = glob_pattern(video_glob).match, [], [], [], {}
+    matches, found, others, closed, drives = glob_pattern(video_glob).match, [], [], [], set()
     below = "videos/" if os.path.basename(root) == "videos" else ""  # a glob may name that folder or not
     for parent, entry in walk_folder(root, closed):
         name, path = entry.name, parent + entry.name
@@ -1082,13 +1089,13 @@ def scan_folder(root, video_glob, suffixes=VIDEO_SUFFIXES):
             found.append(VideoFile(path, os.path.join(root, path)))
         else:
             others.append(name)
-            if wanted and parent not in drives and name.lower().endswith(PICTURE_SUFFIXES):
-                drive = parent[:-1] or os.path.basename(os.path.abspath(root))
-                drives[parent] = VideoFile(drive, os.path.join(root, parent), pictures="*")
+            if wanted and name.lower().endswith(PICTURE_SUFFIXES):
+                drives.add(parent)
     videos, links = one_name_each(sorted(found, key=operator.attrgetter("name")))
     notes = left_out_note("WARNING", closed, f"folder(s) below {one_line(root)} cannot be read and")
     notes += left_out_note("note", links, "further name(s) of files listed already (links)")
-    drives = Listing(sorted(drives.values(), key=operator.attrgetter("name")))
+    names = {parent: parent[:-1] or os.path.basename(os.path.abspath(root)) for parent in sorted(drives)}
+    drives = Listing(VideoFile(name, os.path.join(root, parent), pictures="*") for parent, name in names.items())
     listing = Listing(videos, notes, "" if videos else f"found {count_suffixes(others)}", drives)
     split_by_folders(listing or drives, root)
     return listing
@@ -1164,13 +1171,6 @@ def listed_path(folder, path, key="path"):
     return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
 
 
-def listed_number(row, key, least=1e-9):
-    """A number of a jsonl line, 0 where there is none. ValueError for one out of its range."""
-    if key in row and not (fits(float, row[key]) and least <= row[key] <= 10**9):
-        raise ValueError(f"{key} = {shown(row[key])} must be a number {'above 0' if least else 'from 0 on'}")
-    return float(row.get(key, 0))
-
-
 def json_video(row, folder):
     """A line of a jsonl list -> VideoFile. ValueError says what is wrong with it."""
     row = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {}
@@ -1178,24 +1178,27 @@ def json_video(row, folder):
     path = str(video) if fits(int, video) else video or frames
     if not path or video and frames:
         raise ValueError("a line is a JSON object that names either a 'video' (or 'path') or 'frames'")
-    place, pictures, times, signals = listed_path(folder, path), "", row.get("times"), row.get("signals", "")
-    if times and not frames and not place.lower().endswith(RAW_SUFFIXES):
-        raise ValueError("times are for pictures and raw streams: this video holds its own")
+    for key, least in (("begin", 0), ("length", 1e-9), ("fps", 1e-9)):
+        if key in row and not (fits(float, row[key]) and least <= row[key] <= 10**9):
+            raise ValueError(f"{key} = {shown(row[key])} must be a number {'above 0' if least else 'from 0 on'}")
+    place, pictures, times, signals = listed_path(folder, path), "", row.get("times"), row.get("signals")
     times = listed_path(folder, times, "times") if times else ""
+    if isinstance(signals, dict):
+        check_annotation(signals)
+        signals = json.dumps(signals)
+    elif signals:
+        signals = listed_path(folder, signals, "signals")
     if frames:
         is_pattern = re.search(r"[*?[]", os.path.basename(place)) and not os.path.isdir(place)
         times = place if place.lower().endswith(".csv") else times
         place, pictures = os.path.split(place) if is_pattern else (place, "*")
-    if isinstance(signals, dict):
-        check_annotation(dict(signals))
-        signals = json.dumps(signals)
-    else:
-        signals = signals and listed_path(folder, signals, "signals")
-    begin, length, fps = (listed_number(row, *key) for key in (("begin", 0), ("length",), ("fps",)))
+    elif times and not place.lower().endswith(RAW_SUFFIXES):
+        raise ValueError("times are for pictures and raw streams: this video holds its own")
+    begin, length, fps = (float(row.get(key, 0)) for key in ("begin", "length", "fps"))
     if begin or length:
         path += f"#t={begin:.12g}" + f",{begin + length:.12g}" * bool(length)
     label, group = label_text(row.get("maneuver")) or row.get("label"), label_text(row.get("group"), "group")
-    return VideoFile(path, place, label_text(label), begin, length, fps, times, group, signals, pictures)
+    return VideoFile(path, place, label_text(label), begin, length, fps, times, group, signals or "", pictures)
 
 
 def listed_video(readings, folder, is_comment):
@@ -1275,18 +1278,18 @@ def read_annotation(data_root, video):
     """The annotation of a video: its line's signals, else DIR/annotations/<clip>.json, in its own subfolder or flat ->
     dict, {} when there is none. `maneuver` is a text or absent. BadFile when it is not what it should be."""
     name, own = os.path.splitext(video.name)[0] + ".json", video.signals
+    if own.startswith("{"):  # it was checked with its line
+        return json.loads(own)
     places = dict.fromkeys((name, os.path.basename(name))) if data_root else ()
     for path in [own] if own else [os.path.join(data_root, "annotations", place) for place in places]:
-        inline = path[0] == "{"
         try:
-            if inline or own or stat.S_ISREG(os.stat(path).st_mode):
-                annotation = parse_json(path if inline else read_text(path, MAX_ANNOTATION_BYTES))
+            if own or stat.S_ISREG(os.stat(path).st_mode):
+                annotation = parse_json(read_text(path, MAX_ANNOTATION_BYTES))
                 check_annotation(annotation)
                 return annotation
         except (OSError, ValueError, RecursionError) as error:
             if own or getattr(error, "errno", None) not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-                place = "in its line" if inline else one_line(os.path.basename(path))
-                raise BadFile(f"annotation {place}: {one_line(reason_of(error))}") from error
+                raise bad_part("annotation", path, error) from error
     return {}
 
 
@@ -1349,9 +1352,8 @@ class TimeLine:
 
     def second(self, pts):
         """Presentation times -> seconds, to the last bit: a moment on the very border of two frames must not waver."""
-        if self.told is not None:
-            return self.told[pts]
-        return (pts - self.start) * self.unit.numerator / self.unit.denominator
+        since = pts - self.start
+        return since * self.unit.numerator / self.unit.denominator if self.told is None else self.told[since]
 
 
 def usable_part(plan, duration, native_fps):
@@ -1364,9 +1366,9 @@ def usable_part(plan, duration, native_fps):
 
 
 def frame_times(plan, duration, native_fps):
-    """Seconds from the first frame at which the clip's frames are taken -> float64 [T], of a file of which `duration`
-    may be used. Half a native frame is added: a request falls inside a frame, not on the border of two. A file shorter
-    than the window gives frames over its whole length; one with too few frames each of them, then the last again."""
+    """Seconds from the first frame at which the clip's frames are taken -> float64 [T]; `duration` is what may be used.
+    Half a native frame is added: a request falls inside a frame, not on the border of two. A file shorter than the
+    window gives frames over its whole length; one with too few frames each of them, then the last again."""
     steps, half = np.arange(plan.num_frames), 0.5 / native_fps
     window = plan.num_frames / plan.fps if plan.fps else math.inf
     half = min(half, duration / 2) if plan.file.length else half
@@ -1421,7 +1423,7 @@ def file_stamp(container):
 @lru_cache(maxsize=64)
 def read_times(path):
     """Times of frames: npy, a text with a line of seconds or a date for each, or a csv of path,time -> (float64 seconds
-    after the first, paths of the csv). BadFile unless they are two or more and increase."""
+    after the first, usual rate, paths of the csv). BadFile unless they are two or more and increase."""
     rows = []
     try:
         with open(path, "rb") as file:
@@ -1439,8 +1441,9 @@ def read_times(path):
         if seconds.ndim != 1 or not len(steps) or not np.all((0 < steps) & (steps < math.inf)):
             raise ValueError("they must be two or more in one column, each later than the one before")
     except (*DECODE_ERRORS, TypeError, SyntaxError, tokenize.TokenError, csv.Error) as error:
-        raise BadFile(f"times {one_line(os.path.basename(path))}: {one_line(reason_of(error))}") from error
-    return seconds, [os.path.join(os.path.dirname(path), row[0].strip()) for row in rows]
+        raise bad_part("times", path, error) from error
+    paths = [os.path.join(os.path.dirname(path), row[0].strip()) for row in rows]
+    return seconds, 1 / float(np.median(steps)), paths
 
 
 @lru_cache(maxsize=64)
@@ -1453,8 +1456,8 @@ def list_pictures(folder, pattern):
     names = [name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and name[0] != "."]
     if not names:
         raise BadFile(f"no picture in it ({', '.join(PICTURE_SUFFIXES)}) called {one_line(pattern, 60)}")
-    parts = {name: [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name)] for name in names}
-    return [os.path.join(folder, name) for name in sorted(sorted(names), key=parts.get)]
+    names.sort(key=lambda name: (re.sub("[0-9]+", lambda number: number[0].zfill(255), name), name))
+    return [os.path.join(folder, name) for name in names]
 
 
 def picture_line(path, plan):
@@ -1462,13 +1465,12 @@ def picture_line(path, plan):
     told = plan.file.times
     if not told and not plan.frame_fps:
         raise BadFile("its pictures have no times: fps or times in its line, or --frame_fps")
-    seconds, paths = read_times(told) if told else ([], ())
+    seconds, fps, paths = read_times(told) if told else ((), plan.frame_fps, ())
     if path != told:
         paths = list_pictures(path, plan.file.pictures)
-        seconds = seconds if told else np.arange(len(paths)) / plan.frame_fps
+        seconds = seconds if told else np.arange(len(paths)) / fps
     if len(paths) != len(seconds):
         raise BadFile(f"{len(paths)} pictures, and {len(seconds)} times in {one_line(os.path.basename(told))}")
-    fps = 1 / float(np.median(np.diff(seconds))) if len(seconds) > 1 else plan.frame_fps
     return paths, seconds, usable_part(plan, float(seconds[-1]) + 1 / fps, fps), fps
 
 
@@ -1484,29 +1486,26 @@ def streams_alive(stamp):
     return {number for number, count in counts.items() if count > 1}
 
 
-def between_gaps(plan, seconds):
-    """A plan for frames at these times -> one whose window lies between two gaps: u_start draws the place among all
-    stretches into which it fits; where it fits into none, the longest one is the file."""
-    steps = np.diff(seconds)
-    step = float(np.median(steps))
-    gaps = np.flatnonzero(steps > max(GAP_S, GAP_STEPS * step))
-    begins = np.maximum(seconds[[0, *gaps + 1]], plan.file.begin)
-    lengths = np.minimum(seconds[[*gaps, -1]] + step, plan.file.begin + (plan.file.length or math.inf)) - begins
+def fit_plan(plan, video, annotation=()):
+    """A plan -> the same for a file: which part of it may be used, and what tells the times of its frames. With gaps
+    between these, u_start draws a place among all stretches into which the window fits; where it fits into none, the
+    longest one is the file. BadFile."""
+    noted = dict(annotation).get("fps") or 0.0
+    plan = replace(plan, file=video, frame_fps=video.fps or plan.frame_fps, noted_fps=noted)
+    if not video.times:
+        return plan
+    seconds, fps, _ = read_times(video.times)
+    gaps = np.flatnonzero(np.diff(seconds) > max(GAP_S, GAP_STEPS / fps))
+    begins = np.maximum(seconds[[0, *gaps + 1]], video.begin)
+    lengths = np.minimum(seconds[[*gaps, -1]] + 1 / fps, video.begin + (video.length or math.inf)) - begins
     if not len(gaps) or lengths.max() <= 0:  # it begins behind the end, which usable_part says
         return plan
-    window = plan.num_frames / plan.fps - step / 2 if plan.fps else math.inf
+    window = plan.num_frames / plan.fps - 0.5 / fps if plan.fps else math.inf
     until = np.cumsum(lengths * (lengths >= min(window, lengths.max())))
     place = max(plan.u_start * until[-1], 1e-9)
     chosen = int(np.searchsorted(until, place))
-    part = replace(plan.file, begin=float(begins[chosen]), length=float(lengths[chosen]))
+    part = replace(video, begin=float(begins[chosen]), length=float(lengths[chosen]))
     return replace(plan, file=part, u_start=float(1 - (until[chosen] - place) / part.length))
-
-
-def fit_plan(plan, video, annotation=()):
-    """A plan -> the same for a file: which part of it may be used, and what tells the times of its frames. BadFile."""
-    noted = dict(annotation).get("fps") or 0.0
-    plan = replace(plan, file=video, frame_fps=video.fps or plan.frame_fps, noted_fps=noted)
-    return between_gaps(plan, read_times(video.times)[0]) if video.times else plan
 
 
 def playing_stream(container):
@@ -1629,16 +1628,15 @@ def time_line(container, stream, plan, fast=True):
     """-> (TimeLine, its packets from the first key packet on). A transport stream's line covers all its parts."""
     kind, codec, unit, stamp = container.format.name, stream.codec_context, stream.time_base, file_stamp(container)
     packets, fps = from_key(container.demux(stream)), float(stream.average_rate or stream.guessed_rate or 25)
-    if kind in RAW_FORMATS and (path := plan.file.times):
-        told, count = read_times(path)[0], count_packets(stamp)
-        if len(told) < count:
-            raise BadFile(f"{count} frames, and {len(told)} times in {one_line(os.path.basename(path))}")
-        fps = 1 / float(np.median(np.diff(told)))
-        return TimeLine(0, unit, float(told[count - 1]) + 1 / fps, fps, in_order=True, told=told), packets
     if kind in RAW_FORMATS:
+        count, path = count_packets(stamp), plan.file.times
+        if path:
+            told, fps, _ = read_times(path)
+            if len(told) < count:
+                raise BadFile(f"{count} frames, and {len(told)} times in {one_line(os.path.basename(path))}")
+            return TimeLine(0, unit, float(told[count - 1]) + 1 / fps, fps, in_order=True, told=told), packets
         fps = plan.frame_fps or float(codec.framerate or 0) or plan.noted_fps or RAW_FPS
-        unit = 1 / Fraction(fps).limit_denominator(10**6)
-        return TimeLine(0, unit, count_packets(stamp) / fps, fps, in_order=True), packets
+        return TimeLine(0, 1 / Fraction(fps).limit_denominator(10**6), count / fps, fps, in_order=True), packets
     if kind == "mpegts":
         keys = stream_keys(stamp, stream.index)
         return TimeLine(keys[0][1], unit, keys[-1][3], fps), packets
@@ -1839,7 +1837,7 @@ def open_picture(path):
                 raise BadFile(f"{image.width} x {image.height} pixels of kind {image.mode}")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (BadFile, SyntaxError, Image.DecompressionBombError, *DECODE_ERRORS) as error:
-        raise BadFile(f"picture {one_line(os.path.basename(path))}: {one_line(reason_of(error))}") from error
+        raise bad_part("picture", path, error) from error
 
 
 def read_pictures(path, plan):
@@ -1852,9 +1850,10 @@ def read_pictures(path, plan):
     frames, sizes, scaler = {}, {}, VideoReformatter()
     for number in dict.fromkeys(wanted.tolist()):
         picture = open_picture(paths[number])
-        sizes.setdefault(picture.shape[1::-1], os.path.basename(paths[number]))
+        height, width, _ = picture.shape
+        sizes.setdefault((height, width), f"{one_line(os.path.basename(paths[number]))} {width} x {height}")
         if len(sizes) > 1:
-            raise BadFile("pictures of two sizes: " + ", ".join(f"{one_line(sizes[w, h])} {w} x {h}" for w, h in sizes))
+            raise BadFile(f"pictures of two sizes: {', '.join(sizes.values())}")
         frames[number] = pyav_picture(av.VideoFrame.from_ndarray(picture, format="rgb24"), plan, 1.0, scaler)
     return np.stack([frames[number] for number in wanted.tolist()])
 
@@ -2825,24 +2824,15 @@ class SceneDataset(ClipDataset):
         return (frames[:, :, ::-1] if flip else frames), index % len(self.videos), labels, [], flip
 
 
-def whole_tokens(found, plan):
-    """Latents that others cached, [B, D, T, H, W] or [D, T, H, W] -> tokens [L, D] of one clip, drawn by plan, 0 to 1.
-    BadFile for anything else."""
-    if not torch.is_tensor(found) or found.ndim not in (4, 5) or not found.is_floating_point() or not len(found):
-        raise BadFile(f"latents are no tensor [B, D, T, H, W] or [D, T, H, W], but {describe_form(found)}")
-    return (found[int(plan * len(found))] if found.ndim == 5 else found).flatten(1).T.float()
-
-
 class LatentDataset(FileDataset):
-    """What a frozen encoder makes of clips, a cached file for each. `cache`: what cache.json says; of a cache of others
-    the forms alone, and `world`, which has no memory, takes its clips apart."""
+    """What a frozen encoder makes of clips, a cached file for each, in the form of `zeros`. `cache`: what cache.json
+    says, {} of a cache of others, whose whole clips `world`, which has no memory, takes apart."""
 
-    SUFFIXES, cache, world = (".pt",), {}, None
+    SUFFIXES, cache, world, zeros = (".pt",), {}, None, {}
 
     @staticmethod
     def notes(cfg, source):
-        own = "frozen" in source.Dataset.cache
-        told = "" if own else "WARNING: whole clips were encoded, so NOW saw its future: "
+        told = "" if source.Dataset.cache else "WARNING: whole clips were encoded, so NOW saw its future: "
         return [f"{told}latents of {cfg.latents} are read, videos neither decoded nor encoded"]
 
     def read_file(self, video, plan):
@@ -2851,7 +2841,16 @@ class LatentDataset(FileDataset):
             found = torch.load(video.path, map_location="cpu", weights_only=True)
         except Exception as error:  # such a file makes the unpickler raise anything
             raise BadFile(f"latents cannot be read ({type(error).__name__}: {flat(error)[:160]})") from error
-        found = found if self.world is None else self.world.latents_of(whole_tokens(found, plan))
+        if self.world is not None:
+            if (
+                not torch.is_tensor(found)
+                or found.ndim not in (4, 5)
+                or not found.is_floating_point()
+                or not len(found)
+            ):
+                raise BadFile(f"latents are no tensor [B, D, T, H, W] or [D, T, H, W], but {describe_form(found)}")
+            whole = found[int(plan * len(found))] if found.ndim == 5 else found  # [D, T, H, W]
+            found = self.world.latents_of(whole.flatten(1).T.float())
         if not isinstance(found, dict):
             raise BadFile(f"latents are no dict of tensors, but {describe_form(found)}")
         if odd := [name for name, value in found.items() if torch.is_tensor(value) and not value.isfinite().all()]:
@@ -2859,14 +2858,7 @@ class LatentDataset(FileDataset):
         return {**found, "maneuver": torch.tensor(self.maneuvers.get(video.label, -1))}
 
     def blank(self):
-        forms = self.cache["tensors"].items()
-        zeros = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms}
-        return {**zeros, "maneuver": torch.tensor(-1)}
-
-
-def tensor_forms(tensors):
-    """Dict of tensors -> {name: [shape, type]} for cache.json."""
-    return {name: [list(value.shape), str(value.dtype)[6:]] for name, value in tensors.items()}
+        return {**self.zeros, "maneuver": torch.tensor(-1)}
 
 
 def latent_settings(world, cfg):
@@ -2875,60 +2867,50 @@ def latent_settings(world, cfg):
     return json.loads(json.dumps(values))
 
 
-def read_cache(world, cfg):
-    """The csv of `latents` -> (its path, rows, what its cache.json says, {} for a cache of others). UsageError where
-    they cannot be read or were made with other settings."""
-    place, cache, other, what = Path(cfg.latents), {}, [], f"latents {one_line(cfg.latents)}"
-    index = place / "index.csv" if place.is_dir() else place
-    about = index.parent / "cache.json"
+def list_latents(world, cfg):
+    """The clips of a cache -> Listing, with `Dataset`, which reads them, and `root`, the list of their videos.
+    UsageError for a world that reads none, and for a cache that cannot be read or was made with other settings."""
+    place, cache, zeros, other, listing = Path(cfg.latents), {}, {}, [], Listing()
+    index, what = place / "index.csv" if place.is_dir() else place, f"latents {one_line(place)}"
+    about = index.with_name("cache.json")
+    if not world.latent_fields:
+        raise UsageError(f"{what}: {world.__name__} has none to read (--latents)")
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(index, MAX_LIST_BYTES), newline="")))
-        if place.is_dir() or index.name == "index.csv" and about.is_file():
+        if place.is_dir() or about.is_file():
             cache = parse_json(read_text(about, 2**24))
-            [torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in cache["tensors"].values()]
+            forms = cache["tensors"].items()
+            zeros = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms}
             here, then = latent_settings(world, cfg), cache["settings"]
             other = [f"{name} = {then.get(name)} (here {here[name]})" for name in here if then.get(name) != here[name]]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, csv.Error) as error:
-        made = "tools/cache_latents.py makes them, and goes on where it was stopped"
+    except (*DECODE_ERRORS, TypeError, csv.Error) as error:
         told = f"{what}: no {index.name} or cache.json that can be read ({reason_of(error)})"
-        raise UsageError(f"{told}; {made}") from error
+        raise UsageError(f"{told}; tools/cache_latents.py makes them, and goes on where it was stopped") from error
     if other:
         raise UsageError(f"{what}: made with {', '.join(other)}; use the same, or another cache (--latents)")
     needed = ("out_path", "name", "begin", "group") if cache else ("out_path",)
     if not rows or not all(row.get(name) for row in rows for name in needed):
         raise UsageError(f"{what}: {index.name} has no rows, or not all have {', '.join(needed)}")
-    return index, rows, cache
-
-
-def list_latents(world, cfg):
-    """The clips of a cache -> Listing, with `Dataset`, which reads them, and `root`, the list of their videos.
-    UsageError as of read_cache, for a world that reads none, and where no file of others fits."""
-    if not world.latent_fields:
-        raise UsageError(f"latents = {one_line(cfg.latents)}: {world.__name__} has none to read (--latents)")
-    index, rows, cache = read_cache(world, cfg)
-    listing, reason = Listing(), "no file"
     for row in rows:
         path = os.path.join(index.parent, os.path.expanduser(row["out_path"]))
         name = f"{row['name']}#t={row['begin']}" if cache else row["out_path"]
         listing.append(VideoFile(name, path, row.get("maneuver") or "", group=row.get("group") or ""))
-    if cache.get("split") == "folders":
-        listing.sides = {side: [clip for clip in listing if clip.name.startswith(f"{side}/")] for side in SIDES}
-    listing.root = str(index.parent / "list.jsonl" if cache else index)
-    listing.Dataset = kind = type("LatentDataset", (LatentDataset,), {"cache": cache})
+    listing.root = str(index.with_name("list.jsonl") if cache else index)
+    listing.Dataset = type("LatentDataset", (LatentDataset,), {"cache": cache, "zeros": zeros})
     if cache:
+        listing.sides = below_sides(listing) if cache.get("split") == "folders" else {}
         return listing
     with torch.device("meta"):
-        kind.world = world(cfg)
+        listing.Dataset.world = world(cfg)
     for clip in listing[:16]:
         try:
-            forms = tensor_forms(kind(cfg, [clip], "", "train").read_file(clip, 0.0))
+            found = listing.Dataset(cfg, [clip], "", "train").read_file(clip, 0.0)
         except BadFile as error:
             reason = f"{clip.name}: {error}"
         else:
-            del forms["maneuver"]
-            kind.cache = {"tensors": forms}
+            listing.Dataset.zeros = {name: torch.zeros_like(value) for name, value in found.items()}
             return listing
-    raise UsageError(f"latents {one_line(cfg.latents)}: no usable file among the first ({reason})")
+    raise UsageError(f"{what}: no usable file among the first ({reason})")
 
 
 def maneuver_names(videos, data_root):
@@ -2964,10 +2946,9 @@ class DataSource:
     by_folders: bool = False  # whether folders split the files, not the hash of their names
 
     def listing(self):
-        """What a checkpoint keeps of it: number of files and what splits them; a user's names, with groups, unless too
-        many."""
+        """What a checkpoint keeps of it: number of files and what splits them; a user's names, groups, if few."""
         videos = (*self.train, *self.val)
-        names = sorted({f"{video.name} of {video.group}" if video.group else video.name for video in videos})
+        names = sorted({video.name + f" of {video.group}" * bool(video.group) for video in videos})
         kept = names if self.kind == "videos" and len(names) <= MAX_LISTED else []
         split = "folders" if self.by_folders else "hash"
         return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept, "split": split}
@@ -3001,19 +2982,19 @@ def instead_of_videos(cfg, videos):
 def drives_of_pictures(cfg, videos):
     """What was listed -> the same, or where it is no video the folders of pictures, whose rate --frame_fps tells.
     UsageError without it, and for layouts that would be misread without a list."""
-    root, layout = cfg.data_root, ""
-    command = f"python tools/make_list.py {root} --out LIST.jsonl"
+    root, what, otherwise = cfg.data_root, "", ""
+    raw = [] if cfg.frame_fps else [video.path for video in videos if not (video.fps or video.times)]
+    if any(path.endswith("/video.hevc") and os.path.exists(path[:-10] + "global_pose/frame_times") for path in raw):
+        what = "this is comma2k19, whose streams hold no times"
+    elif videos.drives and not videos and not cfg.frame_fps:
+        what = nothing_found(cfg, videos)
+        otherwise = "; --frame_fps N takes each folder of pictures for a drive"
     with suppress(OSError, ValueError):
         if '"codebase_version"' in read_text(os.path.join(root, "meta", "info.json"), MAX_ANNOTATION_BYTES):
-            layout = "LeRobot, several episodes in a file or cameras of one"
-    streams = (video.path for video in videos if video.path.endswith("/video.hevc") and not (video.fps or video.times))
-    if not cfg.frame_fps and any(os.path.exists(path[:-10] + "global_pose/frame_times") for path in streams):
-        layout = "comma2k19, whose streams hold no times"
-    if layout:
-        raise UsageError(f"data_root {root}: this is {layout}; {command} makes the list to be given instead")
-    if videos.drives and not videos and not cfg.frame_fps:
-        cure = f"{command} makes a list of known layouts, and --frame_fps N takes each folder of pictures for a drive"
-        raise UsageError(f"data_root {root}: {nothing_found(cfg, videos)}; {cure}")
+            what = "this is LeRobot, several episodes in a file or cameras of one"
+    if what:
+        cure = f"python tools/make_list.py {root} --out LIST.jsonl makes the list to be given instead{otherwise}"
+        raise UsageError(f"data_root {root}: {what}; {cure}")
     return videos or videos.drives or videos
 
 
@@ -3236,10 +3217,8 @@ class Worker:
         self.channel.setblocking(False)
         self.batch_numbers, self.todo, self.ahead = batch_numbers, len(batch_numbers), 0  # to make; made, slot in use
         self.inbox, self.parcels, self.in_hand = bytearray(), [], -1  # bytes, batches not taken yet, file that it reads
-        self.silent, self.lost = (
-            0.0,
-            False,
-        )  # seconds for which the loop has waited for a word, whether its end is closed
+        # seconds for which the loop has waited for a word, whether its end is closed
+        self.silent, self.lost = 0.0, False
         self.process, self.failure = None, None  # what ended it: (name in WORKER_ERRORS or "", text, traceback)
 
     def start(self, *work):
@@ -3641,15 +3620,13 @@ EMULATED = 4.0  # products that take so many times as long as in fp32 are done b
 
 
 def amp_dtype(cfg, device):
-    """The type to try under --amp: amp_type, else bf16, or fp16 on CUDA cards that only emulate bf16. None without
-    --amp."""
+    """The type under --amp: amp_type, else bf16, or fp16 on CUDA cards that only emulate bf16. None without --amp."""
     if not cfg.amp:
         return None
-    if cfg.amp_type != "auto":
-        return torch.bfloat16 if cfg.amp_type == "bf16" else torch.float16
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+    kind = cfg.amp_type
+    if kind == "auto" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        kind = "fp16"
+    return torch.float16 if kind == "fp16" else torch.bfloat16
 
 
 def fastest(calls, device, rounds=3):
@@ -4073,12 +4050,12 @@ class World(nn.Module):
     latent_fields = ()  # names of the settings that decide what latents are
 
     def latents(self, batch):
-        """All that `forward` needs of a batch's clips, made by FROZEN parts alone -> {name: tensor [B, ...]}. With
-        --latents a batch holds these, as tools/cache_latents.py kept them, instead of `frames`."""
+        """All that `forward` needs of a batch's clips, made by FROZEN parts alone -> {name: tensor [B, ...]}: what a
+        batch holds with --latents, instead of `frames`."""
         return {}
 
     def latents_of(self, whole):
-        """All tokens [L, D] of a clip of a cache that others made -> its `latents`, without batch axis."""
+        """All tokens [L, D] of a clip in a foreign cache -> its `latents`, without batch axis."""
         raise BadFile(f"{type(self).__name__} reads no latents of whole clips")
 
     # -- a step
@@ -4166,7 +4143,7 @@ class World(nn.Module):
 
     # -- start-up lines
     def take_weights(self, say):
-        """Take in weights that the config names where a run begins, not where one goes on. `say` logs a line."""
+        """Take in weights where a run begins, not where one goes on. `say` logs a line."""
 
     def describe(self):
         """Lines about the model; by default its parameters."""
@@ -4420,11 +4397,10 @@ class PositionCode(nn.Module):
 
     def __init__(self, kind, grid, dim, num_heads):
         super().__init__()
-        self.kind, self.grid, self.dim, self.num_heads, self.other = kind, grid, dim, num_heads, None
+        self.kind, self.grid, self.sizes, self.other = kind, grid, (dim, num_heads), None
         self.is_rope, positions = kind != "sincos", grid_positions(grid)
         if kind == "rope21":  # rows and columns of every grid span those of its pretraining, 0 to 15
-            spans = [1.0, *(15 / max(size - 1, 1) for size in grid[1:])]
-            positions = positions * torch.tensor(spans, dtype=torch.float64)
+            positions = positions * torch.tensor([1.0, *(15 / max(n - 1, 1) for n in grid[1:])], dtype=torch.float64)
         if self.is_rope:
             tables = dict(zip(("cos", "sin"), rope_table(positions, dim // num_heads, kind == "rope21")))
         else:
@@ -4432,19 +4408,17 @@ class PositionCode(nn.Module):
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
-    def changed(self, kind=None, grid=None):
+    def changed(self, kind, grid):
         """The code of another kind or grid, on the same device."""
         with torch.inference_mode(False):  # it may be made in a look at a clip, and used in training
-            code = PositionCode(kind or self.kind, grid or self.grid, self.dim, self.num_heads)
-        return code.to(next(self.buffers()))
+            return PositionCode(kind, grid, *self.sizes).to(next(self.buffers()))
 
     def at(self, grid):
-        """The code of a grid: this one where it has as many rows and columns and no more tubelets, else another, which
-        is kept until one of a third grid is asked for."""
+        """The code of a grid: this one where it holds that, else another, kept until a third is asked for."""
         if grid[1:] == self.grid[1:] and grid[0] <= self.grid[0]:
             return self
         if self.other is None or self.other.grid != grid:
-            self.other = self.changed(grid=grid)
+            self.other = self.changed(self.kind, grid)
         return self.other
 
     def add(self, x, idx):
@@ -4503,7 +4477,7 @@ class Encoder(nn.Module):
         """Whole clip [B, T, C, H, W] of any length and size in whole tubelets and patches -> [B, L, D]."""
         sizes, units = (clip.shape[1], *clip.shape[3:]), self.tokenizer.proj.weight.shape[2:]
         if any(size % unit for size, unit in zip(sizes, units)):
-            raise UsageError(f"a clip of {sizes[0]} x {sizes[1]} x {sizes[2]} is cut in pieces of {list(units)}")
+            raise UsageError(f"a clip of {' x '.join(map(str, sizes))} is cut in pieces of {list(units)}")
         tokens = self.tokenizer(clip)  # [B, L, D]
         everything = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         return self.encode(tokens, everything, tuple(size // unit for size, unit in zip(sizes, units)))
@@ -5125,12 +5099,14 @@ def save_picture(image, path):
 
 
 def videos_behind(world, cfg, path):
-    """The list that tools/cache_latents.py left of a cache's clips -> (their DataSource or None, what is gone)."""
+    """The list that tools/cache_latents.py left of a cache's clips -> (their DataSource, what is gone)."""
     if not path.endswith(".jsonl") or not os.path.exists(path):
         return None, [path]
     videos = read_list(path)
     if gone := [video.name for video in videos if not os.path.exists(video.path)]:
         return None, gone
+    if read_mapping(os.path.join(os.path.dirname(path), "cache.json"), MAX_LIST_BYTES).get("split") == "folders":
+        videos.sides = {side: [part for part in videos if part.group.startswith(f"{side}/")] for side in SIDES}
     return open_data(world, replace(cfg, data_root=path), videos, True, None), []
 
 
@@ -5158,22 +5134,22 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 # ---------------------------------------------------------------------------------------------------------------------
 # 21  Weights: published encoders and predictors <-> ours
 # ---------------------------------------------------------------------------------------------------------------------
-# Tensors have three sets of names: V-JEPA 2's own, by which they are known here, transformers', and this file's.
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 22, 1664: 26}  # by width: an official .pt does not say them
-ENCODER_SIZES = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio", "tubelet_t", "patch")
 FRAMES_SEEN = 64  # of the longest clips in the published pretraining
+ENCODER_SIZES = ("enc_depth", "enc_dim", "mlp_ratio", "num_heads", "tubelet_t", "patch")
+PREDICTOR_SIZES = ("pred_depth", "pred_dim", "pred_mlp_ratio", "pred_heads")
+OFFICIAL, OURS, THEIRS = range(3)  # how names of tensors begin in V-JEPA 2's own code, here, and in transformers
 # fmt: off
-OUR_ENCODER = (("tokenizer.", "patch_embed."), ("trunk.blocks.", "blocks."), ("trunk.norm.", "norm."))
-OUR_PREDICTOR = (
-    ("embed.", "predictor_embed."), ("trunk.blocks.", "predictor_blocks."), ("trunk.norm.", "predictor_norm."),
-    ("out.", "predictor_proj."),
+ENCODER_NAMES = (
+    ("patch_embed.", "tokenizer.", "encoder.embeddings.patch_embeddings."),
+    ("blocks.", "trunk.blocks.", "encoder.layer."), ("norm.", "trunk.norm.", "encoder.layernorm."),
 )
-TRANSFORMERS = (
-    ("encoder.embeddings.patch_embeddings.", "patch_embed."), ("encoder.layer.", "blocks."),
-    ("encoder.layernorm.", "norm."), ("predictor.embeddings.predictor_embeddings.", "predictor_embed."),
-    ("predictor.embeddings.mask_tokens", "mask_tokens"), ("predictor.layer.", "predictor_blocks."),
-    ("predictor.layernorm.", "predictor_norm."), ("predictor.proj.", "predictor_proj."),
+PREDICTOR_NAMES = (
+    ("predictor_embed.", "embed.", "predictor.embeddings.predictor_embeddings."),
+    ("predictor_blocks.", "trunk.blocks.", "predictor.layer."),
+    ("predictor_norm.", "trunk.norm.", "predictor.layernorm."), ("predictor_proj.", "out.", "predictor.proj."),
+    ("mask_tokens", "mask_tokens", "predictor.embeddings.mask_tokens"),
 )
 CONFIG_NAMES = {  # fields of a config -> transformers' names
     "num_heads": "num_attention_heads", "pred_heads": "pred_num_attention_heads", "num_frames": "frames_per_clip",
@@ -5182,8 +5158,9 @@ CONFIG_NAMES = {  # fields of a config -> transformers' names
     "pred_depth": "pred_num_hidden_layers", "pred_mlp_ratio": "pred_mlp_ratio",
 }
 NO_PLACE = {  # what may stand beside an encoder, and why it is left out
-    "(predictor_)?pos_embed": "rope needs none", "patch_embed_img|img_mod_embed": "for single pictures",
-    "norms_block": "norms at other depths", "pooler|classifier": "a classifier's",
+    "pos_embed": "rope needs none", "predictor_pos_embed": "rope needs none", "patch_embed_img": "for single pictures",
+    "img_mod_embed": "for single pictures", "norms_block": "norms at other depths", "pooler": "a classifier's",
+    "classifier": "a classifier's",
 }
 # fmt: on
 
@@ -5196,9 +5173,9 @@ def extra(name, why):
         raise UsageError(f"{why}: needs the package {name} (pip install {name})") from error
 
 
-def renamed(name, pairs):
-    """The name of a tensor by the first of the pairs (old beginning, new beginning) that fits, else as it is."""
-    return next((new + name[len(old) :] for old, new in pairs if name.startswith(old)), name)
+def renamed(name, rows, old, new):
+    """A tensor's name in another column of a table; as it is where no row fits."""
+    return next((row[new] + name[len(row[old]) :] for row in rows if name.startswith(row[old])), name)
 
 
 def own_tensor(value, name, path):
@@ -5237,41 +5214,34 @@ def check_weights(folder):
     return tensors
 
 
-@dataclass
-class Origin:
-    """What is known of weights beside their tensors."""
-
-    path: str
-    what: str  # in words
-    cfg: dict  # fields of a config that the file decides
-    no_predictor: str = ""  # why there is none to load
-    left_out: str = ""  # what and why
-
-
 def read_folder(folder):
-    """A folder of transformers -> (tensors, Origin). UsageError for another model, or one that computes otherwise."""
-    config = read_mapping(folder / "config.json", 2**20)
+    """A folder of transformers -> (encoder, predictor, what it is, fields of a config that it decides, why the
+    predictor is of no use). UsageError for another model, or one that computes otherwise."""
+    if not (config := read_mapping(folder / "config.json", 2**20)):
+        raise UsageError(f"{folder}: no config.json that can be read")
+    config = {"model_type": None, **config}
     fixed = {"model_type": "vjepa2", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True, "in_chans": 3}
     for name, value in fixed.items():
-        if (found := config.get(name, value if "model_type" in config else None)) != value:
+        if (found := config.get(name, value)) != value:
             raise UsageError(f"{folder}: {name} = {shown(found)} in its config.json, only {value} can be taken")
-    cfg = dict(num_heads=16, pred_heads=12, num_frames=FRAMES_SEEN, image_size=256)  # as transformers has them
-    cfg = {name: config.get(CONFIG_NAMES[name], default) for name, default in cfg.items()}
-    if odd := [CONFIG_NAMES[name] for name, number in cfg.items() if not fits(int, number) or number < 1]:
+    values = dict(num_heads=16, pred_heads=12, num_frames=FRAMES_SEEN, image_size=256)  # as transformers has them
+    values = {name: config.get(CONFIG_NAMES[name], default) for name, default in values.items()}
+    if odd := [CONFIG_NAMES[name] for name, number in values.items() if not fits(int, number) or number < 1]:
         raise UsageError(f"{folder}: {odd[0]} in its config.json is no number above 0")
-    tensors = {
-        renamed(name.removeprefix("vjepa2."), TRANSFORMERS).replace(".attention.", ".attn."): value
-        for name, value in check_weights(folder).items()
-    }
+    tensors = {}
+    for name, value in check_weights(folder).items():
+        name = renamed(name.removeprefix("vjepa2."), ENCODER_NAMES + PREDICTOR_NAMES, THEIRS, OFFICIAL)
+        tensors[name.replace(".attention.", ".attn.")] = value
     for name in [name for name in tensors if ".attn.query." in name]:
         parts = [name.replace("query", part) for part in ("query", "key", "value")]
         if all(part in tensors for part in parts):
             tensors[name.replace("query", "qkv")] = torch.cat([tensors.pop(part) for part in parts])
-    return tensors, Origin(str(folder), "transformers folder", {**cfg, "pos_embed": "rope"})
+    predictor = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("predictor_", "mask_tokens"))}
+    return tensors, predictor, "transformers folder", {**values, "pos_embed": "rope"}, ""
 
 
 def read_pt(path, key):
-    """An official .pt, or a checkpoint of ours -> (tensors, Origin). UsageError."""
+    """An official .pt, or a checkpoint of a run -> as read_folder. UsageError."""
     if not zipfile.is_zipfile(path):
         raise UsageError(f"{path}: no .pt file, cut, or a git lfs pointer (git lfs pull)")
     with zipfile.ZipFile(path) as archive:
@@ -5280,37 +5250,83 @@ def read_pt(path, key):
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     ours = state.get("cfg") if "format" in state else None
     known = ("target", "online") if ours else ("target_encoder", "ema_encoder", "encoder")
+    tables = (ENCODER_NAMES, PREDICTOR_NAMES) if ours else ((), ())
     entries = {name: state[name] for name in known if isinstance(state.get(name), dict)}
     key = key or next(iter(entries), known[0])
     if key not in entries:
         there = ", ".join(entries) or name_some(sorted(state))
         raise UsageError(f"{path}: no entry {one_line(key)}; there are {there} (--init_key)")
-    tensors = {}
-    for part, pairs in ((entries[key], OUR_ENCODER), (state.get("predictor") or {}, OUR_PREDICTOR)):
+    encoder, predictor = {}, {}
+    for tensors, part, rows in zip((encoder, predictor), (entries[key], state.get("predictor") or {}), tables):
         for name, value in part.items():
-            name = renamed(re.sub(r"^(module\.|backbone\.|_orig_mod\.)+", "", name), pairs if ours else ())
-            foreign = pairs is OUR_PREDICTOR and not name.startswith(("predictor_", "mask_tokens"))
-            tensors["predictor_." * foreign + name] = own_tensor(value, name, path)
+            official = re.sub(r"^(module\.|backbone\.|_orig_mod\.)+", "", name)
+            tensors[renamed(official, rows, OURS, OFFICIAL)] = own_tensor(value, name, path)
     if ours:
-        return tensors, Origin(str(path), f"checkpoint of a run, {key}", ours, "of a run the encoder alone is taken")
-    origin = Origin(str(path), f"official .pt, {key}", {"pos_embed": "rope"})
-    if "norms_block.0.weight" in tensors:
-        origin.what, origin.cfg["pos_embed"] = f"V-JEPA 2.1, {origin.what}", "rope21"
-        origin.no_predictor = "that of V-JEPA 2.1 has other shapes"
-        last = max(name.split(".")[1] for name in tensors if name.startswith("norms_block."))
+        return encoder, predictor, f"checkpoint of a run, {key}", ours, "of a run the encoder alone is taken"
+    what, positions, why = f"official .pt, {key}", "rope", ""
+    if "norms_block.0.weight" in encoder:
+        what, positions, why = f"V-JEPA 2.1, {what}", "rope21", "that of V-JEPA 2.1 has other shapes"
+        last = max(name.split(".")[1] for name in encoder if name.startswith("norms_block."))
         for part in ("weight", "bias"):
-            tensors[f"norm.{part}"] = tensors.pop(f"norms_block.{last}.{part}")
-        tensors["patch_embed.proj.bias"] += tensors.pop("video_mod_embed", torch.zeros(1)).flatten()
-    if "predictor_.action_encoder.weight" in tensors:
-        origin.no_predictor = "it is conditioned on actions"
-    return tensors, origin
+            encoder[f"norm.{part}"] = encoder.pop(f"norms_block.{last}.{part}")
+        encoder["patch_embed.proj.bias"] += encoder.pop("video_mod_embed", torch.zeros(1)).flatten()
+    if "action_encoder.weight" in predictor:
+        why = "it is conditioned on actions"
+    return encoder, predictor, what, {"pos_embed": positions}, why
 
 
-def read_weights(path, key=""):
+def trunk_sizes(tensors, blocks):
+    """Depth, width and MLP ratio of the blocks whose names begin so, () where there are none."""
+    fc1 = tensors.get(f"{blocks}.0.mlp.fc1.weight", torch.empty(0))
+    depth = len({name.split(".")[1] for name in tensors if name.startswith(f"{blocks}.")})
+    return (depth, fc1.shape[1], len(fc1) / fc1.shape[1]) if fc1.ndim == 2 else ()
+
+
+def config_of(Config, values):
+    """A dict of values, those of a checkpoint say -> Config, without those that it has no field for."""
+    known = {name: value for name, value in values.items() if name in field_types(Config)}
+    return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+
+
+@dataclass
+class Origin:
+    """What is known of weights beside their tensors."""
+
+    path: str
+    what: str  # in words
+    cfg: VJepaAutoV2Config  # has their sizes; pred_heads 0: unknown
+    no_predictor: str  # why there is none to load
+    left_out: str  # what and why
+
+
+def sized(path, encoder, predictor, what, values, why, num_heads):
+    """What read_folder gives, less tensors that have no place -> as read_weights. UsageError."""
+    roots = {name.split(".")[0] for name in (*encoder, *predictor)}
+    left_out = ", ".join(f"{root} ({reason})" for root, reason in NO_PLACE.items() if root in roots)
+    for tensors in (encoder, predictor):
+        for name in [name for name in tensors if name.split(".")[0] in NO_PLACE]:
+            del tensors[name]
+    if tokens := [predictor.pop(name).flatten(0, -2) for name in sorted(predictor) if name.startswith("mask_tokens")]:
+        predictor["mask_tokens"] = torch.cat(tokens)
+    dims, patch = trunk_sizes(encoder, "blocks"), encoder.get("patch_embed.proj.weight", torch.empty(0))
+    if not dims or patch.ndim != 5:
+        raise UsageError(f"{path}: holds no video encoder of V-JEPA 2")
+    heads = values.get("num_heads") or HEADS.get(dims[1], num_heads)
+    if not heads or dims[1] % heads:
+        raise UsageError(f"{path}: a width of {dims[1]} with {heads or 'an unknown number of'} heads (--num_heads)")
+    sizes = dict(zip(ENCODER_SIZES, (*dims, heads, *patch.shape[2:4])), num_frames=FRAMES_SEEN, image_size=256)
+    if (dims := trunk_sizes(predictor, "predictor_blocks")) and tokens:
+        sizes |= dict(zip(PREDICTOR_SIZES, (*dims, 12 * (dims[1] == 384))))
+    else:
+        why = why or "there is none"
+    return encoder, predictor, Origin(path, what, config_of(VJepaAutoV2Config, {**sizes, **values}), why, left_out)
+
+
+def read_weights(path, key="", num_heads=0):
     """Weights of V-JEPA 2 or 2.1, or of a run -> (encoder, predictor, Origin), both {official name: fp32 tensor}, but
-    mask_tokens [K, P]. `path`: folder, file, or hub id, which is fetched; `key`: entry of a .pt. UsageError for all
-    that may be wrong."""
-    path, told = os.path.expanduser(path), {}
+    mask_tokens [K, P]. `path`: folder, file, or hub id, which is fetched; `key`: entry of a .pt; `num_heads`: for a
+    width that does not say. UsageError for all that may be wrong."""
+    path = os.path.expanduser(path)
     found = Path(path)
     try:
         if not found.exists():
@@ -5320,80 +5336,61 @@ def read_weights(path, key=""):
             found = Path(hub.snapshot_download(path, allow_patterns=wanted))
         if key and found.is_dir():
             raise UsageError(f"{path}: a folder holds one encoder, nothing to choose from (--init_key)")
-        tensors, origin = read_folder(found) if found.is_dir() else read_pt(found, key)
-        tokens = [tensors.pop(name).flatten(0, -2) for name in sorted(tensors) if name.startswith("mask_tokens")]
-    except UserError:
-        raise
+        return sized(path, *(read_folder(found) if found.is_dir() else read_pt(found, key)), num_heads)
+    except UserError as error:
+        raise UsageError(f"{error}{' (--init_from)' * ('(--' not in str(error))}") from error
     except Exception as error:  # a foreign file makes the unpickler raise anything, and so does a network
         why = f"{type(error).__name__}: {flat(error)[:160]}"
         raise UsageError(f"{path}: cannot be read as weights ({why}) (--init_from)") from error
-    for name in list(tensors):
-        if why := next((why for pattern, why in NO_PLACE.items() if re.match(pattern, name)), ""):
-            told[name.split(".")[0]] = why
-            del tensors[name]
-    origin.left_out = ", ".join(f"{name} ({why})" for name, why in told.items())
-    predictor = {name: tensors.pop(name) for name in list(tensors) if name.startswith("predictor_")}
-    if tokens:
-        predictor["mask_tokens"] = torch.cat(tokens)
-    parts = {"mask_tokens", "predictor_embed.weight", "predictor_blocks.0.mlp.fc1.weight"}
-    origin.no_predictor = origin.no_predictor or "there is none" * (not parts <= predictor.keys())
-    return tensors, predictor, origin
 
 
-def sizes_of(tensors, origin, num_heads=0, kind=""):
-    """What a config must say for an encoder, or a predictor (`kind` predictor_) -> {field: value}, the width first.
-    UsageError where there is none, or neither the file nor its width nor `num_heads` says its heads."""
-    first = tensors.get("predictor_embed.weight" if kind else "patch_embed.proj.weight", torch.empty(0))
-    fc1 = tensors.get(f"{kind}blocks.0.mlp.fc1.weight", torch.empty(0))
-    if first.ndim != (2 if kind else 5) or fc1.ndim != 2:
-        raise UsageError(f"{origin.path}: holds no {kind.strip('_') or 'video encoder'} of V-JEPA 2")
-    dim, depth = len(first), len({name.split(".")[1] for name in tensors if name.startswith(f"{kind}blocks.")})
-    published = {384: 12} if kind else HEADS
-    heads = origin.cfg.get("pred_heads" if kind else "num_heads") or published.get(dim, num_heads)
-    if not heads or dim % heads:
-        raise UsageError(f"{origin.path}: a width of {dim} with {heads or 'an unknown number of'} heads (--num_heads)")
-    names = ("pred_dim", "pred_depth", "pred_heads", "pred_mlp_ratio") if kind else ENCODER_SIZES
-    return dict(zip(names, (dim, depth, heads, len(fc1) / dim, *first.shape[2:4])))
-
-
-def misfits(cfg, sizes):
-    """Sizes that a config has otherwise -> [text]."""
-    odd, width = [], next(iter(sizes.values()))
-    for name, theirs in sizes.items():
+def misfits(cfg, other, names):
+    """Sizes that a config has otherwise than the weights' -> [text]. 0: the predictor's are the encoder's in a config,
+    unknown in weights."""
+    odd = []
+    for name in names:
         own = getattr(cfg, name) or getattr(cfg, {"pred_heads": "num_heads"}.get(name, "mlp_ratio"))
-        if int(width * own) != int(width * theirs) if name.endswith("ratio") else own != theirs:
+        theirs, width = getattr(other, name), other.pred_dim if name.startswith("pred") else other.enc_dim
+        if theirs and int(width * own) != int(width * theirs):
             odd.append(f"{name} = {own}, the weights have {theirs} (--{name})")
     return odd
 
 
-def misnamed(net, tensors, pairs):
-    """What a network lacks among tensors by official names or has in another shape, and what has no place -> text."""
-    own = {renamed(name, pairs): value.shape for name, value in net.state_dict().items()}
-    good = {name for name in own if name in tensors and tensors[name].shape == own[name]}
-    odd = (("no", own.keys() - good), ("no place for", tensors.keys() - own.keys()))
-    return " and ".join(f"{what} {name_some(sorted(names))}" for what, names in odd if names)
+def read_init(cfg):
+    """read_weights of init_from. UsageError where sizes are others: a frozen teacher's pieces, else all, but the depth
+    with allow_partial."""
+    taught = cfg.teacher == "frozen"
+    heads = cfg.num_heads * (cfg.num_heads != type(cfg).num_heads and not taught)
+    encoder, predictor, origin = read_weights(cfg.init_from, cfg.init_key, heads)
+    if odd := misfits(cfg, origin.cfg, ENCODER_SIZES[4 if taught else cfg.allow_partial :]):
+        raise UsageError(f"init_from {origin.path}: {'; '.join(odd)}")
+    return encoder, predictor, origin
 
 
-def fill(net, tensors, pairs, partial=False):
-    """Copy tensors into a network -> what is `misnamed`: then none of them, or with `partial` those that fit."""
-    odd = misnamed(net, tensors, pairs)
-    for name, value in net.state_dict().items() if partial or not odd else ():
-        if (found := tensors.get(renamed(name, pairs), value)).shape == value.shape:
-            value.copy_(found)
+def fill(net, tensors, rows, partial=False):
+    """Load tensors by official names into a network, on the meta device without a copy -> what is lacking or of another
+    shape, and what has no place: then none is loaded, or with `partial` what fits."""
+    own = net.state_dict()
+    names = {renamed(name, rows, OURS, OFFICIAL): name for name in own}
+    good = {name: tensors[name] for name in names if name in tensors and tensors[name].shape == own[names[name]].shape}
+    odd = (("no", names.keys() - good.keys()), ("no place for", tensors.keys() - names.keys()))
+    odd = " and ".join(f"{what} {name_some(sorted(found))}" for what, found in odd if found)
+    if partial or not odd:
+        own |= {names[name]: value for name, value in good.items()}
+        net.load_state_dict(own, assign=next(net.parameters()).is_meta)
     return odd
 
 
 def take_predictor(model, cfg, tensors, origin):
     """The predictor of read_weights into a model, where all of it fits -> what became of it. Mask tokens that were
     never trained are zero: then all families have the first that was. UsageError where the sizes fit, but not all."""
-    if why := origin.no_predictor or "; ".join(
-        misfits(cfg, sizes_of(tensors, origin, cfg.pred_heads or cfg.num_heads, "predictor_"))
-    ):
+    if why := origin.no_predictor or "; ".join(misfits(cfg, origin.cfg, (*PREDICTOR_SIZES, "enc_dim"))):
         return f"weights: predictor starts anew: {why}"
-    norms = (tokens := tensors["mask_tokens"]).norm(dim=1).tolist()
+    norms = tensors["mask_tokens"].norm(dim=1).tolist()
     first, second, *_ = [number for number, norm in enumerate(norms) if norm][:2] * 2 or (0, 0)
     families = (first, second, first)
-    if odd := fill(model.predictor, {**tensors, "mask_tokens": tokens[list(families)]}, OUR_PREDICTOR):
+    tokens = tensors["mask_tokens"][list(families)]
+    if odd := fill(model.predictor, {**tensors, "mask_tokens": tokens}, PREDICTOR_NAMES):
         if not cfg.allow_partial:
             raise UsageError(f"init_from {origin.path}: the predictor fits in part only: {odd} (--allow_partial)")
         return f"weights: predictor starts anew: {odd}"
@@ -5402,105 +5399,86 @@ def take_predictor(model, cfg, tensors, origin):
     return f"weights: predictor, {len(tensors)} tensors, mask tokens {families} of those with norms {listed}{start}"
 
 
-@torch.no_grad()
-def take_weights(model, cfg, say):
-    """Fill online encoder, target and, where it fits, predictor of a model from what cfg.init_from names, and take over
-    its kind of positions. `say` tells what was loaded, left out and starts anew. UsageError where the encoder does not
-    fit, or in part only and allow_partial is off."""
-    tensors, predictor, origin = read_weights(cfg.init_from, cfg.init_key)
-    sizes = sizes_of(tensors, origin, cfg.num_heads if cfg.num_heads != type(cfg).num_heads else 0)
-    if cfg.allow_partial:
-        del sizes["enc_depth"]
-    if odd := misfits(cfg, sizes):
-        raise UsageError(f"init_from {origin.path}: {'; '.join(odd)}")
-    if cfg.pos_embed != (kind := origin.cfg["pos_embed"]):
+def take_encoder(model, cfg, tensors, origin, say):
+    """The encoder of read_weights, its kind of positions as well, into a model -> what became of it. UsageError."""
+    if cfg.pos_embed != (kind := origin.cfg.pos_embed):
         say(f"pos_embed: {kind}, as the weights need, not {cfg.pos_embed}")
         cfg.pos_embed = kind
         validate_config(cfg)
         for net in (model.online, model.target, model.predictor):
-            net.position = net.position.changed(kind=kind)
-    part = fill(model.online, tensors, OUR_ENCODER, cfg.allow_partial)
-    if part and not cfg.allow_partial:
+            net.position = net.position.changed(kind, cfg.grid)
+    if (part := fill(model.online, tensors, ENCODER_NAMES, cfg.allow_partial)) and not cfg.allow_partial:
         raise UsageError(f"init_from {origin.path}: the encoder fits in part only: {part} (--allow_partial)")
     model.target.load_state_dict(model.online.state_dict())
-    count, part = sum(value.numel() for value in tensors.values()) / 1e6, f", in part: {part}" * bool(part)
-    say(f"weights: encoder of {origin.path} ({origin.what}), {count:.1f} M, into online and target{part}")
+    return "into online and target" + f", in part: {part}" * bool(part)
+
+
+@torch.no_grad()
+def take_weights(model, cfg, say):
+    """Fill online encoder and target, unless they are frozen, and where it fits the predictor of a model from what
+    cfg.init_from names. `say` tells what was loaded, left out and starts anew. UsageError."""
+    tensors, predictor, origin = model.beside or read_init(cfg)
+    into = "frozen" if model.beside else take_encoder(model, cfg, tensors, origin, say)
+    model.beside, count = (), sum(value.numel() for value in tensors.values()) / 1e6
+    say(f"weights: encoder of {origin.path} ({origin.what}), {count:.1f} M, {into}")
     say(take_predictor(model, cfg, predictor, origin))
     left_out = f"; left out: {origin.left_out}" * bool(origin.left_out)
     say(f"weights: outcome head, flow net and read-out start anew{left_out}")
-    if cfg.num_frames > (seen := origin.cfg.get("num_frames", FRAMES_SEEN)):
+    if cfg.num_frames > (seen := origin.cfg.num_frames):
         say(f"note: a clip has {cfg.num_frames} frames, the weights saw at most {seen}")
 
 
-def config_of(values):
-    """A dict of values, those of a checkpoint or a newer file among them -> VJepaAutoV2Config."""
-    values = {name: value for name, value in values.items() if name in field_types(VJepaAutoV2Config)}
-    return VJepaAutoV2Config(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    )
-
-
-def encoder_of(tensors, origin, num_heads=0):
-    """The encoder of read_weights, as load_encoder gives it; its tensors are not copied."""
-    sizes, seen = sizes_of(tensors, origin, num_heads), origin.cfg.get("num_frames", FRAMES_SEEN)
-    t = sizes["tubelet_t"]
-    clip = dict(image_size=256, num_frames=seen, now_frames=t, soon_frames=t, eventually_frames=max(seen - 2 * t, t))
-    cfg = config_of({**clip, "pred_heads": 12, **origin.cfg, **sizes})
+def encoder_of(tensors, origin, cfg=None):
+    """Tensors of read_weights, uncopied, as an Encoder of their config or of one with these sizes, in eval mode and
+    without gradients. UsageError where they fit in part only."""
+    cfg = cfg or origin.cfg
     with torch.device("meta"):  # first values would be made in vain
         encoder = Encoder(cfg)
-    if odd := misnamed(encoder, tensors, OUR_ENCODER):
+    if odd := fill(encoder, tensors, ENCODER_NAMES):
         raise UsageError(f"{origin.path}: the encoder fits in part only: {odd}")
-    own = {name: tensors[renamed(name, OUR_ENCODER)] for name in encoder.state_dict()}
-    encoder.load_state_dict(own, assign=True)
-    encoder.position, encoder.cfg = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads), cfg
+    encoder.position = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads)
     return encoder.eval().requires_grad_(False)
 
 
 def load_encoder(path, key="", num_heads=0):
-    """Weights -> their Encoder, in eval mode and without gradients: normalised clip [B, T, 3, H, W], of any length and
-    size in whole tubelets and patches -> [B, L, D]. `cfg` has its sizes; `key` and `num_heads` as --init_key and
-    --num_heads. UsageError."""
-    tensors, _, origin = read_weights(path, key)
-    return encoder_of(tensors, origin, num_heads)
+    """Weights as of read_weights -> their Encoder, in eval mode and without gradients: normalised clip [B, T, 3, H, W],
+    of any length and size in whole tubelets and patches -> [B, L, D]. `cfg` has its sizes. UsageError."""
+    tensors, _, origin = read_weights(path, key, num_heads)
+    return encoder_of(tensors, origin)
 
 
 def export_hf(checkpoint, folder, key="", size=0):
     """Encoder (target, or `key` online) and predictor of a checkpoint -> a new folder that transformers' VJEPA2Model
-    reads, for pictures of size x size pixels, by default the run's -> lines about it. UsageError for what the format
-    cannot say."""
+    reads, for pictures of size x size pixels, by default the run's -> (number of tensors, Origin). UsageError."""
     (tensors, predictor, origin), folder = read_weights(checkpoint, key), Path(folder)
-    tensors |= predictor
-    cfg = config_of(origin.cfg)
-    size, form = size or cfg.height * (cfg.height == cfg.width), f"{cfg.height} x {cfg.width} pixels"
+    cfg, has_both = origin.cfg, origin.what.startswith("checkpoint") and "mask_tokens" in predictor
+    size = size or cfg.height * (cfg.height == cfg.width)
+    form = f"{cfg.height} x {cfg.width} pixels, and the format takes all pictures for squares"
     problems = (
-        "no checkpoint with encoder and predictor" * ("enc_dim" not in origin.cfg or "mask_tokens" not in tensors),
+        "no checkpoint with encoder and predictor" * (not has_both),
         f"pos_embed = {cfg.pos_embed}, and the format has rope alone" * (cfg.pos_embed != "rope"),
-        f"{form}, and the format takes all pictures for squares; name their side (--size)" * (not size),
+        f"{form}; name their side (--size)" * (not size),
         f"--size {size} is not divisible by patch = {cfg.patch}" * (size % cfg.patch > 0),
     )
     if any(problems):
         raise UsageError(f"{checkpoint}: {next(filter(None, problems))}")
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: is there already; use another --out")
-    saved, back = {}, [(new, old) for old, new in TRANSFORMERS]
-    tokens = tensors["mask_tokens"][[*range(SOON)] * 5, None, None]  # short and long in turn: any index finds one
-    for name, value in {**tensors, "mask_tokens": tokens}.items():
+    saved = {}
+    predictor["mask_tokens"] = predictor["mask_tokens"][[*range(SOON)] * 5, None, None]  # any index finds one in use
+    for name, value in {**tensors, **predictor}.items():
+        name = renamed(name, ENCODER_NAMES + PREDICTOR_NAMES, OFFICIAL, THEIRS).replace(".attn.", ".attention.")
         parts = zip(("query", "key", "value"), value.chunk(3)) if ".qkv." in name else [("", value)]
-        name = renamed(name, back).replace(".attn.", ".attention.")
-        saved |= {name.replace("qkv", part): rows.contiguous() for part, rows in parts}
-    values = asdict(replace(cfg, image_size=size, pred_heads=cfg.pred_heads or cfg.num_heads))
-    values["pred_mlp_ratio"] = cfg.pred_mlp_ratio or cfg.mlp_ratio
+        saved |= {name.replace("qkv", part): piece.contiguous() for part, piece in parts}
+    heads, ratio = cfg.pred_heads or cfg.num_heads, cfg.pred_mlp_ratio or cfg.mlp_ratio
+    values = asdict(replace(cfg, image_size=size, pred_heads=heads, pred_mlp_ratio=ratio))
     config = {"model_type": "vjepa2", "architectures": ["VJEPA2Model"], "dtype": "float32", "pred_num_mask_tokens": 10}
     config |= {theirs: values[own] for own, theirs in CONFIG_NAMES.items()}
     content = extra("safetensors.torch", folder).save(saved, {"format": "pt"}), json.dumps(config, indent=1).encode()
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in zip(("model.safetensors", "config.json"), content):
         write_atomic(folder / name, partial(GuardedFile.write, data=part))
-    start = ", the start of SOON from the last tubelet" * (cfg.soon_start == "last")
-    return [
-        f"{folder}: {len(saved)} tensors of {checkpoint} ({origin.what})",
-        f"left out, no place there: mask token of SOON{start}, outcome head, flow net, read-out, queue, other encoder",
-    ]
+    return len(saved), origin
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5552,29 +5530,22 @@ def memory_estimate_gb(cfg, num_parameters):
 
 
 def frozen_encoder(cfg):
-    """The encoder of init_from on a config's token grid, which learns nothing -> (encoder, predictor and Origin). Where
-    it has the config's sizes, as it must with freeze_encoder, its kind of positions becomes the config's. On the meta
-    device nothing is read. UsageError."""
+    """The encoder of init_from on a config's token grid -> (encoder, what read_init gave). Where it has the config's
+    sizes, as with freeze_encoder, its kind of positions becomes the config's. On meta nothing is read. UsageError."""
     if torch.get_default_device().type == "meta":
         return Encoder(cfg).requires_grad_(False), ()
-    heads = cfg.num_heads if cfg.freeze_encoder and cfg.num_heads != type(cfg).num_heads else 0
-    tensors, *beside = read_weights(cfg.init_from, cfg.init_key)
-    encoder = encoder_of(tensors, beside[1], heads)
-    sizes, pieces = ("enc_dim", "enc_depth", "num_heads", "mlp_ratio"), ("patch", "tubelet_t")
-    odd, other = (misfits(cfg, {name: getattr(encoder.cfg, name) for name in names}) for names in (sizes, pieces))
-    if other := other + odd * cfg.freeze_encoder:
-        raise UsageError(f"init_from {cfg.init_from}: {'; '.join(other)}")
-    if not odd:
-        cfg.pos_embed = encoder.cfg.pos_embed
+    tensors, _, origin = found = read_init(cfg)
+    if misfits(cfg, origin.cfg, ENCODER_SIZES[:4]):
+        cfg = replace(cfg, **{name: getattr(origin.cfg, name) for name in (*ENCODER_SIZES, "pos_embed")})
+    else:
+        cfg.pos_embed = origin.cfg.pos_embed
         validate_config(cfg)
-    own = {name: getattr(encoder.cfg, name) for name in (*sizes, "pos_embed")}
-    encoder.cfg, encoder.position = replace(cfg, **own) if odd else cfg, encoder.position.changed(grid=cfg.grid)
-    return encoder, beside
+    return encoder_of(tensors, origin, cfg), found
 
 
 def fixed_map(width, wanted, seed):
-    """Orthonormal random matrix [width, wanted], the same on every machine: onto a smaller width it keeps distances
-    nearly, onto a larger one exactly. One that learns would let targets collapse."""
+    """Orthonormal random matrix [width, wanted], the same everywhere: it keeps distances, nearly so onto a smaller
+    width. One that learns would let targets collapse."""
     rows = torch.randn((max(width, wanted), min(width, wanted)), generator=torch.Generator().manual_seed(seed)).double()
     directions, upper = torch.linalg.qr(rows)
     directions = (directions * upper.diagonal().sign()).float()  # else only up to signs
@@ -5628,9 +5599,8 @@ class VJepaAutoV2(World):
             self.NETWORKS = tuple(name for name in self.NETWORKS if getattr(self, name, None) is not frozen)
             if frozen.cfg is cfg and not cfg.freeze_encoder:
                 self.online.load_state_dict(frozen.state_dict())
-            widths = frozen.cfg.enc_dim, cfg.enc_dim
-            if widths[0] != widths[1]:
-                self.register_buffer("target_map", fixed_map(*widths, cfg.seed), persistent=False)
+            if (width := frozen.cfg.enc_dim) != cfg.enc_dim:
+                self.register_buffer("target_map", fixed_map(width, cfg.enc_dim, cfg.seed), persistent=False)
         self.soon_predictor = None  # the predictor's copy that the flow phase fits to SOON alone
         self.space = FutureSpace(cfg)
         self.register_buffer("queue", torch.zeros(cfg.outcome_queue, cfg.enc_dim))
@@ -5657,13 +5627,8 @@ class VJepaAutoV2(World):
     def wants_labels(cfg):
         return bool(cfg.lambda_supcon)
 
-    @torch.no_grad()
     def take_weights(self, say):
-        if self.beside:  # of what is frozen
-            say(f"weights: encoder of {self.beside[1].path} ({self.beside[1].what}), frozen")
-            say(take_predictor(self, self.cfg, *self.beside))
-            self.beside = ()
-        elif self.cfg.init_from:
+        if self.cfg.init_from:
             take_weights(self, self.cfg, say)
 
     def train(self, mode=True):
@@ -5688,9 +5653,9 @@ class VJepaAutoV2(World):
 
     @torch.no_grad()
     def latents(self, batch):
-        """The NOW context [B, K, D], of NOW alone, and targets [B, L', D], EVENTUALLY as the mean of each tubelet:
-        only means of it are ever used."""
-        return self.brief(self.now_context(batch["frames"]), self.make_targets(self.normalise(batch["frames"])))
+        """NOW context [B, K, D], of NOW alone, and targets [B, L', D], of EVENTUALLY one per tubelet: only means of it
+        are used."""
+        return self.brief(self.context_of(batch), self.targets_of(batch))
 
     def latents_of(self, whole):
         """As in World; here NOW's tokens saw the future. BadFile for tokens of another grid or width."""
@@ -5702,9 +5667,9 @@ class VJepaAutoV2(World):
 
     def brief(self, context, targets):
         """NOW context and targets [B, L, D] -> `latents`."""
-        soon, later = targets.tensor_split((self.cfg.now_tokens + self.cfg.soon_tokens,), 1)
+        kept, later = targets.tensor_split((self.cfg.now_tokens + self.cfg.soon_tokens,), 1)
         later = later.unflatten(1, (self.cfg.eventually_tubelets, -1)).mean(2)
-        return {"context": context, "targets": torch.cat([soon, later], 1)}
+        return {"context": context, "targets": torch.cat([kept, later], 1)}
 
     def context_of(self, batch):
         """NOW context [B, K, D] of a batch of clips or of their latents."""
@@ -5855,7 +5820,7 @@ class VJepaAutoV2(World):
             dist.broadcast(value, 0)
 
     def look(self, batch, carry):
-        targets, clips = carry["targets"], batch["context"] if "context" in batch else batch["frames"]
+        targets, clips = carry["targets"], batch["context" if "context" in batch else "frames"]
         if self.cfg.freeze_encoder:  # latents hold EVENTUALLY as means
             targets = targets[:, : self.cfg.now_tokens + self.cfg.soon_tokens]
         return {"targets": gauge_tokens(targets), "brightness": clips.float().flatten(1).mean(1)}
@@ -5891,12 +5856,12 @@ class VJepaAutoV2(World):
         path, log = Path(run.cfg.out_dir) / "futures.png", run.log
         if not self.cfg.picture:
             return
-        source = run.source
+        source, gone = run.source, ()
         if self.cfg.latents:
             source, gone = videos_behind(type(self), self.cfg, source.root)
-            if gone:
-                log.line(f"picture: none, since videos behind the latents are not there: {name_some(gone)}")
-                return
+        if gone:
+            log.line(f"picture: none, since videos behind the latents are not there: {name_some(gone)}")
+            return
         log.stage = "drawing futures.png"
         try:
             cut = draw_futures(self, source, run.process, values, path, seconds)
@@ -5908,18 +5873,16 @@ class VJepaAutoV2(World):
     def describe(self):
         cfg, flops, clips = self.cfg, self.flops(), self.cfg.batch_size * self.cfg.grad_accum * self.world_size
         nets = ("online", "predictor", "outcome", "flow")
-        sizes = {name: sum(p.numel() for p in getattr(self, name).parameters()) / 1e6 for name in nets}
+        sizes = {name: sum(p.numel() for p in getattr(self, name).parameters()) / 1e6 for name in (*nets, "target")}
         spread = f"{cfg.clip_fps:g} per second" if cfg.clip_fps else "spread over the file"
         visible = (f"{name} {family_visible(cfg, name)}/{cfg.sites} sites" for name in MASK_FAMILIES)
         shares = (f"{name} {value / sum(flops.values()):.0%}" for name, value in flops.items())
-        trained = sum(p.numel() for p in self.trained().values())
-        trained += sum(p.numel() for p in self.target.parameters()) / 4
+        trained = sum(p.numel() for p in self.trained().values()) + sizes["target"] * 1e6 / 4
         target = "frozen, target as well" if cfg.freeze_encoder else "target = online"
-        if cfg.teacher == "frozen":
-            target = f"target {sum(p.numel() for p in self.target.parameters()) / 1e6:.2f} M, frozen"
+        target = f"target {sizes['target']:.2f} M, frozen" if cfg.teacher == "frozen" else target
         grid = f"grid {' x '.join(map(str, cfg.grid))} = {cfg.num_tokens} tokens"
         return [
-            f"parameters: {', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())} ({target})",
+            f"parameters: {', '.join(f'{name} {sizes[name]:.2f} M' for name in nets)} ({target})",
             f"clip: {cfg.num_frames} frames of {cfg.height} x {cfg.width}, {spread} -> {grid}; "
             f"visible under a mask: {', '.join(visible)}",
             f"step: {clips} clips, {sum(flops.values()) * clips / 1e12:.3g} TFLOP ({', '.join(shares)}); memory about "
@@ -6242,8 +6205,7 @@ def damage_of(path):
 
 def saved_config(state, world):
     """The config in a checkpoint, less fields that the world no longer has. ValueError, TypeError where it is none."""
-    known = {name: value for name, value in state["cfg"].items() if name in field_types(world.Config)}
-    cfg = world.Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+    cfg = config_of(world.Config, state["cfg"])
     try:
         validate_config(cfg)
     except UsageError as error:  # no error of the user's
@@ -6385,9 +6347,10 @@ def world_of(state, world=None):
     raise WrongWorld(f"{made_by}, this is {own['name']} ({own['file']}); {cure}")
 
 
-def load_checkpoint(path, world=None, instead="use another one, or --resume never"):
+def load_checkpoint(path, world=None, instead="use another one, or --resume never", init_from=""):
     """Read a checkpoint -> state dict on the CPU. BadCheckpoint, with what to do `instead`, where it is damaged or none
-    of ours, UsageError where it is absent or of another world than the one given."""
+    of ours, UsageError where it is absent or of another world than the one given. `init_from`: where the weights are
+    now that it names in a place that is gone."""
     path = Path(path)
     if not os.path.lexists(path):
         raise UsageError(f"resume {path}: no such checkpoint")
@@ -6395,6 +6358,9 @@ def load_checkpoint(path, world=None, instead="use another one, or --resume neve
         raise BadCheckpoint(f"checkpoint {path}: not a file, but a folder, a pipe or a link to nothing; {instead}")
     try:
         state = read_checkpoint(path)
+        name = "init_from" if state["cfg"].get("init_from") else "backbone"
+        if init_from and os.path.exists(init_from) and not os.path.exists(state["cfg"].get(name) or "."):
+            state["cfg"][name] = init_from
         check_insides(state, world_of(state, world))
     except WrongWorld as error:
         raise WrongWorld(f"checkpoint {path}: {error}") from error
@@ -6406,13 +6372,13 @@ def load_checkpoint(path, world=None, instead="use another one, or --resume neve
     return state
 
 
-def newest_checkpoint(out_dir, tell, world=None):
+def newest_checkpoint(out_dir, tell, world=None, init_from=""):
     """Newest checkpoint of a run folder that can be trusted -> (state, path), (None, None) where there is none. Damaged
     ones are told and passed over; when all are, that is a UserError: a run never starts anew by itself."""
     reasons = []
     for _, path in reversed(checkpoint_files(out_dir)):
         try:
-            state = load_checkpoint(path, world)
+            state = load_checkpoint(path, world, init_from=init_from)
         except BadCheckpoint as error:
             reasons.append(str(error))
             continue
@@ -6460,10 +6426,11 @@ def restore_run(state, run):
             torch.cuda.set_rng_state(rng["cuda"], run.process.device)
 
 
-def load_model(path, device="cpu", world=None):
+def load_model(path, device="cpu", world=None, init_from=""):
     """Checkpoint -> (its world in eval mode on the device, its config): what tools and notebooks start from. The world
-    is found by what the checkpoint says, unless its class is given."""
-    state = load_checkpoint(path, world, "use another one")
+    is found by what the checkpoint says, unless its class is given. `init_from`: where its frozen weights are now, if
+    they were moved."""
+    state = load_checkpoint(path, world, "use another one", init_from)
     world = world_of(state, world)
     cfg = saved_config(state, world)
     model = world(cfg)
@@ -6953,14 +6920,13 @@ class Phase:
         return bool(every) and 0 < self.step < self.cfg.steps and self.step % every == 0
 
     def is_val_due(self):
-        """Whether an evaluation is: every val_epochs passes over the training files, in a Fit and without it every
-        val_every steps."""
-        cfg, run = self.cfg, self.run
+        """Whether an evaluation is: every val_epochs passes over the training files, in a Fit or without, val_every
+        steps."""
+        cfg, now = self.cfg, self.run.progress.consumed
         if not cfg.val_epochs or self.name:
             return self.is_due(cfg.val_every)
-        per_step, span = step_samples(cfg, self.world.world_size), cfg.val_epochs * len(run.source.train)
-        done = run.progress.consumed
-        return 0 < self.step < cfg.steps and done // span > (done - per_step) // span
+        before, span = now - step_samples(cfg, self.world.world_size), cfg.val_epochs * len(self.run.source.train)
+        return 0 < self.step < cfg.steps and now // span > before // span
 
 
 REHEARSAL_S = 10.0  # a pass longer than this is not made just to time it
@@ -7075,12 +7041,19 @@ def is_restart(cfg):
     return bool(config) and config.get("launch") == os.environ.get("TORCHELASTIC_RUN_ID")
 
 
+def weights_place(cfg):
+    """Where a config says that frozen weights are, "" where it says nothing."""
+    return getattr(cfg, "init_from", "") or getattr(cfg, "backbone", "")
+
+
 def newest_of_launch(world, cfg, tell):
     """What a restarted run goes on from -> (state, path): its own newest checkpoint, whatever --resume asked for when
     it began; (None, None) where it has made none, and --resume FILE counts."""
-    state, path = newest_checkpoint(cfg.out_dir, tell, world)
+    state, path = newest_checkpoint(cfg.out_dir, tell, world, weights_place(cfg))
     if state is not None and cfg.resume != "never" and os.path.lexists(cfg.resume):
-        named = load_checkpoint(cfg.resume, world)  # the fits after its training do not count where the run is extended
+        named = load_checkpoint(
+            cfg.resume, world, init_from=weights_place(cfg)
+        )  # the fits after its training do not count where the run is extended
         if (named["step"], named["after"]) >= (state["step"], state["after"]):
             return None, None
     return state, path
@@ -7090,13 +7063,13 @@ def open_run(world, cfg, process, log):
     """Find what to resume from, the same on all ranks -> (state or None, its path). Refuses another world's."""
     state, path = None, None
     if process.is_main and cfg.resume == "auto":
-        state, path = newest_checkpoint(cfg.out_dir, log.line, world)
+        state, path = newest_checkpoint(cfg.out_dir, log.line, world, weights_place(cfg))
     elif process.is_main and is_restart(cfg):
         state, path = newest_of_launch(world, cfg, log.line)
     path = process.collect(str(path or ("" if cfg.resume in ("auto", "never") else cfg.resume)))[0]
     if not path:
         return None, None
-    state = state or load_checkpoint(path, world)
+    state = state or load_checkpoint(path, world, init_from=weights_place(cfg))
     if getattr(cfg, "init_from", "") and "pos_embed" in state["cfg"]:  # its weights said which when the run began
         cfg.pos_embed = state["cfg"]["pos_embed"]
     check_same_run(state, cfg, path)
@@ -7137,7 +7110,7 @@ def build_world(world, run):
 
 
 def check_cache(run):
-    """UsageError where cached latents are those of other frozen weights than the world's."""
+    """UsageError where cached latents are of other frozen weights than the world's."""
     made_by = getattr(run.source.Dataset, "cache", {}).get("frozen")
     if made_by is not None and made_by != run.frozen:
         raise UsageError(f"latents {run.cfg.latents}: made by an encoder with other weights (--latents)")
@@ -7630,7 +7603,7 @@ def run_world(world, run, overrides, argv, videos):
     if state is None:
         run.world.take_weights(log.line)
     elif (named := getattr(cfg, "init_from", "")) and not run.world.FROZEN:
-        log.line(f"note: init_from {named} is not read, the run goes on from {path}")
+        log.line(f"note: init_from {named} does not count, the run goes on from {path}")
     check_cache(run)
     process.amp_dtype, reason = choose_precision(world, cfg, process, state["precision"] if state else "")
     run.scaler = torch.amp.GradScaler(process.device.type, enabled=process.amp_dtype == torch.float16)

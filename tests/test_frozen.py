@@ -211,6 +211,7 @@ def test_a_frozen_run_is_resumed_shown_and_refuses_other_weights(source, scene_f
     shutil.move(weights, tmp_path / "moved.pt")
     with pytest.raises(V.UsageError, match="weights.pt: no such folder or file"):
         V.load_model(final)
+    assert V.load_model(final, init_from=str(tmp_path / "moved.pt"))[0].online.trunk.blocks
     state = torch.load(tmp_path / "moved.pt", weights_only=True)
     state["target"]["trunk.norm.bias"] += 1
     torch.save(state, weights)

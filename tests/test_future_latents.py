@@ -5,6 +5,7 @@ configs; and what the loop got for it: clipping by value, amp_type, evaluations 
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -104,6 +105,10 @@ def backbones(tmp_path_factory):
             **small, mlp_ratio=2, patch_size=16, crop_size=32, tubelet_size=2, frames_per_clip=8,
             pred_hidden_size=24, pred_num_hidden_layers=1, pred_num_attention_heads=2,
         ),
+        "resnet": transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 1, 1], layer_type="basic"
+        ),
+        "convnext": transformers.DINOv3ConvNextConfig(hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 1, 1]),
     }  # fmt: skip
     for name, cfg in configs.items():
         torch.manual_seed(len(name))
@@ -165,6 +170,33 @@ def test_picture_backbones_give_their_patch_tokens_row_by_row(backbones, name, p
         wanted = net(pixel_values=seen).last_hidden_state[:, prefix:].flatten(0, 1)
     assert torch.allclose(torch.cat([latents["context"][1], latents["targets"][1]]), wanted, atol=1e-5)
     assert cfg.grid == (4, 2, 4 if "v3" not in name else 3)
+
+
+@pytest.mark.parametrize("name", ["resnet", "convnext"])
+def test_convolutions_of_a_folder_give_their_map(backbones, name):
+    """Against the library's own output, on pictures that are no squares. Seen red: such folders were refused."""
+    import transformers
+
+    cfg = config(backbone=backbones[name], image_size=(32, 96))
+    frames = batch_of(cfg)["frames"]
+    latents = new_world(cfg).latents({"frames": frames})
+    net = transformers.AutoModel.from_pretrained(backbones[name]).eval()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (V.IMAGE_MEAN, V.IMAGE_STD))
+    with torch.no_grad():
+        found = net(pixel_values=(frames[1] / 255 - mean) / std).last_hidden_state
+    found = found[:, 1:] if name == "convnext" else found.flatten(2).transpose(1, 2)
+    assert torch.allclose(torch.cat([latents["context"][1], latents["targets"][1]]), found.flatten(0, 1), atol=1e-5)
+    assert cfg.grid == (8, 1, 3) and cfg.form.dim == 24
+
+
+def test_broken_pt_backbones_are_one_line(tmp_path):
+    """Seen red: no encoder inside was a KeyError, and unknown heads named a flag of the predictor."""
+    for tensors, words in (({}, "holds no video encoder"), (None, "a folder of transformers says its heads")):
+        sizes = {"patch_embed.proj.weight": (40, 3, 2, 16, 16), "blocks.0.mlp.fc1.weight": (80, 40)}
+        tensors = {name: torch.zeros(shape) for name, shape in sizes.items()} if tensors is None else tensors
+        torch.save({"encoder": tensors}, tmp_path / "a.pt")
+        W.backbone_form.cache_clear()
+        assert words in told(lambda: config(backbone="vjepa2", init_from=str(tmp_path / "a.pt")))
 
 
 def test_video_backbone_is_the_library_s(backbones):
@@ -463,7 +495,7 @@ def test_a_video_without_places_is_a_bad_file(shapes):
 
 BAD = [
     (dict(backbone="vjepa2"), "backbone = 'vjepa2': vjepa2 has no weights of its own, and nothing is fetched"),
-    (dict(backbone="dinov4"), "no folder with the config.json of one of vjepa2, dinov2"),
+    (dict(backbone="dinov4"), "dinov4: no such folder, and none of vjepa2, dinov2"),
     (dict(backbone="tiny", init_from="x"), "tiny takes no init_from"),
     (dict(backbone="x", init_from="y"), "x is a folder itself, so init_from must be empty"),
     (dict(num_frames=10), "num_frames = 10: must equal now + soon frames = 8 (--num_frames)"),
@@ -531,7 +563,7 @@ def test_a_dump_holds_picture_video_and_latents(shapes, tmp_path, predictor):
     extra = {"flow": ("samples", (2, 8, 64)), "direct": ("predicted", (8, 64)), "locate": ("places", (4, 2, 2))}
     assert saved[extra[predictor][0]].shape == extra[predictor][1]
     rows = {"flow": 4, "direct": 3, "locate": 1}[predictor]
-    assert Image.open(tmp_path / "dump_0_latents.png").size == (4 * 36 + 16, rows * 36)
+    assert Image.open(tmp_path / "dump_0_latents.png").size == (84 + 4 * 100 + 16, 24 + rows * 100)  # 3 times 32, + 4
     plan = V.ClipPlan(8, cfg.clip_fps, rows * 32, 32, 0.0, 1.0, 1.0, 0.5, 0.5)
     assert V.read_frames(tmp_path / "dump_0_clip.mp4", plan, "auto").shape == (8, rows * 32, 32, 3)
 
@@ -720,3 +752,22 @@ def test_a_run_goes_on_to_the_bit(shapes, tmp_path, predictor):
     models = [V.load_model(folder / "checkpoints" / "ckpt_final.pt", world=Future)[0] for folder in (whole, parts)]
     for one, other in zip(*(model.state_dict().values() for model in models)):
         assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_a_moved_folder_is_found_by_init_from(backbones, shapes, tmp_path, capsys):
+    """Seen red: the checkpoint's own place was read first, and called a damaged checkpoint."""
+    place, moved = tmp_path / "place", tmp_path / "moved"
+    shutil.copytree(backbones["vjepa2"], place)
+    flags = [f"--{name}={value}" for name, value in {**SMALL, "backbone": "vjepa2", "dump_clips": 0}.items()]
+    flags += [f"--data_root={shapes}", f"--out_dir={tmp_path / 'run'}"]
+    assert V.main([*flags, f"--init_from={place}"], Future) == 0
+    place.rename(moved)
+    W.backbone_form.cache_clear()
+    V.checkpoint_template.cache_clear()
+    final = tmp_path / "run/checkpoints/ckpt_final.pt"
+    assert f"{place}: no such folder" in told(V.load_model, final)
+    assert V.load_model(final, init_from=str(moved))[1].init_from == str(moved)
+    capsys.readouterr()
+    assert V.main([*flags, f"--init_from={moved}", "--steps=7"], Future) == 0
+    assert "resumed from" in capsys.readouterr().out

@@ -328,6 +328,9 @@ def test_predictor_starts_anew_where_it_does_not_fit(published):
     assert "pred_heads = 4, the weights have 2 (--pred_heads)" in text and "--pred_mlp_ratio" in text
     loaded(published[1], said := [], soon_start="last", num_frames=76, eventually_frames=68)
     text = " ".join(said)
+    frozen = new_model(small_config(**{**FITS, "enc_dim": 24, "teacher": "frozen", "init_from": str(published[1])}))
+    frozen.take_weights((said := []).append)  # seen red: "fits in part only"
+    assert "predictor starts anew: enc_dim = 24, the weights have 48" in " ".join(said)
     assert "--soon_start mask" in text and "a clip has 76 frames, the weights saw at most 12" in text
 
 
@@ -344,6 +347,15 @@ def test_a_predictor_that_lacks_a_tensor_is_an_error(published, tmp_path):
 
 
 # -- refusals
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]"])
+def test_a_config_json_that_cannot_be_read_is_named(published, tmp_path, content):
+    """Seen red: it was called a model of type None."""
+    folder = copy_folder(published[1], tmp_path / "other")
+    (folder / "config.json").unlink() if content is None else (folder / "config.json").write_text(content)
+    with pytest.raises(V.UsageError, match=r"other: no config.json that can be read \(--init_from\)"):
+        loaded(folder)
 
 
 def test_sizes_that_do_not_fit_are_named(published):
@@ -493,7 +505,7 @@ def test_what_is_no_weights_at_all(tmp_path, published, monkeypatch):
     swiglu = official(published[0])[0] | {"blocks.0.mlp.fc3.weight": torch.zeros(48, 96)}
     torch.save({"encoder": swiglu}, tmp_path / "swiglu.pt")
     cases = {
-        "empty": "only vjepa2 can be taken",
+        "empty": "no config.json that can be read",
         "none.pt": "no such folder or file",
         "text.pt": "no .pt file",
         "list.pt": "cannot be read as weights",
@@ -557,20 +569,22 @@ def test_absent_packages_are_named(published, monkeypatch, package, source):
 
 
 def exported(tmp_path, **changes):
-    """A checkpoint with weights of its own everywhere, and its exported folder -> (model, folder, lines)."""
+    """A checkpoint with weights of its own everywhere, and its folder, exported by the command -> (model, folder)."""
     model = new_model(small_config(**{**FITS, "pos_embed": "rope", **changes}), seed=7)
     for parameter in (*model.target.parameters(), *model.predictor.parameters()):
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     torch.save(new_state(model), tmp_path / "ckpt.pt")
-    lines = V.export_hf(tmp_path / "ckpt.pt", tmp_path / "out", "", 32)
-    return model.eval(), tmp_path / "out", lines
+    flags = ["--ckpt", str(tmp_path / "ckpt.pt"), "--out", str(tmp_path / "out"), "--size", "32"]
+    assert V.report_errors(export_hf.run, flags) in (None, V.EXIT_OK)
+    return model.eval(), tmp_path / "out"
 
 
 @torch.no_grad()
-def test_exported_folder_opens_in_transformers_and_comes_back(tmp_path):
+def test_exported_folder_opens_in_transformers_and_comes_back(tmp_path, capsys):
     """No key missing, unexpected or mismatched, equal outputs, and bit-equal weights when read again, the mask tokens
     of both families included. Seen red with the mask token written once."""
-    model, folder, lines = exported(tmp_path)
+    model, folder = exported(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
     theirs, info = transformers.VJEPA2Model.from_pretrained(folder, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     clip = clip_of()
@@ -676,7 +690,7 @@ def test_a_run_starts_from_weights_and_its_resume_does_not(published, tmp_path, 
         path.unlink()
     assert V.train(replace(cfg, steps=2)) == V.EXIT_OK
     second = capsys.readouterr().out
-    assert "weights: encoder" not in second and f"init_from {source} is not read, the run goes on from" in second
+    assert "weights: encoder" not in second and f"init_from {source} does not count, the run goes on from" in second
 
 
 @pytest.mark.slow

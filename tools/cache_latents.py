@@ -121,10 +121,9 @@ def stretches_of(video, seconds):
     told = video.path if video.pictures and video.path.lower().endswith(".csv") else video.times
     if not told:
         return [(video.begin, seconds)]
-    times, _ = V.read_times(told)
-    steps = np.diff(times)
-    step = float(np.median(steps))
-    gaps = np.flatnonzero(steps > max(V.GAP_S, V.GAP_STEPS * step))
+    times, fps, _ = V.read_times(told)
+    step = 1 / fps
+    gaps = np.flatnonzero(np.diff(times) > max(V.GAP_S, V.GAP_STEPS * step))
     begins = np.maximum(times[[0, *gaps + 1]], video.begin)
     ends = np.minimum(times[[*gaps, -1]] + step, video.begin + video.length if video.length else math.inf)
     return [(float(begin), float(end - begin)) for begin, end in zip(begins, ends) if end - begin > step]
@@ -325,7 +324,7 @@ def make_model(world, cfg):
     frames = torch.zeros((1, cfg.num_frames, cfg.channels, cfg.height, cfg.width), dtype=torch.uint8)
     with torch.no_grad():
         latents = model.latents({"frames": frames.to(next(model.parameters()).device)})
-    return model, V.tensor_forms({name: value[0].half() for name, value in latents.items()})
+    return model, {name: [list(value.shape[1:]), "float16"] for name, value in latents.items()}
 
 
 def start(argv):

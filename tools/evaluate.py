@@ -2295,6 +2295,7 @@ def parse(argv):
     about = "Measure a checkpoint and write evaluation.json and evaluation.html."
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, type=os.path.expanduser, help="checkpoint file of VJepa_AUTO_V2.py")
+    parser.add_argument("--init_from", **path, help="where the frozen weights of the run are, if they were moved")
     parser.add_argument("--data_root", **path, help="real videos (folder, video or list) instead of built-in scenes")
     split = "of videos: held-out files, those of test/, or all [val; of a world that predicts frames test, else val]"
     parser.add_argument("--split", choices=("val", "test", "all"), default="", help=split)
@@ -2318,13 +2319,13 @@ def predicts_frames(model):
     return other and all(map(callable, members))
 
 
-def load_world(path, device):
+def load_world(path, device, init_from=""):
     """A checkpoint of any world -> (model on the device, its config, {step, data}); data: kind and root of what it
     learned from."""
     if not os.path.lexists(path):
         raise V.UsageError(f"ckpt {path}: no such checkpoint")
     try:
-        model, cfg = V.load_model(path, V.choose_device(device, 0))
+        model, cfg = V.load_model(path, V.choose_device(device, 0), init_from=init_from)
     except (RuntimeError, KeyError) as error:  # names or shapes of the weights differ
         why = str(error).strip().splitlines()[0]
         raise V.UserError(f"ckpt {path}: made by another version of VJepa_AUTO_V2.py ({why})") from error
@@ -2341,9 +2342,9 @@ def check_world(model, path):
         raise V.UserError(f"ckpt {path}: {what}")
 
 
-def open_checkpoint(path, device):
+def open_checkpoint(path, device, init_from=""):
     """`load_world` of a VJepaAutoV2. UserError for another world."""
-    model, cfg, about = load_world(path, device)
+    model, cfg, about = load_world(path, device, init_from)
     check_world(model, path)
     return model, cfg, about
 
@@ -2396,7 +2397,7 @@ def print_table(report):
 
 def run(args, sizes):
     """Load, measure, write, print -> exit code."""
-    model, cfg, about = load_world(args.ckpt, args.device)
+    model, cfg, about = load_world(args.ckpt, args.device, args.init_from)
     if predicts_frames(model):
         import rollout  # it imports this file
 

@@ -23,8 +23,12 @@ def run(argv):
     parser.add_argument("--key", choices=("target", "online"), default="target", help="which of its two encoders")
     parser.add_argument("--size", type=int, default=0, help="side of the pictures in pixels; 0 = the run's")
     args = parser.parse_args(argv)
-    for line in V.export_hf(args.ckpt, args.out, args.key, args.size):
-        V.say(line)
+    count, origin = V.export_hf(args.ckpt, args.out, args.key, args.size)
+    start = ", the start of SOON from the last tubelet" * (origin.cfg.soon_start == "last")
+    V.say(f"{args.out}: {count} tensors of {args.ckpt} ({origin.what})")
+    V.say(
+        f"left out, no place there: mask token of SOON{start}, outcome head, flow net, read-out, queue, other encoder"
+    )
 
 
 if __name__ == "__main__":

@@ -982,6 +982,7 @@ def parse_arguments(argv):
     parser = V.ArgumentParser(description=about, allow_abbrev=False)
     path, flag = dict(default="", type=os.path.expanduser), parser.add_argument
     flag("--ckpt", required=True, type=os.path.expanduser, help="checkpoint of a run")
+    flag("--init_from", **path, help="where the frozen weights of the run are, if they were moved")
     flag("--clip", **path, help="show this video instead of clips of the run's own data")
     flag("--start", type=float, default=0.0, help="where the clip's window begins, in seconds [0]")
     flag("--data_root", **path, help="folder, video or list to train the decoder on; default the run's own data")
@@ -1010,7 +1011,7 @@ def open_source(cfg, data, data_root):
 
 def open_run(args):
     """-> (model on its device, DataSource or None, cache file, its key)."""
-    model, cfg, about = E.open_checkpoint(args.ckpt, args.device)
+    model, cfg, about = E.open_checkpoint(args.ckpt, args.device, args.init_from)
     if not cfg.lambda_flow:
         raise V.UserError(f"ckpt {args.ckpt}: trained with lambda_flow 0, it has no sampled futures to show")
     source = open_source(cfg, about["data"], args.data_root)

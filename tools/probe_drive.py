@@ -471,7 +471,7 @@ def print_table(report):
 def probe(args):
     """Checkpoint and drive -> report, printed and written to --out."""
     E.need("sklearn", "PIL")
-    model, cfg, _ = E.open_checkpoint(args.ckpt, args.device)
+    model, cfg, _ = E.open_checkpoint(args.ckpt, args.device, args.init_from)
     clip_fps = args.clip_fps or cfg.clip_fps
     if not clip_fps:
         raise V.UsageError("clip_fps 0 of this checkpoint has no time step; give one with --clip_fps")
@@ -557,6 +557,7 @@ def build_parser():
     apart = "seconds kept free on both sides of a held-out block, or between exported files [5]"
     flag("--drive", required=True, type=path, help="folder of a Donkeycar tub")
     flag("--ckpt", default="", type=path, help="checkpoint to probe")
+    flag("--init_from", default="", type=path, help="where the frozen weights of the run are, if they were moved")
     flag("--export", default="", type=path, metavar="DIR", help=instead)
     flag("--out", default="runs/probe_drive", type=path, help="folder of probe_drive.json [runs/probe_drive]")
     flag("--signal", default="steer", choices=tuple(SIGNALS), help="what is predicted [steer]")

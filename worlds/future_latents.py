@@ -181,7 +181,12 @@ class FutureLatentsConfig(V.ClipConfig):
 
 # fmt: on
 
-NAMES = {"vjepa2": ("vjepa2",), "dinov2": C.DINOS[:2], "dinov3": C.DINOS[2:]}  # name -> model types of transformers
+CONVOLUTIONS = ("resnet", "dinov3_convnext")  # 32 pixels of a side become one place of their last map
+# name -> model types of transformers
+NAMES = {
+    "vjepa2": ("vjepa2",), "dinov2": C.DINOS[:2], "dinov3": (*C.DINOS[2:], CONVOLUTIONS[1]),
+    "resnet50": CONVOLUTIONS[:1],
+}  # fmt: skip
 TINY = SimpleNamespace(kind="tiny", is_video=True, patch=16, step=2, dim=64, depth=2, heads=4, mlp_ratio=4.0)
 RESNET = SimpleNamespace(kind="resnet50", is_video=False, patch=32, step=1, dim=2048)
 SHAPES = ("square", "circle")  # what locate finds, by their names in an annotation
@@ -193,6 +198,8 @@ SHAPES = ("square", "circle")  # what locate finds, by their names in an annotat
 def folder_form(folder):
     """What a folder's config.json says of a backbone -> its form. ValueError where it is none of ours."""
     path, known = os.path.join(folder, "config.json"), [kind for kinds in NAMES.values() for kind in kinds]
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder}: no such folder, and none of {', '.join((*NAMES, 'tiny'))}")
     what = f"{folder} is no folder with the config.json of one of {', '.join(known)}"
     try:
         found = V.parse_json(V.read_text(path, 2**22))
@@ -201,6 +208,13 @@ def folder_form(folder):
     kind = found.get("model_type") if isinstance(found, dict) else None
     if kind not in known:
         raise ValueError(f"{what}, but of {V.shown(kind)}")
+    if kind in CONVOLUTIONS:
+        sizes = found.get("hidden_sizes")
+        if not isinstance(sizes, list) or len(sizes) != 4 or not V.fits(int, sizes[-1]) or sizes[-1] < 1:
+            raise ValueError(f"{path}: hidden_sizes = {V.shown(sizes)} must be four numbers")
+        if found.get("downsample_in_first_stage"):
+            raise ValueError(f"{path}: downsample_in_first_stage makes places of 64 pixels, only 32 can be taken")
+        return SimpleNamespace(kind=kind, is_video=False, patch=32, step=1, dim=sizes[-1])
     numbers = {name: found.get(name) for name in ("patch_size", "hidden_size", "num_hidden_layers")}
     numbers |= {name: found.get(name) for name in ("num_attention_heads", "tubelet_size") if kind == "vjepa2"}
     if odd := [name for name, value in numbers.items() if not V.fits(int, value) or value < 1]:
@@ -216,25 +230,52 @@ def folder_form(folder):
 def backbone_form(backbone, init_from="", init_key=""):
     """What the backbone of a config is, without reading its weights where a config.json says it -> namespace: kind,
     is_video, patch (pixels), step (frames of a latent), dim. ValueError or UsageError where it cannot be used."""
-    own = {"tiny": TINY, "resnet50": RESNET}.get(backbone)
-    if own is not None:
-        if init_from:
-            raise ValueError(f"{backbone} takes no init_from")
-        return own
+    if backbone == "tiny" and init_from:
+        raise ValueError(f"{backbone} takes no init_from")
+    if backbone == "tiny" or backbone == "resnet50" and not init_from:
+        return TINY if backbone == "tiny" else RESNET
     source = os.path.expanduser(init_from or ("" if backbone in NAMES else backbone))
     if not source:
         raise ValueError(f"{backbone} has no weights of its own, and nothing is fetched")
     if init_from and backbone not in NAMES:
         raise ValueError(f"{backbone} is a folder itself, so init_from must be empty")
     if os.path.isfile(source) and backbone == "vjepa2":
-        weight = V.read_weights(source, init_key)[0]["patch_embed.proj.weight"]  # [D, 3, tubelet, patch, patch]
-        return SimpleNamespace(
-            kind="vjepa2", is_video=True, patch=weight.shape[-1], step=weight.shape[2], dim=len(weight)
-        )
+        try:
+            cfg = V.read_weights(source, init_key)[2].cfg
+        except V.UsageError as error:  # --num_heads is the predictor's here
+            cure = "a folder of transformers says its heads"
+            raise ValueError(str(error).replace("(--num_heads)", f"({cure})")) from error
+        return SimpleNamespace(kind="vjepa2", is_video=True, patch=cfg.patch, step=cfg.tubelet_t, dim=cfg.enc_dim)
     form = folder_form(source)
     if form.kind not in NAMES.get(backbone, (form.kind,)):
         raise ValueError(f"{source} holds a model of type {form.kind}, and not {backbone}")
     return form
+
+
+class MapNet(nn.Module):
+    """A convolutional network of a local folder. Frames [N, 3, H, W] -> its last map [N, D, H/32, W/32]. UsageError."""
+
+    def __init__(self, folder, form, has_weights):
+        super().__init__()
+        transformers = V.extra("transformers", f"backbone {folder}")
+        transformers.utils.logging.disable_progress_bar()
+        self.dim, options = form.dim, dict(local_files_only=True)
+        if not has_weights:
+            self.net = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(folder, **options))
+            return
+        V.check_weights(folder)
+        with C.reading(f"backbone {folder}"):
+            options |= dict(dtype=torch.float32, output_loading_info=True)
+            self.net, told = transformers.AutoModel.from_pretrained(folder, **options)
+        if absent := sorted(told["missing_keys"]):  # else they stay as they were drawn, with a warning
+            raise V.UsageError(f"backbone {folder}: its weights lack {V.name_some(absent)}")
+
+    def forward(self, frames):
+        found = self.net(pixel_values=frames).last_hidden_state
+        if found.ndim == 3:  # DINOv3's: the mean of the map stands before its places
+            size = (self.dim, frames.shape[2] // 32, frames.shape[3] // 32)
+            found = found[:, 1:].transpose(1, 2).unflatten(2, size[1:])
+        return found
 
 
 def load_backbone(cfg):
@@ -245,6 +286,8 @@ def load_backbone(cfg):
         torch.manual_seed(cfg.seed)
         if form.kind == "resnet50":
             return C.ResNet("resnet50", has_weights)
+        if form.kind in CONVOLUTIONS:
+            return MapNet(source, form, has_weights)
         if not form.is_video:
             if has_weights:
                 V.check_weights(source)
@@ -772,7 +815,7 @@ class FutureLatents(V.World):
         in colours shared by all), and STEM_latents.pt (context, targets, predicted or samples, [tokens, D]); for
         locate its frames with true (white) and predicted (yellow) places. Frames are left out where a cache has none.
         """
-        cfg, stem, rows, frames = self.cfg, str(stem), [], None
+        cfg, stem, rows, names, frames = self.cfg, str(stem), [], [], None
         latents = batch if "context" in batch else self.latents(batch)
         context, targets = (normalised(latents[name][:1], cfg.embedding_norm) for name in ("context", "targets"))
         if "frames" in batch:
@@ -790,6 +833,7 @@ class FutureLatents(V.World):
             saved["samples" if flow else "predicted"] = guesses if flow else guesses[0]
             seen, *others = colours(context[0], targets[0], *guesses)
             clips = [torch.cat([seen, other]) for other in others]
+            names = ["truth", *(("sample 1", "sample 2") if flow else ("predicted",))]
             rows += [enlarged(each, cfg.grid[1:], (cfg.height, cfg.width), cfg.form.step) for each in clips]
         saved = {"made_by": V.MARK, **{name: value.cpu() for name, value in saved.items()}}
         Path(stem).parent.mkdir(parents=True, exist_ok=True)
@@ -797,20 +841,27 @@ class FutureLatents(V.World):
         video = io.BytesIO()
         V.write_video(video, np.concatenate(rows, 1), cfg.clip_fps or 1.0, V.MARK)
         V.write_own(f"{stem}_clip.mp4", lambda handle: handle.write(video.getvalue()))
-        V.save_picture(self.page(rows), f"{stem}_latents.png")
+        V.save_picture(self.page(["clip"] * ("frames" in batch) + names, rows), f"{stem}_latents.png")
 
-    def page(self, rows):
-        """Rows of frames uint8 [T, H, W, 3] -> one image: a column for each latent, a white gap behind NOW."""
-        from PIL import Image
+    def page(self, titles, rows):
+        """Rows of frames uint8 [T, H, W, 3] -> one image with their titles: a column for each latent, NOW and SOON
+        over them with a gap between."""
+        from PIL import Image, ImageDraw, ImageFont
 
-        cfg, step = self.cfg, self.cfg.form.step
-        parts = []
-        for row in rows:
-            row = np.pad(row[::step], ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
-            now = cfg.now_frames // step
-            gap = np.full((row.shape[1], 16, 3), 255, np.uint8)
-            parts.append(np.concatenate([*row[:now], gap, *row[now:]], 1))
-        return Image.fromarray(np.concatenate(parts))
+        cfg, step, left, top = self.cfg, self.cfg.form.step, 84, 24
+        now, count, grow = cfg.now_frames // step, cfg.num_frames // step, max(1, round(96 / cfg.height))
+        side = cfg.width * grow + 4, cfg.height * grow + 4
+        image = Image.new("RGB", (left + count * side[0] + 16, top + len(rows) * side[1]), "white")
+        draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+        for row, (title, frames) in enumerate(zip(titles, rows)):
+            draw.text((8, top + row * side[1] + side[1] // 2 - 8), title, fill="black", font=font)
+            for column, picture in enumerate(frames[::step].repeat(grow, 1).repeat(grow, 2)):
+                x = left + column * side[0] + 16 * (column >= now)
+                image.paste(Image.fromarray(picture), (x, top + row * side[1]))
+                if not row:
+                    name = f"SOON {column + 1 - now}" if column >= now else f"NOW {column + 1}"
+                    draw.text((x, 4), name, fill="black", font=font)
+        return image
 
     # -- start-up lines
     def describe(self):
