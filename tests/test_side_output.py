@@ -538,8 +538,8 @@ def test_a_silent_run_says_what_it_is_at(scene_folder, tmp_path, monkeypatch, ca
     Seen red without the thread: nothing was said while `base` took its first step of 83 s.
     """
     real, before = V.take_step, threading.active_count()
-    monkeypatch.setattr(V, "SILENCE_S", 0.3)
-    monkeypatch.setattr(V, "take_step", lambda *args: V.time.sleep(0.8) or real(*args))
+    monkeypatch.setattr(V, "SILENCE_S", 0.2)
+    monkeypatch.setattr(V, "take_step", lambda *args: V.time.sleep(0.5) or real(*args))
     assert V.train(config(scene_folder, tmp_path / "run", steps=2, log_every=5)) == 0
     lines = (tmp_path / "run/train.log").read_text().splitlines()
     assert {"at work: step 1 of 2 has begun", "at work: step 1 of 2 is done"} <= set(lines)

@@ -110,7 +110,7 @@ def unbroken(toy, tmp_path_factory):
     return out_dir
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_world_of_thirty_lines_is_stopped_and_resumed(toy, unbroken, tmp_path, monkeypatch, number):
     """Stopped or killed in the middle, the same command ends with the records and the weights of an unbroken run. Only
     what is killed needs a process of its own."""
