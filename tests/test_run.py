@@ -1,5 +1,7 @@
 """The real command, what it leaves behind, and going on after an interruption as if nothing had happened."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -128,17 +130,28 @@ def to_resume(broken_off, tmp_path):
 # -- the command and its files
 
 
-@pytest.fixture(scope="module")
-def commanded(scene_folder, tmp_path_factory):
-    """The real command in its own process, four steps with an evaluation -> (folder, finished process, config)."""
+def spoken(argv, folder):
+    """The command in this process, which has imported what it needs -> CompletedProcess with what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(folder)
+        code = V.main(argv)
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module", params=["here", pytest.param("apart", marks=pytest.mark.slow)])
+def commanded(request, scene_folder, tmp_path_factory):
+    """The real command, four steps with an evaluation, in this process and in one of its own -> (folder, finished
+    process, config)."""
     folder = tmp_path_factory.mktemp("command")
     cfg = small_config(
         data_root=str(scene_folder), out_dir=str(folder / "run"), steps=4, val_every=2, val_clips=2, ckpt_every=2
     )
-    command = [sys.executable, str(SCRIPT), *arguments(cfg, folder), "--seed", "7"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    argv = [*arguments(cfg, folder), "--seed", "7"]
+    if request.param == "here":
+        return folder / "run", spoken(argv, folder), cfg
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(SCRIPT), *argv], capture_output=True, text=True, cwd=folder, env=env)
     return folder / "run", done, cfg
 
 
