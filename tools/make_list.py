@@ -372,7 +372,9 @@ def lerobot_signals(chosen, episodes, fps, found):
     for episode in episodes:
         files.setdefault(episode["data"], []).append(episode)
     gone = [path for path in files if chosen and not path.is_file()]
-    found.notes += V.left_out_note("signals", list(map(str, gone)), "parquet file(s) are not there and")
+    found.notes += V.left_out_note(
+        "signals", ["/".join(path.parts[-3:]) for path in gone], "parquet file(s) are not there and"
+    )
     for path in (path for path in files if chosen and path not in gone):
         features = dict.fromkeys(feature for feature, _, _ in chosen.values())
         table = read_table(path, ["episode_index", *features])
