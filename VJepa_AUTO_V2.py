@@ -4867,11 +4867,8 @@ def effective_rank(targets):
     return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
 
 
-# torch.compiler.disable imports the compiler at once, which takes longer than a second
-uncompiled = getattr(torch, "_disable_dynamo", torch.compiler.disable)
-
-
-@uncompiled
+# what is public imports the compiler at once, for longer than a second
+@getattr(torch, "_disable_dynamo", torch.compiler.disable)
 def gather_rows(rows, world_size):
     """Rows [B, ...] of every rank without gradient -> [B*W, ...] in sample order (clip i of rank r is row i*W + r)."""
     parts = [torch.empty_like(rows) for _ in range(world_size)]

@@ -500,7 +500,7 @@ def sample_heun(flow, projected, noise, num_steps, shift):
     return x
 
 
-@V.uncompiled
+@getattr(torch, "_disable_dynamo", torch.compiler.disable)  # as in V.gather_rows
 def seeded_noise(seeds, shape, device):
     """Standard normal noise of samples by their seeds [B], drawn on the device -> [B, *shape]."""
     makers = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
