@@ -199,6 +199,7 @@ def draw_config(rng):
         "flow_dim": flow_heads * 2 * rng.randint(1, 6),
         "pred_heads": rng.choice([0, heads]),
         "grad_clip_value": rng.choice([0.0, 0.1]) if not values["grad_clip"] else rng.choice([0.0] * 19 + [1.0]),
+        "amp_type": values["amp_type"] if values["amp"] or rng.random() < 0.05 else "auto",
         "freeze_encoder": rng.random() < 0.02,  # without weights both are refused
         "teacher": "frozen" if rng.random() < 0.02 else "ema",
         "soon_fit_steps": rng.choice([0, 1, 3] if values["flow_fit_clips"] else [0] * 19 + [1]),
