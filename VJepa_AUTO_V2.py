@@ -1486,6 +1486,16 @@ def streams_alive(stamp):
     return {number for number, count in counts.items() if count > 1}
 
 
+def stretches(video):
+    """The parts between gaps in a video's told times, cut to what may be used of it -> (seconds at which they begin,
+    their lengths, float64 [n], usual rate). BadFile."""
+    seconds, fps, _ = read_times(video.times)
+    gaps = np.flatnonzero(np.diff(seconds) > max(GAP_S, GAP_STEPS / fps))
+    begins = np.maximum(seconds[[0, *gaps + 1]], video.begin)
+    ends = np.minimum(seconds[[*gaps, -1]] + 1 / fps, video.begin + (video.length or math.inf))
+    return begins, ends - begins, fps
+
+
 def fit_plan(plan, video, annotation=()):
     """A plan -> the same for a file: which part of it may be used, and what tells the times of its frames. With gaps
     between these, u_start draws a place among all stretches into which the window fits; where it fits into none, the
@@ -1494,11 +1504,8 @@ def fit_plan(plan, video, annotation=()):
     plan = replace(plan, file=video, frame_fps=video.fps or plan.frame_fps, noted_fps=noted)
     if not video.times:
         return plan
-    seconds, fps, _ = read_times(video.times)
-    gaps = np.flatnonzero(np.diff(seconds) > max(GAP_S, GAP_STEPS / fps))
-    begins = np.maximum(seconds[[0, *gaps + 1]], video.begin)
-    lengths = np.minimum(seconds[[*gaps, -1]] + 1 / fps, video.begin + (video.length or math.inf)) - begins
-    if not len(gaps) or lengths.max() <= 0:  # it begins behind the end, which usable_part says
+    begins, lengths, fps = stretches(video)
+    if len(begins) == 1 or lengths.max() <= 0:  # it begins behind the end, which usable_part says
         return plan
     window = plan.num_frames / plan.fps - 0.5 / fps if plan.fps else math.inf
     until = np.cumsum(lengths * (lengths >= min(window, lengths.max())))
@@ -5758,10 +5765,12 @@ class VJepaAutoV2(World):
         return loss, rows, residual.square().mean((0, 1))
 
     def forward(self, batch):
+        if "frames" in batch:
+            batch = {**batch, "frames": self.normalise(batch["frames"])}  # once for targets and tokens
         cfg, targets = self.cfg, self.targets_of(batch)  # [B, L, D]
         losses = dict.fromkeys(("loss_vjepa", "loss_soon", "loss_eventually", "loss_flow"), targets.new_zeros(()))
         gauges, carry = {}, {"targets": targets, "key": self.outcome_key(targets)}
-        tokens = None if "context" in batch else self.online.tokenizer(self.normalise(batch["frames"]))  # [B, L, D]
+        tokens = None if "context" in batch else self.online.tokenizer(batch["frames"])  # [B, L, D]
         if cfg.lambda_vjepa:
             losses["loss_vjepa"] = self.now_loss(tokens, targets, batch)
         context = self.context_of(batch) if tokens is None else self.encode_now(tokens)  # [B, K, D]

@@ -118,15 +118,10 @@ class Lengths(V.FileDataset):
 def stretches_of(video, seconds):
     """The parts of a video between gaps in the told times of its frames -> [(begin, seconds)]; one, of so many usable
     seconds, where none are told."""
-    told = video.path if video.pictures and video.path.lower().endswith(".csv") else video.times
-    if not told:
+    if not video.times:
         return [(video.begin, seconds)]
-    times, fps, _ = V.read_times(told)
-    step = 1 / fps
-    gaps = np.flatnonzero(np.diff(times) > max(V.GAP_S, V.GAP_STEPS * step))
-    begins = np.maximum(times[[0, *gaps + 1]], video.begin)
-    ends = np.minimum(times[[*gaps, -1]] + step, video.begin + video.length if video.length else math.inf)
-    return [(float(begin), float(end - begin)) for begin, end in zip(begins, ends) if end - begin > step]
+    begins, lengths, fps = V.stretches(video)
+    return [(begin, length) for begin, length in zip(begins.tolist(), lengths.tolist()) if length > 1 / fps]
 
 
 @dataclass(frozen=True)
