@@ -2550,7 +2550,7 @@ class FrameCache:
         kept = None
         for number, maker in list(file.makers.items()):
             low, high = number * file.seconds, (number + 1) * file.seconds
-            answers = [span] * (max(low, span[0]) < min(high, span[1]))
+            answers = [span] if max(low, span[0]) < min(high, span[1]) else []
             if answers and wanted is not None:
                 inside = wanted[slice(*np.searchsorted(wanted, (max(low, span[0]), min(high, span[1]))))]
                 answers = [(inside[0], math.nextafter(inside[-1], math.inf))] if len(inside) else []
