@@ -2177,7 +2177,7 @@ class Segment:
     """An open segment: what its tail says, `key` first, and what its rows answer. Damaged; FileNotFoundError."""
 
     def __init__(self, path, since):
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.number, is_whole = os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
         try:
             info = os.fstat(self.number)
             end = os.pread(self.number, 2**14, max(info.st_size - 2**14, 0))
@@ -2193,12 +2193,13 @@ class Segment:
             self.sums, self.row = sums.view(np.uint64), np.empty(self.stride, np.uint8)
             if info.st_size != len(sums) * self.stride + length + 16:
                 raise Damaged
-            if info.st_mtime < since:
-                with suppress(OSError):  # a cache that nobody may write knows no least recently used either
-                    os.utime(path)
-        except BaseException:
-            self.close()
-            raise
+            is_whole = True
+        finally:
+            if not is_whole:
+                self.close()
+        if info.st_mtime < since:
+            with suppress(OSError):  # a cache that nobody may write knows no least recently used either
+                os.utime(path)
 
     def picture(self, row):
         """-> uint8 [h, w, 3], valid until the next is read. Damaged."""
