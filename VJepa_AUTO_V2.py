@@ -1714,6 +1714,14 @@ def orientation(frame):
     return not signs[0, 0], int(down), int(across)
 
 
+@lru_cache(maxsize=1)
+def one_thread():
+    """For a scaler: PyAV 17 and later start one of these per core for each clip, beside as many workers."""
+    import av
+
+    return {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+
+
 def pyav_picture(frame, plan, pixel_aspect, scaler):
     """One decoded frame -> uint8 [H, W, 3], turned and mirrored as it asks, pixels squared, cropped and resized. The
     scaler is that of all frames of a clip: to set up one costs as much as to scale a small frame ten times."""
@@ -1721,8 +1729,10 @@ def pyav_picture(frame, plan, pixel_aspect, scaler):
     turn = -1 if on_its_side else 1
     scaled_w, scaled_h, x, y = crop_box(plan, *(frame.width * pixel_aspect, frame.height)[::turn])
     width, height = (scaled_w, scaled_h)[::turn]
-    picture = scaler.reformat(frame, width, height, "rgb24", interpolation="AREA").to_ndarray()
-    picture = picture.swapaxes(0, 1) if on_its_side else picture
+    plane = scaler.reformat(frame, width, height, "rgb24", interpolation="AREA", **one_thread()).planes[0]
+    # to_ndarray would copy all but some widths, at more cost than the scaling
+    rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)[:, : 3 * width]
+    picture = rows.reshape(height, width, 3).swapaxes(0, 1) if on_its_side else rows.reshape(height, width, 3)
     return picture[::down, ::across][y : y + plan.height, x : x + plan.width]
 
 
@@ -1732,33 +1742,59 @@ def is_wanted(packet, near, line, times):
     place = bisect.bisect_left(near, packet.pts)
     if place == 0 or near[place - 1] < line.start:
         return True  # the first picture also stands for whatever is asked for before it
-    later = near[bisect.bisect_right(near, packet.pts) :]
-    request = np.searchsorted(times, line.second(packet.pts))
-    return request < len(times) and (not later or times[request] < line.second(later[0]))
+    later, request = bisect.bisect_right(near, packet.pts, place), bisect.bisect_left(times, line.second(packet.pts))
+    return request < len(times) and (later == len(near) or times[request] < line.second(near[later]))
+
+
+def unneeded_run(queue, near, line, times):
+    """Packets read ahead -> (how many of the first need not be decoded since no request falls on their frames and a key
+    packet follows, for how many packets there is no need to look again). -1 of them where nothing more is asked for."""
+    for place, packet in enumerate(queue):
+        if place and packet.is_keyframe and packet.pts is not None:
+            return place, 0
+        if packet.pts is None or is_wanted(packet, near, line, times):
+            return 0, place
+    over = all(line.second(packet.pts) > times[-1] for packet in queue)
+    return -over, len(queue) - 1
 
 
 def pyav_frames(stream, times, fast, line, packets):
-    """Decoded frames of packets in display order. `fast` leaves out those that nobody refers to and that are not on
-    screen at a requested time, by the presentation times around them: a container's durations are its guess. The
-    others come out bit for bit the same."""
+    """Decoded frames of packets in display order. `fast` leaves out, by the presentation times around them (a
+    container's durations are its guess), what is not on screen at a requested time: frames that nobody refers to, and
+    all from there to the next key packet, which is entered as after a seek. The others come out bit for bit the
+    same."""
     codec, packets, queue, near, order = stream.codec_context, iter(packets), deque(), [], deque()
-    may_skip = fast and codec.name in SKIPPING_CODECS
+    may_skip, times, settled, entry, entered = fast and codec.name in SKIPPING_CODECS, times.tolist(), 0, None, True
+    between = (times[-1] - times[0]) / max(len(times) - 1, 1) * line.fps  # frames from one request to the next
+    depth = LOOK_AHEAD + int(min(between, 12 * LOOK_AHEAD))
     for number in itertools.count():
-        while len(queue) <= LOOK_AHEAD and (ahead := next(packets, None)) is not None:
+        while len(queue) <= depth and (ahead := next(packets, None)) is not None:
             if ahead.size or ahead.dts is not None:  # else the demuxer's word for the end
                 queue.append(ahead)
             if ahead.pts is not None and not ahead.is_discard:
                 bisect.insort(near, ahead.pts)
-                del near[: -4 * LOOK_AHEAD]
-        packet = queue.popleft() if queue else None  # asks for what the decoder still holds
+                del near[: -4 * depth]
+        run, settled = unneeded_run(queue, near, line, times) if fast and not settled else (0, settled - 1)
+        packet = queue.popleft() if queue and not run else None  # asks for what the decoder still holds
+        if packet is not None and entry is not None and packet.pts is not None and packet.pts < entry:
+            if is_wanted(packet, near, line, times):
+                raise BadFile("a frame before a key frame refers to what was left out")
+            continue
         if packet is not None and may_skip and packet.pts is not None:
             codec.skip_frame = "DEFAULT" if is_wanted(packet, near, line, times) else "NONREF"
         if packet is not None and line.in_order and packet.size:
             order.append(number if packet.dts is None else packet.dts)
         for frame in codec.decode(packet):
-            frame.pts = order.popleft() if line.in_order else frame.pts
+            if not entered and (frame.pts != entry or not frame.key_frame):
+                raise BadFile("a key frame cannot be entered")
+            frame.pts, entered = order.popleft() if line.in_order else frame.pts, True
             yield frame
-        if packet is None:
+        if run > 0:
+            codec.flush_buffers()
+            for _ in range(run):
+                queue.popleft()
+            entry, entered, settled = queue[0].pts, False, 0
+        elif packet is None:
             return
 
 
