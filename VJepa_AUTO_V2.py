@@ -258,6 +258,7 @@ class ClipConfig(RunConfig):
     decoder: str = "auto"  # auto (pyav, then decord) | pyav | decord
     frame_cache: str = "auto"  # folder of decoded frames | off | auto: out_dir/frame_cache where that pays and fits
     frame_cache_gb: float = 20.0  # most GB in it; what was used least recently goes first, never what this run used
+    windows_per_file: int = 1  # so many training samples on end are windows of one file that follow one another
     missing_data: str = "scenes"  # when data_root holds no video: scenes | error | random
     latents: str = ""  # folder or csv of latents cached by tools/cache_latents.py, read instead of videos
     crop_scale_min: float = 0.6  # smallest crop, share of the largest box that fits the frame
@@ -272,8 +273,8 @@ class ClipConfig(RunConfig):
     scenes: str = "files"  # files (scene_clips mp4s, read back like any video) | render (a new scene for every sample)
 
     RANGES = {
-        "clip_fps": (0, 1000), "frame_fps": (0, 1000), "start_fps": (0, 1000), "frame_cache_gb": (0, 10**6),
-        "crop_scale_min": (0.01, 1), "crop_scale_max": (0.01, 1),
+        "windows_per_file": (1, 1000), "start_fps": (0, 1000), "frame_cache_gb": (0, 10**6),
+        "clip_fps": (0, 1000), "frame_fps": (0, 1000), "crop_scale_min": (0.01, 1), "crop_scale_max": (0.01, 1),
         "crop_ratio_min": (0.1, 10), "crop_ratio_max": (0.1, 10), "scene_clips": (4, 10**7), "scene_size": (0, 4096),
         "num_frames": (2, 100000), "now_frames": (1, 100000), "soon_frames": (1, 100000), "channels": (3, 3),
     }
@@ -295,6 +296,9 @@ class ClipConfig(RunConfig):
     def rules(self):
         problem, least, sides = "", self.now_frames + self.soon_frames, (self.height, self.width)
         times, kept = self.start_fps / (self.clip_fps or math.inf), self.frame_cache not in ("auto", "off")
+        alone = "a file of cached latents is one sample" if self.latents else ""
+        alone = alone or "with clip_fps 0 a window is a whole file" * (not self.clip_fps)
+        alone = alone or "a scene that is rendered is one sample" * (self.scenes == "render" and not self.data_root)
         try:
             mix_shares(self.scene_mix)
         except ValueError as error:
@@ -309,6 +313,7 @@ class ClipConfig(RunConfig):
                  f"must be 0 or a multiple of clip_fps = {self.clip_fps:g}"),
                 (not self.frame_cache.strip(), "frame_cache", "must be auto, off or a folder"),
                 (kept and self.decoder == "decord", "frame_cache", "keeps what PyAV decodes: not with decoder decord"),
+                (self.windows_per_file > 1 and alone, "windows_per_file", f"must be 1: {alone}"),
                 *((self.latents and getattr(self, name) != plain, name, f"must be {plain}: cached latents are of clips "
                    "as they are") for name, plain in self.UNCROPPED.items()),
             ),
@@ -1318,6 +1323,7 @@ LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC at m
 MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further has lost what lay between
 # A longer step than both between the told times of frames is a gap, which no window crosses: seconds, usual steps.
 GAP_S, GAP_STEPS = 0.5, 2.5
+MAX_KEPT_BYTES = 2**24  # of what is kept about a file
 SKIPPING_CODECS = ("h264", "hevc")  # they obey skip_frame by the packet; dav1d the first packet's for the whole file
 
 
@@ -1341,6 +1347,10 @@ class ClipPlan:
     frame_fps: float = 0.0  # rate of a raw stream, whatever its header says; 0: the header's
     noted_fps: float = 0.0  # rate that its annotation names, for a raw stream whose header names none
     start_fps: float = 0.0  # windows start at multiples of its inverse; 0: anywhere
+    windows: int = 1  # of a group, which follow one another in a file; u_start is where the group starts
+    place: int = 0  # of this window in its group
+    later: tuple = ()  # plans of the group's windows behind this one, for who goes on decoding
+    kept: str = ""  # folder in which what was found out about a file is kept; "": in memory only
     file: VideoFile = VideoFile("", "")  # which part of it may be used, and its told times; set by fit_plan
 
 
@@ -1387,6 +1397,15 @@ def inside_frames(plan, times, duration, native_fps):
     return plan.file.begin + (np.minimum(times, duration - half) if plan.file.length else times)  # no neighbour's
 
 
+def start_share(plan, room, window):
+    """u_start, for a window of a group its own: each begins where the one before ends, or earlier where the file leaves
+    less room (seconds) for starts. The group is placed as a window of its length would be."""
+    spread = min((plan.windows - 1) * window, room)
+    if not spread:
+        return plan.u_start
+    return (plan.u_start * (room - spread) + spread * plan.place / (plan.windows - 1)) / room
+
+
 def frame_times(plan, duration, native_fps):
     """Seconds from the first frame at which the clip's frames are taken -> float64 [T]; `duration` is what may be used.
     A file shorter than the window gives frames over its whole length; one with too few frames each of them, then the
@@ -1394,10 +1413,11 @@ def frame_times(plan, duration, native_fps):
     steps, window = np.arange(plan.num_frames), plan.num_frames / plan.fps if plan.fps else math.inf
     if duration >= window - half_frame(plan, duration, native_fps):
         room = max(duration - window, 0.0)
-        times = plan.u_start * room + steps / plan.fps
+        share = start_share(plan, room, window)
+        times = share * room + steps / plan.fps
         if plan.start_fps:
             last = math.floor(room * plan.start_fps + 1e-9)
-            first = min(int(plan.u_start * (last + 1)), last)
+            first = min(int(share * (last + 1)), last)
             times = (first + steps * round(plan.start_fps / plan.fps)) / plan.start_fps
     elif duration * native_fps < plan.num_frames:
         times = steps / native_fps
@@ -1408,7 +1428,7 @@ def frame_times(plan, duration, native_fps):
 
 def wanted_times(plan, duration, native_fps):
     """All seconds that windows with start_fps can ask for -> float64 [n], increasing."""
-    times, last = (frame_times(replace(plan, u_start=u), duration, native_fps) for u in (0.0, 1.0))
+    times, last = (frame_times(replace(plan, u_start=u, windows=1), duration, native_fps) for u in (0.0, 1.0))
     if not np.array_equal(times, last):
         steps = np.arange(round((last[-1] - times[0]) * plan.start_fps) + 2)
         times = inside_frames(plan, steps / plan.start_fps, duration, native_fps)
@@ -1448,10 +1468,72 @@ def open_pyav(path):
         raise CannotOpen(f"pyav cannot open it ({reason_of(error)})") from error
 
 
-def file_stamp(container):
-    """Path of an open file and what changes when it is rewritten: the key of what is known of it."""
-    info = os.stat(path := container.name.removeprefix("file:"))
-    return path, info.st_ino, info.st_size, info.st_mtime_ns
+def path_stamp(path, kept=""):
+    """Path of a file, what changes when it is rewritten, and the folder in which what is known of it may be kept."""
+    info = os.stat(path)
+    return path, info.st_ino, info.st_size, info.st_mtime_ns, kept
+
+
+def file_stamp(container, kept=""):
+    """path_stamp of an open file."""
+    return path_stamp(container.name.removeprefix("file:"), kept)
+
+
+class Finding:
+    """What `find(stamp, *numbers)`, a look through a file, gives: a number, a text or a list. MOST of them are kept in
+    memory, and each in the folder that the stamp names, if it does, as a small JSON. This counts only with its own sum,
+    for the file's stamp, first and last bytes, and the same versions; a folder or file that cannot be read, believed or
+    written is as if it were not there."""
+
+    FORMAT, MOST, ENDS_BYTES = 1, 2**18, 2**16
+
+    def __init__(self, find):
+        self.find, self.known, self.held = find, {}, 0
+        self.__name__, self.__doc__ = find.__name__, find.__doc__
+
+    def __call__(self, stamp, *numbers):
+        key = (*stamp[:4], *numbers)
+        if key in self.known:
+            return self.known[key]
+        found = self.known[key] = self.look(stamp, numbers) if stamp[4] else self.find(stamp, *numbers)
+        self.held += len(found) + 1 if isinstance(found, list) else 1
+        while self.held > self.MOST and len(self.known) > 1:  # the oldest goes
+            gone = self.known.pop(next(iter(self.known)))
+            self.held -= len(gone) + 1 if isinstance(gone, list) else 1
+        return found
+
+    def about(self, stamp, numbers):
+        """What a kept finding must be about -> list, for JSON."""
+        import av
+
+        with open(stamp[0], "rb") as file:
+            ends = file.read(self.ENDS_BYTES)
+            file.seek(max(stamp[2] - self.ENDS_BYTES, 0))
+            ends = hashlib.sha256(ends + file.read(self.ENDS_BYTES)).hexdigest()
+        return [self.FORMAT, self.__name__, *numbers, *stamp[:4], ends, av.__version__, *av.library_versions.values()]
+
+    def look(self, stamp, numbers):
+        """The finding from its folder; else by `find`, and then kept there, unless the file changed meanwhile."""
+        about = json.loads(json.dumps(self.about(stamp, numbers)))
+        name = hashlib.sha256(json.dumps([self.__name__, *numbers, stamp[0]]).encode()).hexdigest()[:40] + ".json"
+        place = os.path.join(stamp[4], name)
+        with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            kept = json.loads(read_text(place, MAX_KEPT_BYTES))
+            if kept["about"] == about and kept["sum"] == hashlib.sha256(json.dumps(kept["found"]).encode()).hexdigest():
+                return kept["found"]
+        found = self.find(stamp, *numbers)
+        text = json.dumps(found)
+        kept = {"about": about, "sum": hashlib.sha256(text.encode()).hexdigest(), "found": found}
+        temporary = f"{place}.{secrets.token_hex(8)}.tmp"  # nobody else's name
+        if len(text) < MAX_KEPT_BYTES // 2 and path_stamp(*stamp[::4]) == stamp:
+            with suppress(OSError):
+                os.makedirs(stamp[4], exist_ok=True)
+                try:
+                    Path(temporary).write_text(json.dumps(kept))
+                    os.replace(temporary, place)
+                finally:
+                    Path(temporary).unlink(missing_ok=True)
+        return found
 
 
 @lru_cache(maxsize=64)
@@ -1508,16 +1590,16 @@ def picture_line(path, plan):
     return paths, seconds, usable_part(plan, float(seconds[-1]) + 1 / fps, fps), fps
 
 
-@lru_cache(maxsize=256)
+@Finding
 def streams_alive(stamp):
-    """Numbers of the video streams that show a second frame before some other one shows its hundredth -> set."""
+    """Numbers of the video streams that show a second frame before some other one shows its hundredth -> list."""
     counts = Counter()
     with open_pyav(stamp[0]) as container:
         for packet in container.demux(video=tuple(range(len(container.streams.video)))):
             counts[packet.stream_index] += packet.size > 0
             if counts[packet.stream_index] == 100:
                 break
-    return {number for number, count in counts.items() if count > 1}
+    return [number for number, count in counts.items() if count > 1]
 
 
 def stretches(video):
@@ -1549,7 +1631,7 @@ def fit_plan(plan, video, annotation=()):
     return replace(plan, file=part, u_start=float(1 - (until[chosen] - place) / part.length))
 
 
-def playing_stream(container):
+def playing_stream(container, kept=""):
     """The video stream that plays: the first that is marked default, else the first. Attached pictures and streams of
     one frame (covers, thumbnails) never count beside another. BadFile without any."""
     from av.stream import Disposition
@@ -1557,7 +1639,7 @@ def playing_stream(container):
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     moving = [stream for stream in streams if stream.frames != 1]  # 0: not known
     if len(moving) > 1 and not all(stream.frames for stream in moving):
-        alive = streams_alive(file_stamp(container))
+        alive = streams_alive(file_stamp(container, kept))
         moving = [stream for stream in moving if stream.index in alive]
     if not streams:
         raise BadFile("no video stream")
@@ -1565,13 +1647,13 @@ def playing_stream(container):
 
 
 @contextmanager
-def opened_stream(path):
+def opened_stream(path, kept=""):
     """Context of a file that is read by PyAV -> (container, stream that plays). BadFile for all that goes wrong."""
     import av
 
     try:
         with open_pyav(path) as container:
-            yield container, playing_stream(container)
+            yield container, playing_stream(container, kept)
     except (av.FFmpegError, *DECODE_ERRORS) as error:
         raise BadFile(f"pyav stopped decoding ({reason_of(error)})") from error
 
@@ -1610,9 +1692,9 @@ def packet_end(packet):
     return packet.pts + max(packet.duration or 0, round(1 / (rate * packet.time_base)) if rate else 0)
 
 
-@lru_cache(maxsize=16)
+@Finding
 def stream_keys(stamp, number):
-    """Demux a transport stream once -> [(second, presentation time, byte, end of its stretch in s)] of its key packets.
+    """Demux a transport stream once -> [[second, presentation time, byte, end of its stretch in s]] of its key packets.
     After a jump the next stretch lies as much later; one whose clock starts anew follows at once. BadFile without
     any."""
     keys, at, start, end = [], 0.0, 0, 0.0
@@ -1630,13 +1712,13 @@ def stream_keys(stamp, number):
                 at = max(at + clock_step(found[0][0], start) * unit, end) if keys else 0.0
                 start = found[0][0]
                 end = at + (last - start) * unit
-                keys += [(at + (pts - start) * unit, pts, byte, end) for pts, byte in found]
+                keys += [[at + (pts - start) * unit, pts, byte, end] for pts, byte in found]
     if not keys:
         raise BadFile("no key frame in it")
     return keys
 
 
-@lru_cache(maxsize=1024)
+@Finding
 def end_of_stream(stamp, number):
     """Where a video stream ends whose container does not say it -> seconds by the file's clock. Only what follows the
     last key frame is demuxed. Where no stream reaches the length that the header promises, the file is cut, and the
@@ -1658,7 +1740,7 @@ def end_of_stream(stamp, number):
     return ends[number] if number in ends and max(ends.values()) > promised - 1.0 else promised
 
 
-@lru_cache(maxsize=1024)
+@Finding
 def count_packets(stamp):
     """Pictures of a raw stream from its first key frame on -> their number."""
     with open_pyav(stamp[0]) as container:
@@ -1667,7 +1749,8 @@ def count_packets(stamp):
 
 def time_line(container, stream, plan, fast=True):
     """-> (TimeLine, its packets from the first key packet on). A transport stream's line covers all its parts."""
-    kind, codec, unit, stamp = container.format.name, stream.codec_context, stream.time_base, file_stamp(container)
+    kind, codec, unit = container.format.name, stream.codec_context, stream.time_base
+    stamp = file_stamp(container, plan.kept)
     packets, fps = from_key(container.demux(stream)), float(stream.average_rate or stream.guessed_rate or 25)
     if kind in RAW_FORMATS:
         count, path = count_packets(stamp), plan.file.times
@@ -1712,7 +1795,7 @@ def enter_window(container, stream, line, times):
 
 def key_before(keys, second):
     """The entry of stream_keys that is the last at or before a second, else the first."""
-    return keys[max(bisect.bisect(keys, (second, math.inf)) - 1, 0)]
+    return keys[max(bisect.bisect(keys, [second, math.inf]) - 1, 0)]
 
 
 def enter_stretch(container, stream, line, times, fast):
@@ -1753,6 +1836,14 @@ def orientation(frame):
     return not signs[0, 0], int(down), int(across)
 
 
+@lru_cache(maxsize=1)
+def one_thread():
+    """For a scaler: PyAV 17 and later start one of these per core for each clip, beside as many workers."""
+    import av
+
+    return {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+
+
 def whole_picture(frame, box, pixel_aspect, scaler):
     """One decoded frame -> (uint8 [h, w, 3], turned and mirrored as it asks, pixels squared, what `box` gives). `box`
     tells from its size as shown the size w, h to which it is scaled, and two more. The scaler is that of all frames of
@@ -1761,7 +1852,9 @@ def whole_picture(frame, box, pixel_aspect, scaler):
     turn = -1 if on_its_side else 1
     scaled = box(*(frame.width * pixel_aspect, frame.height)[::turn])
     width, height = scaled[:2][::turn]
-    picture = scaler.reformat(frame, width, height, "rgb24", interpolation="AREA").to_ndarray()
+    plane = scaler.reformat(frame, width, height, "rgb24", interpolation="AREA", **one_thread()).planes[0]
+    # to_ndarray would copy most widths line by line, at more cost than the scaling
+    picture = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)[:, : 3 * width].reshape(height, width, 3)
     picture = picture.swapaxes(0, 1) if on_its_side else picture
     return picture[::down, ::across], scaled
 
@@ -1778,33 +1871,61 @@ def is_wanted(packet, near, line, times):
     place = bisect.bisect_left(near, packet.pts)
     if place == 0 or near[place - 1] < line.start:
         return True  # the first picture also stands for whatever is asked for before it
-    later = near[bisect.bisect_right(near, packet.pts) :]
-    request = np.searchsorted(times, line.second(packet.pts))
-    return request < len(times) and (not later or times[request] < line.second(later[0]))
+    later, request = bisect.bisect_right(near, packet.pts, place), bisect.bisect_left(times, line.second(packet.pts))
+    return request < len(times) and (later == len(near) or times[request] < line.second(near[later]))
+
+
+def unneeded_run(queue, near, line, times):
+    """Packets read ahead -> (how many of the first need not be decoded since no request falls on their frames and a key
+    packet follows, for how many packets there is no need to look again). -1 of them where nothing more is asked for."""
+    for place, packet in enumerate(queue):
+        if place and packet.is_keyframe and packet.pts is not None:
+            return place, 0
+        if packet.pts is None or is_wanted(packet, near, line, times):
+            return 0, place
+    # the last frame's own length may be a guess: where it is on screen for long, the next one is decoded to show it
+    over = all(line.second(packet.pts) > times[-1] for packet in queue)
+    over = over and any(0 <= times[-1] - line.second(pts) < 1 for pts in near)
+    return -over, len(queue) - 1
 
 
 def pyav_frames(stream, times, fast, line, packets):
-    """Decoded frames of packets in display order. `fast` leaves out those that nobody refers to and that are not on
-    screen at a requested time, by the presentation times around them: a container's durations are its guess. The
-    others come out bit for bit the same."""
+    """Decoded frames of packets in display order. `fast` leaves out, by the presentation times around them (a
+    container's durations are its guess), what is not on screen at a requested time: frames that nobody refers to, and
+    all from there to the next key packet, which is entered as after a seek. The others come out bit for bit the
+    same."""
     codec, packets, queue, near, order = stream.codec_context, iter(packets), deque(), [], deque()
-    may_skip = fast and codec.name in SKIPPING_CODECS
+    may_skip, times, settled, entry, entered = fast and codec.name in SKIPPING_CODECS, times.tolist(), 0, None, True
+    between = (times[-1] - times[0]) / max(len(times) - 1, 1) * line.fps  # frames from one request to the next
+    depth = LOOK_AHEAD + int(min(between, 12 * LOOK_AHEAD))
     for number in itertools.count():
-        while len(queue) <= LOOK_AHEAD and (ahead := next(packets, None)) is not None:
+        while len(queue) <= depth and (ahead := next(packets, None)) is not None:
             if ahead.size or ahead.dts is not None:  # else the demuxer's word for the end
                 queue.append(ahead)
             if ahead.pts is not None and not ahead.is_discard:
                 bisect.insort(near, ahead.pts)
-                del near[: -4 * LOOK_AHEAD]
-        packet = queue.popleft() if queue else None  # asks for what the decoder still holds
+                del near[: -4 * depth]
+        run, settled = unneeded_run(queue, near, line, times) if fast and not settled else (0, settled - 1)
+        packet = queue.popleft() if queue and not run else None  # asks for what the decoder still holds
+        if packet is not None and entry is not None and packet.pts is not None and packet.pts < entry:
+            if is_wanted(packet, near, line, times):
+                raise BadFile("a frame before a key frame refers to what was left out")
+            continue
         if packet is not None and may_skip and packet.pts is not None:
             codec.skip_frame = "DEFAULT" if is_wanted(packet, near, line, times) else "NONREF"
         if packet is not None and line.in_order and packet.size:
             order.append(number if packet.dts is None else packet.dts)
         for frame in codec.decode(packet):
-            frame.pts = order.popleft() if line.in_order else frame.pts
+            if not entered and (frame.pts != entry or not frame.key_frame):
+                raise BadFile("a key frame cannot be entered")
+            frame.pts, entered = order.popleft() if line.in_order else frame.pts, True
             yield frame
-        if packet is None:
+        if run > 0:
+            codec.flush_buffers()
+            for _ in range(run):
+                queue.popleft()
+            entry, entered, settled = queue[0].pts, False, 0
+        elif packet is None:
             return
 
 
@@ -1855,30 +1976,46 @@ def end_slack(line):
     return 1.0 + 2 / line.fps
 
 
-def pyav_walk(container, stream, plan, fast):
-    """Decode forward and keep the frame on screen at each requested time -> uint8 [T, H, W, 3]."""
+def pyav_walks(container, stream, plans, fast):
+    """Decode forward once for windows of a file, in the order of their starts, and keep the frame on screen at each
+    requested time -> generator of uint8 [T, H, W, 3], one for each plan."""
     from av.video.reformatter import VideoReformatter
 
-    line, packets = time_line(container, stream, plan, fast)
-    times = frame_times(plan, usable_part(plan, line.duration, line.fps), line.fps)
-    frames, shown, shown_end, look = [], None, 0.0, (plan, pixel_aspect_of(stream), VideoReformatter())
-    for now, end, frame in shown_frames(container, stream, line, packets, times, fast):
-        due = np.searchsorted(times, now) - len(frames)  # requests that the frame before this one answers
-        if shown is not None and due > 0:
-            frames += [pyav_picture(shown, *look)] * due
-        if len(frames) == len(times):
-            return np.stack(frames)
+    line, packets = time_line(container, stream, plans[0], fast)
+    times = [frame_times(plan, usable_part(plan, line.duration, line.fps), line.fps) for plan in plans]
+    order, moments = np.argsort(times, axis=None, kind="stable"), np.sort(times, axis=None)
+    aspect, answered, given, shown, shown_end = pixel_aspect_of(stream), 0, 0, None, 0.0
+    looks, frames = [(plan, aspect, VideoReformatter()) for plan in plans], [[] for _ in plans]
+    walk = shown_frames(container, stream, line, packets, moments, fast)
+    for now, end, frame in itertools.chain(walk, [(math.inf, 0.0, None)]):
+        slack = end_slack(line) if frame is None and line.duration * line.fps >= plans[0].num_frames else math.inf
+        if moments[-1] > shown_end + slack:
+            raise BadFile(f"ends at {shown_end:.2f} s, its header promises {line.duration:.2f} s")
+        due, pictures = answered if shown is None else int(np.searchsorted(moments, now)), {}
+        for place in (order[answered:due] // len(times[0])).tolist():  # requests that the frame before this one answers
+            if place not in pictures:
+                pictures[place] = pyav_picture(shown, *looks[place])
+            frames[place].append(pictures[place])
+        answered = max(due, answered)
+        while given < len(plans) and len(frames[given]) == len(times[0]):
+            yield np.stack(frames[given])
+            frames[given] = []
+            given += 1
+        if given == len(plans):
+            return
         shown, shown_end = frame, end
-    if times[-1] > shown_end + end_slack(line) and line.duration * line.fps >= plan.num_frames:
-        raise BadFile(f"ends at {shown_end:.2f} s, its header promises {line.duration:.2f} s")
-    return np.stack(frames + [pyav_picture(shown, *look)] * (len(times) - len(frames)))
+
+
+def pyav_walk(container, stream, plan, fast):
+    """pyav_walks for one window."""
+    return next(pyav_walks(container, stream, (plan,), fast))
 
 
 def read_pyav(path, plan, fast=True, walk=pyav_walk):
     """Frames through PyAV, which stops at broken data instead of painting over it. `fast` seeks to the window and
     leaves out frames that are not needed; where that fails the file is read plainly from its start."""
     try:
-        with opened_stream(path) as (container, stream):
+        with opened_stream(path, plan.kept) as (container, stream):
             stream.thread_type, stream.thread_count = "NONE", 1
             stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
             return walk(container, stream, plan, fast)
@@ -1888,11 +2025,20 @@ def read_pyav(path, plan, fast=True, walk=pyav_walk):
     return read_pyav(path, plan, False, walk)  # an open GOP cannot always be entered at its key frame
 
 
+def group_frames(path, plans):
+    """read_pyav for windows of a group, in one go -> generator. BadFile where each must be read alone."""
+    check_regular(path)
+    with opened_stream(path, plans[0].kept) as (container, stream):
+        stream.thread_type, stream.thread_count = "NONE", 1
+        stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+        yield from pyav_walks(container, stream, plans, True)
+
+
 def video_timing(path, plan):
     """-> (seconds that may be used, frames per second) of a video, for frame_times of a plan. BadFile for a bad one."""
     if plan.file.pictures:
         return picture_line(path, plan)[2:]
-    with opened_stream(path) as (container, stream):
+    with opened_stream(path, plan.kept) as (container, stream):
         line, _ = time_line(container, stream, plan)
         return usable_part(plan, line.duration, line.fps), line.fps
 
@@ -1929,15 +2075,16 @@ def read_pictures(path, plan):
     return np.stack([frames[number] for number in wanted.tolist()])
 
 
-def beyond_decord(path):
+@Finding
+def beyond_decord(stamp):
     """What of a file decord cannot be trusted with -> text or "". It has no list of allowed demuxers (a playlist would
     open other files), is seconds off in ts, repeats frames in avi, chooses a video stream by its own rules, does not
     mirror, and knows nothing of first frames that cannot be shown."""
-    with open(path, "rb") as file:
+    with open(stamp[0], "rb") as file:
         head = file.read(12)
     if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip") and head[:4] != b"\x1aE\xdf\xa3":
         return "containers other than mp4, mov, mkv and webm"
-    with open_pyav(path) as container:
+    with open_pyav(stamp[0]) as container:
         if len(container.streams.video) != 1:
             return f"{len(container.streams.video)} video streams in one file"
         first = next(container.demux(video=0))
@@ -1947,22 +2094,33 @@ def beyond_decord(path):
         return "mirrored pictures" if (down * across < 0) != on_its_side else ""
 
 
+@Finding
+def decord_size(stamp):
+    """Height and width of the frames that decord gives."""
+    import decord
+
+    return list(decord.VideoReader(stamp[0], ctx=decord.cpu(0), num_threads=1)[0].shape[:2])
+
+
 def read_decord(path, plan):
-    """Frames through decord, opened twice: its resize must be known before the first frame tells the size."""
+    """Frames through decord. For a file's first clip it is opened twice: its resize must be known before a frame tells
+    the size."""
     if importlib.util.find_spec("decord") is None:
         raise CannotOpen("decord is not installed")
     import av
     import decord
 
     decord.logging.set_level(decord.logging.FATAL)
-    open_decord = partial(decord.VideoReader, path, ctx=decord.cpu(0), num_threads=1)
     try:
         # in HEVC and AV1 its frames may be two off, which at a border is another episode
-        if beyond := "parts of a file" if plan.file.begin or plan.file.length else beyond_decord(path):
+        if (
+            beyond := "parts of a file"
+            if plan.file.begin or plan.file.length
+            else beyond_decord(stamp := path_stamp(path, plan.kept))
+        ):
             raise CannotOpen(f"only pyav is trusted with {beyond}")
-        height, width = open_decord()[0].shape[:2]
-        scaled_w, scaled_h, x, y = crop_box(plan, width, height)
-        reader = open_decord(width=scaled_w, height=scaled_h)
+        scaled_w, scaled_h, x, y = crop_box(plan, *decord_size(stamp)[::-1])
+        reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1, width=scaled_w, height=scaled_h)
         starts = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
         starts -= starts[0]
         fps = float(reader.get_avg_fps()) or 25.0
@@ -2170,7 +2328,7 @@ def kept_cut(picture, plan, shown, scaler):
     )
     part = np.ascontiguousarray(picture[top : max(bottom, top + 1), left : max(right, left + 1)])
     frame = av.VideoFrame.from_ndarray(part, format="rgb24")
-    return scaler.reformat(frame, plan.width, plan.height, interpolation="AREA").to_ndarray()
+    return scaler.reformat(frame, plan.width, plan.height, interpolation="AREA", **one_thread()).to_ndarray()
 
 
 class Segment:
@@ -2436,7 +2594,7 @@ class FrameCache:
                 return False
             else:
                 self.failed.add(file.name)
-                with opened_stream(file.path) as (container, stream):
+                with opened_stream(file.path, file.plan.kept) as (container, stream):
                     line, _ = time_line(container, stream, file.plan)
                     rate, seconds = kept_rate(file.plan, file.ratios, stream, line), KEPT_S
                 while seconds > 1.0 and seconds * rate > KEPT_BYTES:
@@ -2529,7 +2687,7 @@ class FrameCache:
             wanted = wanted_times(plan, usable_part(plan, line.duration, line.fps), line.fps)
             times = np.unique([first, *wanted[(first < wanted) & (wanted < last)], last])
         is_ts, shown, since, last_end = container.format.name == "mpegts", None, 0.0, 0.0
-        stretch = key_before(stream_keys(file_stamp(container), stream.index), times[0])[3] if is_ts else 0.0
+        stretch = key_before(stream_keys(file_stamp(container, plan.kept), stream.index), times[0])[3] if is_ts else 0.0
         look = partial(kept_box, plan, file.ratios), pixel_aspect_of(stream), VideoReformatter()
         for maker in file.makers.values():
             maker.restart()
@@ -3269,9 +3427,13 @@ class FileDataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.videos)
 
+    def windows(self):
+        """How many samples on end share a file."""
+        return 1
+
     def candidates(self, index):
-        """File numbers to try for sample `index`, best first."""
-        count = len(self.videos)
+        """File numbers to try for sample `index`, best first; the same for a group of windows."""
+        count, index = len(self.videos), index // self.windows()
         yield int(epoch_order(self.cfg.seed, self.stream, index // count, count)[index % count])
         yield from sample_rng(self.cfg.seed, self.stream, index, 1).permutation(count).tolist()
 
@@ -3343,6 +3505,10 @@ class ClipDataset(FileDataset):
     SUFFIXES, HAS_SCENES = VIDEO_SUFFIXES, True
     read_one = staticmethod(small_clip)
     frame_cache = None  # where decoded frames are kept
+    going, awaited = None, None  # frames of a group that is being decoded; which process may go on with which window
+
+    def __getstate__(self):
+        return {**self.__dict__, "going": None, "awaited": None}
 
     @staticmethod
     def notes(cfg, source):
@@ -3356,18 +3522,46 @@ class ClipDataset(FileDataset):
         """-> (frames uint8 [T, H, W, 3], annotation)."""
         noted = read_annotation(self.data_root, video).items()
         annotation = {"maneuver": video.label or "", **{key: value for key, value in noted if value is not None}}
-        plan = fit_plan(plan, video, annotation)
         if self.frame_cache is not None:
-            return self.frame_cache.read(video.path, plan, self.watch.note), annotation
-        return read_frames(video.path, plan, self.cfg.decoder), annotation
+            folder = self.frame_cache.folder
+            plan = replace(plan, later=(), kept=str(folder / "index") if folder.is_dir() else "")
+            return self.frame_cache.read(video.path, fit_plan(plan, video, annotation), self.watch.note), annotation
+        plan, *later = (fit_plan(one, video, annotation) for one in (replace(plan, later=()), *plan.later))
+        return self.read_window(video.path, plan, later), annotation
+
+    def read_window(self, path, plan, later):
+        """read_frames of a plan -> uint8 [T, H, W, 3]. Where windows of its group follow, the decoder waits at its end,
+        and goes on if the next sample asks for that: as when each is read alone, but decoded once."""
+        forward = plan.windows > 1 and not plan.file.pictures and DECODERS[self.cfg.decoder][0] == "pyav"
+        if forward and self.awaited != (os.getpid(), path, plan):
+            self.going = group_frames(path, (plan, *later)) if later else None
+        going, self.going, frames = self.going, None, None
+        with suppress(BadFile):  # who cannot go on reads it alone, and says why where that fails
+            frames = next(going) if forward and going else None
+        if frames is None:
+            return read_frames(path, plan, self.cfg.decoder)
+        self.going, self.awaited = going, later and (os.getpid(), path, later[0])
+        return frames
+
+    def windows(self):
+        return self.cfg.windows_per_file if self.stream == "train" else 1
+
+    def plan_of(self, index, height, width):
+        """-> (plan of a sample, its generator). The windows of a group lie in its file as one that is drawn for all."""
+        rng, count = sample_rng(self.cfg.seed, self.stream, index, 2), self.windows()
+        plan = replace(draw_plan(rng, self.cfg, self.stream), height=height, width=width)
+        if count > 1:
+            u_start = sample_rng(self.cfg.seed, self.stream, index // count, 4).random()
+            plan = replace(plan, u_start=u_start, windows=count, place=index % count)
+        return plan, rng
 
     def check_form(self, content):
         """Frames come from the decoder in the shape that was asked for."""
 
     def decode(self, index, height, width):
         """-> (uint8 [T, height, width, 3], file number, annotation, bad files as (name, reason), flipped)."""
-        rng = sample_rng(self.cfg.seed, self.stream, index, 2)
-        plan = replace(draw_plan(rng, self.cfg, self.stream), height=height, width=width)
+        (plan, rng), behind = self.plan_of(index, height, width), self.windows() - 1 - index % self.windows()
+        plan = replace(plan, later=tuple(self.plan_of(index + step, height, width)[0] for step in range(1, behind + 1)))
         flip = bool(self.cfg.hflip and self.stream == "train" and rng.random() < 0.5)
         content, number, bad = self.first_good(index, plan)
         frames, annotation = content or (np.zeros((plan.num_frames, height, width, 3), np.uint8), {})
