@@ -1875,11 +1875,26 @@ def is_wanted(packet, near, line, times):
     return request < len(times) and (later == len(near) or times[request] < line.second(near[later]))
 
 
-def unneeded_run(queue, near, line, times):
+def starts_anew(packet, codec):
+    """Whether what follows a key packet never speaks of pictures before it: in H.264 only an IDR picture promises that.
+    Behind others a seek may fail, and a reader that jumps would meet one at every jump."""
+    if codec.name != "h264":
+        return True
+    data, extra, at = bytes(packet), codec.extradata or b"", 0
+    if extra[:1] != b"\1":  # units begin with 0 0 1, else with their length
+        return re.search(rb"\x00\x00\x01[\x25\x45\x65]", data) is not None
+    width, kinds = (extra[4] & 3) + 1 if len(extra) > 4 else 4, set()
+    while at + width < len(data):
+        kinds.add(data[at + width] & 31)
+        at += width + int.from_bytes(data[at : at + width], "big")
+    return 5 in kinds
+
+
+def unneeded_run(queue, near, line, times, codec):
     """Packets read ahead -> (how many of the first need not be decoded since no request falls on their frames and a key
     packet follows, for how many packets there is no need to look again). -1 of them where nothing more is asked for."""
     for place, packet in enumerate(queue):
-        if place and packet.is_keyframe and packet.pts is not None:
+        if place and packet.is_keyframe and packet.pts is not None and starts_anew(packet, codec):
             return place, 0
         if packet.pts is None or is_wanted(packet, near, line, times):
             return 0, place
@@ -1905,7 +1920,7 @@ def pyav_frames(stream, times, fast, line, packets):
             if ahead.pts is not None and not ahead.is_discard:
                 bisect.insort(near, ahead.pts)
                 del near[: -4 * depth]
-        run, settled = unneeded_run(queue, near, line, times) if fast and not settled else (0, settled - 1)
+        run, settled = unneeded_run(queue, near, line, times, codec) if fast and not settled else (0, settled - 1)
         packet = queue.popleft() if queue and not run else None  # asks for what the decoder still holds
         if packet is not None and entry is not None and packet.pts is not None and packet.pts < entry:
             if is_wanted(packet, near, line, times):
