@@ -218,7 +218,7 @@ def test_bad_files_are_bad_with_the_same_words(tmp_path, videos):
     (tmp_path / "text.mp4").write_bytes(b"no video")
     names = [str(tmp_path / name) for name in ("hurt.mp4", "text.mp4", "gone.mp4")]
     for path in names:
-        for plan in plans_of(V.VideoFile("x", path), cfg, 6) * 2:
+        for plan in plans_of(V.VideoFile("x", path), cfg, 4) * 2:
             assert same(answer(cache.read, path, plan), answer(V.read_frames, path, plan, "auto"))
     plan = plans_of(replace(videos["long"], begin=40.0), cfg)[0]
     assert "lasts" in answer(cache.read, videos["long"].path, plan)
@@ -342,7 +342,7 @@ def warned(cache, path, plan):
 def test_a_disk_that_refuses_is_said_once(tmp_path, videos, monkeypatch, harm):
     """One WARNING, frames as decoded, nothing half written stays; what was kept before still answers."""
     cache, folder, path = open_cache(tmp_path / "kept"), tmp_path / "kept", videos["long"].path
-    plans = plans_of(videos["long"], settings())
+    plans = plans_of(videos["long"], settings(), 3)
     wanted = [V.read_frames(path, plan, "auto") for plan in plans]
     assert same(cache.read(path, plans[0]), wanted[0])
     if harm in ("full", "quota"):
@@ -459,6 +459,7 @@ def test_folders_of_others_are_refused_and_left_alone(tmp_path, videos):
 # -- processes
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_cache(tmp_path, videos):
     """At once, in other orders: both get the decoded frames, and what stays is whole."""
     cfg, path = settings(), videos["long"].path
@@ -496,6 +497,7 @@ def test_whoever_finds_a_segment_in_the_making_decodes(tmp_path, videos):
     assert same(cache.read(path, plan), frames) and segment.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_filler_leaves_nothing_that_is_read(tmp_path, videos, monkeypatch):
     """SIGKILL in the middle of a segment: its rows are forgotten by the next one, and swept at the next start."""
     cache, path = open_cache(tmp_path / "kept"), videos["long"].path
