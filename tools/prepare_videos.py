@@ -164,10 +164,12 @@ def picture_frames(path, plan, short_side):
         yield second, scaled(frame, 1.0, short_side, scaler)
 
 
-def ticks_per_second(unit):
-    """Unit of a source's times, None where they are told in seconds -> whole ticks of the mp4 that tell them exactly,
-    or to the microsecond. Even: the writer needs a tick between two frames."""
+def ticks_per_second(unit, fps):
+    """Unit of a source's times, None where they are told in seconds -> ticks per second of the mp4, which tell them and
+    the rate exactly, or to the microsecond. Even: the writer needs a tick between two frames."""
     per_second = unit.denominator if unit and unit.denominator <= 10**6 else 10**6
+    both = math.lcm(per_second, Fraction(fps).limit_denominator(1001).numerator)
+    per_second = both if both <= 10**6 else per_second
     return 2 * per_second * math.ceil(5000 / per_second)
 
 
@@ -237,12 +239,15 @@ class Film:
 
 def check_written(path, ticks, total, scale):
     """CannotWrite unless a file gives the times that were written, as training will read them."""
-    with V.opened_stream(str(path)) as (container, stream):
-        line, packets = V.time_line(container, stream, V.ClipPlan(2, 1.0, 2, 2, 0.0, 1.0, 1.0, 0.5, 0.5))
-        found = sorted(packet.pts for packet in packets if packet.size)
-        kept = line.unit == Fraction(1, scale) and line.start == 0 and found == ticks
-        if not kept or line.duration != float(total * line.unit):
-            raise CannotWrite(f"{len(found)} frames and {line.duration:g} s were written of {len(ticks)}: a full disk?")
+    try:
+        with V.opened_stream(str(path)) as (container, stream):
+            line, packets = V.time_line(container, stream, V.ClipPlan(2, 1.0, 2, 2, 0.0, 1.0, 1.0, 0.5, 0.5))
+            found = sorted(packet.pts for packet in packets if packet.size)
+    except V.BadFile as error:
+        raise CannotWrite(f"what was written cannot be read: {error}") from error
+    kept = line.unit == Fraction(1, scale) and line.start == 0 and found == ticks
+    if not kept or line.duration != float(total * line.unit):
+        raise CannotWrite(f"{len(found)} frames and {line.duration:g} s were written of {len(ticks)} frames")
 
 
 # -- one file, in a process of its own ---------------------------------------------------------------------------------
@@ -265,7 +270,7 @@ def stamp(video):
 def write_film(job, frames, temporary, settings):
     """Encode frames -> generator of the share that is done, then the record of the file. BadFile, CannotWrite."""
     duration, fps, unit, parts = next(frames)
-    scale = ticks_per_second(unit)
+    scale = ticks_per_second(unit, fps)
     total = max(2 * round(duration * scale / 2), 2)
     if len(parts) > 1 and job.is_whole:
         jump = f"its times jump at {parts[0][1]:.2f} s, which needs a list, and folders split the files"
