@@ -67,7 +67,7 @@ def prepared(tmp_path_factory):
     rng, videos = np.random.default_rng(0), source / "videos"
     (videos / "city").mkdir(parents=True)
     pts = np.cumsum([0, *rng.choice([20, 33, 40, 300], 119)])
-    write_coded(videos / "vfr.mp4", 120, 25, {"bf": "0"}, pts_ms=pts)
+    write_coded(videos / "vfr.mp4", 120, 25, {"bf": "3"}, pts_ms=pts)
     write_coded(videos / "city" / "vfr.mkv", 120, 25, {"bf": "2"}, pts_ms=pts + 700)
     write_coded(videos / "even.MOV", 100, 30000 / 1001)
     write_coded(videos / "stream.ts", 100, 10, {"g": "20", "bf": "2"})

@@ -190,26 +190,30 @@ def on_screen(frames, scale, total):
 # -- target: mp4 whose times are the source's --------------------------------------------------------------------------
 
 
+def open_mp4(path, scale):
+    """A new mp4 that counts so many ticks per second -> container."""
+    import av
+
+    options = {"movie_timescale": str(scale), "video_track_timescale": str(scale)}
+    container = av.open(str(path), "w", format="mp4", options=options)
+    container.metadata["comment"] = f"{V.MARK} tools/prepare_videos.py"
+    return container
+
+
 class Film:
     """An mp4 that is being written: pictures at ticks in, a file of exactly so many ticks out.
 
-    The muxer takes a frame's length from decoding times, and with B-frames these would need an edit list, which rounds.
-    So decoding times are set here: packet i is decoded when frame i - 1 is shown, the first at 0 and the second one
-    tick later. Then length and mean rate of the file come out to the tick."""
+    The muxer takes a file's length from decoding times, which x264 sets anew where there are B-frames. So they are set
+    here: packet i is decoded when frame i - 1 is shown, the first at 0 and the second one tick later."""
 
     def __init__(self, path, scale, fps, height, width, settings):
-        import av
-
-        options = {"movie_timescale": str(scale), "video_track_timescale": str(scale), "use_editlist": "0"}
-        self.container = av.open(str(path), "w", format="mp4", options=options)
-        self.container.metadata["comment"] = f"{V.MARK} tools/prepare_videos.py"
+        self.container, self.ticks, self.held = open_mp4(path, scale), deque(), None
         rate = Fraction(min(max(fps, 1.0), 1000.0)).limit_denominator(1001)
         self.stream = stream = self.container.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = stream.codec_context.time_base = self.unit = Fraction(1, scale)
         stream.codec_context.thread_count = 1
         stream.options = {**ENCODER, "crf": str(settings["crf"]), "g": str(settings["gop"])}
-        self.ticks, self.held = deque(), None
 
     def add(self, tick, picture):
         import av
@@ -235,6 +239,33 @@ class Film:
         self.held.duration = total - self.held.dts
         self.container.mux(self.held)
         self.container.close()
+
+
+def set_rate(path, count, scale, total, fps):
+    """Let a file's header tell the source's mean rate, which decides on half a frame in V.frame_times. It is what is
+    stored through how long that lasts by decoding times: where that must be longer than what is shown, the first frame
+    is decoded earlier, and an edit list says what is shown. Shorter it cannot be: then the mean of the frames stays."""
+    import av
+
+    stored = round(count * scale / Fraction(fps).limit_denominator(10**6))
+    if stored <= total or count < 2:
+        return
+    longer = path.with_name(f"{path.name}.rate{TAIL}")
+    try:
+        with av.open(str(path)) as source:
+            pts, dts = zip(*((packet.pts, packet.dts) for packet in source.demux(video=0) if packet.size))
+        last = max(pts)
+        lead = stored - dts[-1] - (total - last if pts[-1] == last else 1)
+        with av.open(str(path)) as source, open_mp4(longer, scale) as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in (packet for packet in source.demux(video=0) if packet.size):
+                packet.duration = total - last if packet.pts == last else 1
+                packet.dts = packet.dts or -lead
+                packet.stream = stream
+                target.mux(packet)
+        os.replace(longer, path)
+    finally:
+        longer.unlink(missing_ok=True)
 
 
 def check_written(path, ticks, total, scale):
@@ -296,6 +327,7 @@ def write_film(job, frames, temporary, settings):
             yield tick / total
     try:
         film.close(total)
+        set_rate(temporary, len(ticks), scale, total, fps)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
     except OSError as error:
