@@ -140,8 +140,8 @@ def test_split_labels_and_annotations_stay(prepared):
 
 
 def test_the_same_command_goes_on(prepared, tmp_path, capsys):
-    """Finished files stay untouched, what a kill left is removed, a changed source and a torn record are done anew, a
-    source that is gone is named, other settings are other files."""
+    """Finished files stay untouched, what a kill left is removed, a changed source is done anew, and where it fails now
+    its old file goes; a source that is gone is named, other settings are other files."""
     import shutil
 
     source, out = tmp_path / "source", tmp_path / "out"
@@ -162,6 +162,10 @@ def test_the_same_command_goes_on(prepared, tmp_path, capsys):
     assert "(1 now" in said and "1 file(s) that the input has no more: videos/even.MOV" in said
     assert len(second_and_rate(out / "videos" / "vfr.mp4")[0]) == 50
     assert run(source, out, "--crf", "30") == V.EXIT_OK and "(2 now" in capsys.readouterr().out
+    (source / "videos" / "stream.ts").write_bytes(b"x" * 4000)  # what was made of it before must not stay
+    assert run(source, out, "--crf", "30") == V.EXIT_ERROR and not (out / "videos" / "stream.ts").exists()
+    (source / "videos" / "stream.ts").unlink()
+    capsys.readouterr()
     assert run(source, out, "--crf", "30") == V.EXIT_OK and "(0 now" in capsys.readouterr().out
 
 
