@@ -52,7 +52,7 @@ def second_and_rate(path):
     """-> (seconds of all frames, TimeLine) of a file."""
     with V.opened_stream(str(path)) as (container, stream):
         line, packets = V.time_line(container, stream, PLAN, fast=False)
-        return [line.second(frame.pts) for frame in V.pyav_frames(stream, [0.0], False, line, packets)], line
+        return [line.second(frame.pts) for frame in V.pyav_frames(stream, np.zeros(1), False, line, packets)], line
 
 
 def content(path):

@@ -124,7 +124,7 @@ def video_frames(path, plan, short_side):
             stream.thread_type, stream.thread_count = "NONE", 1
             stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(V.MAX_PIXELS)}
             line, packets = V.time_line(container, stream, plan, fast=False)
-            aspect, times = float(stream.sample_aspect_ratio or 1), [0.0]
+            aspect, times = float(stream.sample_aspect_ratio or 1), np.zeros(1)
             if not 1 / 8 <= aspect <= 8:
                 raise V.BadFile(f"its pixels are {aspect:g} times as wide as high")
             if container.format.name == "mpegts":
@@ -132,7 +132,7 @@ def video_frames(path, plan, short_side):
                 for at, _, _, end in V.stream_keys(V.file_stamp(container), stream.index):
                     ends.setdefault(end, at)
                 begins[1:] = list(ends.values())[1:]
-                parts, times = [(at, end) for end, at in ends.items()], [begin or 0.0]
+                parts, times = [(at, end) for end, at in ends.items()], np.array([begin or 0.0])
             elif line.told is None:
                 parts = [(0.0, line.duration)]
             else:
@@ -342,7 +342,7 @@ def transcode(job, folder, settings):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the parent's to obey
     target = folder / job.output
     temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}{TAIL}")
-    plan = V.ClipPlan(2, 1.0, 2, 2, 0.0, 1.0, 1.0, 0.5, 0.5, job.rate, job.noted, job.video)
+    plan = V.ClipPlan(2, 1.0, 2, 2, 0.0, 1.0, 1.0, 0.5, 0.5, job.rate, job.noted, file=job.video)
     read = picture_frames if job.video.pictures else video_frames
     try:
         before = stamp(job.video)
