@@ -392,13 +392,13 @@ def test_what_is_refused(prepared, tmp_path, capsys):
     assert (tmp_path / "out/videos/b.mp4").read_bytes() == b"somebody's"
 
 
-def advice(monkeypatch, costs, device="cpu", seconds=0.4, kind="videos", **changes):
+def advice(monkeypatch, costs, device="cpu", seconds=0.4, kind="videos", frame_cache=None):
     """The start-up line for what decoding a few clips was measured to cost."""
     cfg = replace(small_config(batch_size=8, num_workers=4), data_root="my videos")
-    source = V.DataSource(kind, "", [], [], [], True)
-    for name, value in changes.items():
-        monkeypatch.setattr(V.ClipDataset, name, value, raising=False)
+    source, data = V.DataSource(kind, "", [], [], [], True), V.ClipDataset(cfg, [], "", "train")
+    data.frame_cache = frame_cache
     process = V.Process(0, 1, torch.device(device), None)
+    monkeypatch.setattr(V.DataSource, "dataset", lambda *args: data)
     monkeypatch.setattr(V, "told_apart", lambda *args: (costs, True))
     monkeypatch.setattr(V.os, "cpu_count", lambda: 4)
     return V.advise_preparing(SimpleNamespace(cfg=cfg, process=process, source=source), seconds)
