@@ -8458,6 +8458,40 @@ def finish(run):
     return EXIT_OK
 
 
+# Shorter side of pictures from which on -> how many times faster a file of tools/prepare_videos.py decodes, at least
+PREPARED = {720: 6, 540: 5, 360: 2}  # (records/speed/prepare.md)
+
+
+def decode_costs(data):
+    """(CPU seconds of a clip, shorter side of its pictures, 0 where prepared) of up to three files, for told_apart."""
+    plan, videos = draw_plan(np.random.default_rng(0), data.cfg, "train"), [v for v in data.videos if not v.pictures]
+    for video in videos[:: max(len(videos) // 3, 1)][:3]:
+        with suppress(BadFile):  # named when it is read
+            with opened_stream(video.path) as (container, stream):
+                side = min(stream.width, stream.height) * ("prepare_videos" not in str(container.metadata))
+            began = time.process_time()
+            read_frames(video.path, fit_plan(plan, video), data.cfg.decoder)
+            yield time.process_time() - began, side
+
+
+def advise_preparing(run, seconds):
+    """Say what to do where decoding a few clips tells that steps of so many seconds will wait -> a line or ""."""
+    cfg, process, data = run.cfg, run.process, run.source.dataset(run.cfg, "train")
+    read = process.is_main and isinstance(data, ClipDataset) and run.source.kind == "videos"
+    costs = told_apart(5.0, decode_costs, data)[0] if read and not getattr(data, "frame_cache", None) else ()
+    cost, side = np.median(costs or [(0.0, 0)], axis=0)
+    cores = max((os.cpu_count() or 1) // read_count("LOCAL_WORLD_SIZE", 1, 1, 2**16), 1)
+    decoding = cost * cfg.batch_size * cfg.grad_accum / min(cores, max(cfg.num_workers, 1))
+    faster = max((times for least, times in PREPARED.items() if side >= least), default=0)
+    if not faster or decoding <= seconds:
+        return ""
+    on_cpu = process.device.type == "cpu"  # where both want the same cores
+    share = decoding / (decoding + seconds) if on_cpu else 1 - seconds / decoding
+    gain = "would halve it" if faster == 2 else f"would make it {faster} times faster"
+    how = f"python tools/prepare_videos.py --input {cfg.data_root} --output DIR {gain}"
+    return f"decoding takes {share:.0%} of the time: {how}"
+
+
 def run_world(world, run, overrides, argv, videos):
     """The run itself, inside its folder -> exit code. StoppedTogether where a signal comes while nothing is unsaved."""
     cfg, process, log = run.cfg, run.process, run.log
@@ -8491,6 +8525,8 @@ def run_world(world, run, overrides, argv, videos):
     days = f"; THAT IS DAYS: think of {small}fewer --steps, or a faster device"
     first = f"first estimate: {describe_time(seconds * cfg.steps)} for {cfg.steps} steps, {told}"
     log.line(first + days * (seconds * cfg.steps > 2 * 86400))
+    if advice := advise_preparing(run, seconds):
+        log.line(advice)
     resume(run, state, path)
     phase_opt = state["phase_opt"] if state else None
     del state
