@@ -7305,8 +7305,8 @@ def wrap(world, process):
 
 
 def shard_units(world):
-    """The modules whose weights are gathered one by one under --shard fsdp, when each is called: those of nn.ModuleLists
-    (transformer blocks), where no other module has the same weights. All else is gathered for the whole step."""
+    """The modules whose weights --shard fsdp gathers one by one, when each is called: those of nn.ModuleLists, blocks
+    say, where no other module has the same weights. All else is gathered for the whole step."""
     owners = Counter(id(p) for module in world.modules() for p in module._parameters.values() if p is not None)
     units, inside = [], set()
     for module in world.modules():
@@ -7902,7 +7902,7 @@ def begin_phase(last, name, begin, phase_opt):
     inside it."""
     run = last.run
     run.folder.where = f"before the {name} phase began; run the same command to go on"
-    world, before = run.world.eval().requires_grad_(False), last.world if last.name else None
+    world, before = end_sharding(run).eval().requires_grad_(False), last.world if last.name else None
     fit = world.open_phase(name, run, before).to(run.process.device)
     run.phase_optimizer, wrapped = fit.optimizer(), wrap(fit, run.process)
     if run.process.world_size > 1:
@@ -7916,7 +7916,6 @@ def run_phases(run, wrapped, phase_opt):
     """Training and the fits that follow it -> whether a stop ended one of them."""
     phase = Phase(run, run.world, wrapped, run.optimizer)
     while not (stopped := train_phase(phase)):
-        end_sharding(run)
         name, begin = phase_at(run.world.phases(), run.progress.after)
         if not name:
             break
@@ -7933,7 +7932,7 @@ def report(run, values, seconds):
 
 def finish(run):
     """After ckpt_final.pt: evaluate on held-out data, report -> exit code. StoppedTogether on a signal."""
-    cfg, world, log, seconds = run.cfg, run.world, run.log, max(END_S, 0.01 * run.progress.seconds)
+    cfg, world, log, seconds = run.cfg, end_sharding(run), run.log, max(END_S, 0.01 * run.progress.seconds)
     log.stage = "evaluating on held-out data after the last step"
     values = validate(run, time.monotonic() + seconds)
     if values["val_clips"] < cfg.val_clips:
