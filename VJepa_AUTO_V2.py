@@ -6096,26 +6096,26 @@ def shards_folder(path):
     return path.with_name(f"{path.stem}_shards")
 
 
+def delete_shards(folder):
+    """Delete the files of a folder of shards that a run wrote, by its record, and the folder where nothing is left."""
+    for size, changed, name in written_record(folder.parent).get(folder.name, []):
+        if (shard := folder / str(name)).is_file() and size_and_time(shard) == [size, changed]:
+            shard.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def place_shards(folder, target):
     """Name a folder of shards `target`, and put on record which files a run wrote there. What has that name is moved
     aside."""
+    if not os.path.lexists(target.with_name(f"{target.name.removesuffix('_shards')}.pt")):
+        delete_shards(target)  # left by a writer that was killed
     if os.path.lexists(target):
         move_aside(target)
     record = written_record(target.parent)
     record[target.name] = [[*size_and_time(path), path.name] for path in folder.iterdir()]
     write_atomic(target.parent / WRITTEN, lambda handle: handle.write(json.dumps(record).encode()))
     os.replace(folder, target)
-
-
-def delete_checkpoint(path):
-    """Delete a checkpoint that a run wrote, and of its shards the files that it wrote."""
-    path.unlink(missing_ok=True)
-    folder = shards_folder(path)
-    for size, changed, name in written_record(path.parent).get(folder.name, []):
-        if (shard := folder / str(name)).is_file() and size_and_time(shard) == [size, changed]:
-            shard.unlink()
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def move_checkpoint(path, target):
@@ -6280,12 +6280,12 @@ def describe_shards(shards, metadata):
 
 def write_shards(process, shards, folder):
     """Let every rank write its parts of sharded tensors {keys: tensor} into a new folder, by torch.distributed.
-    checkpoint -> what the checkpoint says of them, on rank 0. OSError on all ranks where a disk refuses."""
+    checkpoint -> what the checkpoint says of them, or the OSError of a disk that refuses, on rank 0."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
     named = {"/".join(map(str, place)): value for place, value in shards.items()}
-    reason, files, metadata = "", {}, None
+    files, reason, metadata = {}, "", None
     try:
         metadata = dcp.save(named, storage_writer=dcp.FileSystemWriter(folder))
         for path in folder.glob(f"__{process.rank}_*.distcp"):
@@ -6296,13 +6296,10 @@ def write_shards(process, shards, folder):
         reason = f"rank {process.rank}: {reason_of(error)}"
     told = process.collect((reason, files))
     if reason := next((reason for reason, _ in told if reason), ""):
-        raise OSError(errno.EIO, reason)
-    if not process.is_main:
-        return None
+        return OSError(errno.EIO, reason)
     files = {name: entry for _, part in told for name, entry in part.items()}
-    for name, (size, _) in files.items():
-        if not (folder / name).is_file() or os.stat(folder / name).st_size != size:
-            raise OSError(errno.ENOENT, f"{name} is not in {folder}: all nodes must share the disk of out_dir")
+    if process.is_main and (absent := sorted(name for name in files if not (folder / name).is_file())):
+        return OSError(errno.ENOENT, f"{absent[0]} of another node is not there: all must share the disk of out_dir")
     return {"files": files, "tensors": describe_shards(shards, metadata)}
 
 
@@ -6355,7 +6352,8 @@ def save_checkpoint(state, out_dir, cfg, final, best=False):
     write_atomic(path, lambda handle: torch.save(state, handle), partial(note_written, path))
     numbered = [old for step, old in checkpoint_files(out_dir) if step != math.inf and is_written(old)]
     for old in numbered[: -cfg.keep_last]:
-        delete_checkpoint(old)
+        old.unlink()
+        delete_shards(shards_folder(old))
     return path
 
 
@@ -7342,7 +7340,8 @@ class Sharded(nn.Module):
         # made on the CPU; each unit is moved to the device, and cut there, before the next
         for module in (*self.units, self):
             fully_shard(module, mesh=mesh, ignored_params=set(self.scalars))
-        self.to(process.device)
+        for scalar in self.scalars:
+            scalar.data = scalar.data.to(process.device)
 
     def forward(self, batch):
         return self.module(batch)
@@ -7505,29 +7504,24 @@ def rehearse(run, wrapped):
 
 
 def save_shards(run, state):
-    """Write what is sharded of a state into ckpt_<step>_shards, each rank its parts -> the state without, with what
+    """Write what is sharded of a state into ckpt_<step>_shards, each rank its parts -> the state without, and with what
     `read_shards` needs, on rank 0. Collective; OSError on rank 0 alone where a disk refuses."""
-    process, shards, reason = run.process, {}, ""
-    state, target = take_shards(state, shards), Path(run.cfg.out_dir) / "checkpoints" / f"ckpt_{steps_of(state)}_shards"
-    folder = target.with_name(f".{target.name}.{process.collect(os.getpid())[0]}.tmp")
+    process, shards = run.process, {}
+    state, folder = take_shards(state, shards), Path(run.cfg.out_dir) / "checkpoints"
+    target = folder / f"ckpt_{steps_of(state)}_shards"
+    temporary = folder / f".{target.name}.{process.collect(os.getpid())[0]}.tmp"
+    known = write_shards(process, shards, temporary)
+    if not process.is_main:
+        return None
     try:
-        try:
-            if process.is_main:
-                run.folder.check()
-                target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = error
-        if reason := process.collect(reason)[0]:
-            raise reason
-        known = write_shards(process, shards, folder)
-        if process.is_main:
-            place_shards(folder, target)
-            return {**state, "shards": known}
+        if isinstance(known, OSError):
+            raise known
+        run.folder.check()
+        place_shards(temporary, target)
     except OSError:
-        if process.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    return None
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return {**state, "shards": known}
 
 
 def save_run(run, final=False, must=False, best=False):
@@ -7550,6 +7544,8 @@ def save_run(run, final=False, must=False, best=False):
         process.stop.saved = process.stop.saved if best else total  # nothing goes on from the best unasked
         return True
     except OSError as error:
+        if state and "shards" in state:
+            delete_shards(Path(cfg.out_dir) / "checkpoints" / f"ckpt_{total}_shards")
         newest = checkpoint_files(cfg.out_dir)
         stands = newest[-1][1] if newest else "no earlier one"
         text = f"checkpoint of step {total} could not be saved ({reason_of(error)}); {stands} stands"

@@ -80,7 +80,7 @@ def run_rank(rank, world_size, ports, jobs, folder):
 
 
 def run_ranks(world_size, folder, *jobs):
-    """Jobs (world, flags, if any (rank, step, kind) of a fault) on so many ranks -> [exit code, output] of rank 0 each."""
+    """Jobs (world, flags, if any (rank, step, kind) of a fault) on so many ranks -> [exit code, output] of rank 0."""
     with contextlib.ExitStack() as opened:
         free = [opened.enter_context(socket.socket()) for _ in jobs]
         for each in free:
@@ -300,18 +300,18 @@ def test_shards_follow_their_checkpoint(copied, tmp_path):
     shutil.move(copied / "ckpt_1.pt", tmp_path / "ckpt_1.pt")
     V.move_checkpoint(tmp_path / "ckpt_1.pt", copied / "ckpt_7.pt")
     assert V.load_checkpoint(copied / "ckpt_7.pt")["step"] == 1
-    V.delete_checkpoint(copied / "ckpt_7.pt")
-    assert not (copied / "ckpt_7.pt").exists() and not (copied / "ckpt_7_shards").exists()
+    V.delete_shards(copied / "ckpt_7_shards")
+    assert not (copied / "ckpt_7_shards").exists()
     os.utime(copied / "ckpt_2_shards" / "__1_0.distcp", ns=(1, 1))  # no longer the file on record
-    V.delete_checkpoint(copied / "ckpt_2.pt")
+    V.delete_shards(copied / "ckpt_2_shards")
     assert sorted(path.name for path in (copied / "ckpt_2_shards").iterdir()) == ["__1_0.distcp", "notes.txt"]
 
 
 @pytest.mark.slow
 def test_every_world_and_faults(tmp_path):
     """Each world has the losses of DDP: parameters without axis, transformer layers of torch, frozen backbones, and
-    clipping by value. A disk that is full on one rank costs one checkpoint; a rank that dies ends the other with a line, and one
-    process goes on from what both have saved."""
+    clipping by value. A disk that is full on one rank costs one checkpoint; a rank that dies ends the other with a
+    line, and one process goes on from what both have saved."""
     worlds = {
         "toy": dict(grad_clip=0.0, grad_clip_value=1e-3),
         "cosmos": {},
