@@ -7344,7 +7344,13 @@ class Sharded(nn.Module):
             scalar.data = scalar.data.to(process.device)
 
     def forward(self, batch):
-        return self.module(batch)
+        try:
+            return self.module(batch)
+        except RuntimeError as error:
+            if "DTensor" not in str(error):
+                raise
+            what = f"{type(self.module).__name__} uses a part of a block outside of the block's own forward"
+            raise UserError(f"{what}, where its weights are not gathered; call the block itself") from error
 
     def describe(self):
         """A line about what is cut, in numbers."""
