@@ -6134,6 +6134,15 @@ def sha256_of(content):
     return hashlib.sha256(content).hexdigest()
 
 
+def sha256_of_file(path):
+    """SHA-256 of a file's bytes, as text."""
+    found = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 22):
+            found.update(block)
+    return found.hexdigest()
+
+
 @lru_cache(maxsize=8)
 def source_text(path=__file__):
     """A source file as text, read once when a run begins: what runs, whatever becomes of the file on disk."""
@@ -6359,15 +6368,6 @@ def save_checkpoint(state, out_dir, cfg, final, best=False):
 
 class BadCheckpoint(UserError):
     """A checkpoint file that cannot be trusted."""
-
-
-def sha256_of_file(path):
-    """SHA-256 of a file's bytes, as text."""
-    found = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 22):
-            found.update(block)
-    return found.hexdigest()
 
 
 def damage_of(path):
