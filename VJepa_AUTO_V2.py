@@ -79,7 +79,7 @@ import weakref
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fractions import Fraction
@@ -166,6 +166,7 @@ class RunConfig:
     amp: bool = False  # bf16 autocast where it is no slower (fp16 with a loss scaler on CUDA cards without bf16)
     amp_type: str = "auto"  # auto (as --amp finds best) | bf16 | fp16 (with a loss scaler); with --amp, without a trial
     compile: bool = False  # torch.compile of the model's forward
+    shard: str = "none"  # none (each process holds all weights) | fsdp (each holds a part of them and of the moments)
     seed: int = 1337  # every sample, mask and noise draw is a pure function of (seed, sample number)
     # -- data
     val_fraction: float = 0.1  # share of the files held out, by hash of the name
@@ -202,7 +203,9 @@ class RunConfig:
         "warmup_steps": (0, 10**9), "max_skipped_steps": (1, 10**9), "log_every": (1, 10**9), "ckpt_every": (1, 10**9),
         "keep_last": (1, 10**9), "val_every": (0, 10**9), "val_clips": (2, 10**7), "dist_timeout_s": (1, 10**6),
     }
-    CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "amp_type": ("auto", "bf16", "fp16")}
+    CHOICES = {
+        "device": ("auto", "cuda", "mps", "cpu"), "amp_type": ("auto", "bf16", "fp16"), "shard": ("none", "fsdp"),
+    }  # fmt: skip
     MUST_MATCH = ("seed",)
 
     def __init_subclass__(cls):
@@ -3798,12 +3801,37 @@ def join_ranks(process, cfg):
     torch.set_float32_matmul_precision("high")
 
 
+def is_sharded(value):
+    """Whether a tensor lies in parts on all ranks, cut along its first axis: one of torch's DTensors."""
+    return hasattr(value, "to_local")
+
+
+def own_part(value):
+    """The part of a sharded tensor that this rank holds, without gradient; any other tensor as it is."""
+    return value.detach().to_local() if is_sharded(value) else value
+
+
+def whole(value):
+    """A sharded tensor in one piece, on every rank: collective. Any other as it is."""
+    return value.detach().full_tensor() if is_sharded(value) else value
+
+
+def fill_tensor(value, saved):
+    """Copy a whole tensor into another; into the part that this rank holds where that is sharded. ValueError."""
+    if not is_sharded(value):
+        value.copy_(saved)
+    elif value.shape != saved.shape:
+        raise ValueError(f"a tensor of shape {list(saved.shape)} for one of {list(value.shape)}")
+    elif (part := own_part(value)).numel():
+        part.copy_(saved.chunk(value.device_mesh.size())[value.device_mesh.get_local_rank()])
+
+
 def fingerprint(model):
     """Order-free integer sums over the bits of all parameters and buffers, of any type -> list, equal on two ranks when
-    the weights are."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    values = (value.detach().reshape(-1) for value in model.state_dict().values())
-    return [int(value.view(whole[value.element_size()]).sum(dtype=torch.int64)) for value in values]
+    the weights are. What is sharded exists once and is left out."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    values = (value.detach().reshape(-1) for value in model.state_dict().values() if not is_sharded(value))
+    return [int(value.view(bits[value.element_size()]).sum(dtype=torch.int64)) for value in values]
 
 
 def digest(thing):
@@ -3968,7 +3996,22 @@ def flow_momentum_at(step, cfg):
 @torch.no_grad()
 def move_ema(slow, fast, momentum):
     """slow <- m * slow + (1 - m) * fast, in fp32, over all parameters of two equal modules."""
-    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1.0 - momentum)
+    torch._foreach_lerp_(list(map(own_part, slow.parameters())), list(map(own_part, fast.parameters())), 1.0 - momentum)
+
+
+def total_norms(sides):
+    """Lists of gradients {name: [tensors]} -> {name: norm}, over the parts of all ranks where they are sharded."""
+    cut = [grad for grads in sides.values() for grad in grads if is_sharded(grad)]
+    share = cut[0].device_mesh.size() ** -0.5 if cut else 1.0  # of what every rank holds whole, so that it counts once
+    norms = {}
+    for name, grads in sides.items():
+        grads = [own_part(grad) if is_sharded(grad) or not cut else grad * share for grad in grads]
+        norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+    if cut:
+        squares = torch.stack([norm.to(cut[0].device).double().square() for norm in norms.values()])
+        dist.all_reduce(squares)
+        norms = dict(zip(norms, squares.sqrt().float()))
+    return norms
 
 
 def clip_gradients(optimizer, cfg):
@@ -3978,9 +4021,9 @@ def clip_gradients(optimizer, cfg):
     for group in optimizer.param_groups:
         name = "grad_norm" if group["name"] in ("decay", "no_decay") else f"{group['name']}_grad_norm"
         sides.setdefault(name, []).extend(p.grad for p in group["params"] if p.grad is not None)
-    norms = {}
+    norms = total_norms(sides)
     for name, grads in sides.items():
-        norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        grads = list(map(own_part, grads))
         if cfg.grad_clip and grads:
             torch._foreach_mul_(grads, (cfg.grad_clip / (norms[name] + 1e-6)).clamp_max(1.0).to(grads[0].device))
         elif cfg.grad_clip_value and grads:
@@ -4190,7 +4233,7 @@ class World(nn.Module):
         self.expect(state)
         for name, own in self.snapshot().items():
             for key, value in (own or {}).items():
-                value.copy_(state[name][key])
+                fill_tensor(value, state[name][key])
 
     # -- phases after training
     def phases(self):
@@ -4611,8 +4654,11 @@ class FlowBlock(nn.Module):
         self.norms = nn.ModuleList(norms)
         self.modulate = nn.Linear(dim, 3 * len(self.norms) * dim)
 
-    def forward(self, x, condition, keys, values):
-        """x [B, R, N, W], condition [B, R, W], keys and values of the NOW context or None -> [B, R, N, W]."""
+    def forward(self, x, condition=None, keys=None, values=None):
+        """x [B, R, N, W], condition [B, R, W], keys and values of the NOW context or None -> [B, R, N, W]. A context
+        alone -> its keys and values: a block that is sharded has its weights only where it is called itself."""
+        if condition is None:
+            return self.cross.project(x)
         parts = self.modulate(F.silu(condition))[:, :, None].chunk(3 * len(self.norms), -1)  # each [B, R, 1, W]
         if self.attn is not None:
             h = modulated(self.norms[1], x, *parts[3:5])
@@ -4653,7 +4699,7 @@ class FlowNet(nn.Module):
         context = self.norm_context(context)
         if self.whole is not None:
             return self.whole(context.flatten(1)), [(None, None)] * len(self.blocks)
-        return None, [block.cross.project(context) for block in self.blocks]
+        return None, [block(context) for block in self.blocks]
 
     def forward(self, x_tau, tau, projected):
         """x_tau [B, R, N, k], tau [B, R] -> y_hat [B, R, N, k]."""
@@ -5931,7 +5977,7 @@ class VJepaAutoV2(World):
 
     def expect(self, state):
         self.soon_predictor = None
-        if state.get("soon_predictor") is not None:
+        if state["after"] and state.get("soon_predictor") is not None:  # else SOON is fitted anew
             self.split_soon_predictor()
         if not 0 <= (filled := int(state["outcome_queue"]["filled"])) <= len(self.queue):
             raise ValueError(f"outcome_queue: {filled} of {len(self.queue)} places filled")
@@ -5939,8 +5985,6 @@ class VJepaAutoV2(World):
     def restore(self, state):
         super().restore(state)
         self.beside = ()
-        if not state["after"]:  # SOON is fitted anew
-            self.soon_predictor = None
 
     def phases(self):
         cfg, fits = self.cfg, (("soon", self.cfg.soon_fit_steps), ("flow", self.cfg.flow_fit_steps))
@@ -6053,12 +6097,44 @@ def free_name(path):
         move_aside(path)
 
 
+SHARD = r"__\d+_\d+\.distcp"  # the files of torch.distributed.checkpoint, of one rank each
+
+
+def shards_folder(path):
+    """Where the sharded tensors of a checkpoint lie that has any: ckpt_<step>_shards, beside it."""
+    return path.with_name(f"{path.stem}_shards")
+
+
+def delete_shards(folder):
+    """Delete the files of a folder of shards that a run wrote, by its record, and the folder where nothing is left."""
+    for size, changed, name in written_record(folder.parent).get(folder.name, []):
+        if (shard := folder / str(name)).is_file() and size_and_time(shard) == [size, changed]:
+            shard.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def place_shards(folder, target):
+    """Name a folder of shards `target`, and put on record which files a run wrote there. What has that name is moved
+    aside."""
+    if not os.path.lexists(target.with_name(f"{target.name.removesuffix('_shards')}.pt")):
+        delete_shards(target)  # left by a writer that was killed
+    if os.path.lexists(target):
+        move_aside(target)
+    record = written_record(target.parent)
+    record[target.name] = [[*size_and_time(path), path.name] for path in folder.iterdir()]
+    write_atomic(target.parent / WRITTEN, lambda handle: handle.write(json.dumps(record).encode()))
+    os.replace(folder, target)
+
+
 def move_checkpoint(path, target):
     """Rename a checkpoint, over an older one of that name if there is one."""
     free_name(target)
     if hashes := recorded_hashes(path):
         note_written(target, path, hashes[0])
     os.replace(path, target)
+    if (shards := shards_folder(path)).is_dir():
+        place_shards(shards, shards_folder(target))
     sync_folder(target.parent)
 
 
@@ -6137,19 +6213,20 @@ LOOP_KEYS = (
 
 
 def frozen_hashes(world):
-    """SHA-256 of the weights of every FROZEN child -> {name: hash}."""
+    """SHA-256 of the weights of every FROZEN child -> {name: hash}. Collective where they are sharded."""
     hashes = {}
     for name in world.FROZEN:
         found = hashlib.sha256()
         for key, value in getattr(world, name).state_dict().items():
             found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.update(whole(value).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         hashes[name] = found.hexdigest()
     return hashes
 
 
 def checkpoint_state(run):
-    """Everything a restart needs as one dict of tensors and plain values; collective, since every rank adds its RNG."""
+    """Everything a restart needs as one dict of tensors and plain values; collective, since every rank adds its RNG.
+    What is sharded stays so."""
     process, world = run.process, run.world
     cuda_rng = torch.cuda.get_rng_state(process.device) if process.device.type == "cuda" else None
     own = {
@@ -6168,9 +6245,98 @@ def checkpoint_state(run):
         "source": source_text(),
     }
     snapshot = world.snapshot()
-    if taken := own.keys() & snapshot.keys():
+    if taken := {*own, "shards"} & snapshot.keys():
         raise ValueError(f"{type(world).__name__}.snapshot: the loop itself uses the name {min(taken)}")
     return {**own, **snapshot}
+
+
+def gather_state(thing, is_kept):
+    """A state with its sharded tensors whole and on the CPU where `is_kept`; elsewhere without them. Collective."""
+    if isinstance(thing, dict):
+        return {key: gather_state(value, is_kept) for key, value in thing.items()}
+    if not is_sharded(thing):
+        return thing
+    full = whole(thing)
+    return full.cpu() if is_kept else None
+
+
+def take_shards(thing, shards, place=()):
+    """A state without its sharded tensors, which go into shards {their keys: tensor}."""
+    if not isinstance(thing, dict):
+        return thing
+    shards |= {(*place, key): value.detach() for key, value in thing.items() if is_sharded(value)}
+    return {
+        key: take_shards(value, shards, (*place, key)) for key, value in thing.items() if (*place, key) not in shards
+    }
+
+
+def describe_shards(shards, metadata):
+    """Where the pieces of sharded tensors are -> [[keys, shape, dtype, pieces]], a piece being [offsets, sizes, file,
+    offset in it, bytes]. From the metadata of a save: those on disk are a pickle, and are never read."""
+    found = {
+        "/".join(map(str, place)): [list(place), list(value.shape), value.dtype, []] for place, value in shards.items()
+    }
+    sizes = {
+        (name, tuple(chunk.offsets)): list(chunk.sizes)
+        for name, tensor in metadata.state_dict_metadata.items()
+        for chunk in tensor.chunks
+    }
+    for index, at in metadata.storage_data.items():
+        size = sizes[index.fqn, tuple(index.offset)]
+        found[index.fqn][3].append([list(index.offset), size, at.relative_path, at.offset, at.length])
+    return list(found.values())
+
+
+def write_shards(process, shards, folder):
+    """Let every rank write its parts of sharded tensors {keys: tensor} into a new folder, by torch.distributed.
+    checkpoint -> what the checkpoint says of them, or the OSError of a disk that refuses, on rank 0."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    named = {"/".join(map(str, place)): value for place, value in shards.items()}
+    files, reason, metadata = {}, "", None
+    try:
+        metadata = dcp.save(named, storage_writer=dcp.FileSystemWriter(folder))
+        for path in folder.glob(f"__{process.rank}_*.distcp"):
+            files[path.name] = [os.stat(path).st_size, sha256_of_file(path)]
+    except CheckpointException as error:  # of any rank, known to all
+        reason = "; ".join(f"rank {rank}: {reason_of(cause)}" for rank, (cause, _) in error.failures.items())
+    except OSError as error:
+        reason = f"rank {process.rank}: {reason_of(error)}"
+    told = process.collect((reason, files))
+    if reason := next((reason for reason, _ in told if reason), ""):
+        return OSError(errno.EIO, reason)
+    files = {name: entry for _, part in told for name, entry in part.items()}
+    if process.is_main and (absent := sorted(name for name in files if not (folder / name).is_file())):
+        return OSError(errno.ENOENT, f"{absent[0]} of another node is not there: all must share the disk of out_dir")
+    return {"files": files, "tensors": describe_shards(shards, metadata)}
+
+
+def read_shards(state, path):
+    """Put the tensors that lie beside a checkpoint into it, whole and on the CPU. ValueError, OSError where a file of
+    theirs is missing or is not the one that was written."""
+    known, folder = state.pop("shards"), shards_folder(path)
+    with ExitStack() as opened:
+        handles = {}
+        for name, (size, sha256) in known["files"].items():
+            if not re.fullmatch(SHARD, name):
+                raise ValueError(f"shards: {shown(name)} is no name of one")
+            if (there := os.stat(folder / name).st_size) != size:
+                raise ValueError(f"{folder.name}/{name} has {there} bytes, not {size}")
+            if (found := sha256_of_file(folder / name)) != sha256:
+                raise ValueError(f"{folder.name}/{name}: its SHA-256 is {found[:12]}..., not {sha256[:12]}...")
+            handles[name] = opened.enter_context(open(folder / name, "rb"))
+        for place, shape, dtype, pieces in known["tensors"]:
+            tensor, node = torch.empty(shape, dtype=dtype), state
+            for offsets, sizes, name, begin, length in pieces:
+                handles[name].seek(begin)
+                part = torch.load(io.BytesIO(handles[name].read(length)), map_location="cpu", weights_only=True)
+                tensor[tuple(slice(o, o + size) for o, size in zip(offsets, sizes))].copy_(part)
+            if sum(math.prod(sizes) for _, sizes, *_ in pieces) != tensor.numel():
+                raise ValueError(f"shards: pieces of {'/'.join(map(str, place))} are missing")
+            for key in place[:-1]:
+                node = node[key]
+            node[place[-1]] = tensor
 
 
 def checkpoint_files(out_dir):
@@ -6196,11 +6362,21 @@ def save_checkpoint(state, out_dir, cfg, final, best=False):
     numbered = [old for step, old in checkpoint_files(out_dir) if step != math.inf and is_written(old)]
     for old in numbered[: -cfg.keep_last]:
         old.unlink()
+        delete_shards(shards_folder(old))
     return path
 
 
 class BadCheckpoint(UserError):
     """A checkpoint file that cannot be trusted."""
+
+
+def sha256_of_file(path):
+    """SHA-256 of a file's bytes, as text."""
+    found = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 22):
+            found.update(block)
+    return found.hexdigest()
 
 
 def damage_of(path):
@@ -6214,11 +6390,7 @@ def damage_of(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         return f"checksum of {damaged}" if damaged else ""
-    found = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 22):
-            found.update(block)
-    found = found.hexdigest()
+    found = sha256_of_file(path)
     return "" if found in known else f"its SHA-256 is {found[:12]}..., not {str(known[0])[:12]}..."
 
 
@@ -6341,6 +6513,8 @@ def read_checkpoint(path):
         raise zipfile.BadZipFile(damage)
     state = torch.load(path, map_location="cpu", weights_only=True)
     state = state if isinstance(state, dict) else {}
+    if "shards" in state:
+        read_shards(state, path)
     if "format" in state and state["format"] not in (2, CHECKPOINT_FORMAT):
         known = f"this file reads formats 2 and {CHECKPOINT_FORMAT}"
         raise BadCheckpoint(f"checkpoint {path}: format {shown(state['format'])}, {known}")
@@ -6433,9 +6607,21 @@ def check_frozen(state, world, path):
         raise UsageError(f"checkpoint {path}: the frozen weights of {', '.join(changed)} {others}")
 
 
+def cut_moments(saved, optimizer):
+    """The state of an optimizer, saved whole -> the same, cut as its parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {number: dict(entry) for number, entry in saved["state"].items()}
+    for number, entry in state.items():
+        for key, value in entry.items():
+            if is_sharded(mine := parameters[number]) and getattr(value, "shape", None) == mine.shape:
+                entry[key] = torch.empty_like(mine.detach())
+                fill_tensor(entry[key], value)
+    return {**saved, "state": state}
+
+
 def restore_run(state, run):
     """Load optimizer, scaler and, when the number of ranks is the same, each rank's random state."""
-    run.optimizer.load_state_dict(state["opt"])
+    run.optimizer.load_state_dict(cut_moments(state["opt"], run.optimizer))
     if state["scaler"]:  # empty where the run so far needed none
         run.scaler.load_state_dict(state["scaler"])
     if state["world_size"] == run.process.world_size:
@@ -6729,6 +6915,12 @@ def sweep_folder(folder, files=()):
     for stale in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
         if re.fullmatch(rf"\.({own})\.\d+\.tmp", stale.name) and stale.is_file():
             stale.unlink(missing_ok=True)
+        elif re.fullmatch(r"\.ckpt_\d+_shards\.\d+\.tmp", stale.name) and stale.is_dir():
+            for path in stale.iterdir():
+                if re.fullmatch(rf"{SHARD}|\.metadata(\.tmp)?", path.name):
+                    path.unlink()
+            with suppress(OSError):  # somebody's file is in it
+                stale.rmdir()
 
 
 def clear_folder(folder, files=()):
@@ -6872,6 +7064,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     argv: tuple = ()
     began: float = 0.0  # time.perf_counter() at which the run would have begun, had it never been interrupted
+    sharded: object = None  # the Sharded around the world while it learns in parts
 
     @property
     def mark(self):
@@ -6883,6 +7076,10 @@ class Run:
     def frozen(self):
         """Hashes of the world's FROZEN parts, made once: they never change, and may be large."""
         return frozen_hashes(self.world)
+
+    def gathered(self):
+        """Context in which every rank has all weights, for what is called past the hooks of a sharded world."""
+        return self.sharded.gathered() if self.sharded else nullcontext()
 
     def loader(self, stream, first, num_batches, batch_size):
         """This rank's batches of a stream from sample number `first` on -> ClipLoader."""
@@ -6905,7 +7102,7 @@ def step_samples(cfg, world_size):
 
 class Phase:
     """A stretch of optimizer steps: training (`name` ""), or a Fit that begins `begin` steps after it. `wrapped` is the
-    world, or DDP around it."""
+    world, or DDP or Sharded around it."""
 
     def __init__(self, run, world, wrapped, optimizer, name="", begin=0):
         self.run, self.world, self.wrapped, self.optimizer = run, world, wrapped, optimizer
@@ -6997,6 +7194,7 @@ def print_summary(run, overrides, reason):
     for line in (
         f"device: {process.device.type} ({device}), {process.world_size} process(es), {precision}",
         *run.world.describe(),
+        *([run.sharded.describe()] if run.sharded else []),
         f"data: {kind}, {sides} {where}{held}",
         *source.Dataset.notes(cfg, source),
         f"schedule: {cfg.steps} steps, warm-up {cfg.warmup}{capped}; a pass over the files is {steps_each:.3g} steps",
@@ -7101,10 +7299,6 @@ def has_drifting_statistics(module):
     return is_norm and module.training and module.track_running_stats
 
 
-def shard_units(world):
-    return [block for part in world.modules() if isinstance(part, nn.ModuleList) for block in part]
-
-
 def wrap(world, process):
     """DDP around a world where there are several ranks. Buffers are the world's own business."""
     if process.world_size == 1:
@@ -7117,19 +7311,135 @@ def wrap(world, process):
         )
 
 
-def build_world(world, run):
-    """The world of a run with its optimizer, on the device -> what the loop calls: itself, or DDP around it."""
+def shard_units(world):
+    """The modules whose weights --shard fsdp gathers one by one, when each is called: those of nn.ModuleLists, blocks
+    say, where no other module has the same weights. All else is gathered for the whole step."""
+    owners = Counter(id(p) for module in world.modules() for p in module._parameters.values() if p is not None)
+    units, inside = [], set()
+    for module in world.modules():
+        for child in module if isinstance(module, nn.ModuleList) and module not in inside else ():
+            weights = [p for p in child.parameters() if p.ndim]
+            if weights and not isinstance(child, nn.ModuleList) and all(owners[id(p)] == 1 for p in weights):
+                units.append(child)
+                inside.update(child.modules())
+    return units
+
+
+class Sharded(nn.Module):
+    """A world whose weights, gradients and moments lie in parts on all ranks (torch's fully_shard): what the loop calls
+    in place of DDP. Scalars cannot be cut, and are whole on every rank.
+
+    `plain` is the world without its weights, as it was: what runs after training, when they are whole again.
+    """
+
+    def __init__(self, world, process, is_compiled=False):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        super().__init__()
+        self.module, self.units, self.device = world, shard_units(world), process.device
+        self.scalars = [p for p in world.parameters() if not p.ndim]
+        empty = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in world.parameters()}
+        self.plain = (copy.deepcopy(world, {**empty, id(world.cfg): world.cfg}),)  # its weights are not this module's
+        for unit in self.units if is_compiled else ():
+            unit.forward = torch.compile(unit.forward, dynamic=False)
+        if is_compiled and not self.units:
+            world.compile(dynamic=False)
+        mesh = init_device_mesh(process.device.type, (process.world_size,))
+        # made on the CPU; each unit is moved to the device, and cut there, before the next
+        for module in (*self.units, self):
+            fully_shard(module, mesh=mesh, ignored_params=set(self.scalars))
+        for scalar in self.scalars:
+            scalar.data = scalar.data.to(process.device)
+
+    def forward(self, batch):
+        return self.module(batch)
+
+    def describe(self):
+        """A line about what is cut, in numbers."""
+        sizes = [sum(p.numel() for p in unit.parameters()) for unit in self.units]
+        numbers, ranks = sum(p.numel() for p in self.parameters()), self.module.world_size
+        rest = (numbers - sum(sizes)) / 1e6
+        return (
+            f"sharded: {numbers / 1e6:.3g} M numbers over {ranks} processes; {len(sizes)} blocks of at most "
+            f"{max(sizes, default=0) / 1e6:.3g} M are gathered one by one, {rest:.3g} M for the whole step, all for "
+            f"evaluations and after training"
+        )
+
+    def average(self):
+        """Gradients of what is not cut, as means over ranks."""
+        for parameter in self.scalars:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad.div_(self.module.world_size))
+
+    @contextmanager
+    def gathered(self):
+        """All weights whole on every rank."""
+        for unit in self.units:
+            unit.set_reshard_after_forward(False, recurse=False)
+        for module in (*self.units, self):
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in (*self.units, self):
+                module.reshard()
+            for unit in self.units:
+                unit.set_reshard_after_forward(True, recurse=False)
+
+    def dissolve(self):
+        """The world in one piece on every rank, in eval mode: a module of its own. Collective."""
+        (plain,), made = self.plain, {}
+        for name, old in self.module.named_parameters(remove_duplicate=False):
+            owner, _, leaf = name.rpartition(".")
+            if id(old) not in made:
+                made[id(old)] = nn.Parameter(whole(old).detach(), requires_grad=old.requires_grad)
+            setattr(plain.get_submodule(owner), leaf, made[id(old)])
+        plain.to(self.device)
+        buffers = dict(self.module.named_buffers())
+        for name, buffer in plain.named_buffers():
+            buffer.copy_(buffers[name])
+        return plain
+
+
+def end_sharding(run):
+    """After the last step of training: the run's world with whole weights on every rank; moments stay in parts."""
+    if run.sharded:
+        run.world, run.sharded = run.sharded.dissolve(), None
+    return run.world
+
+
+def is_shared_out(cfg, process):
+    """Whether a run shards its world. UsageError where it cannot."""
+    if cfg.shard == "fsdp" and amp_dtype(cfg, process.device) is torch.float16:
+        raise UsageError(f"config: {refusal(cfg, 'shard', 'does not go with fp16: use --amp_type bf16, or no --amp')}")
+    return cfg.shard == "fsdp" and process.world_size > 1
+
+
+def build_world(world, run, is_new=False):
+    """The world of a run with its optimizer, on the device -> what the loop calls: itself, or DDP or Sharded around it.
+    Where a run `is_new`, its world takes in weights."""
     cfg, process = run.cfg, run.process
+    is_cut = is_shared_out(cfg, process)
     torch.manual_seed(cfg.seed)
-    run.world = world(cfg, process.rank, process.world_size).to(process.device).train()
+    run.world = world(cfg, process.rank, process.world_size).to("cpu" if is_cut else process.device).train()
     drifting = [name for name, module in run.world.named_modules() if has_drifting_statistics(module)]
     if process.world_size > 1 and drifting:
         cure = "use GroupNorm or LayerNorm, or SyncBatchNorm on GPUs"
         raise UserError(f"{drifting[0]} is a BatchNorm that learns, and its statistics drift apart over ranks; {cure}")
+    if is_new:
+        run.world.take_weights(run.log.line)
+    if is_cut:
+        check_ranks(process, first_weights=digest(fingerprint(run.world)))
+        run.sharded = Sharded(run.world, process, cfg.compile)
+    elif cfg.shard == "fsdp":
+        run.log.line(
+            "note: shard = fsdp: one process holds everything, so nothing is sharded (torchrun starts several)"
+        )
     run.optimizer = run.world.optimizer()
-    if cfg.compile:
+    if cfg.compile and not is_cut:
         run.world.compile(dynamic=False)
-    return wrap(run.world, process)
+    return run.sharded or wrap(run.world, process)
 
 
 def check_cache(run):
@@ -7290,7 +7600,11 @@ def count_run(world, cfg, sample):
                 if hasattr(part, "grad_checkpoint"):
                     part.grad_checkpoint = other != cfg.grad_checkpoint
             work[other] = ledger.step(model, batch, dtype)
-    return told, (*sizes[:3], sum(sizes[3:5]) + 4 * max(sizes[5:], default=0)), flops or {"counted": ledger.flop / cfg.batch_size}, work
+    gathered, flops = (
+        sum(sizes[3:5]) + 4 * max(sizes[5:], default=0),
+        flops or {"counted": ledger.flop / cfg.batch_size},
+    )
+    return told, (*sizes[:3], gathered), flops, work
 
 
 def dry_run(world, cfg, ranks):
@@ -7329,6 +7643,27 @@ def dry_run(world, cfg, ranks):
     return [*lines, f"fits, with 1 GB and a tenth of the card to spare: {fits}"]
 
 
+def save_shards(run, state):
+    """Write what is sharded of a state into ckpt_<step>_shards, each rank its parts -> the state without, and with what
+    `read_shards` needs, on rank 0. Collective; OSError on rank 0 alone where a disk refuses."""
+    process, shards = run.process, {}
+    state, folder = take_shards(state, shards), Path(run.cfg.out_dir) / "checkpoints"
+    target = folder / f"ckpt_{steps_of(state)}_shards"
+    temporary = folder / f".{target.name}.{process.collect(os.getpid())[0]}.tmp"
+    known = write_shards(process, shards, temporary)
+    if not process.is_main:
+        return None
+    try:
+        if isinstance(known, OSError):
+            raise known
+        run.folder.check()
+        place_shards(temporary, target)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return {**state, "shards": known}
+
+
 def save_run(run, final=False, must=False, best=False):
     """Gather the state of all ranks, which must still hold the same weights, and let rank 0 write it -> False on rank 0
     where the disk refuses: then the run goes on to its next checkpoint; with `must`, or when another run took the
@@ -7337,14 +7672,20 @@ def save_run(run, final=False, must=False, best=False):
     log.stage = f"saving step {total}"
     check_ranks(process, weights=digest(fingerprint(run.world)))
     state = checkpoint_state(run)
-    if not process.is_main:
-        return True
+    if final or best or not run.sharded:
+        state = gather_state(state, process.is_main)
     try:
+        if run.sharded and not (final or best):
+            state = save_shards(run, state)
+        if not process.is_main:
+            return True
         run.folder.check()
         save_checkpoint(state, cfg.out_dir, cfg, final, best)
         process.stop.saved = process.stop.saved if best else total  # nothing goes on from the best unasked
         return True
     except OSError as error:
+        if state and "shards" in state:
+            delete_shards(Path(cfg.out_dir) / "checkpoints" / f"ckpt_{total}_shards")
         newest = checkpoint_files(cfg.out_dir)
         stands = newest[-1][1] if newest else "no earlier one"
         text = f"checkpoint of step {total} could not be saved ({reason_of(error)}); {stands} stands"
@@ -7369,13 +7710,19 @@ def take_step(phase, batches, step):
         group["lr"] = phase.world.lr(step, group["peak_lr"])
     metrics, carries = {}, []
     for number, batch in enumerate(batches):
-        wrapped.require_backward_grad_sync = number == len(batches) - 1  # for DDP: ranks average once per step
+        is_last = number == len(batches) - 1  # ranks average once per step
+        if run.sharded:
+            wrapped.set_requires_gradient_sync(is_last)
+        else:
+            wrapped.require_backward_grad_sync = is_last  # for DDP
         with autocast(run.process):
             losses, gauges, carry = wrapped(batch)
         run.scaler.scale(losses["loss_total"] / len(batches)).backward()
         carries.append({name: value.detach() for name, value in carry.items()})
         for name, value in {**losses, **gauges}.items():
             metrics[name] = metrics.get(name, 0) + value.detach() / len(batches)
+    if run.sharded:
+        run.sharded.average()
     run.scaler.unscale_(phase.optimizer)
     norms = clip_gradients(phase.optimizer, cfg)
     numbers = torch.stack([value.float().to(run.process.device) for value in (metrics["loss_total"], *norms.values())])
@@ -7545,7 +7892,8 @@ def evaluate(phase):
     run = phase.run
     run.log.stage = f"evaluating on held-out data after step {run.progress.total}"
     try:
-        values = {"phase": phase.name, **validate_fit(run, phase.world)} if phase.name else validate(run)
+        with run.gathered():
+            values = {"phase": phase.name, **validate_fit(run, phase.world)} if phase.name else validate(run)
     except StoppedTogether:
         return True
     if any(key.startswith("val_") for key in values):
@@ -7633,7 +7981,8 @@ def train_phase(phase):
         # -- log
         if phase.step in (first_step, cfg.steps) or phase.step % cfg.log_every == 0 or stopping:
             clock.close()
-            looks = [world.look(batch, carry) for batch, carry in zip(batches, carries)]
+            with run.gathered():
+                looks = [world.look(batch, carry) for batch, carry in zip(batches, carries)]
             last = log_step(phase, log_values(phase, metrics, looks, clock), clock)
         # -- save and evaluate
         pause = time.perf_counter()
@@ -7656,6 +8005,8 @@ def resume(run, state, path):
         check_frozen(state, world, path)
         if (kept := fit_steps_kept(state, world)) < state["after"]:
             state["after"], anew = kept, "; its steps after that come anew"
+        if state["step"] >= cfg.steps:
+            world = end_sharding(run)
         try:
             world.restore(state)
             restore_run(state, run)
@@ -7687,7 +8038,7 @@ def begin_phase(last, name, begin, phase_opt):
     inside it."""
     run = last.run
     run.folder.where = f"before the {name} phase began; run the same command to go on"
-    world, before = run.world.eval().requires_grad_(False), last.world if last.name else None
+    world, before = end_sharding(run).eval().requires_grad_(False), last.world if last.name else None
     fit = world.open_phase(name, run, before).to(run.process.device)
     run.phase_optimizer, wrapped = fit.optimizer(), wrap(fit, run.process)
     if run.process.world_size > 1:
@@ -7717,7 +8068,7 @@ def report(run, values, seconds):
 
 def finish(run):
     """After ckpt_final.pt: evaluate on held-out data, report -> exit code. StoppedTogether on a signal."""
-    cfg, world, log, seconds = run.cfg, run.world, run.log, max(END_S, 0.01 * run.progress.seconds)
+    cfg, world, log, seconds = run.cfg, end_sharding(run), run.log, max(END_S, 0.01 * run.progress.seconds)
     log.stage = "evaluating on held-out data after the last step"
     values = validate(run, time.monotonic() + seconds)
     if values["val_clips"] < cfg.val_clips:
@@ -7749,10 +8100,8 @@ def run_world(world, run, overrides, argv, videos):
 
     # -- model
     log.stage = "building the model and timing a pass on noise"
-    wrapped = build_world(world, run)
-    if state is None:
-        run.world.take_weights(log.line)
-    elif (named := getattr(cfg, "init_from", "")) and not run.world.FROZEN:
+    wrapped = build_world(world, run, is_new=state is None)
+    if state is not None and (named := getattr(cfg, "init_from", "")) and not run.world.FROZEN:
         log.line(f"note: init_from {named} does not count, the run goes on from {path}")
     check_cache(run)
     process.amp_dtype, reason = choose_precision(world, cfg, process, state["precision"] if state else "")
