@@ -7576,20 +7576,20 @@ def count_run(world, cfg, sample):
 
     ledger, dtype = Ledger(), amp_dtype(cfg, torch.device("cpu"))
     cfg = replace(cfg, **{"random_weights": True} if hasattr(cfg, "random_weights") else {})  # none are read
+    with torch.device("meta"):
+        model = world(cfg)
+    learns, units = set(model.trained().values()), [set(unit.parameters()) for unit in shard_units(model)]
+    rest = set(model.parameters()).difference(*units)
+    parts = learns, set(model.parameters()), set(model.buffers()), rest, rest & learns, *units
+    sizes = [sum(value.nbytes for value in part) for part in parts]
+    told, flops = model.describe(), model.flops()
+    if flops:
+        ledger.shorten(model)
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-        with torch.device("meta"):
-            model = world(cfg)
-        learns, units = set(model.trained().values()), [set(unit.parameters()) for unit in shard_units(model)]
-        rest = set(model.parameters()).difference(*units)
-        parts = learns, set(model.parameters()), set(model.buffers()), rest, rest & learns, *units
-        sizes = [sum(value.nbytes for value in part) for part in parts]
-        told, flops = model.describe(), model.flops()
-        if flops:
-            ledger.shorten(model)
         for part in model.modules():  # from meta to a CPU, whose attention keeps no more than a GPU's
             for table in (part._parameters, part._buffers):
                 for name, value in table.items():
-                    blank = None if value is None else torch.empty_like(value, device="cpu")
+                    blank = None if value is None else torch.empty(value.shape, dtype=value.dtype)
                     table[name] = nn.Parameter(blank, value.requires_grad) if isinstance(value, nn.Parameter) else blank
         for parameter in model.train().trained().values():
             parameter.grad = torch.zeros_like(parameter)
@@ -7613,14 +7613,17 @@ def dry_run(world, cfg, ranks):
     data = DataSource("videos", "", [], [], [], True, Dataset, world.draw).dataset(cfg, "train")
     sample = {key: value for key, value in data.whole(0, data.blank(), 0, []).items() if key != "bad"}
     told, (learns, weights, buffers, gathered), flops, work = count_run(world, cfg, sample)
-    own, others = learns / ranks, weights - learns
+    own, others, is_cut = learns / ranks, weights - learns, ranks > 1
     batch = sum(value.nbytes for value in sample.values()) * cfg.batch_size
     rows = {
         "weights that learn": (learns, own),
         "other weights, buffers": (others + buffers, others / ranks + buffers),
-        "gradients": (learns, own + learns * (cfg.grad_accum > 1)),  # averaged once per step, whole until then
+        "gradients": (
+            learns,
+            own + learns * (is_cut and cfg.grad_accum > 1),
+        ),  # averaged once per step, whole until then
         "AdamW": (2 * learns, 2 * own),
-        "gathered shards": (0, gathered),
+        "gathered shards": (0, gathered * is_cut),
         "batch": (batch, batch),
         "activations": (work[0], work[0]),
     }

@@ -23,7 +23,7 @@ STAND_INS = {
     "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; echo other; else echo "scontrol $*" >> calls; fi',
 }
 # what stands for a run that ends as it is told to: by itself, or when it gets SIGTERM
-RUN = """trap 'echo "{{\\"state\\": \\"{ends}\\", \\"step\\": 3}}" > run/status.json; exit 1' TERM
+RUN = """trap 'sleep 0.5; echo "{{\\"state\\": \\"{ends}\\", \\"step\\": 3}}" > run/status.json; exit 1' TERM
 mkdir -p run; echo '{{"state": "running"}}' > run/status.json; for i in $(seq 100); do sleep 0.1; done"""
 
 
@@ -76,8 +76,8 @@ def end(process, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("ends, again", [("stopped", 1), ("running", 1), ("finished", 0), ("failed", 0)])
 def test_only_what_is_not_done_is_queued_again(tmp_path, ends, again):
-    """The signal before the time limit reaches the run as SIGTERM; then status.json decides. A run that was killed while
-    it saved still says running. Seen red without the wait in the trap: the state was read before the run had ended."""
+    """The signal before the time limit comes to the run as SIGTERM; then status.json decides. A run that was killed as
+    it saved still says running. Seen red without the wait in the trap, which then reads the state too early."""
     job = submit(tmp_path, recipe(), {**STAND_INS, "torchrun": RUN.format(ends=ends)})
     try:
         wait_for((tmp_path / "run" / "status.json").exists)

@@ -309,8 +309,10 @@ class Backbone(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.is_video, self.every, self.net = cfg.form.is_video, cfg.frame_stride, None
-        if torch.get_default_device().type != "meta" or cfg.encoder_trainable or cfg.random_weights:
-            with torch.device("cpu"):  # on meta a checkpoint is compared, and of what is frozen it holds the hash alone
+        on_meta = torch.get_default_device().type == "meta"
+        # on meta a checkpoint is compared, and of what is frozen it holds the hash alone; or shapes are wanted
+        if not on_meta or cfg.encoder_trainable or cfg.random_weights:
+            with torch.device("meta" if on_meta and cfg.random_weights else "cpu"):
                 self.net = load_backbone(cfg)
 
     def forward(self, clip):
