@@ -92,7 +92,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
+from torch.utils.flop_counter import flop_registry
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
 
@@ -908,6 +910,9 @@ def build_parser(world):
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help=files)
     shown_only = "print the resolved config and leave"
     parser.add_argument("--print_config", "--print-config", action="store_true", help=shown_only)
+    counted = "print what a step on so many ranks would take, memory above all, and leave; needs no data and no GPU [1]"
+    ranks = dict(type=int, nargs="?", const=1, metavar="RANKS", help=counted)
+    parser.add_argument("--dry_run", "--dry-run", **ranks)
     comments = field_help(Config)
     for entry, kind in zip(fields(Config), field_types(Config).values()):
         flags = dict.fromkeys((f"--{entry.name}", f"--{entry.name.replace('_', '-')}"))
@@ -919,7 +924,8 @@ def build_parser(world):
 
 
 def resolve_config(argv, world):
-    """argv -> (config, {field: value} set by the user, whether to print it). Default < preset < config file < flag."""
+    """argv -> (config, {field: value} set by the user, what was asked for besides). Default < preset < config file <
+    flag."""
     parser = build_parser(world)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -928,13 +934,16 @@ def resolve_config(argv, world):
     overrides = {}
     for path in args.config:
         overrides |= read_config_file(path, world.Config)
-    overrides |= {name: value for name, value in vars(args).items() if name not in ("config", "print_config")}
+    if args.dry_run is not None and args.dry_run < 1:
+        raise UsageError(f"--dry_run {args.dry_run}: must be a number of ranks, 1 or more")
+    asked = {name: vars(args).pop(name) for name in ("config", "print_config", "dry_run")}
+    overrides |= vars(args)
     preset, presets = overrides.get("preset", world.Config.preset), merged(world.Config, "PRESETS")
     if preset not in presets:
         raise UsageError(f"preset {shown(preset)}: must be one of {', '.join(presets)}{nearest(preset, presets)}")
     cfg = replace(world.Config(), **{**presets[preset], **overrides})
     validate_config(cfg)
-    return cfg, overrides, args.print_config
+    return cfg, overrides, asked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -8374,6 +8383,140 @@ def rehearse(run, wrapped):
     return max(process.collect(seconds * cfg.grad_accum)), told
 
 
+CARDS = 24, 40, 80, 141  # GB of common GPUs
+
+
+class Ledger(TorchDispatchMode):
+    """Counts, while tensors are shapes alone, the bytes that live (`now`, at most `peak`) and the FLOP of products.
+    Three blocks stand for a longer stack of like ones: `grown` is what the others would leave in a forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak, self.grown, self.flop = weakref.WeakSet(), 0, 0, 0, 0
+        self.formulas, aten = dict(flop_registry), torch.ops.aten
+        for end in ("", "_backward"):  # a CPU has its own name for it
+            own, other = (f"_scaled_dot_product_flash_attention{kind}{end}" for kind in ("_for_cpu", ""))
+            self.formulas[getattr(aten, own)] = flop_registry[getattr(aten, other)]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0  # shapes have no values
+        made = func(*args, **(kwargs or {}))
+        if formula := self.formulas.get(func.overloadpacket):
+            self.flop += formula(*args, **(kwargs or {}), out_val=made)
+        for value in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(value, torch.Tensor) and (storage := value.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                weakref.finalize(storage, self.count, -storage.nbytes())
+                self.count(storage.nbytes())
+        return made
+
+    def count(self, size):
+        """Bytes that begin to live, or end."""
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def shorten(self, model):
+        """Leave three blocks of every stack. Neighbours tell what each of the others would add."""
+        for stack in [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) > 3]:
+            gone = len(stack) - 3
+            del stack[3:]
+            for block, times in zip(stack[1:], (-gone, gone)):
+                block.register_forward_pre_hook(partial(self.pass_by, times))
+
+    def pass_by(self, times, *_):
+        """A hook before a block."""
+        self.grown += times * self.now
+
+    def step(self, model, batch, dtype):
+        """A micro-step forth and back -> bytes that it needs at most beside what is there before."""
+        before, self.grown, self.flop = self.now, 0, 0
+        self.peak = before
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            losses, _, _ = model(batch)
+        grown = self.grown  # in backward, blocks may be called again
+        losses["loss_total"].backward()
+        return self.peak - before + grown
+
+
+def count_run(world, cfg, sample):
+    """A world in shapes alone, on batches of a sample -> (lines about it, bytes of what learns, of all weights, of
+    buffers, and what fsdp gathers; {part: FLOP per clip}, bytes of activations with the config's grad_checkpoint and
+    with the other). Gathered are blocks, one in use and one on its way, with gradients, and what is in no block."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
+
+    ledger, dtype = Ledger(), amp_dtype(cfg, torch.device("cpu"))
+    cfg = replace(cfg, **{"random_weights": True} if hasattr(cfg, "random_weights") else {})  # none are read
+    with torch.device("meta"):
+        model = world(cfg)
+    learns, units = set(model.trained().values()), [set(unit.parameters()) for unit in shard_units(model)]
+    rest = set(model.parameters()).difference(*units)
+    parts = learns, set(model.parameters()), set(model.buffers()), rest, rest & learns, *units
+    sizes = [sum(value.nbytes for value in part) for part in parts]
+    told, flops = model.describe(), model.flops()
+    if flops:
+        ledger.shorten(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        for part in model.modules():  # from meta to a CPU, whose attention keeps no more than a GPU's
+            for table in (part._parameters, part._buffers):
+                for name, value in table.items():
+                    blank = None if value is None else torch.empty(value.shape, dtype=value.dtype)
+                    table[name] = nn.Parameter(blank, value.requires_grad) if isinstance(value, nn.Parameter) else blank
+        for parameter in model.train().trained().values():
+            parameter.grad = torch.zeros_like(parameter)
+        batch = {key: torch.empty((cfg.batch_size, *value.shape), dtype=value.dtype) for key, value in sample.items()}
+        batch, work = for_step(batch, 0, "cpu"), [0, 0]
+        for other in (True, False):
+            for part in model.modules():
+                if hasattr(part, "grad_checkpoint"):
+                    part.grad_checkpoint = other != cfg.grad_checkpoint
+            work[other] = ledger.step(model, batch, dtype)
+    gathered, flops = (
+        sum(sizes[3:5]) + 4 * max(sizes[5:], default=0),
+        flops or {"counted": ledger.flop / cfg.batch_size},
+    )
+    return told, (*sizes[:3], gathered), flops, work
+
+
+def dry_run(world, cfg, ranks):
+    """What a step on so many ranks takes -> lines. Needs neither data nor memory: everything is a shape."""
+    Dataset = list_latents(world, cfg).Dataset if getattr(cfg, "latents", "") else world.Dataset
+    data = DataSource("videos", "", [], [], [], True, Dataset, world.draw).dataset(cfg, "train")
+    sample = {key: value for key, value in data.whole(0, data.blank(), 0, []).items() if key != "bad"}
+    told, (learns, weights, buffers, gathered), flops, work = count_run(world, cfg, sample)
+    own, others, is_cut = learns / ranks, weights - learns, ranks > 1
+    batch = sum(value.nbytes for value in sample.values()) * cfg.batch_size
+    rows = {
+        "weights that learn": (learns, own),
+        "other weights, buffers": (others + buffers, others / ranks + buffers),
+        "gradients": (
+            learns,
+            own + learns * (is_cut and cfg.grad_accum > 1),
+        ),  # averaged once per step, whole until then
+        "AdamW": (2 * learns, 2 * own),
+        "gathered shards": (0, gathered * is_cut),
+        "batch": (batch, batch),
+        "activations": (work[0], work[0]),
+    }
+    rows["sum"] = sums = [sum(side) for side in zip(*rows.values())]
+    fit = [[name for name, size in zip(("none", "fsdp"), sums) if size < 0.9e9 * card - 1e9] for card in CARDS]
+    clips, flop = step_samples(cfg, ranks), sum(flops.values())
+    parts = ", ".join(f"{name} {value / flop:.0%}" for name, value in flops.items())
+    lines = [
+        *(line for line in told if not line.startswith("step:")),
+        f"step: {clips} clips = {cfg.batch_size} x {cfg.grad_accum} micro-steps x {ranks} ranks; "
+        f"{flop / 1e12:.4g} TFLOP per clip ({parts}), {flop * clips / 1e12:.6g} per step",
+        f"{'GB per rank, --shard':<24}{'none':>9}{'fsdp':>9}",
+        *(f"{name:<24}{one / 1e9:>9.3f}{two / 1e9:>9.3f}" for name, (one, two) in rows.items()),
+    ]
+    if hasattr(cfg, "grad_checkpoint"):
+        other = "without" if cfg.grad_checkpoint else "with"
+        lines.append(f"activations {other} grad_checkpoint: {work[1] / 1e9:.3f} GB")
+    lines.append(f"evaluations under --shard fsdp gather all weights: {weights / 1e9:.3f} GB on every rank")
+    fits = ", ".join(f"{card} GB {' and '.join(names) or 'neither'}" for card, names in zip(CARDS, fit))
+    return [*lines, f"fits, with 1 GB and a tenth of the card to spare: {fits}"]
+
+
 def save_shards(run, state):
     """Write what is sharded of a state into ckpt_<step>_shards, each rank its parts -> the state without, and with what
     `read_shards` needs, on rank 0. Collective; OSError on rank 0 alone where a disk refuses."""
@@ -8957,9 +9100,12 @@ def train(cfg, overrides=None, argv=(), stop=None, world=VJepaAutoV2):
 
 def start(world, argv, stop):
     """Command line -> exit code. What a user can cause or cure is a UserError or an OSError."""
-    cfg, overrides, print_config = resolve_config(argv, world)
-    if print_config:
+    cfg, overrides, asked = resolve_config(argv, world)
+    if asked["print_config"]:
         emit(json.dumps(asdict(cfg), indent=2) + "\n", sys.stdout)
+        return EXIT_OK
+    if asked["dry_run"]:
+        emit("\n".join(dry_run(world, cfg, asked["dry_run"])) + "\n", sys.stdout)
         return EXIT_OK
     try:
         return train(cfg, overrides, argv, stop, world)

@@ -110,8 +110,9 @@ def test_contract_defaults():
 
 def test_flag_without_any_change_is_the_dataclass():
     """The command line adds nothing of its own: no flag, no override."""
-    cfg, overrides, print_config = V.resolve_config([], V.VJepaAutoV2)
-    assert (cfg, overrides, print_config) == (V.VJepaAutoV2Config(), {}, False)
+    cfg, overrides, asked = V.resolve_config([], V.VJepaAutoV2)
+    assert (cfg, overrides) == (V.VJepaAutoV2Config(), {})
+    assert asked == {"config": [], "print_config": False, "dry_run": None}
 
 
 def test_every_field_is_a_flag_in_both_spellings():

@@ -34,6 +34,9 @@ FOREIGN_FLAGS = {
     "--ntasks-per-node",
     "--field",
     "--local-dir",
+    "--signal",
+    "--cpus-per-task",
+    "--kill-on-bad-exit",
 }
 
 

@@ -245,7 +245,10 @@ def backbone_form(backbone, init_from="", init_key=""):
         except V.UsageError as error:  # --num_heads is the predictor's here
             cure = "a folder of transformers says its heads"
             raise ValueError(str(error).replace("(--num_heads)", f"({cure})")) from error
-        return SimpleNamespace(kind="vjepa2", is_video=True, patch=cfg.patch, step=cfg.tubelet_t, dim=cfg.enc_dim)
+        sizes = dict(depth=cfg.enc_depth, heads=cfg.num_heads, mlp_ratio=cfg.mlp_ratio)
+        return SimpleNamespace(
+            kind="vjepa2", is_video=True, patch=cfg.patch, step=cfg.tubelet_t, dim=cfg.enc_dim, **sizes
+        )
     form = folder_form(source)
     if form.kind not in NAMES.get(backbone, (form.kind,)):
         raise ValueError(f"{source} holds a model of type {form.kind}, and not {backbone}")
@@ -306,8 +309,10 @@ class Backbone(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.is_video, self.every, self.net = cfg.form.is_video, cfg.frame_stride, None
-        if torch.get_default_device().type != "meta" or cfg.encoder_trainable:
-            with torch.device("cpu"):  # on meta a checkpoint is compared, and of what is frozen it holds the hash alone
+        on_meta = torch.get_default_device().type == "meta"
+        # on meta a checkpoint is compared, and of what is frozen it holds the hash alone; or shapes are wanted
+        if not on_meta or cfg.encoder_trainable or cfg.random_weights:
+            with torch.device("meta" if on_meta and cfg.random_weights else "cpu"):
                 self.net = load_backbone(cfg)
 
     def forward(self, clip):

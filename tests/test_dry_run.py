@@ -1,0 +1,136 @@
+"""--dry_run: what a step takes is counted in shapes alone, and is what a real step takes."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPT, V, random_batch, small_config
+from training import new_model
+
+DEEP = dict(enc_depth=5, pred_depth=4, flow_depth=1, lambda_supcon=0.0)  # deep enough that blocks are left out
+
+
+def gigabytes(lines):
+    """Rows of the table -> {name: (GB with --shard none, GB with fsdp)}."""
+    found = (re.fullmatch(r"(.{24}) *([\d.]+) +([\d.]+)", line) for line in lines)
+    return {row[1].strip(): (float(row[2]), float(row[3])) for row in found if row}
+
+
+def step_bytes(cfg):
+    """What the Ledger sees of a real step of all blocks, with values -> bytes."""
+    model, batch, ledger = new_model(cfg), random_batch(cfg, cfg.batch_size), V.Ledger()
+    for parameter in model.trained().values():
+        parameter.grad = torch.zeros_like(parameter)
+        ledger.known.add(parameter.grad.untyped_storage())
+    batch = V.for_step(batch, 0, torch.device("cpu"))
+    for value in (*model.parameters(), *model.buffers(), *batch.values()):  # what is there before
+        ledger.known.add(value.untyped_storage())
+    with ledger:
+        return ledger.step(model, batch, V.amp_dtype(cfg, torch.device("cpu")))
+
+
+def peak_of_step(flags):
+    """Peak bytes of two real steps in a process of its own, above those that it has before -> float."""
+    code = f"""
+import re, torch, VJepa_AUTO_V2 as V
+from conftest import random_batch
+from training import train_steps
+torch.set_num_threads(1)
+cfg = V.resolve_config({flags!r}, V.VJepaAutoV2)[0]
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+small = V.replace(cfg, batch_size=1, enc_depth=1, pred_depth=1)
+for each in (small, cfg):  # the first loads what stays
+    before = status("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")
+    batch = V.for_step(random_batch(each, each.batch_size), 0, torch.device("cpu"))
+    train_steps(V.VJepaAutoV2(each).train(), lambda step: [batch], 2)
+    peak, batch = status("VmHWM") - before, None
+print(peak)
+"""
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    known = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    return float(subprocess.run([sys.executable, "-c", code], env=known, check=True, capture_output=True).stdout)
+
+
+def shown(*argv):
+    """A command with --dry_run in a process of its own -> (its lines, CPU seconds, peak bytes)."""
+    command = [sys.executable, *map(str, argv)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    lines = process.stdout.read().decode().splitlines()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, lines
+    return lines, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+
+# -- fast
+
+
+def test_counts_are_those_of_a_real_step():
+    """Weights, moments and gradients by their numbers; activations as a real step of all blocks has them. Seen red
+    with `grown` left out, and with storages counted once per view."""
+    cfg = small_config(**DEEP, batch_size=16)
+    model, rows = new_model(cfg), gigabytes(lines := V.dry_run(V.VJepaAutoV2, cfg, 4))
+    learns = sum(p.nbytes for p in model.trained().values()) / 1e9
+    own = {"weights that learn": learns, "gradients": learns, "AdamW": 2 * learns}
+    for name, size in own.items():
+        assert rows[name] == pytest.approx((size, size / 4), abs=6e-4), name
+    everything = sum(value.nbytes for value in (*model.parameters(), *model.buffers())) / 1e9
+    assert rows["other weights, buffers"][0] == pytest.approx(everything - learns, abs=6e-4)
+    for column in (0, 1):
+        parts = sum(row[column] for name, row in rows.items() if name != "sum")
+        assert rows["sum"][column] == pytest.approx(parts, abs=5e-3)
+    other = next(float(line.split(": ")[1][:-3]) for line in lines if line.startswith("activations with grad"))
+    for size, switch in ((rows["activations"][0], False), (other, True)):  # the table is rounded to a MB
+        assert size * 1e9 == pytest.approx(step_bytes(replace(cfg, grad_checkpoint=switch)), rel=0.01, abs=6e5)
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "many"])
+def test_wrong_numbers_of_ranks_are_named(value, capsys):
+    """One line, exit code 2."""
+    assert V.main(["--dry_run", value]) == V.EXIT_USAGE
+    assert "dry_run" in capsys.readouterr().err
+
+
+# -- slow
+
+
+@pytest.mark.slow
+def test_largest_preset_takes_seconds_and_little_memory():
+    """ViT-g at 384 pixels is told without memory for its weights, 8.6 GB: 25 GB a rank under DDP."""
+    lines, seconds, peak = shown(SCRIPT, "--preset", "vjepa2_vitg_384", "--dry_run", "8")
+    rows = gigabytes(lines)
+    assert 20 < rows["sum"][0] < 30 and rows["sum"][1] < 15 and "9216 tokens" in "".join(lines)
+    assert peak < 1.5e9 and seconds < 20  # 8 s measured beside busy neighbours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", ["cosmos", "future_latents"])
+def test_other_worlds_are_counted_as_well(world):
+    """Also what they take without a formula of their own for FLOP."""
+    flags = ["--preset", "future_tiny"] if world == "future_latents" else []
+    lines, _, _ = shown(ROOT / "worlds" / f"{world}.py", *flags, "--dry_run", "2")
+    assert gigabytes(lines)["activations"][0] > 0.01 and "TFLOP per clip (counted 100%)" in "".join(lines)
+
+
+@pytest.mark.slow
+def test_flop_formulas_are_near_what_is_counted(monkeypatch):
+    """FLOP by V.flops_per_clip against the products of a step. Formulas leave out the outcome head, small here."""
+    cfg = V.preset_config("small", batch_size=1, grad_accum=1)
+    told = sum(new_model(cfg).flops().values())
+    monkeypatch.setattr(V.VJepaAutoV2, "flops", lambda self: {})
+    line = next(line for line in V.dry_run(V.VJepaAutoV2, cfg, 1) if line.startswith("step: "))
+    assert float(re.search(r"([\d.]+) TFLOP per clip", line)[1]) * 1e12 == pytest.approx(told, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", ["--grad_checkpoint", "--no-grad_checkpoint"])
+def test_sum_is_the_memory_of_a_real_run(checkpoints):
+    """Within a fifth of the growth of a process. The allocator keeps less than that; so does the rest of Python."""
+    flags = ["--preset", "tiny", "--no-amp", "--batch_size", "32", checkpoints]
+    lines = V.dry_run(V.VJepaAutoV2, V.resolve_config(flags, V.VJepaAutoV2)[0], 1)
+    assert peak_of_step(flags) == pytest.approx(gigabytes(lines)["sum"][0] * 1e9, rel=0.2)
