@@ -212,7 +212,7 @@ class RunConfig:
 
     def __post_init__(self):
         """A ~ at the front of a path is the home folder, wherever the config comes from."""
-        for name in ("data_root", "out_dir", "resume", "init_from", "latents"):
+        for name in ("data_root", "out_dir", "resume", "init_from", "latents", "frame_cache"):
             if isinstance(getattr(self, name, None), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
 
@@ -254,7 +254,10 @@ class ClipConfig(RunConfig):
     channels: int = 3  # RGB
     clip_fps: float = 4.0  # frames per second taken from a video; 0 spreads the frames over the whole file
     frame_fps: float = 0.0  # frames per second of pictures and raw H.264 / HEVC; 0 = as times, header or annotation say
+    start_fps: float = 0.0  # windows start at multiples of 1 / start_fps s, a multiple of clip_fps; 0 = anywhere
     decoder: str = "auto"  # auto (pyav, then decord) | pyav | decord
+    frame_cache: str = "auto"  # folder of decoded frames | off | auto: out_dir/frame_cache where that pays and fits
+    frame_cache_gb: float = 20.0  # most GB in it; what was used least recently goes first, never what this run used
     windows_per_file: int = 1  # so many training samples on end are windows of one file that follow one another
     missing_data: str = "scenes"  # when data_root holds no video: scenes | error | random
     latents: str = ""  # folder or csv of latents cached by tools/cache_latents.py, read instead of videos
@@ -270,7 +273,7 @@ class ClipConfig(RunConfig):
     scenes: str = "files"  # files (scene_clips mp4s, read back like any video) | render (a new scene for every sample)
 
     RANGES = {
-        "windows_per_file": (1, 1000),
+        "windows_per_file": (1, 1000), "start_fps": (0, 1000), "frame_cache_gb": (0, 10**6),
         "clip_fps": (0, 1000), "frame_fps": (0, 1000), "crop_scale_min": (0.01, 1), "crop_scale_max": (0.01, 1),
         "crop_ratio_min": (0.1, 10), "crop_ratio_max": (0.1, 10), "scene_clips": (4, 10**7), "scene_size": (0, 4096),
         "num_frames": (2, 100000), "now_frames": (1, 100000), "soon_frames": (1, 100000), "channels": (3, 3),
@@ -292,6 +295,7 @@ class ClipConfig(RunConfig):
 
     def rules(self):
         problem, least, sides = "", self.now_frames + self.soon_frames, (self.height, self.width)
+        times, kept = self.start_fps / (self.clip_fps or math.inf), self.frame_cache not in ("auto", "off")
         alone = "a file of cached latents is one sample" if self.latents else ""
         alone = alone or "with clip_fps 0 a window is a whole file" * (not self.clip_fps)
         alone = alone or "a scene that is rendered is one sample" * (self.scenes == "render" and not self.data_root)
@@ -305,6 +309,10 @@ class ClipConfig(RunConfig):
                 (not 1 <= min(sides) <= max(sides) <= 8192, "image_size", "must lie in 1 to 8192"),
                 (self.num_frames < least, "num_frames", f"must be at least now + soon frames = {least}"),
                 (problem, "scene_mix", problem),
+                (self.start_fps and (times < 0.5 or abs(times - np.round(times)) > 1e-9), "start_fps",
+                 f"must be 0 or a multiple of clip_fps = {self.clip_fps:g}"),
+                (not self.frame_cache.strip(), "frame_cache", "must be auto, off or a folder"),
+                (kept and self.decoder == "decord", "frame_cache", "keeps what PyAV decodes: not with decoder decord"),
                 (self.windows_per_file > 1 and alone, "windows_per_file", f"must be 1: {alone}"),
                 *((self.latents and getattr(self, name) != plain, name, f"must be {plain}: cached latents are of clips "
                    "as they are") for name, plain in self.UNCROPPED.items()),
@@ -1338,6 +1346,7 @@ class ClipPlan:
     u_y: float
     frame_fps: float = 0.0  # rate of a raw stream, whatever its header says; 0: the header's
     noted_fps: float = 0.0  # rate that its annotation names, for a raw stream whose header names none
+    start_fps: float = 0.0  # windows start at multiples of its inverse; 0: anywhere
     windows: int = 1  # of a group, which follow one another in a file; u_start is where the group starts
     place: int = 0  # of this window in its group
     later: tuple = ()  # plans of the group's windows behind this one, for who goes on decoding
@@ -1376,6 +1385,18 @@ def usable_part(plan, duration, native_fps):
     return min(rest, length or rest)
 
 
+def half_frame(plan, duration, native_fps):
+    """Seconds that are added to each request: it falls inside a frame, not on the border of two."""
+    return min(0.5 / native_fps, duration / 2) if plan.file.length else 0.5 / native_fps
+
+
+def inside_frames(plan, times, duration, native_fps):
+    """Seconds at which frames of what may be used begin -> seconds of the file inside them."""
+    half = half_frame(plan, duration, native_fps)
+    times = times + half
+    return plan.file.begin + (np.minimum(times, duration - half) if plan.file.length else times)  # no neighbour's
+
+
 def start_share(plan, room, window):
     """u_start, for a window of a group its own: each begins where the one before ends, or earlier where the file leaves
     less room (seconds) for starts. The group is placed as a window of its length would be."""
@@ -1387,19 +1408,31 @@ def start_share(plan, room, window):
 
 def frame_times(plan, duration, native_fps):
     """Seconds from the first frame at which the clip's frames are taken -> float64 [T]; `duration` is what may be used.
-    Half a native frame is added: a request falls inside a frame, not on the border of two. A file shorter than the
-    window gives frames over its whole length; one with too few frames each of them, then the last again."""
-    steps, half = np.arange(plan.num_frames), 0.5 / native_fps
-    window = plan.num_frames / plan.fps if plan.fps else math.inf
-    half = min(half, duration / 2) if plan.file.length else half
-    if duration >= window - half:
+    A file shorter than the window gives frames over its whole length; one with too few frames each of them, then the
+    last again. With start_fps, times are whole steps of it, so that all windows ask for the very same."""
+    steps, window = np.arange(plan.num_frames), plan.num_frames / plan.fps if plan.fps else math.inf
+    if duration >= window - half_frame(plan, duration, native_fps):
         room = max(duration - window, 0.0)
-        times = start_share(plan, room, window) * room + steps / plan.fps + half
+        share = start_share(plan, room, window)
+        times = share * room + steps / plan.fps
+        if plan.start_fps:
+            last = math.floor(room * plan.start_fps + 1e-9)
+            first = min(int(share * (last + 1)), last)
+            times = (first + steps * round(plan.start_fps / plan.fps)) / plan.start_fps
     elif duration * native_fps < plan.num_frames:
-        times = steps / native_fps + half
+        times = steps / native_fps
     else:
-        times = steps * (duration / plan.num_frames) + half
-    return plan.file.begin + (np.minimum(times, duration - half) if plan.file.length else times)  # no neighbour's
+        times = steps * (duration / plan.num_frames)
+    return inside_frames(plan, times, duration, native_fps)
+
+
+def wanted_times(plan, duration, native_fps):
+    """All seconds that windows with start_fps can ask for -> float64 [n], increasing."""
+    times, last = (frame_times(replace(plan, u_start=u, windows=1), duration, native_fps) for u in (0.0, 1.0))
+    if not np.array_equal(times, last):
+        steps = np.arange(round((last[-1] - times[0]) * plan.start_fps) + 2)
+        times = inside_frames(plan, steps / plan.start_fps, duration, native_fps)
+    return np.unique(times)
 
 
 def crop_box(plan, width, height):
@@ -2227,6 +2260,509 @@ def split_readable(cfg, videos, read_one=small_clip):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# 4b  Frame cache: decoded frames on disk
+# ---------------------------------------------------------------------------------------------------------------------
+# A file is kept in segments of some seconds. A segment is a row of bytes for each frame that is on screen in it, scaled
+# but not cut, and a tail: what they were made from, from which to which second each row answers, and its sum. What no
+# row answers is decoded, so that a wrong frame cannot come of what is missing. Rows are read, not mapped: a network
+# disk that goes away under a map kills the process.
+
+KEPT_FORMAT, KEPT_MARK = 1, "VJepa_AUTO_V2 frame cache\n"  # the mark stands in the file `frame_cache` of each
+KEPT_NAME = r"([0-9a-f]{40}\.(line|\d+))(\.tmp)?"  # of all else that is ours, in folders called by two digits
+KEPT_S, KEPT_BYTES = 10.0, 2**27  # a segment lasts so long, half of it and so on while it would take more bytes
+LOCK_S = 2.0  # the folder's count is locked for moments, or while much is deleted
+
+
+class Damaged(Exception):
+    """A segment is not whole, or not what was asked for."""
+
+
+class Unkept(Exception):
+    """Frames cannot be kept, and the message says why: from now on what is not there is decoded."""
+
+
+class OutOfTime(Exception):
+    """To keep a segment takes so long that its worker would be taken for hung."""
+
+
+@lru_cache(maxsize=1)
+def decoder_versions():
+    """Versions of PyAV and of FFmpeg's libraries: other ones may give other pixels -> list."""
+    import av
+
+    return [av.__version__, *map(list, av.library_versions.values())]
+
+
+def source_stamp(path):
+    """What changes when a file is written or replaced -> tuple. BadFile unless it is a regular file."""
+    check_regular(path)
+    info = os.stat(path)
+    return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_dev, info.st_ino
+
+
+@lru_cache(maxsize=2**16)
+def ends_hash(path, stamp):
+    """SHA-256 of the first and the last 64 kB of a file with this stamp."""
+    with open(path, "rb") as file:
+        head = file.read(2**16)
+        file.seek(max(stamp[0] - 2**16, 0))
+        return hashlib.sha256(head + file.read(2**16)).hexdigest()
+
+
+def kept_box(plan, ratios, width, height):
+    """Size at which a frame is kept and its size as shown, for whole_picture: what the plan's crop asks for, or with
+    several ratios the most that any asks for and the frame has."""
+    sides = np.max([crop_box(replace(plan, ratio=ratio), width, height)[:2] for ratio in ratios], 0)
+    sides = np.minimum(sides, np.ceil((width, height))) if len(ratios) > 1 else sides
+    return int(sides[0]), int(sides[1]), width, height
+
+
+def line_values(line):
+    """A TimeLine without told times -> list, for JSON and to compare."""
+    return [line.start, [line.unit.numerator, line.unit.denominator], line.in_order, line.duration, line.fps]
+
+
+def kept_rate(plan, ratios, stream, line):
+    """Bytes that a second of a file takes, by what its header says."""
+    width, height, _, _ = kept_box(plan, ratios, stream.codec_context.width * pixel_aspect_of(stream), stream.height)
+    return width * height * 3 * min(line.fps, plan.start_fps or math.inf)
+
+
+def kept_cut(picture, plan, shown, scaler):
+    """A kept frame -> uint8 [H, W, 3] as a plan asks; scaled again where it was kept for another crop than the plan's.
+    `shown` is the size of the frame before it was scaled."""
+    import av
+
+    height, width, _ = picture.shape
+    scaled_w, scaled_h, x, y = crop_box(plan, *shown)
+    if (scaled_w, scaled_h) == (width, height):
+        return picture[y : y + plan.height, x : x + plan.width]
+    ends = (x, x + plan.width, y, y + plan.height)
+    left, right, top, bottom = (
+        round(at * by) for at, by in zip(ends, (width / scaled_w,) * 2 + (height / scaled_h,) * 2)
+    )
+    part = np.ascontiguousarray(picture[top : max(bottom, top + 1), left : max(right, left + 1)])
+    frame = av.VideoFrame.from_ndarray(part, format="rgb24")
+    return scaler.reformat(frame, plan.width, plan.height, interpolation="AREA", **one_thread()).to_ndarray()
+
+
+class Segment:
+    """An open segment: what its tail says, `key` first, and what its rows answer. Damaged; FileNotFoundError."""
+
+    def __init__(self, path, since):
+        self.number, is_whole = os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
+        try:
+            info = os.fstat(self.number)
+            end = os.pread(self.number, 2**14, max(info.st_size - 2**14, 0))
+            length = int.from_bytes(end[-8:], "little")
+            if len(end) < length + 16 <= info.st_size:
+                end = os.pread(self.number, length + 16, info.st_size - length - 16)
+            tail = end[-16 - length : -16]
+            if len(tail) != length or hashlib.sha256(tail).digest()[:8] != end[-16:-8]:
+                raise Damaged
+            text, _, arrays = tail.partition(b"\n")
+            self.__dict__.update(json.loads(text))
+            self.begin, self.end, sums = np.frombuffer(arrays).reshape(3, -1)
+            self.sums = sums.view(np.uint64)
+            if info.st_size != len(sums) * self.stride + length + 16:
+                raise Damaged
+            is_whole = True
+        finally:
+            if not is_whole:
+                self.close()
+        if info.st_mtime < since:
+            with suppress(OSError):  # a cache that nobody may write knows no least recently used either
+                os.utime(path)
+
+    def picture(self, row):
+        """-> uint8 [h, w, 3]. Damaged."""
+        content = os.pread(self.number, self.stride, row * self.stride)
+        if len(content) != self.stride or np.frombuffer(content, np.uint64).sum() != self.sums[row]:
+            raise Damaged
+        width, height = self.size[:2]
+        return np.frombuffer(content, np.uint8, width * height * 3).reshape(height, width, 3)
+
+    def close(self):
+        os.close(self.number)
+
+
+class SegmentMaker:
+    """A segment in the making: a temporary file that nobody reads, whose lock says that somebody is at it and goes with
+    its process. BlockingIOError where somebody is."""
+
+    def __init__(self, path):
+        self.path, self.temporary = path, path.with_name(f"{path.name}.tmp")
+        path.parent.mkdir(exist_ok=True)
+        self.handle = open(self.temporary, "ab")
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self.is_there():
+                raise BlockingIOError  # it was opened just before its maker renamed it
+            self.restart()
+        except OSError:
+            self.handle.close()
+            raise
+
+    def is_there(self):
+        """Whether the temporary file still is the one that is open here."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.stat(self.temporary), os.fstat(self.handle.fileno()))
+        return False
+
+    def restart(self):
+        """Forget all rows, those of a process that was killed too."""
+        self.handle.truncate(0)
+        self.size, self.stride, self.spans, self.sums = [], 0, [], []
+
+    def add(self, picture, shown, begin, end):
+        """A row that answers from second `begin` to before `end`. BadFile unless all are of one size."""
+        size = [*picture.shape[1::-1], *shown]
+        if self.size not in ([], size):
+            raise BadFile("frames of two sizes")
+        row = np.zeros(-(-picture.size // 8) * 8, np.uint8)
+        row[: picture.size] = picture.reshape(-1)
+        self.handle.write(row)
+        self.size, self.stride = size, len(row)
+        self.spans.append((begin, end))
+        self.sums.append(row.view(np.uint64).sum())
+
+    def seal(self, **says):
+        """Write the tail, and all of it to the disk -> bytes."""
+        arrays = np.array(self.spans).reshape(-1, 2).T.tobytes() + np.array(self.sums, np.uint64).tobytes()
+        tail = json.dumps({**says, "size": self.size, "stride": self.stride}).encode() + b"\n" + arrays
+        self.handle.write(tail + hashlib.sha256(tail).digest()[:8] + len(tail).to_bytes(8, "little"))
+        self.handle.flush()
+        os.fsync(self.handle.fileno())
+        return self.handle.tell()
+
+    def close(self):
+        """Leave nothing that is not whole."""
+        temporary = self.temporary
+        with suppress(OSError):  # what kept it from being written has been told
+            if self.is_there():
+                temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # flushes what a full disk did not take
+            self.handle.close()
+
+
+@dataclass
+class KeptFile:
+    """What a FrameCache knows of a file while it reads a clip of it."""
+
+    path: str
+    stamp: tuple
+    plan: ClipPlan  # its crop, by kept_box with `ratios`, decides the size of what is kept
+    ratios: tuple
+    key: dict
+    name: str
+    deadline: float  # time.monotonic() at which it must be given up
+    line: list = ()  # TimeLine without told times
+    seconds: float = 0.0  # of a segment
+    rate: float = 0.0  # bytes per second, roughly
+    makers: dict = field(default_factory=dict)  # number -> SegmentMaker
+
+
+class FrameCache:
+    """Decoded frames in a folder, put there by whoever needs them first: any number of processes and runs.
+
+    `read` gives the frames of read_frames, bit for bit the same unless crops of several sizes are drawn. `since` is
+    when this run began: what has been used later is not deleted. `stores`: whether more can be kept.
+    """
+
+    def __init__(self, folder, cfg, since=0.0, stores=True):
+        self.folder, self.limit, self.since, self.stores = Path(folder), cfg.frame_cache_gb * 1e9, since, stores
+        self.decoder, self.limit_s, self.side = cfg.decoder, cfg.decode_timeout_s / 3, (cfg.height, cfg.width)
+        self.low, self.high = (cfg.crop_scale_min, cfg.crop_ratio_min), (cfg.crop_scale_max, cfg.crop_ratio_max)
+        self.full = f"this run uses all of its frame_cache_gb = {cfg.frame_cache_gb:g} (--frame_cache_gb)"
+        self.lines, self.failed = {}, set()  # what is known of files, by name; those or segments not to be tried again
+
+    def open(self):
+        """Prepare the folder. UsageError where it is somebody else's or none, OSError where it cannot be written."""
+        mark, what = self.folder / "frame_cache", f"frame_cache {self.folder}"
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise UsageError(f"{what}: is no folder (--frame_cache)")
+        is_ours = mark.is_file() and mark.read_bytes() == KEPT_MARK.encode()
+        if not is_ours and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise UsageError(f"{what}: holds something else; name a new or an empty folder (--frame_cache)")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not is_ours:
+            mark.write_bytes(KEPT_MARK.encode())
+        for *_, path in self.listing(".tmp"):  # of processes that were killed
+            with suppress(BlockingIOError):
+                SegmentMaker(path.with_suffix("")).close()
+        self.make_room(0, recount=True)
+
+    def listing(self, suffix=None):
+        """Its segments, or what else has this suffix -> (when used last, bytes, path), oldest first."""
+        found = []
+        for place in self.folder.glob("[0-9a-f][0-9a-f]"):
+            for entry in os.scandir(place):
+                name = re.fullmatch(KEPT_NAME, entry.name)
+                if name and name[3] == suffix:
+                    with suppress(FileNotFoundError):
+                        found.append((entry.stat().st_mtime, entry.stat().st_size, place / entry.name))
+        return sorted(found)
+
+    def make_room(self, size, maker=None, recount=False):
+        """Whether so many bytes more may be kept, after deleting what was used least recently and not since this run
+        began; then what a SegmentMaker has made gets its name. OutOfTime where the count stays locked."""
+        with open(self.folder / "total", "a+", encoding="utf-8") as handle:
+            deadline, held = time.monotonic() + LOCK_S, False
+            while not held:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    held = True
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise OutOfTime from None
+                    time.sleep(0.02)
+            handle.seek(0)
+            known = re.fullmatch(r"\d+", handle.read(32))
+            total = int(known[0]) if known else math.inf
+            if recount or total + size > self.limit:
+                kept = self.listing()
+                total = sum(row[1] for row in kept)
+                most = self.limit if total + size <= self.limit else 0.95 * self.limit - size
+                for used, bytes_each, stale in kept:
+                    if total <= most or used >= self.since:
+                        break
+                    stale.unlink(missing_ok=True)
+                    total -= bytes_each
+            has_room = total + size <= self.limit
+            if maker is not None and has_room:
+                os.replace(maker.temporary, maker.path)
+                total += size
+            handle.truncate(0)
+            handle.write(str(total))
+        return has_room
+
+    def box_plan(self, plan):
+        """The plan and the ratios that tell kept_box what to keep for a plan; () where it is not one of the config."""
+        mine, ratios = (plan.scale, plan.ratio), ()
+        if plan.file.pictures or (plan.height, plan.width) != self.side:
+            return plan, ()
+        if mine == (1.0, 1.0) or mine == self.low == self.high:
+            return plan, (plan.ratio,)
+        if self.low[0] <= plan.scale <= self.high[0] and self.low[1] <= plan.ratio <= self.high[1] + 1e-9:
+            ratios = (self.low[1], self.high[1])
+        return replace(plan, scale=self.low[0]), ratios
+
+    def read(self, path, plan, tell=say):
+        """read_frames, out of what is kept where that answers. `tell` gets a line once nothing more can be kept."""
+        own, ratios = self.box_plan(plan)
+        frames = None
+        try:
+            frames = self.kept(path, plan, own, ratios) if ratios else None
+        except BadFile:
+            frames = None  # reading it below says the same, or another decoder can
+        except (Unkept, OSError) as error:
+            if self.stores:
+                tell(f"WARNING: frame cache {self.folder}: {reason_of(error)}; what is not in it is decoded")
+            self.stores = False
+        return read_frames(path, plan, self.decoder) if frames is None else frames
+
+    def kept(self, path, plan, own, ratios):
+        """Frames of a plan out of what is kept, after keeping what is missing if possible -> uint8 or None. BadFile."""
+        stamp, told = source_stamp(path), plan.file.times
+        key = {"format": KEPT_FORMAT, "path": os.path.abspath(path), "size": stamp[0], "mtime_ns": stamp[1]}
+        try:
+            key["ends"] = ends_hash(path, stamp)
+        except OSError as error:
+            raise BadFile(reason_of(error)) from error
+        key["clock"] = [plan.frame_fps, plan.noted_fps, told and [told, *source_stamp(told)[:2]]]
+        key["crop"] = [plan.height, plan.width, own.scale, *ratios]
+        if plan.start_fps:  # not all frames are kept
+            key["starts"] = [plan.start_fps, plan.fps, plan.num_frames, plan.file.begin, plan.file.length]
+        key["versions"] = decoder_versions()
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]
+        file = KeptFile(path, stamp, own, ratios, key, name, time.monotonic() + self.limit_s)
+        if name in self.failed or not self.find_line(file):
+            return None
+        duration, fps = file.line[3:5]
+        times = frame_times(plan, usable_part(plan, duration, fps), fps)
+        frames, missing = self.take(file, plan, times)
+        if missing and self.fill(file, missing):
+            frames, _ = self.take(file, plan, times)
+        return frames
+
+    def place(self, file, number):
+        """Path of a segment of a file, or of its time line."""
+        return self.folder / file.name[:2] / f"{file.name}.{number}"
+
+    def segment(self, file, number):
+        """An open Segment, or None where there is none that is whole and of this file."""
+        with suppress(Damaged, FileNotFoundError, NotADirectoryError):
+            segment = Segment(self.place(file, number), self.since)
+            if segment.key == file.key:
+                return segment
+            segment.close()
+        return None
+
+    def find_line(self, file):
+        """Look up the time line of a file, or open the file once for it -> whether it is known. BadFile."""
+        if file.name not in self.lines:
+            if segment := self.segment(file, "line"):
+                segment.close()
+                self.lines[file.name] = segment.line, segment.seconds, segment.rate
+            elif not self.stores:
+                return False
+            else:
+                self.failed.add(file.name)
+                with opened_stream(file.path, file.plan.kept) as (container, stream):
+                    line, _ = time_line(container, stream, file.plan)
+                    rate, seconds = kept_rate(file.plan, file.ratios, stream, line), KEPT_S
+                while seconds > 1.0 and seconds * rate > KEPT_BYTES:
+                    seconds /= 2
+                file.line, file.seconds, file.rate = line_values(line), seconds, rate
+                self.lines[file.name] = file.line, seconds, rate
+                self.failed.discard(file.name)
+                self.make(file, ["line"])
+        file.line, file.seconds, file.rate = self.lines[file.name]
+        return True
+
+    def take(self, file, plan, times):
+        """Read what is kept -> (uint8 [T, H, W, 3] or None, numbers of the segments that are missing or damaged)."""
+        from av.video.reformatter import VideoReformatter
+
+        numbers = np.maximum(times // file.seconds, 0).astype(int).tolist()
+        frames = np.empty((len(times), plan.height, plan.width, 3), np.uint8)
+        scaler, segments, last = VideoReformatter(), {}, (None, None)
+        try:
+            for number in dict.fromkeys(numbers):
+                segments[number] = self.segment(file, number)
+            if missing := [number for number, segment in segments.items() if segment is None]:
+                return None, missing
+            if len({segment.stretch for segment in segments.values()}) > 1:
+                return None, []
+            for place, (number, second) in enumerate(zip(numbers, times.tolist())):
+                segment = segments[number]
+                row = int(segment.begin.searchsorted(second, "right")) - 1
+                if row < 0 or second >= segment.end[row]:
+                    return None, []
+                if (number, row) == last:
+                    frames[place] = frames[place - 1]
+                else:
+                    frames[place] = kept_cut(segment.picture(row), plan, segment.size[2:], scaler)
+                last = number, row
+        except Damaged:
+            return None, [number]
+        finally:
+            for segment in segments.values():
+                if segment is not None:
+                    segment.close()
+        return frames, []
+
+    def fill(self, file, numbers):
+        """Decode a file from the first to the last of some segments and keep them, or one by one where that fails ->
+        whether all are kept now. What failed is not tried again by this process."""
+        if not self.stores or not self.failed.isdisjoint((file.name, number) for number in numbers):
+            return False
+        try:
+            return self.make(file, numbers, partial(read_pyav, file.path, file.plan, walk=partial(self.keep, file)))
+        except BadFile:
+            if len(numbers) == 1:
+                self.failed.add((file.name, numbers[0]))
+                return False
+        return sum(self.fill(file, [number]) for number in numbers) == len(numbers)
+
+    def make(self, file, numbers, work=None):
+        """Lock the segments that `work` is to make -> whether it has made all; not where another process makes one."""
+        try:
+            for number in sorted(numbers):
+                file.makers[number] = SegmentMaker(self.place(file, number))
+            if work is None:
+                self.finish(file, numbers[0])
+            elif self.make_room(round(len(numbers) * file.seconds * file.rate)):
+                work()
+            else:
+                raise Unkept(self.full)
+        except BlockingIOError:
+            return False
+        except OutOfTime:
+            if len(file.makers) == len(numbers):
+                self.failed.add(file.name)
+        finally:
+            made = not file.makers
+            for maker in file.makers.values():
+                maker.close()
+            file.makers.clear()
+        return made
+
+    def keep(self, file, container, stream, plan, fast):
+        """The walk of read_pyav that fills `file.makers`."""
+        from av.video.reformatter import VideoReformatter
+
+        line, packets = time_line(container, stream, plan, fast)
+        if line_values(line) != file.line:
+            raise BadFile("its times are others when it is read from its start")
+        first, last = (number * file.seconds for number in (min(file.makers), max(file.makers) + 1))
+        times, wanted = np.array([first, last]), None
+        if plan.start_fps:
+            wanted = wanted_times(plan, usable_part(plan, line.duration, line.fps), line.fps)
+            times = np.unique([first, *wanted[(first < wanted) & (wanted < last)], last])
+        is_ts, shown, since, last_end = container.format.name == "mpegts", None, 0.0, 0.0
+        stretch = key_before(stream_keys(file_stamp(container, plan.kept), stream.index), times[0])[3] if is_ts else 0.0
+        look = partial(kept_box, plan, file.ratios), pixel_aspect_of(stream), VideoReformatter()
+        for maker in file.makers.values():
+            maker.restart()
+        for now, end, frame in shown_frames(container, stream, line, packets, times, fast, not plan.start_fps):
+            if time.monotonic() > file.deadline:
+                raise OutOfTime
+            if shown is not None:
+                self.add(file, shown, look, (since, now), wanted, stretch)
+            if not file.makers:
+                return
+            shown, since, last_end = frame, now, end
+        self.add(
+            file, shown, look, (since, math.nextafter(last_end + end_slack(line), math.inf)), wanted, stretch, True
+        )
+
+    def add(self, file, frame, look, span, wanted, stretch, is_last=False):
+        """Give a frame that is on screen from span[0] to before span[1] to the segments in which it is, and finish
+        those that end in it."""
+        kept = None
+        for number, maker in list(file.makers.items()):
+            low, high = number * file.seconds, (number + 1) * file.seconds
+            answers = [span] if max(low, span[0]) < min(high, span[1]) else []
+            if answers and wanted is not None:
+                inside = wanted[slice(*np.searchsorted(wanted, (max(low, span[0]), min(high, span[1]))))]
+                answers = [(inside[0], math.nextafter(inside[-1], math.inf))] if len(inside) else []
+            kept = kept or (answers and whole_picture(frame, *look))
+            try:
+                for begin, end in answers:
+                    maker.add(kept[0], kept[1][2:], begin, end)
+                if is_last or span[1] >= high:
+                    self.finish(file, number, stretch)
+            except OSError as error:  # would be a BadFile to who reads a video
+                raise Unkept(reason_of(error)) from error
+
+    def finish(self, file, number, stretch=0.0):
+        """Give a segment that has all its rows its name. BadFile where its source has changed meanwhile."""
+        maker = file.makers[number]
+        says = dict(key=file.key, line=file.line, seconds=file.seconds, rate=file.rate, stretch=stretch)
+        size = maker.seal(**says)
+        if source_stamp(file.path) != file.stamp:
+            raise BadFile("it changed while it was read")
+        if not self.make_room(size, maker):
+            raise Unkept(self.full)
+        file.makers.pop(number).handle.close()
+
+
+def kept_sizes(cache, plan, videos):
+    """What videos take in a cache, for told_apart -> pairs (bytes, seconds)."""
+    for video in videos:
+        size = seconds = 0.0
+        with suppress(BadFile):  # takes nothing
+            own, ratios = cache.box_plan(fit_plan(plan, video))
+            if ratios:
+                with opened_stream(video.path) as (container, stream):
+                    line, _ = time_line(container, stream, own)
+                    seconds = usable_part(own, line.duration, line.fps)
+                    size = seconds * kept_rate(own, ratios, stream, line)
+        yield size, seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # 5  Built-in driving scenes: seed -> clip + labels
 # ---------------------------------------------------------------------------------------------------------------------
 # Road coordinates: s metres along the road, x metres to the right of its centre; tau seconds since the last NOW frame.
@@ -2780,7 +3316,8 @@ def draw_plan(rng, cfg, stream):
     ratio = cfg.crop_ratio_min * (cfg.crop_ratio_max / cfg.crop_ratio_min) ** u_ratio
     if stream != "train":
         scale, ratio, u_x, u_y = 1.0, 1.0, 0.5, 0.5
-    return ClipPlan(cfg.num_frames, cfg.clip_fps, cfg.height, cfg.width, u_start, scale, ratio, u_x, u_y, cfg.frame_fps)
+    window = cfg.num_frames, cfg.clip_fps, cfg.height, cfg.width, u_start
+    return ClipPlan(*window, scale, ratio, u_x, u_y, cfg.frame_fps, start_fps=cfg.start_fps)
 
 
 def mirror_label(label):
@@ -2818,8 +3355,8 @@ RETRY_S = 0.5  # between two looks at a file whose fault may pass
 class Attendant:
     """Who a dataset tells what it does; here, in the main process. `stopping()`: whether the run was asked to stop."""
 
-    def __init__(self, stopping=None):
-        self.stopping, self.has_spoken = stopping, False
+    def __init__(self, stopping=None, line=say):
+        self.stopping, self.has_spoken, self.line = stopping, False, line
 
     def holding(self, number):
         """Context in which a file is in hand."""
@@ -2830,6 +3367,10 @@ class Attendant:
         if text and not self.has_spoken:
             say(text, sys.stderr)
             self.has_spoken = True
+
+    def note(self, text):
+        """Say what stays so for the rest of the run; here, whoever says it sees to it that it is said once."""
+        self.line(text)
 
     def waiting(self, text):
         """Called again and again while a fault may pass. Stopped when the run was asked to stop."""
@@ -2995,6 +3536,10 @@ class ClipDataset(FileDataset):
         """-> (frames uint8 [T, H, W, 3], annotation)."""
         noted = read_annotation(self.data_root, video).items()
         annotation = {"maneuver": video.label or "", **{key: value for key, value in noted if value is not None}}
+        if self.frame_cache is not None:
+            folder = self.frame_cache.folder
+            plan = replace(plan, later=(), kept=str(folder / "index") if folder.is_dir() else "")
+            return self.frame_cache.read(video.path, fit_plan(plan, video, annotation), self.watch.note), annotation
         plan, *later = (fit_plan(one, video, annotation) for one in (replace(plan, later=()), *plan.later))
         return self.read_window(video.path, plan, later), annotation
 
@@ -3172,6 +3717,7 @@ def maneuver_names(videos, data_root):
     return sorted(names)
 
 
+SAMPLED, SAMPLE_S = 24, 3.0  # files at most that are opened, and seconds, to tell the size of all
 MAX_LISTED = 2**17  # names of files that a checkpoint holds at most
 
 
@@ -3191,6 +3737,8 @@ class DataSource:
     failing: dict = field(default_factory=dict)  # files not decoded when this process last tried: name -> reason
     test: list = field(default_factory=list)  # files of test/, which no run touches
     by_folders: bool = False  # whether folders split the files, not the hash of their names
+    frame_cache: object = None  # a FrameCache
+    line: object = say  # says a line about the data, once
 
     def listing(self):
         """What a checkpoint keeps of it: number of files and what splits them; a user's names, groups, if few."""
@@ -3208,7 +3756,9 @@ class DataSource:
         kind = {"random": NoiseDataset, "render": SceneDataset}.get(self.kind, self.Dataset)
         if not issubclass(kind, self.Dataset):  # a world's own samples, of frames that are made up
             kind = type(self.Dataset.__name__, (kind, self.Dataset), {})
-        return kind(cfg, videos, self.root, stream, self.maneuvers, self.quarantine, self.draw)
+        data = kind(cfg, videos, self.root, stream, self.maneuvers, self.quarantine, self.draw)
+        data.frame_cache = self.frame_cache
+        return data
 
 
 def nothing_found(cfg, videos, suffixes=VIDEO_SUFFIXES):
@@ -3286,6 +3836,60 @@ def open_data(world, cfg, videos, is_main, barrier, stopping=None):
         maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names([*train, *val], root)
     split = dict(held_out=bool(val and train), test=sides.get("test", []), by_folders=bool(sides))
     return DataSource(kind, root, train or videos, val or videos, maneuvers, Dataset=Dataset, draw=world.draw, **split)
+
+
+def cache_objection(cache, cfg, source, clips):
+    """Why `--frame_cache auto` keeps no frames of a run of so many clips -> (text, "" where it does, bytes)."""
+    if cfg.decoder == "decord":
+        return "what decord decodes is not kept", 0
+    if cache.low != cache.high:
+        how = "they would be scaled twice, not the same bit for bit (--frame_cache DIR keeps them)"
+        return f"crops of several sizes are drawn: {how}", 0
+    videos, plan = [*source.train, *source.val], draw_plan(np.random.default_rng(0), cfg, "train")
+    sample = videos[:: -(-len(videos) // SAMPLED)]
+    told, _ = told_apart(min(cfg.decode_timeout_s, SAMPLE_S), kept_sizes, cache, plan, sample)
+    size, seconds = np.sum(told, 0) * len(videos) / len(told) if told else (0, 0)
+    window = min(cfg.num_frames / cfg.clip_fps + KEPT_S if cfg.clip_fps else math.inf, seconds / len(videos))
+    place = next(place for place in (cache.folder, *cache.folder.absolute().parents) if place.is_dir())
+    free, gb = shutil.disk_usage(place).free, f"about {size / 1e9:.2g} GB"
+    rows = (
+        (not size, "no size of theirs could be told in time"),
+        (clips * window < 2 * seconds, f"the run shows each {clips * window / max(seconds, 1e-9):.2g} times"),
+        (size > cache.limit, f"{gb}, more than frame_cache_gb = {cfg.frame_cache_gb:g}"),
+        (size > free / 2, f"{gb}, more than half of what is free on the disk"),
+    )
+    return next((why for is_so, why in rows if is_so), ""), size
+
+
+def choose_frame_cache(cfg, source, clips):
+    """Where a run that shows so many clips keeps decoded frames -> (arguments of FrameCache or None, line to say).
+    UsageError for a folder that cannot be one."""
+    if (
+        cfg.frame_cache == "off"
+        or source.kind not in ("videos", "scenes")
+        or not issubclass(source.Dataset, ClipDataset)
+    ):
+        return None, ""
+    is_auto, why, size, stores, since = cfg.frame_cache == "auto", "", 0, True, time.time()
+    cache = FrameCache(os.path.join(cfg.out_dir, "frame_cache") if is_auto else cfg.frame_cache, cfg, since)
+    if is_auto:
+        why, size = cache_objection(cache, cfg, source, clips)
+    try:
+        if not why:
+            cache.open()
+    except UsageError as error:
+        if not is_auto:
+            raise
+        why = str(error)
+    except OSError as error:
+        stores, why = False, f"{cache.folder} cannot be written: {reason_of(error)}"
+    if why and (is_auto or not cache.folder.is_dir()):
+        return None, f"{'' if stores else 'WARNING: '}frames: not kept ({why})"
+    told = f"frames: kept in {cache.folder}{f', about {size / 1e9:.2g} GB' * is_auto}"
+    told += ", so that none is decoded twice" if stores else f"; WARNING: {why}, what is not there is decoded"
+    if cache.low != cache.high:
+        told += "; crops of several sizes are drawn, so they are scaled twice: not the same bit for bit"
+    return (str(cache.folder), since, stores), told
 
 
 def listing_change(saved, source):
@@ -3373,8 +3977,8 @@ class BatchPickler(ForkingPickler):
 
 class WorkerEnd(Attendant):
     """A worker's side of its socket: messages (kind, content), each preceded by its length. Kinds: hold (number of the
-    file in hand, -1 for none), waiting (text), batch, whose large arrays lie in shared memory where there is some, and
-    error: whatever exception leaves its `with` block.
+    file in hand, -1 for none), waiting and note (text), batch, whose large arrays lie in shared memory where there is
+    some, and error: whatever exception leaves its `with` block.
     """
 
     def __init__(self, channel, memory):
@@ -3397,6 +4001,9 @@ class WorkerEnd(Attendant):
 
     def waiting(self, text):
         self.say("waiting", text)
+
+    def note(self, text):
+        self.say("note", text)
 
     def pass_on(self, sample):
         """A sample was made: said now and then, so that a long batch is not taken for a standstill."""
@@ -3476,7 +4083,7 @@ class Worker:
         self.theirs.close()  # the worker alone holds it: its death closes it
 
     def read(self):
-        """Take in what has arrived -> texts for whoever watches."""
+        """Take in what has arrived -> [(kind, text)] for whoever watches."""
         try:
             while piece := self.channel.recv(2**20):
                 self.silent = 0.0
@@ -3496,7 +4103,7 @@ class Worker:
             elif kind == "error":
                 self.failure = content
             else:
-                texts.append(content)
+                texts.append((kind, content))
         return texts
 
     @property
@@ -3573,9 +4180,10 @@ class ClipLoader:
     batch_bytes: int = 0
     stopping: object = None  # a wait looks at stopping() and raises Stopped; the batch is still due then
     failing: dict | None = None  # name -> reason of files that could not be decoded and have not been since, kept here
+    line: object = say  # says what workers note
 
     def __post_init__(self):
-        self.attendant = Attendant(self.stopping)
+        self.attendant = Attendant(self.stopping, self.line)
         self.files = self.files or (self.dataset if isinstance(self.dataset, FileDataset) else None)
         self.delivered, self.begun, self.workers = 0, 0, []  # batches delivered, now and when these workers began
         self.strikes, self.deaths = Counter(), 0  # ends of workers: by number of the file in hand, without any in a row
@@ -3642,8 +4250,8 @@ class ClipLoader:
         """Read what the workers say, and wait for it at most so long."""
         there = [worker for worker in self.workers if not worker.lost]
         multiprocessing.connection.wait([worker.channel for worker in there], seconds)
-        for text in [text for worker in there for text in worker.read()]:
-            self.attendant.tell(text)
+        for kind, text in [word for worker in there for word in worker.read()]:
+            (self.attendant.note if kind == "note" else self.attendant.tell)(text)
 
     def wait(self):
         """One tick of waiting for the batch that is due. Stopped, or the exception that ended its worker."""
@@ -3700,6 +4308,7 @@ def open_loader(source, cfg, stream, sampler, num_workers, pin_memory=False, sto
     """The ClipLoader of a stream of a DataSource. A wait for a batch raises Stopped once `stopping()` is true."""
     data = source.dataset(cfg, stream)
     options = dict(batch_bytes=batch_bytes(data, sampler.batch_size), stopping=stopping, failing=source.failing)
+    options["line"] = source.line
     return ClipLoader(data, sampler, num_workers, pin_memory, cfg.decode_timeout_s, **options)
 
 
@@ -7359,6 +7968,22 @@ def build_world(world, run):
     return wrap(run.world, process)
 
 
+def open_frame_cache(run):
+    """Give the source of a run its FrameCache, as rank 0 chooses, and say so."""
+    cfg, process, log, source = run.cfg, run.process, run.log, run.source
+    clips = cfg.steps * step_samples(cfg, process.world_size)
+    work = (choose_frame_cache, cfg, source, clips) if process.is_main else (tuple,)
+    place, told = process.collect(process.together(*work))[0]
+    source.line = lru_cache(log.line if process.is_main else say)
+    if told:
+        log.line(told)
+    if place is not None:
+        source.frame_cache = FrameCache(place[0], cfg, *place[1:])
+        if not source.frame_cache.folder.is_dir():  # on this node
+            with suppress(OSError):  # whoever reads the first clip says it
+                source.frame_cache.open()
+
+
 def check_cache(run):
     """UsageError where cached latents are of other frozen weights than the world's."""
     made_by = getattr(run.source.Dataset, "cache", {}).get("frozen")
@@ -7846,6 +8471,7 @@ def run_world(world, run, overrides, argv, videos):
     run.source = process.together(open_data, world, cfg, videos, process.is_main, barrier, asked)
     for note in data_notes(cfg, videos, run.source, state["data"] if state else None):
         log.line(note)
+    open_frame_cache(run)
 
     # -- model
     log.stage = "building the model and timing a pass on noise"

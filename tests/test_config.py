@@ -698,6 +698,7 @@ def test_every_word_has_a_list_or_is_free_text():
     assert words - set(V.merged(V.VJepaAutoV2Config, "CHOICES")) == {
         "preset",  # one of PRESETS
         "data_root",
+        "frame_cache",
         "video_glob",
         "out_dir",
         "resume",

@@ -71,6 +71,7 @@ TEXTS = {
     "video_glob": ["*", "", "*.mp4", "[", "**"],
     "out_dir": ["runs/x", "."],
     "resume": ["auto", "never", "a.pt"],
+    "frame_cache": ["auto", "auto", "auto", "auto", "off", "kept"],
     "track": ["", "", "wandb", "tensorboard,wandb", ","],
     "scene_mix": ["default", "fork_only", "fork=1", "fork=3, brake=0.5", "steady=1e-9"],
 }
@@ -200,6 +201,8 @@ def draw_config(rng):
         "pred_heads": rng.choice([0, heads]),
         "grad_clip_value": rng.choice([0.0, 0.1]) if not values["grad_clip"] else rng.choice([0.0] * 19 + [1.0]),
         "amp_type": values["amp_type"] if values["amp"] or rng.random() < 0.05 else "auto",
+        "start_fps": rng.choice([0.0, 0.0, values["clip_fps"]] if rng.random() < 0.95 else [1.0]),
+        "windows_per_file": rng.choice([1, 1, 3]) if values["clip_fps"] and values["scenes"] == "files" else 1,
         "freeze_encoder": rng.random() < 0.02,  # without weights both are refused
         "teacher": "frozen" if rng.random() < 0.02 else "ema",
         "soon_fit_steps": rng.choice([0, 1, 3] if values["flow_fit_clips"] else [0] * 19 + [1]),
