@@ -202,6 +202,7 @@ def draw_config(rng):
         "grad_clip_value": rng.choice([0.0, 0.1]) if not values["grad_clip"] else rng.choice([0.0] * 19 + [1.0]),
         "amp_type": values["amp_type"] if values["amp"] or rng.random() < 0.05 else "auto",
         "start_fps": rng.choice([0.0, 0.0, values["clip_fps"]] if rng.random() < 0.95 else [1.0]),
+        "windows_per_file": rng.choice([1, 1, 3]) if values["clip_fps"] and values["scenes"] == "files" else 1,
         "freeze_encoder": rng.random() < 0.02,  # without weights both are refused
         "teacher": "frozen" if rng.random() < 0.02 else "ema",
         "soon_fit_steps": rng.choice([0, 1, 3] if values["flow_fit_clips"] else [0] * 19 + [1]),
