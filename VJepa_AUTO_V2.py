@@ -3876,11 +3876,8 @@ def cache_objection(cache, cfg, source, clips):
 def choose_frame_cache(cfg, source, clips):
     """Where a run that shows so many clips keeps decoded frames -> (arguments of FrameCache or None, line to say).
     UsageError for a folder that cannot be one."""
-    if (
-        cfg.frame_cache == "off"
-        or source.kind not in ("videos", "scenes")
-        or not issubclass(source.Dataset, ClipDataset)
-    ):
+    decodes = issubclass(source.Dataset, ClipDataset) and source.kind in ("videos", "scenes")
+    if not decodes or cfg.frame_cache == "off":
         return None, ""
     is_auto, why, size, stores, since = cfg.frame_cache == "auto", "", 0, True, time.time()
     cache = FrameCache(os.path.join(cfg.out_dir, "frame_cache") if is_auto else cfg.frame_cache, cfg, since)
