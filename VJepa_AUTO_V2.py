@@ -8955,12 +8955,11 @@ def finish(run):
     return EXIT_OK
 
 
-# Shorter side of pictures from which on -> how many times faster a file of tools/prepare_videos.py decodes, at least
-PREPARED = {720: 6, 540: 5, 360: 2}  # (records/speed/prepare.md)
+PREPARED = {720: 6, 540: 5, 360: 2}  # shorter side -> times faster once prepared, at least (records/speed/prepare.md)
 
 
 def decode_costs(data):
-    """(CPU seconds of a clip, shorter side of its pictures, 0 where prepared) of up to three files, for told_apart."""
+    """(CPU seconds of a clip, shorter side or 0 where prepared) of up to three files, for told_apart."""
     plan, videos = draw_plan(np.random.default_rng(0), data.cfg, "train"), [v for v in data.videos if not v.pictures]
     for video in videos[:: max(len(videos) // 3, 1)][:3]:
         with suppress(BadFile):  # named when it is read
@@ -8972,7 +8971,7 @@ def decode_costs(data):
 
 
 def advise_preparing(run, seconds):
-    """Say what to do where decoding a few clips tells that steps of so many seconds will wait -> a line or ""."""
+    """A line where steps of so many seconds will wait, as decoding a few clips tells, else ""."""
     cfg, process, data = run.cfg, run.process, run.source.dataset(run.cfg, "train")
     read = process.is_main and isinstance(data, ClipDataset) and run.source.kind == "videos"
     costs = told_apart(5.0, decode_costs, data)[0] if read and not getattr(data, "frame_cache", None) else ()
@@ -8984,8 +8983,8 @@ def advise_preparing(run, seconds):
         return ""
     on_cpu = process.device.type == "cpu"  # where both want the same cores
     share = decoding / (decoding + seconds) if on_cpu else 1 - seconds / decoding
-    gain = "would halve it" if faster == 2 else f"would make it {faster} times faster"
-    how = f"python tools/prepare_videos.py --input {cfg.data_root} --output DIR {gain}"
+    gain = "halve it" if faster == 2 else f"make it {faster} times faster"
+    how = f"python tools/prepare_videos.py --input {cfg.data_root} --output DIR would {gain}"
     return f"decoding takes {share:.0%} of the time: {how}"
 
 
