@@ -6960,6 +6960,15 @@ def delete_shards(folder):
         folder.rmdir()
 
 
+def drop_unfinished(folder):
+    """Delete the temporary folder of a save that came to nothing; what is not of torch in it stays."""
+    with suppress(OSError):  # the error that led here tells more, and somebody's file may be in it
+        for path in folder.iterdir():
+            if re.fullmatch(rf"{SHARD}|\.metadata(\.tmp)?", path.name):
+                path.unlink()
+        folder.rmdir()
+
+
 def place_shards(folder, target):
     """Name a folder of shards `target`, and put on record which files a run wrote there. What has that name is moved
     aside."""
@@ -7762,11 +7771,7 @@ def sweep_folder(folder, files=()):
         if re.fullmatch(rf"\.({own})\.\d+\.tmp", stale.name) and stale.is_file():
             stale.unlink(missing_ok=True)
         elif re.fullmatch(r"\.ckpt_\d+_shards\.\d+\.tmp", stale.name) and stale.is_dir():
-            for path in stale.iterdir():
-                if re.fullmatch(rf"{SHARD}|\.metadata(\.tmp)?", path.name):
-                    path.unlink()
-            with suppress(OSError):  # somebody's file is in it
-                stale.rmdir()
+            drop_unfinished(stale)
 
 
 def clear_folder(folder, files=()):
@@ -8530,7 +8535,7 @@ def save_shards(run, state):
         run.folder.check()
         place_shards(temporary, target)
     except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
+        drop_unfinished(temporary)
         raise
     return {**state, "shards": known}
 
