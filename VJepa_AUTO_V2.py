@@ -6143,6 +6143,15 @@ def sha256_of(content):
     return hashlib.sha256(content).hexdigest()
 
 
+def sha256_of_file(path):
+    """SHA-256 of a file's bytes, as text."""
+    found = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 22):
+            found.update(block)
+    return found.hexdigest()
+
+
 @lru_cache(maxsize=8)
 def source_text(path=__file__):
     """A source file as text, read once when a run begins: what runs, whatever becomes of the file on disk."""
@@ -6368,15 +6377,6 @@ def save_checkpoint(state, out_dir, cfg, final, best=False):
 
 class BadCheckpoint(UserError):
     """A checkpoint file that cannot be trusted."""
-
-
-def sha256_of_file(path):
-    """SHA-256 of a file's bytes, as text."""
-    found = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 22):
-            found.update(block)
-    return found.hexdigest()
 
 
 def damage_of(path):
@@ -7353,7 +7353,13 @@ class Sharded(nn.Module):
             scalar.data = scalar.data.to(process.device)
 
     def forward(self, batch):
-        return self.module(batch)
+        try:
+            return self.module(batch)
+        except RuntimeError as error:
+            if "DTensor" not in str(error):
+                raise
+            what = f"{type(self.module).__name__} uses a part of a block outside of the block's own forward"
+            raise UserError(f"{what}, where its weights are not gathered; call the block itself") from error
 
     def describe(self):
         """A line about what is cut, in numbers."""

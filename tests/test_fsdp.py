@@ -92,7 +92,7 @@ def run_ranks(world_size, folder, *jobs):
     for each in ranks:
         each.start()
     for each in ranks:
-        each.join(180)
+        each.join(float(os.environ.get("JOIN_S", 180)))
         each.kill()
     return json.loads((folder / "rank_0.json").read_text())
 
