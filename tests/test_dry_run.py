@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, V, random_batch, small_config
+from conftest import ROOT, SCRIPT, SMALL, V, random_batch, small_config
 from training import new_model
 
 DEEP = dict(enc_depth=5, pred_depth=4, flow_depth=1, lambda_supcon=0.0)  # deep enough that blocks are left out
@@ -94,6 +94,21 @@ def test_wrong_numbers_of_ranks_are_named(value, capsys):
     """One line, exit code 2."""
     assert V.main(["--dry_run", value]) == V.EXIT_USAGE
     assert "dry_run" in capsys.readouterr().err
+
+
+class Reader(V.VJepaAutoV2):
+    """A world whose step hangs on values."""
+
+    def forward(self, batch):
+        return super().forward({**batch, "frames": batch["frames"][batch["tau"][:, 0] > 0.5]})
+
+
+def test_a_step_that_hangs_on_values_is_no_guess(capsys):
+    """One line that names the world and what it does, no figures."""
+    argv = [f"--{name}={value}" for name, value in vars(small_config(**DEEP)).items() if name in (*SMALL, *DEEP)]
+    assert V.main([*argv, "--dry_run"], world=Reader) == V.EXIT_ERROR
+    told = capsys.readouterr()
+    assert "--dry_run cannot count a step of Reader (" in told.err and not told.out
 
 
 # -- slow
