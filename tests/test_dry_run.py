@@ -78,8 +78,8 @@ def shown(*argv):
 
 
 def test_counts_are_those_of_a_real_step():
-    """Weights, moments and gradients by their numbers; activations as a real step of all blocks has them. Seen red
-    with `grown` left out, and with storages counted once per view."""
+    """Weights, moments and gradients by their numbers; activations as the Ledger sees them in a real step of all blocks;
+    what a process needs says the slow test below. Seen red with `grown` left out."""
     cfg = small_config(**DEEP, batch_size=16)
     model, rows = new_model(cfg), gigabytes(lines := V.dry_run(V.VJepaAutoV2, cfg, 4))
     learns = sum(p.nbytes for p in model.trained().values()) / 1e9
