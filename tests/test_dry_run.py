@@ -78,7 +78,7 @@ def shown(*argv):
 
 
 def test_counts_are_those_of_a_real_step():
-    """Weights, moments and gradients by their numbers; activations as the Ledger sees them in a real step of all blocks;
+    """Weights, moments, gradients by their numbers; activations as a Ledger sees them in a real step of all blocks;
     what a process needs says the slow test below. Seen red with `grown` left out."""
     cfg = small_config(**DEEP, batch_size=16)
     model, rows = new_model(cfg), gigabytes(lines := V.dry_run(V.VJepaAutoV2, cfg, 4))
