@@ -8452,8 +8452,9 @@ def count_run(world, cfg, sample):
     with torch.device("meta"):
         model = world(cfg)
     learns, units = set(model.trained().values()), [set(unit.parameters()) for unit in shard_units(model)]
-    rest = set(model.parameters()).difference(*units)
-    parts = learns, set(model.parameters()), set(model.buffers()), rest, rest & learns, *units
+    weights, buffers = set(model.parameters()), set(model.buffers())
+    rest = weights.difference(*units)
+    parts = learns, weights, buffers, rest, rest & learns, *units
     sizes = [sum(value.nbytes for value in part) for part in parts]
     told, flops = model.describe(), model.flops()
     if flops:
@@ -8468,16 +8469,13 @@ def count_run(world, cfg, sample):
             parameter.grad = torch.zeros_like(parameter)
         batch = {key: torch.empty((cfg.batch_size, *value.shape), dtype=value.dtype) for key, value in sample.items()}
         batch, work = for_step(batch, 0, "cpu"), [0, 0]
-        for other in (True, False):
+        for other in (True, False) if hasattr(cfg, "grad_checkpoint") else (False,):
             for part in model.modules():
                 if hasattr(part, "grad_checkpoint"):
                     part.grad_checkpoint = other != cfg.grad_checkpoint
             work[other] = ledger.step(model, batch, dtype)
-    gathered, flops = (
-        sum(sizes[3:5]) + 4 * max(sizes[5:], default=0),
-        flops or {"counted": ledger.flop / cfg.batch_size},
-    )
-    return told, (*sizes[:3], gathered), flops, work
+    sizes[3:] = [sum(sizes[3:5]) + 4 * max(sizes[5:], default=0)]
+    return told, sizes, flops or {"counted": ledger.flop / cfg.batch_size}, work
 
 
 def dry_run(world, cfg, ranks):
@@ -8491,10 +8489,7 @@ def dry_run(world, cfg, ranks):
     rows = {
         "weights that learn": (learns, own),
         "other weights, buffers": (others + buffers, others / ranks + buffers),
-        "gradients": (
-            learns,
-            own + learns * (is_cut and cfg.grad_accum > 1),
-        ),  # averaged once per step, whole until then
+        "gradients": (learns, own + learns * (is_cut and cfg.grad_accum > 1)),  # whole until the last micro-step
         "AdamW": (2 * learns, 2 * own),
         "gathered shards": (0, gathered * is_cut),
         "batch": (batch, batch),
@@ -8502,7 +8497,7 @@ def dry_run(world, cfg, ranks):
     }
     rows["sum"] = sums = [sum(side) for side in zip(*rows.values())]
     fit = [[name for name, size in zip(("none", "fsdp"), sums) if size < 0.9e9 * card - 1e9] for card in CARDS]
-    clips, flop = step_samples(cfg, ranks), sum(flops.values())
+    clips, flop = step_samples(cfg, ranks), sum(flops.values()) or 1
     parts = ", ".join(f"{name} {value / flop:.0%}" for name, value in flops.items())
     lines = [
         *(line for line in told if not line.startswith("step:")),
@@ -9106,8 +9101,11 @@ def start(world, argv, stop):
         emit(json.dumps(asdict(cfg), indent=2) + "\n", sys.stdout)
         return EXIT_OK
     if asked["dry_run"]:
-        emit("\n".join(dry_run(world, cfg, asked["dry_run"])) + "\n", sys.stdout)
-        return EXIT_OK
+        try:
+            emit("\n".join(dry_run(world, cfg, asked["dry_run"])) + "\n", sys.stdout)
+            return EXIT_OK
+        except RuntimeError as error:  # it reads values, and there are shapes alone
+            raise UserError(f"--dry_run cannot count a step of {world.__name__} ({flat(error)[:200]})") from error
     try:
         return train(cfg, overrides, argv, stop, world)
     except (RuntimeError, MemoryError) as error:
