@@ -2272,7 +2272,7 @@ def split_readable(cfg, videos, read_one=small_clip):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4b  Frame cache: decoded frames on disk
+# 5  Frame cache: decoded frames on disk
 # ---------------------------------------------------------------------------------------------------------------------
 # A file is kept in segments of some seconds. A segment is a row of bytes for each frame that is on screen in it, scaled
 # but not cut, and a tail: what they were made from, from which to which second each row answers, and its sum. What no
@@ -2775,7 +2775,7 @@ def kept_sizes(cache, plan, videos):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5  Built-in driving scenes: seed -> clip + labels
+# 6  Built-in driving scenes: seed -> clip + labels
 # ---------------------------------------------------------------------------------------------------------------------
 # Road coordinates: s metres along the road, x metres to the right of its centre; tau seconds since the last NOW frame.
 # Up to tau = 0 all follows from scene_seed; future_seed decides what happens after, with odds that the picture shows.
@@ -3248,7 +3248,7 @@ def write_scenes(folder, cfg, stopping=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6  Masks: token grid -> keep_idx, mask_idx
+# 7  Masks: token grid -> keep_idx, mask_idx
 # ---------------------------------------------------------------------------------------------------------------------
 
 MASK_FAMILIES = ("short", "long")  # of NOW, each with its own mask token; SOON has the third
@@ -3304,7 +3304,7 @@ def sample_mask(rng, cfg, family):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7  Samples: (seed, sample number) -> frames, masks, noise
+# 8  Samples: (seed, sample number) -> frames, masks, noise
 # ---------------------------------------------------------------------------------------------------------------------
 
 STREAMS = {"train": 0, "val": 1, "bank": 2, "test": 3}  # separate random streams of one seed
@@ -3927,7 +3927,7 @@ def data_notes(cfg, videos, source, saved=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8  Workers: samples -> batches in order, whatever becomes of a process
+# 9  Workers: samples -> batches in order, whatever becomes of a process
 # ---------------------------------------------------------------------------------------------------------------------
 # torch's DataLoader is not used: a worker that is killed or stopped in the middle of handing over a batch leaves the
 # parent waiting for ever in a read that nothing can interrupt. It also needs /dev/shm, which containers keep small.
@@ -4322,7 +4322,7 @@ def open_loader(source, cfg, stream, sampler, num_workers, pin_memory=False, sto
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9  Process: ranks, device, precision, seeds
+# 10  Process: ranks, device, precision, seeds
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4724,7 +4724,7 @@ def to_device(batch, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10  Files: written whole, and never over what somebody else put there
+# 11  Files: written whole, and never over what somebody else put there
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4815,7 +4815,7 @@ def write_report(path, values):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11  Schedules and clipping: step -> learning rate, EMA momentum
+# 12  Schedules and clipping: step -> learning rate, EMA momentum
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4879,7 +4879,7 @@ def clip_gradients(optimizer, cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 12  World: what the loop asks of a model
+# 13  World: what the loop asks of a model
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5143,7 +5143,7 @@ class Fit(World):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 13  Blocks: position code, attention, MLP
+# 14  Blocks: position code, attention, MLP
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5336,7 +5336,7 @@ class PositionCode(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 14  Tokenizer and encoder: clip -> tokens -> context
+# 15  Tokenizer and encoder: clip -> tokens -> context
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5389,7 +5389,7 @@ class Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 15  Predictor: context + masked positions -> predicted targets
+# 16  Predictor: context + masked positions -> predicted targets
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5424,7 +5424,7 @@ class Predictor(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 16  Outcome head: context -> outcome embedding
+# 17  Outcome head: context -> outcome embedding
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5448,7 +5448,7 @@ class OutcomeHead(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 17  Flow: context + noise -> future latents
+# 18  Flow: context + noise -> future latents
 # ---------------------------------------------------------------------------------------------------------------------
 # A future is [F, D]: all SOON tokens, then `flow_chunks` means over equal stretches of EVENTUALLY. The point forecast
 # says what NOW tells; FutureSpace holds the rest, the residual, in its leading directions; FlowNet samples there.
@@ -5693,7 +5693,7 @@ def sample_flow(flow, projected, noise, num_steps, shift):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 18  Losses and collapse gauges
+# 19  Losses and collapse gauges
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5785,7 +5785,7 @@ def gather_rows(rows, world_size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 19  Flow phase: frozen latents -> SOON predictor and flow net
+# 20  Flow phase: frozen latents -> SOON predictor and flow net
 # ---------------------------------------------------------------------------------------------------------------------
 # After the last step of training the encoders stand still, so latents are made once and seen often. First a copy of the
 # predictor learns SOON alone, then the flow net what that forecast leaves open. A clip costs little of a step here.
@@ -5899,7 +5899,7 @@ class FlowFit(Fit):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 20  Picture: sampled futures -> futures.png and a verdict
+# 21  Picture: sampled futures -> futures.png and a verdict
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -6041,7 +6041,7 @@ def draw_futures(model, source, process, metrics, path, seconds, num_clips=3, nu
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 21  Weights: published encoders and predictors <-> ours
+# 22  Weights: published encoders and predictors <-> ours
 # ---------------------------------------------------------------------------------------------------------------------
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 22, 1664: 26}  # by width: an official .pt does not say them
@@ -6391,7 +6391,7 @@ def export_hf(checkpoint, folder, key="", size=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 22  Model: batch -> dict of losses (online + EMA target)
+# 23  Model: batch -> dict of losses (online + EMA target)
 # ---------------------------------------------------------------------------------------------------------------------
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as V-JEPA 2 normalises
@@ -6871,7 +6871,7 @@ class VJepaAutoV2(World):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 23  Checkpoint: state of a run <-> file
+# 24  Checkpoint: state of a run <-> file
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -7500,7 +7500,7 @@ def load_model(path, device="cpu", world=None, init_from=""):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 24  Log and folder: what a run says, and where it writes
+# 25  Log and folder: what a run says, and where it writes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -7895,7 +7895,7 @@ def peak_memory_gb(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 25  Steps: resume, rehearse, update, log, evaluate, save
+# 26  Steps: resume, rehearse, update, log, evaluate, save
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -8718,7 +8718,7 @@ class Clock:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 26  Training: Config -> checkpoints
+# 27  Training: Config -> checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 END_S = 20.0  # for the last evaluation, and again for the picture; a hundredth of a long run's time where that is more
