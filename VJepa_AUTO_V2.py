@@ -7895,7 +7895,167 @@ def peak_memory_gb(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 26  Steps: resume, rehearse, update, log, evaluate, save
+# 26  Ranks: a world under DDP or FSDP
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def has_drifting_statistics(module):
+    """Whether a module keeps statistics of the batches of its own rank."""
+    is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+    return is_norm and module.training and module.track_running_stats
+
+
+def wrap(world, process):
+    """DDP around a world where there are several ranks. Buffers are the world's own business."""
+    if process.world_size == 1:
+        return world
+    devices = [process.device] if process.device.type == "cuda" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers, which 2.10 needs
+        return nn.parallel.DistributedDataParallel(
+            world, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+
+def shard_units(world):
+    """The modules whose weights --shard fsdp gathers one by one, when each is called: those of nn.ModuleLists, blocks
+    say, where no other module has the same weights. All else is gathered for the whole step."""
+    owners = Counter(id(p) for module in world.modules() for p in module._parameters.values() if p is not None)
+    units, inside = [], set()
+    for module in world.modules():
+        for child in module if isinstance(module, nn.ModuleList) and module not in inside else ():
+            weights = [p for p in child.parameters() if p.ndim]
+            if weights and not isinstance(child, nn.ModuleList) and all(owners[id(p)] == 1 for p in weights):
+                units.append(child)
+                inside.update(child.modules())
+    return units
+
+
+class Sharded(nn.Module):
+    """A world whose weights, gradients and moments lie in parts on all ranks (torch's fully_shard): what the loop calls
+    in place of DDP. Scalars cannot be cut, and are whole on every rank.
+
+    `plain` is the world without its weights, as it was: what runs after training, when they are whole again.
+    """
+
+    def __init__(self, world, process, is_compiled=False):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        super().__init__()
+        self.module, self.units, self.device = world, shard_units(world), process.device
+        self.scalars = [p for p in world.parameters() if not p.ndim]
+        empty = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in world.parameters()}
+        self.plain = (copy.deepcopy(world, {**empty, id(world.cfg): world.cfg}),)  # its weights are not this module's
+        for unit in self.units if is_compiled else ():
+            unit.forward = torch.compile(unit.forward, dynamic=False)
+        if is_compiled and not self.units:
+            world.compile(dynamic=False)
+        mesh = init_device_mesh(process.device.type, (process.world_size,))
+        # made on the CPU; each unit is moved to the device, and cut there, before the next
+        for module in (*self.units, self):
+            fully_shard(module, mesh=mesh, ignored_params=set(self.scalars))
+        for scalar in self.scalars:
+            scalar.data = scalar.data.to(process.device)
+
+    def forward(self, batch):
+        try:
+            return self.module(batch)
+        except RuntimeError as error:
+            if "DTensor" not in str(error):
+                raise
+            what = f"{type(self.module).__name__} uses a part of a block outside of the block's own forward"
+            raise UserError(f"{what}, where its weights are not gathered; call the block itself") from error
+
+    def describe(self):
+        """A line about what is cut, in numbers."""
+        sizes = [sum(p.numel() for p in unit.parameters()) for unit in self.units]
+        numbers, ranks = sum(p.numel() for p in self.parameters()), self.module.world_size
+        rest = (numbers - sum(sizes)) / 1e6
+        return (
+            f"sharded: {numbers / 1e6:.3g} M numbers over {ranks} processes; {len(sizes)} blocks of at most "
+            f"{max(sizes, default=0) / 1e6:.3g} M are gathered one by one, {rest:.3g} M for the whole step, all for "
+            f"evaluations and after training"
+        )
+
+    def average(self):
+        """Gradients of what is not cut, as means over ranks."""
+        for parameter in self.scalars:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad.div_(self.module.world_size))
+
+    @contextmanager
+    def gathered(self):
+        """All weights whole on every rank."""
+        for unit in self.units:
+            unit.set_reshard_after_forward(False, recurse=False)
+        for module in (*self.units, self):
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in (*self.units, self):
+                module.reshard()
+            for unit in self.units:
+                unit.set_reshard_after_forward(True, recurse=False)
+
+    def dissolve(self):
+        """The world in one piece on every rank, in eval mode: a module of its own. Collective."""
+        (plain,), made = self.plain, {}
+        for name, old in self.module.named_parameters(remove_duplicate=False):
+            owner, _, leaf = name.rpartition(".")
+            if id(old) not in made:
+                made[id(old)] = nn.Parameter(whole(old).detach(), requires_grad=old.requires_grad)
+            setattr(plain.get_submodule(owner), leaf, made[id(old)])
+        plain.to(self.device)
+        buffers = dict(self.module.named_buffers())
+        for name, buffer in plain.named_buffers():
+            buffer.copy_(buffers[name])
+        return plain
+
+
+def end_sharding(run):
+    """After the last step of training: the run's world with whole weights on every rank; moments stay in parts."""
+    if run.sharded:
+        run.world, run.sharded = run.sharded.dissolve(), None
+    return run.world
+
+
+def is_shared_out(cfg, process):
+    """Whether a run shards its world. UsageError where it cannot."""
+    if cfg.shard == "fsdp" and amp_dtype(cfg, process.device) is torch.float16:
+        raise UsageError(f"config: {refusal(cfg, 'shard', 'does not go with fp16: use --amp_type bf16, or no --amp')}")
+    return cfg.shard == "fsdp" and process.world_size > 1
+
+
+def build_world(world, run, is_new=False):
+    """The world of a run with its optimizer, on the device -> what the loop calls: itself, or DDP or Sharded around it.
+    Where a run `is_new`, its world takes in weights."""
+    cfg, process = run.cfg, run.process
+    is_cut = is_shared_out(cfg, process)
+    torch.manual_seed(cfg.seed)
+    run.world = world(cfg, process.rank, process.world_size).to("cpu" if is_cut else process.device).train()
+    drifting = [name for name, module in run.world.named_modules() if has_drifting_statistics(module)]
+    if process.world_size > 1 and drifting:
+        cure = "use GroupNorm or LayerNorm, or SyncBatchNorm on GPUs"
+        raise UserError(f"{drifting[0]} is a BatchNorm that learns, and its statistics drift apart over ranks; {cure}")
+    if is_new:
+        run.world.take_weights(run.log.line)
+    if is_cut:
+        check_ranks(process, first_weights=digest(fingerprint(run.world)))
+        run.sharded = Sharded(run.world, process, cfg.compile)
+    elif cfg.shard == "fsdp":
+        run.log.line(
+            "note: shard = fsdp: one process holds everything, so nothing is sharded (torchrun starts several)"
+        )
+    run.optimizer = run.world.optimizer()
+    if cfg.compile and not is_cut:
+        run.world.compile(dynamic=False)
+    return run.sharded or wrap(run.world, process)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 27  Steps: resume, rehearse, update, log, evaluate, save
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -8144,161 +8304,6 @@ def open_run(world, cfg, process, log):
     return state, path
 
 
-def has_drifting_statistics(module):
-    """Whether a module keeps statistics of the batches of its own rank."""
-    is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
-    return is_norm and module.training and module.track_running_stats
-
-
-def wrap(world, process):
-    """DDP around a world where there are several ranks. Buffers are the world's own business."""
-    if process.world_size == 1:
-        return world
-    devices = [process.device] if process.device.type == "cuda" else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers, which 2.10 needs
-        return nn.parallel.DistributedDataParallel(
-            world, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-
-
-def shard_units(world):
-    """The modules whose weights --shard fsdp gathers one by one, when each is called: those of nn.ModuleLists, blocks
-    say, where no other module has the same weights. All else is gathered for the whole step."""
-    owners = Counter(id(p) for module in world.modules() for p in module._parameters.values() if p is not None)
-    units, inside = [], set()
-    for module in world.modules():
-        for child in module if isinstance(module, nn.ModuleList) and module not in inside else ():
-            weights = [p for p in child.parameters() if p.ndim]
-            if weights and not isinstance(child, nn.ModuleList) and all(owners[id(p)] == 1 for p in weights):
-                units.append(child)
-                inside.update(child.modules())
-    return units
-
-
-class Sharded(nn.Module):
-    """A world whose weights, gradients and moments lie in parts on all ranks (torch's fully_shard): what the loop calls
-    in place of DDP. Scalars cannot be cut, and are whole on every rank.
-
-    `plain` is the world without its weights, as it was: what runs after training, when they are whole again.
-    """
-
-    def __init__(self, world, process, is_compiled=False):
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        super().__init__()
-        self.module, self.units, self.device = world, shard_units(world), process.device
-        self.scalars = [p for p in world.parameters() if not p.ndim]
-        empty = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in world.parameters()}
-        self.plain = (copy.deepcopy(world, {**empty, id(world.cfg): world.cfg}),)  # its weights are not this module's
-        for unit in self.units if is_compiled else ():
-            unit.forward = torch.compile(unit.forward, dynamic=False)
-        if is_compiled and not self.units:
-            world.compile(dynamic=False)
-        mesh = init_device_mesh(process.device.type, (process.world_size,))
-        # made on the CPU; each unit is moved to the device, and cut there, before the next
-        for module in (*self.units, self):
-            fully_shard(module, mesh=mesh, ignored_params=set(self.scalars))
-        for scalar in self.scalars:
-            scalar.data = scalar.data.to(process.device)
-
-    def forward(self, batch):
-        try:
-            return self.module(batch)
-        except RuntimeError as error:
-            if "DTensor" not in str(error):
-                raise
-            what = f"{type(self.module).__name__} uses a part of a block outside of the block's own forward"
-            raise UserError(f"{what}, where its weights are not gathered; call the block itself") from error
-
-    def describe(self):
-        """A line about what is cut, in numbers."""
-        sizes = [sum(p.numel() for p in unit.parameters()) for unit in self.units]
-        numbers, ranks = sum(p.numel() for p in self.parameters()), self.module.world_size
-        rest = (numbers - sum(sizes)) / 1e6
-        return (
-            f"sharded: {numbers / 1e6:.3g} M numbers over {ranks} processes; {len(sizes)} blocks of at most "
-            f"{max(sizes, default=0) / 1e6:.3g} M are gathered one by one, {rest:.3g} M for the whole step, all for "
-            f"evaluations and after training"
-        )
-
-    def average(self):
-        """Gradients of what is not cut, as means over ranks."""
-        for parameter in self.scalars:
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad.div_(self.module.world_size))
-
-    @contextmanager
-    def gathered(self):
-        """All weights whole on every rank."""
-        for unit in self.units:
-            unit.set_reshard_after_forward(False, recurse=False)
-        for module in (*self.units, self):
-            module.unshard()
-        try:
-            yield
-        finally:
-            for module in (*self.units, self):
-                module.reshard()
-            for unit in self.units:
-                unit.set_reshard_after_forward(True, recurse=False)
-
-    def dissolve(self):
-        """The world in one piece on every rank, in eval mode: a module of its own. Collective."""
-        (plain,), made = self.plain, {}
-        for name, old in self.module.named_parameters(remove_duplicate=False):
-            owner, _, leaf = name.rpartition(".")
-            if id(old) not in made:
-                made[id(old)] = nn.Parameter(whole(old).detach(), requires_grad=old.requires_grad)
-            setattr(plain.get_submodule(owner), leaf, made[id(old)])
-        plain.to(self.device)
-        buffers = dict(self.module.named_buffers())
-        for name, buffer in plain.named_buffers():
-            buffer.copy_(buffers[name])
-        return plain
-
-
-def end_sharding(run):
-    """After the last step of training: the run's world with whole weights on every rank; moments stay in parts."""
-    if run.sharded:
-        run.world, run.sharded = run.sharded.dissolve(), None
-    return run.world
-
-
-def is_shared_out(cfg, process):
-    """Whether a run shards its world. UsageError where it cannot."""
-    if cfg.shard == "fsdp" and amp_dtype(cfg, process.device) is torch.float16:
-        raise UsageError(f"config: {refusal(cfg, 'shard', 'does not go with fp16: use --amp_type bf16, or no --amp')}")
-    return cfg.shard == "fsdp" and process.world_size > 1
-
-
-def build_world(world, run, is_new=False):
-    """The world of a run with its optimizer, on the device -> what the loop calls: itself, or DDP or Sharded around it.
-    Where a run `is_new`, its world takes in weights."""
-    cfg, process = run.cfg, run.process
-    is_cut = is_shared_out(cfg, process)
-    torch.manual_seed(cfg.seed)
-    run.world = world(cfg, process.rank, process.world_size).to("cpu" if is_cut else process.device).train()
-    drifting = [name for name, module in run.world.named_modules() if has_drifting_statistics(module)]
-    if process.world_size > 1 and drifting:
-        cure = "use GroupNorm or LayerNorm, or SyncBatchNorm on GPUs"
-        raise UserError(f"{drifting[0]} is a BatchNorm that learns, and its statistics drift apart over ranks; {cure}")
-    if is_new:
-        run.world.take_weights(run.log.line)
-    if is_cut:
-        check_ranks(process, first_weights=digest(fingerprint(run.world)))
-        run.sharded = Sharded(run.world, process, cfg.compile)
-    elif cfg.shard == "fsdp":
-        run.log.line(
-            "note: shard = fsdp: one process holds everything, so nothing is sharded (torchrun starts several)"
-        )
-    run.optimizer = run.world.optimizer()
-    if cfg.compile and not is_cut:
-        run.world.compile(dynamic=False)
-    return run.sharded or wrap(run.world, process)
-
-
 def open_frame_cache(run):
     """Give the source of a run its FrameCache, as rank 0 chooses, and say so."""
     cfg, process, log, source = run.cfg, run.process, run.log, run.source
@@ -8386,132 +8391,6 @@ def rehearse(run, wrapped):
 
 
 CARDS = 24, 40, 80, 141  # GB of common GPUs
-
-
-class Ledger(TorchDispatchMode):
-    """Counts, while tensors are shapes alone, the bytes that live (`now`, at most `peak`) and the FLOP of products.
-    Three blocks stand for a longer stack of like ones: `grown` is what the others would leave in a forward pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.known, self.now, self.peak, self.grown, self.flop = weakref.WeakSet(), 0, 0, 0, 0
-        self.formulas, aten = dict(flop_registry), torch.ops.aten
-        for end in ("", "_backward"):  # a CPU has its own name for it
-            own, other = (f"_scaled_dot_product_flash_attention{kind}{end}" for kind in ("_for_cpu", ""))
-            self.formulas[getattr(aten, own)] = flop_registry[getattr(aten, other)]
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 0  # shapes have no values
-        made = func(*args, **(kwargs or {}))
-        if formula := self.formulas.get(func.overloadpacket):
-            self.flop += formula(*args, **(kwargs or {}), out_val=made)
-        for value in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(value, torch.Tensor) and (storage := value.untyped_storage()) not in self.known:
-                self.known.add(storage)
-                weakref.finalize(storage, self.count, -storage.nbytes())
-                self.count(storage.nbytes())
-        return made
-
-    def count(self, size):
-        """Bytes that begin to live, or end."""
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def shorten(self, model):
-        """Leave three blocks of every stack. Neighbours tell what each of the others would add."""
-        for stack in [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) > 3]:
-            gone = len(stack) - 3
-            del stack[3:]
-            for block, times in zip(stack[1:], (-gone, gone)):
-                block.register_forward_pre_hook(partial(self.pass_by, times))
-
-    def pass_by(self, times, *_):
-        """A hook before a block."""
-        self.grown += times * self.now
-
-    def step(self, model, batch, dtype):
-        """A micro-step forth and back -> bytes that it needs at most beside what is there before."""
-        before, self.grown, self.flop = self.now, 0, 0
-        self.peak = before
-        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            losses, _, _ = model(batch)
-        grown = self.grown  # in backward, blocks may be called again
-        losses["loss_total"].backward()
-        return self.peak - before + grown
-
-
-def count_run(world, cfg, sample):
-    """A world in shapes alone, on batches of a sample -> (lines about it, bytes of what learns, of all weights, of
-    buffers, and what fsdp gathers; {part: FLOP per clip}, bytes of activations with the config's grad_checkpoint and
-    with the other). Gathered are blocks, one in use and one on its way, with gradients, and what is in no block."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
-
-    ledger, dtype = Ledger(), amp_dtype(cfg, torch.device("cpu"))
-    cfg = replace(cfg, **{"random_weights": True} if hasattr(cfg, "random_weights") else {})  # none are read
-    with torch.device("meta"):
-        model = world(cfg)
-    learns, units = set(model.trained().values()), [set(unit.parameters()) for unit in shard_units(model)]
-    weights, buffers = set(model.parameters()), set(model.buffers())
-    rest = weights.difference(*units)
-    parts = learns, weights, buffers, rest, rest & learns, *units
-    sizes = [sum(value.nbytes for value in part) for part in parts]
-    told, flops = model.describe(), model.flops()
-    if flops:
-        ledger.shorten(model)
-    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-        for part in model.modules():  # from meta to a CPU, whose attention keeps no more than a GPU's
-            for table in (part._parameters, part._buffers):
-                for name, value in table.items():
-                    blank = None if value is None else torch.empty(value.shape, dtype=value.dtype)
-                    table[name] = nn.Parameter(blank, value.requires_grad) if isinstance(value, nn.Parameter) else blank
-        for parameter in model.train().trained().values():
-            parameter.grad = torch.zeros_like(parameter)
-        batch = {key: torch.empty((cfg.batch_size, *value.shape), dtype=value.dtype) for key, value in sample.items()}
-        batch, work = for_step(batch, 0, "cpu"), [0, 0]
-        for other in (True, False) if hasattr(cfg, "grad_checkpoint") else (False,):
-            for part in model.modules():
-                if hasattr(part, "grad_checkpoint"):
-                    part.grad_checkpoint = other != cfg.grad_checkpoint
-            work[other] = ledger.step(model, batch, dtype)
-    sizes[3:] = [sum(sizes[3:5]) + 4 * max(sizes[5:], default=0)]
-    return told, sizes, flops or {"counted": ledger.flop / cfg.batch_size}, work
-
-
-def dry_run(world, cfg, ranks):
-    """What a step on so many ranks takes -> lines. Needs neither data nor memory: everything is a shape."""
-    Dataset = list_latents(world, cfg).Dataset if getattr(cfg, "latents", "") else world.Dataset
-    data = DataSource("videos", "", [], [], [], True, Dataset, world.draw).dataset(cfg, "train")
-    sample = {key: value for key, value in data.whole(0, data.blank(), 0, []).items() if key != "bad"}
-    told, (learns, weights, buffers, gathered), flops, work = count_run(world, cfg, sample)
-    own, others, is_cut = learns / ranks, weights - learns, ranks > 1
-    batch = sum(value.nbytes for value in sample.values()) * cfg.batch_size
-    rows = {
-        "weights that learn": (learns, own),
-        "other weights, buffers": (others + buffers, others / ranks + buffers),
-        "gradients": (learns, own + learns * (is_cut and cfg.grad_accum > 1)),  # whole until the last micro-step
-        "AdamW": (2 * learns, 2 * own),
-        "gathered shards": (0, gathered * is_cut),
-        "batch": (batch, batch),
-        "activations": (work[0], work[0]),
-    }
-    rows["sum"] = sums = [sum(side) for side in zip(*rows.values())]
-    fit = [[name for name, size in zip(("none", "fsdp"), sums) if size < 0.9e9 * card - 1e9] for card in CARDS]
-    clips, flop = step_samples(cfg, ranks), sum(flops.values()) or 1
-    parts = ", ".join(f"{name} {value / flop:.0%}" for name, value in flops.items())
-    lines = [
-        *(line for line in told if not line.startswith("step:")),
-        f"step: {clips} clips = {cfg.batch_size} x {cfg.grad_accum} micro-steps x {ranks} ranks; "
-        f"{flop / 1e12:.4g} TFLOP per clip ({parts}), {flop * clips / 1e12:.6g} per step",
-        f"{'GB per rank, --shard':<24}{'none':>9}{'fsdp':>9}",
-        *(f"{name:<24}{one / 1e9:>9.3f}{two / 1e9:>9.3f}" for name, (one, two) in rows.items()),
-    ]
-    if hasattr(cfg, "grad_checkpoint"):
-        other = "without" if cfg.grad_checkpoint else "with"
-        lines.append(f"activations {other} grad_checkpoint: {work[1] / 1e9:.3f} GB")
-    lines.append(f"evaluations under --shard fsdp gather all weights: {weights / 1e9:.3f} GB on every rank")
-    fits = ", ".join(f"{card} GB {' and '.join(names) or 'neither'}" for card, names in zip(CARDS, fit))
-    return [*lines, f"fits, with 1 GB and a tenth of the card to spare: {fits}"]
 
 
 def save_shards(run, state):
@@ -8718,7 +8597,138 @@ class Clock:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 27  Training: Config -> checkpoints
+# 28  Dry run: a step in shapes alone -> bytes, FLOP
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Ledger(TorchDispatchMode):
+    """Counts, while tensors are shapes alone, the bytes that live (`now`, at most `peak`) and the FLOP of products.
+    Three blocks stand for a longer stack of like ones: `grown` is what the others would leave in a forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak, self.grown, self.flop = weakref.WeakSet(), 0, 0, 0, 0
+        self.formulas, aten = dict(flop_registry), torch.ops.aten
+        for end in ("", "_backward"):  # a CPU has its own name for it
+            own, other = (f"_scaled_dot_product_flash_attention{kind}{end}" for kind in ("_for_cpu", ""))
+            self.formulas[getattr(aten, own)] = flop_registry[getattr(aten, other)]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0  # shapes have no values
+        made = func(*args, **(kwargs or {}))
+        if formula := self.formulas.get(func.overloadpacket):
+            self.flop += formula(*args, **(kwargs or {}), out_val=made)
+        for value in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(value, torch.Tensor) and (storage := value.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                weakref.finalize(storage, self.count, -storage.nbytes())
+                self.count(storage.nbytes())
+        return made
+
+    def count(self, size):
+        """Bytes that begin to live, or end."""
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def shorten(self, model):
+        """Leave three blocks of every stack. Neighbours tell what each of the others would add."""
+        for stack in [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) > 3]:
+            gone = len(stack) - 3
+            del stack[3:]
+            for block, times in zip(stack[1:], (-gone, gone)):
+                block.register_forward_pre_hook(partial(self.pass_by, times))
+
+    def pass_by(self, times, *_):
+        """A hook before a block."""
+        self.grown += times * self.now
+
+    def step(self, model, batch, dtype):
+        """A micro-step forth and back -> bytes that it needs at most beside what is there before."""
+        before, self.grown, self.flop = self.now, 0, 0
+        self.peak = before
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            losses, _, _ = model(batch)
+        grown = self.grown  # in backward, blocks may be called again
+        losses["loss_total"].backward()
+        return self.peak - before + grown
+
+
+def count_run(world, cfg, sample):
+    """A world in shapes alone, on batches of a sample -> (lines about it, bytes of what learns, of all weights, of
+    buffers, and what fsdp gathers; {part: FLOP per clip}, bytes of activations with the config's grad_checkpoint and
+    with the other). Gathered are blocks, one in use and one on its way, with gradients, and what is in no block."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
+
+    ledger, dtype = Ledger(), amp_dtype(cfg, torch.device("cpu"))
+    cfg = replace(cfg, **{"random_weights": True} if hasattr(cfg, "random_weights") else {})  # none are read
+    with torch.device("meta"):
+        model = world(cfg)
+    learns, units = set(model.trained().values()), [set(unit.parameters()) for unit in shard_units(model)]
+    weights, buffers = set(model.parameters()), set(model.buffers())
+    rest = weights.difference(*units)
+    parts = learns, weights, buffers, rest, rest & learns, *units
+    sizes = [sum(value.nbytes for value in part) for part in parts]
+    told, flops = model.describe(), model.flops()
+    if flops:
+        ledger.shorten(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        for part in model.modules():  # from meta to a CPU, whose attention keeps no more than a GPU's
+            for table in (part._parameters, part._buffers):
+                for name, value in table.items():
+                    blank = None if value is None else torch.empty(value.shape, dtype=value.dtype)
+                    table[name] = nn.Parameter(blank, value.requires_grad) if isinstance(value, nn.Parameter) else blank
+        for parameter in model.train().trained().values():
+            parameter.grad = torch.zeros_like(parameter)
+        batch = {key: torch.empty((cfg.batch_size, *value.shape), dtype=value.dtype) for key, value in sample.items()}
+        batch, work = for_step(batch, 0, "cpu"), [0, 0]
+        for other in (True, False) if hasattr(cfg, "grad_checkpoint") else (False,):
+            for part in model.modules():
+                if hasattr(part, "grad_checkpoint"):
+                    part.grad_checkpoint = other != cfg.grad_checkpoint
+            work[other] = ledger.step(model, batch, dtype)
+    sizes[3:] = [sum(sizes[3:5]) + 4 * max(sizes[5:], default=0)]
+    return told, sizes, flops or {"counted": ledger.flop / cfg.batch_size}, work
+
+
+def dry_run(world, cfg, ranks):
+    """What a step on so many ranks takes -> lines. Needs neither data nor memory: everything is a shape."""
+    Dataset = list_latents(world, cfg).Dataset if getattr(cfg, "latents", "") else world.Dataset
+    data = DataSource("videos", "", [], [], [], True, Dataset, world.draw).dataset(cfg, "train")
+    sample = {key: value for key, value in data.whole(0, data.blank(), 0, []).items() if key != "bad"}
+    told, (learns, weights, buffers, gathered), flops, work = count_run(world, cfg, sample)
+    own, others, is_cut = learns / ranks, weights - learns, ranks > 1
+    batch = sum(value.nbytes for value in sample.values()) * cfg.batch_size
+    rows = {
+        "weights that learn": (learns, own),
+        "other weights, buffers": (others + buffers, others / ranks + buffers),
+        "gradients": (learns, own + learns * (is_cut and cfg.grad_accum > 1)),  # whole until the last micro-step
+        "AdamW": (2 * learns, 2 * own),
+        "gathered shards": (0, gathered * is_cut),
+        "batch": (batch, batch),
+        "activations": (work[0], work[0]),
+    }
+    rows["sum"] = sums = [sum(side) for side in zip(*rows.values())]
+    fit = [[name for name, size in zip(("none", "fsdp"), sums) if size < 0.9e9 * card - 1e9] for card in CARDS]
+    clips, flop = step_samples(cfg, ranks), sum(flops.values()) or 1
+    parts = ", ".join(f"{name} {value / flop:.0%}" for name, value in flops.items())
+    lines = [
+        *(line for line in told if not line.startswith("step:")),
+        f"step: {clips} clips = {cfg.batch_size} x {cfg.grad_accum} micro-steps x {ranks} ranks; "
+        f"{flop / 1e12:.4g} TFLOP per clip ({parts}), {flop * clips / 1e12:.6g} per step",
+        f"{'GB per rank, --shard':<24}{'none':>9}{'fsdp':>9}",
+        *(f"{name:<24}{one / 1e9:>9.3f}{two / 1e9:>9.3f}" for name, (one, two) in rows.items()),
+    ]
+    if hasattr(cfg, "grad_checkpoint"):
+        other = "without" if cfg.grad_checkpoint else "with"
+        lines.append(f"activations {other} grad_checkpoint: {work[1] / 1e9:.3f} GB")
+    lines.append(f"evaluations under --shard fsdp gather all weights: {weights / 1e9:.3f} GB on every rank")
+    fits = ", ".join(f"{card} GB {' and '.join(names) or 'neither'}" for card, names in zip(CARDS, fit))
+    return [*lines, f"fits, with 1 GB and a tenth of the card to spare: {fits}"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 29  Training: Config -> checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 END_S = 20.0  # for the last evaluation, and again for the picture; a hundredth of a long run's time where that is more
