@@ -1536,15 +1536,15 @@ class Finding:
         found = self.find(stamp, *numbers)
         text = json.dumps(found)
         kept = {"about": about, "sum": hashlib.sha256(text.encode()).hexdigest(), "found": found}
-        temporary = f"{place}.{secrets.token_hex(8)}.tmp"  # nobody else's name
+        temporary = Path(f"{place}.{secrets.token_hex(8)}.tmp")  # nobody else's name
         if len(text) < MAX_KEPT_BYTES // 2 and path_stamp(*stamp[::4]) == stamp:
             with suppress(OSError):
                 os.makedirs(stamp[4], exist_ok=True)
                 try:
-                    Path(temporary).write_text(json.dumps(kept))
+                    temporary.write_text(json.dumps(kept))
                     os.replace(temporary, place)
                 finally:
-                    Path(temporary).unlink(missing_ok=True)
+                    temporary.unlink(missing_ok=True)
         return found
 
 
