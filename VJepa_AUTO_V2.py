@@ -33,12 +33,18 @@ Sources: V-JEPA (arXiv 2404.08471), V-JEPA 2 (2506.09985), InfoNCE (1807.03748),
 RankMe (2210.02885), incremental PCA (Ross et al. 2008), AdaLN-zero (DiT, 2212.09748).
 """
 
+import os
 import signal
 
 # what asks a run to stop; where this file is what was started, it waits until StopFlag listens, seconds later
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    # torch's threads wait for each other in loops of so many rounds, before the system may give their core away. The
+    # default, 300000, is fine while nobody else wants it: loader workers do, and a step then takes up to ten times as
+    # long (records/speed). Read when torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
 import bisect
@@ -59,7 +65,6 @@ import mmap
 import multiprocessing
 import multiprocessing.connection
 import operator
-import os
 import platform
 import re
 import resource
