@@ -2284,10 +2284,10 @@ def split_readable(cfg, videos, read_one=small_clip):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5  Frame cache: decoded frames on disk
 # ---------------------------------------------------------------------------------------------------------------------
-# A file is kept in segments of some seconds. A segment is a row of bytes for each frame that is on screen in it, scaled
-# but not cut, and a tail: what they were made from, from which to which second each row answers, and its sum. What no
-# row answers is decoded, so that a wrong frame cannot come of what is missing. Rows are read, not mapped: a network
-# disk that goes away under a map kills the process.
+# A file is kept in segments of some seconds: a row of bytes for each frame that is on screen in it, scaled but not cut,
+# and a tail: what they were made from, from which to which second each row answers, and its sum. What no row answers is
+# decoded: a missing one gives no wrong frame. Rows are read, not mapped: a network disk that goes away under a map
+# kills the process.
 
 KEPT_MARK = "VJepa_AUTO_V2 frame cache\n"  # it stands in the file `frame_cache` of each
 KEPT_NAME = r"([0-9a-f]{40}\.\d+)(\.tmp)?"  # of all else that is ours, in folders called by two digits
@@ -2484,7 +2484,7 @@ class KeptFile:
 
         numbers = np.maximum(times // self.seconds, 0).astype(int).tolist()
         frames = np.empty((len(times), plan.height, plan.width, 3), np.uint8)
-        scaler, last, since = VideoReformatter(), None, self.cache.since
+        scaler, since = VideoReformatter(), self.cache.since
         with ExitStack() as stack:
             segments = {n: open_segment(self.place(n), self.key, since, stack) for n in dict.fromkeys(numbers)}
             if missing := [number for number, segment in segments.items() if segment is None]:
@@ -2494,13 +2494,9 @@ class KeptFile:
                 row = int(begin.searchsorted(second, "right")) - 1
                 if row < 0 or second >= end[row]:
                     return None, []
-                if (number, row) == last:
-                    frames[place] = frames[place - 1]
-                elif (picture := kept_picture(segments[number], row)) is None:
+                if (picture := kept_picture(segments[number], row)) is None:
                     return None, [number]
-                else:
-                    frames[place] = kept_cut(picture, plan, size[2:], scaler)
-                last = number, row
+                frames[place] = kept_cut(picture, plan, size[2:], scaler)
         return frames, []
 
     def fill(self, numbers):
@@ -2521,8 +2517,8 @@ class KeptFile:
         except OutOfTime:
             if len(self.makers) == len(numbers):
                 cache.failed.add(self.name)
-        except BlockingIOError:  # it will be there next time
-            return False
+        except BlockingIOError:
+            pass  # another process is at it
         finally:
             for maker in self.makers.values():
                 maker.close()
@@ -2630,11 +2626,11 @@ class FrameCache:
         """Whether so many bytes more may be kept, after deleting what was used least recently and not since this run
         began; then what a SegmentMaker has made gets its name. OutOfTime where the count stays locked."""
         with open(self.folder / "total", "a+", encoding="utf-8") as handle:
-            deadline, held = time.monotonic() + LOCK_S, False
-            while not held:
+            deadline = time.monotonic() + LOCK_S
+            while True:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    held = True
+                    break
                 except BlockingIOError:
                     if time.monotonic() > deadline:
                         raise OutOfTime from None
@@ -2646,11 +2642,10 @@ class FrameCache:
                 kept = self.listing()
                 total = sum(row[1] for row in kept)
                 most = self.limit if total + size <= self.limit else 0.95 * self.limit - size
-                for used, bytes_each, stale in kept:
-                    if total <= most or used >= self.since:
-                        break
+                while kept and total > most and kept[0][0] < self.since:
+                    _, gone, stale = kept.pop(0)
                     stale.unlink(missing_ok=True)
-                    total -= bytes_each
+                    total -= gone
             has_room = total + size <= self.limit
             if maker is not None and has_room:
                 os.replace(maker.temporary, maker.path)
@@ -2659,31 +2654,25 @@ class FrameCache:
             handle.write(str(total))
         return has_room
 
-    def box_plan(self, plan):
-        """The plan and the ratios that tell kept_box what to keep for a plan; () where it is not one of the config."""
-        mine, ratios = (plan.scale, plan.ratio), ()
-        if plan.file.pictures or (plan.height, plan.width) != self.side:
-            return plan, ()
-        if mine == (1.0, 1.0) or mine == self.low == self.high:
-            return plan, (plan.ratio,)
-        if self.low[0] <= plan.scale <= self.high[0] and self.low[1] <= plan.ratio <= self.high[1] + 1e-9:
-            ratios = (self.low[1], self.high[1])
-        return replace(plan, scale=self.low[0]), ratios
-
     def file(self, path, plan):
-        """The KeptFile of a plan, None where nothing is kept for it. BadFile."""
-        plan, ratios = self.box_plan(plan)
+        """The KeptFile of a plan, None where it is not one of the config. BadFile."""
+        mine, scale, ratios = (plan.scale, plan.ratio), plan.scale, (plan.ratio,)
+        if plan.file.pictures or (plan.height, plan.width) != self.side:
+            return None
+        if mine != (1.0, 1.0) and not mine == self.low == self.high:
+            scale, ratios = self.low[0], (self.low[1], self.high[1])
+            if not (scale <= plan.scale <= self.high[0] and ratios[0] <= plan.ratio <= ratios[1] + 1e-9):
+                return None
         kept = str(self.folder / "index") if self.folder.is_dir() else ""
-        return KeptFile(self, path, replace(plan, kept=kept), ratios) if ratios else None
+        return KeptFile(self, path, replace(plan, scale=scale, kept=kept), ratios)
 
     def read(self, path, plan, tell=say):
         """read_frames, out of what is kept where that answers. `tell` gets a line once nothing more can be kept."""
         frames = None
         try:
-            if file := self.file(path, plan):
-                frames = file.frames(plan)
-        except BadFile:
-            frames = None  # reading it below says the same, or another decoder can
+            with suppress(BadFile):  # reading it below says the same, or another decoder can
+                file = self.file(path, plan)
+                frames = file and file.frames(plan)
         except (Unkept, OSError) as error:
             if self.stores:
                 tell(f"WARNING: frame cache {self.folder}: {reason_of(error)}; what is not in it is decoded")
