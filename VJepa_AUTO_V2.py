@@ -1340,7 +1340,7 @@ LOOK_AHEAD = 20  # packets read ahead of the one decoded: in H.264 and HEVC at m
 MAX_JUMP_S = 10.0  # a transport stream whose clock jumps further has lost what lay between
 # A longer step than both between the told times of frames is a gap, which no window crosses: seconds, usual steps.
 GAP_S, GAP_STEPS = 0.5, 2.5
-MAX_KEPT_BYTES = 2**24  # of what is kept about a file
+KEPT_FORMAT, MAX_KEPT_BYTES = 1, 2**24  # of what is kept about a file
 SKIPPING_CODECS = ("h264", "hevc")  # they obey skip_frame by the packet; dav1d the first packet's for the whole file
 
 
@@ -1402,18 +1402,6 @@ def usable_part(plan, duration, native_fps):
     return min(rest, length or rest)
 
 
-def half_frame(plan, duration, native_fps):
-    """Seconds that are added to each request: it falls inside a frame, not on the border of two."""
-    return min(0.5 / native_fps, duration / 2) if plan.file.length else 0.5 / native_fps
-
-
-def inside_frames(plan, times, duration, native_fps):
-    """Seconds at which frames of what may be used begin -> seconds of the file inside them."""
-    half = half_frame(plan, duration, native_fps)
-    times = times + half
-    return plan.file.begin + (np.minimum(times, duration - half) if plan.file.length else times)  # no neighbour's
-
-
 def start_share(plan, room, window):
     """u_start, for a window of a group its own: each begins where the one before ends, or earlier where the file leaves
     less room (seconds) for starts. The group is placed as a window of its length would be."""
@@ -1425,31 +1413,34 @@ def start_share(plan, room, window):
 
 def frame_times(plan, duration, native_fps):
     """Seconds from the first frame at which the clip's frames are taken -> float64 [T]; `duration` is what may be used.
-    A file shorter than the window gives frames over its whole length; one with too few frames each of them, then the
-    last again. With start_fps, times are whole steps of it, so that all windows ask for the very same."""
-    steps, window = np.arange(plan.num_frames), plan.num_frames / plan.fps if plan.fps else math.inf
-    if duration >= window - half_frame(plan, duration, native_fps):
+    Half a native frame is added: a request falls inside a frame, not on the border of two. A file shorter than the
+    window gives frames over its whole length; one with too few frames each of them, then the last again. With start_fps
+    times are whole steps of it, so that all windows ask for the very same."""
+    steps, half = np.arange(plan.num_frames), 0.5 / native_fps
+    window = plan.num_frames / plan.fps if plan.fps else math.inf
+    half = min(half, duration / 2) if plan.file.length else half
+    if duration >= window - half:
         room = max(duration - window, 0.0)
         share = start_share(plan, room, window)
-        times = share * room + steps / plan.fps
+        times = share * room + steps / plan.fps + half
         if plan.start_fps:
             last = math.floor(room * plan.start_fps + 1e-9)
             first = min(int(share * (last + 1)), last)
-            times = (first + steps * round(plan.start_fps / plan.fps)) / plan.start_fps
+            times = (first + steps * round(plan.start_fps / plan.fps)) / plan.start_fps + half
     elif duration * native_fps < plan.num_frames:
-        times = steps / native_fps
+        times = steps / native_fps + half
     else:
-        times = steps * (duration / plan.num_frames)
-    return inside_frames(plan, times, duration, native_fps)
+        times = steps * (duration / plan.num_frames) + half
+    return plan.file.begin + (np.minimum(times, duration - half) if plan.file.length else times)  # no neighbour's
 
 
 def wanted_times(plan, duration, native_fps):
     """All seconds that windows with start_fps can ask for -> float64 [n], increasing."""
-    times, last = (frame_times(replace(plan, u_start=u, windows=1), duration, native_fps) for u in (0.0, 1.0))
-    if not np.array_equal(times, last):
-        steps = np.arange(round((last[-1] - times[0]) * plan.start_fps) + 2)
-        times = inside_frames(plan, steps / plan.start_fps, duration, native_fps)
-    return np.unique(times)
+    room, step = duration - plan.num_frames / plan.fps, round(plan.start_fps / plan.fps)
+    if room > 0:  # as one long window
+        count = math.floor(room * plan.start_fps + 1e-9) + (plan.num_frames - 1) * step + 1
+        plan = replace(plan, fps=plan.start_fps, num_frames=count)
+    return np.unique(frame_times(replace(plan, u_start=0.0, windows=1), duration, native_fps))
 
 
 def crop_box(plan, width, height):
@@ -1486,9 +1477,11 @@ def open_pyav(path):
 
 
 def path_stamp(path, kept=""):
-    """Path of a file, what changes when it is rewritten, and the folder in which what is known of it may be kept."""
+    """Path of a file, what changes when it is written or replaced (size, two times in ns), and the folder in which what
+    is known of it may be kept. BadFile unless it is a regular file."""
+    check_regular(path)
     info = os.stat(path)
-    return path, info.st_ino, info.st_size, info.st_mtime_ns, kept
+    return path, info.st_size, info.st_mtime_ns, info.st_ctime_ns, kept
 
 
 def file_stamp(container, kept=""):
@@ -1496,13 +1489,37 @@ def file_stamp(container, kept=""):
     return path_stamp(container.name.removeprefix("file:"), kept)
 
 
+@lru_cache(maxsize=2**16)
+def ends_hash(stamp):
+    """SHA-256 of the first and the last 64 kB of a file. BadFile."""
+    try:
+        with open(stamp[0], "rb") as file:
+            head = file.read(2**16)
+            file.seek(max(stamp[1] - 2**16, 0))
+            return hashlib.sha256(head + file.read(2**16)).hexdigest()
+    except OSError as error:
+        raise BadFile(reason_of(error)) from error
+
+
+@lru_cache(maxsize=1)
+def decoder_versions():
+    """Versions of PyAV and of FFmpeg's libraries: other ones may give other pixels -> list."""
+    import av
+
+    return [av.__version__, *map(list, av.library_versions.values())]
+
+
+def file_key(stamp):
+    """What must be the same for what was kept of a file to count -> list, for JSON. BadFile."""
+    return [KEPT_FORMAT, os.path.abspath(stamp[0]), *stamp[1:3], ends_hash(stamp), decoder_versions()]
+
+
 class Finding:
     """What `find(stamp, *numbers)`, a look through a file, gives: a number, a text or a list. MOST of them are kept in
-    memory, and each in the folder that the stamp names, if it does, as a small JSON. This counts only with its own sum,
-    for the file's stamp, first and last bytes, and the same versions; a folder or file that cannot be read, believed or
-    written is as if it were not there."""
+    memory, and each in the folder that the stamp names, if it does, as a small JSON, which counts only with its own sum
+    and file_key; a folder or file that cannot be read, believed or written is as if it were not there."""
 
-    FORMAT, MOST, ENDS_BYTES = 1, 2**18, 2**16
+    MOST = 2**18
 
     def __init__(self, find):
         self.find, self.known, self.held = find, {}, 0
@@ -1510,28 +1527,20 @@ class Finding:
 
     def __call__(self, stamp, *numbers):
         key = (*stamp[:4], *numbers)
-        if key in self.known:
-            return self.known[key]
-        found = self.known[key] = self.look(stamp, numbers) if stamp[4] else self.find(stamp, *numbers)
-        self.held += len(found) + 1 if isinstance(found, list) else 1
-        while self.held > self.MOST and len(self.known) > 1:  # the oldest goes
-            gone = self.known.pop(next(iter(self.known)))
-            self.held -= len(gone) + 1 if isinstance(gone, list) else 1
-        return found
+        if key not in self.known:
+            self.known[key] = found = self.look(stamp, numbers) if stamp[4] else self.find(stamp, *numbers)
+            self.held += self.weight(found)
+            while self.held > self.MOST and len(self.known) > 1:  # the oldest goes
+                self.held -= self.weight(self.known.pop(next(iter(self.known))))
+        return self.known[key]
 
-    def about(self, stamp, numbers):
-        """What a kept finding must be about -> list, for JSON."""
-        import av
-
-        with open(stamp[0], "rb") as file:
-            ends = file.read(self.ENDS_BYTES)
-            file.seek(max(stamp[2] - self.ENDS_BYTES, 0))
-            ends = hashlib.sha256(ends + file.read(self.ENDS_BYTES)).hexdigest()
-        return [self.FORMAT, self.__name__, *numbers, *stamp[:4], ends, av.__version__, *av.library_versions.values()]
+    @staticmethod
+    def weight(found):
+        return len(found) + 1 if isinstance(found, list) else 1
 
     def look(self, stamp, numbers):
         """The finding from its folder; else by `find`, and then kept there, unless the file changed meanwhile."""
-        about = json.loads(json.dumps(self.about(stamp, numbers)))
+        about = [self.__name__, *numbers, *file_key(stamp)]
         name = hashlib.sha256(json.dumps([self.__name__, *numbers, stamp[0]]).encode()).hexdigest()[:40] + ".json"
         place = os.path.join(stamp[4], name)
         with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -1665,12 +1674,16 @@ def playing_stream(container, kept=""):
 
 @contextmanager
 def opened_stream(path, kept=""):
-    """Context of a file that is read by PyAV -> (container, stream that plays). BadFile for all that goes wrong."""
+    """Context of a file that is read by PyAV -> (container, stream that plays, whose decoder stops at broken data and
+    does not paint over it). BadFile for all that goes wrong."""
     import av
 
     try:
         with open_pyav(path) as container:
-            yield container, playing_stream(container, kept)
+            stream = playing_stream(container, kept)
+            stream.thread_type, stream.thread_count = "NONE", 1
+            stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+            yield container, stream
     except (av.FFmpegError, *DECODE_ERRORS) as error:
         raise BadFile(f"pyav stopped decoding ({reason_of(error)})") from error
 
@@ -1810,18 +1823,19 @@ def enter_window(container, stream, line, times):
     raise BadFile(f"no key frame found at or before {times[0]:.2f} s")
 
 
-def key_before(keys, second):
-    """The entry of stream_keys that is the last at or before a second, else the first."""
-    return keys[max(bisect.bisect(keys, [second, math.inf]) - 1, 0)]
+def key_before(keys, times):
+    """The entry of stream_keys that is the last at or before a window, else the first. BadFile for one over a jump."""
+    key = keys[max(bisect.bisect(keys, [times[0], math.inf]) - 1, 0)]
+    if key[3] < keys[-1][3] and times[-1] > key[3]:
+        raise BadFile(f"its time stamps jump at {key[3]:.2f} s, inside the window; cut the file there")
+    return key
 
 
 def enter_stretch(container, stream, line, times, fast):
     """Go to the stretch of a transport stream in which a window lies, for `fast` to the last key packet before it,
-    else to the first -> (TimeLine by its clock, packets to its end). BadFile for a window across a jump."""
+    else to the first -> (TimeLine by its clock, packets to its end). BadFile."""
     keys = stream_keys(file_stamp(container), stream.index)
-    at, pts, byte, end = key_before(keys, times[0])
-    if end < keys[-1][3] and times[-1] > end:
-        raise BadFile(f"its time stamps jump at {end:.2f} s, inside the window; cut the file there")
+    at, pts, byte, end = key_before(keys, times)
     if not fast:
         at, pts, byte, _ = next(key for key in keys if key[3] == end)
     container.seek(byte, unsupported_byte_offset=True)
@@ -1927,9 +1941,9 @@ def pyav_frames(stream, times, fast, line, packets):
     all from there to the next key packet, which is entered as after a seek. The others come out bit for bit the
     same."""
     codec, packets, queue, near, order = stream.codec_context, iter(packets), deque(), [], deque()
+    between = np.median(np.diff(times)) * line.fps if len(times) > 1 else 0.0  # frames; of a group as of its windows
     may_skip, times, settled, entry, entered = fast and codec.name in SKIPPING_CODECS, times.tolist(), 0, None, True
-    between = (times[-1] - times[0]) / max(len(times) - 1, 1) * line.fps  # frames from one request to the next
-    depth = LOOK_AHEAD + int(min(between, 12 * LOOK_AHEAD))
+    depth = LOOK_AHEAD + int(min(between + 1e-6, 12 * LOOK_AHEAD))
     for number in itertools.count():
         while len(queue) <= depth and (ahead := next(packets, None)) is not None:
             if ahead.size or ahead.dts is not None:  # else the demuxer's word for the end
@@ -2044,12 +2058,10 @@ def pyav_walk(container, stream, plan, fast):
 
 
 def read_pyav(path, plan, fast=True, walk=pyav_walk):
-    """Frames through PyAV, which stops at broken data instead of painting over it. `fast` seeks to the window and
-    leaves out frames that are not needed; where that fails the file is read plainly from its start."""
+    """Frames through PyAV. `fast` seeks to the window and leaves out frames that are not needed; where that fails the
+    file is read plainly from its start."""
     try:
         with opened_stream(path, plan.kept) as (container, stream):
-            stream.thread_type, stream.thread_count = "NONE", 1
-            stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
             return walk(container, stream, plan, fast)
     except BadFile as error:
         if not fast or isinstance(error, CannotOpen):
@@ -2061,8 +2073,6 @@ def group_frames(path, plans):
     """read_pyav for windows of a group, in one go -> generator. BadFile where each must be read alone."""
     check_regular(path)
     with opened_stream(path, plans[0].kept) as (container, stream):
-        stream.thread_type, stream.thread_count = "NONE", 1
-        stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
         yield from pyav_walks(container, stream, plans, True)
 
 
@@ -2279,19 +2289,15 @@ def split_readable(cfg, videos, read_one=small_clip):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5  Frame cache: decoded frames on disk
 # ---------------------------------------------------------------------------------------------------------------------
-# A file is kept in segments of some seconds. A segment is a row of bytes for each frame that is on screen in it, scaled
-# but not cut, and a tail: what they were made from, from which to which second each row answers, and its sum. What no
-# row answers is decoded, so that a wrong frame cannot come of what is missing. Rows are read, not mapped: a network
-# disk that goes away under a map kills the process.
+# A file is kept in segments of some seconds: a row of bytes for each frame that is on screen in it, scaled but not cut,
+# and a tail: what they were made from, from which to which second each row answers, and its sum. What no row answers is
+# decoded: a missing one gives no wrong frame. Rows are read, not mapped: a network disk that goes away under a map
+# kills the process.
 
-KEPT_FORMAT, KEPT_MARK = 1, "VJepa_AUTO_V2 frame cache\n"  # the mark stands in the file `frame_cache` of each
-KEPT_NAME = r"([0-9a-f]{40}\.(line|\d+))(\.tmp)?"  # of all else that is ours, in folders called by two digits
+KEPT_MARK = "VJepa_AUTO_V2 frame cache\n"  # it stands in the file `frame_cache` of each
+KEPT_NAME = r"([0-9a-f]{40}\.\d+)(\.tmp)?"  # of all else that is ours, in folders called by two digits
 KEPT_S, KEPT_BYTES = 10.0, 2**27  # a segment lasts so long, half of it and so on while it would take more bytes
 LOCK_S = 2.0  # the folder's count is locked for moments, or while much is deleted
-
-
-class Damaged(Exception):
-    """A segment is not whole, or not what was asked for."""
 
 
 class Unkept(Exception):
@@ -2300,30 +2306,6 @@ class Unkept(Exception):
 
 class OutOfTime(Exception):
     """To keep a segment takes so long that its worker would be taken for hung."""
-
-
-@lru_cache(maxsize=1)
-def decoder_versions():
-    """Versions of PyAV and of FFmpeg's libraries: other ones may give other pixels -> list."""
-    import av
-
-    return [av.__version__, *map(list, av.library_versions.values())]
-
-
-def source_stamp(path):
-    """What changes when a file is written or replaced -> tuple. BadFile unless it is a regular file."""
-    check_regular(path)
-    info = os.stat(path)
-    return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_dev, info.st_ino
-
-
-@lru_cache(maxsize=2**16)
-def ends_hash(path, stamp):
-    """SHA-256 of the first and the last 64 kB of a file with this stamp."""
-    with open(path, "rb") as file:
-        head = file.read(2**16)
-        file.seek(max(stamp[0] - 2**16, 0))
-        return hashlib.sha256(head + file.read(2**16)).hexdigest()
 
 
 def kept_box(plan, ratios, width, height):
@@ -2336,13 +2318,7 @@ def kept_box(plan, ratios, width, height):
 
 def line_values(line):
     """A TimeLine without told times -> list, for JSON and to compare."""
-    return [line.start, [line.unit.numerator, line.unit.denominator], line.in_order, line.duration, line.fps]
-
-
-def kept_rate(plan, ratios, stream, line):
-    """Bytes that a second of a file takes, by what its header says."""
-    width, height, _, _ = kept_box(plan, ratios, stream.codec_context.width * pixel_aspect_of(stream), stream.height)
-    return width * height * 3 * min(line.fps, plan.start_fps or math.inf)
+    return [line.start, line.unit.numerator, line.unit.denominator, line.in_order, line.duration, line.fps]
 
 
 def kept_cut(picture, plan, shown, scaler):
@@ -2354,53 +2330,47 @@ def kept_cut(picture, plan, shown, scaler):
     scaled_w, scaled_h, x, y = crop_box(plan, *shown)
     if (scaled_w, scaled_h) == (width, height):
         return picture[y : y + plan.height, x : x + plan.width]
-    ends = (x, x + plan.width, y, y + plan.height)
-    left, right, top, bottom = (
-        round(at * by) for at, by in zip(ends, (width / scaled_w,) * 2 + (height / scaled_h,) * 2)
-    )
+    left, right = (round(at * (width / scaled_w)) for at in (x, x + plan.width))
+    top, bottom = (round(at * (height / scaled_h)) for at in (y, y + plan.height))
     part = np.ascontiguousarray(picture[top : max(bottom, top + 1), left : max(right, left + 1)])
     frame = av.VideoFrame.from_ndarray(part, format="rgb24")
     return scaler.reformat(frame, plan.width, plan.height, interpolation="AREA", **one_thread()).to_ndarray()
 
 
-class Segment:
-    """An open segment: what its tail says, `key` first, and what its rows answer. Damaged; FileNotFoundError."""
+def open_segment(path, key, since, stack):
+    """A segment, open as long as an ExitStack -> (number of the open file, size of its frames and as they are shown,
+    float64 [3, rows]: from which second to before which each answers, its sum), None where none is whole and of this
+    key. What was used last before `since` is so now."""
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    stack.callback(os.close, number)
+    info = os.fstat(number)
+    end = os.pread(number, 2**14, max(info.st_size - 2**14, 0))
+    length = int.from_bytes(end[-8:], "little")
+    if len(end) < length + 16 <= info.st_size:
+        end = os.pread(number, length + 16, info.st_size - length - 16)
+    tail = end[-16 - length : -16]
+    if len(tail) != length or hashlib.sha256(tail).digest()[:8] != end[-16:-8]:
+        return None
+    text, _, arrays = tail.partition(b"\n")
+    says = json.loads(text)
+    if info.st_mtime < since:
+        with suppress(OSError):  # a cache that nobody may write knows no least recently used either
+            os.utime(path)
+    return (number, says["size"], np.frombuffer(arrays).reshape(3, -1)) if says["key"] == key else None
 
-    def __init__(self, path, since):
-        self.number, is_whole = os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
-        try:
-            info = os.fstat(self.number)
-            end = os.pread(self.number, 2**14, max(info.st_size - 2**14, 0))
-            length = int.from_bytes(end[-8:], "little")
-            if len(end) < length + 16 <= info.st_size:
-                end = os.pread(self.number, length + 16, info.st_size - length - 16)
-            tail = end[-16 - length : -16]
-            if len(tail) != length or hashlib.sha256(tail).digest()[:8] != end[-16:-8]:
-                raise Damaged
-            text, _, arrays = tail.partition(b"\n")
-            self.__dict__.update(json.loads(text))
-            self.begin, self.end, sums = np.frombuffer(arrays).reshape(3, -1)
-            self.sums = sums.view(np.uint64)
-            if info.st_size != len(sums) * self.stride + length + 16:
-                raise Damaged
-            is_whole = True
-        finally:
-            if not is_whole:
-                self.close()
-        if info.st_mtime < since:
-            with suppress(OSError):  # a cache that nobody may write knows no least recently used either
-                os.utime(path)
 
-    def picture(self, row):
-        """-> uint8 [h, w, 3]. Damaged."""
-        content = os.pread(self.number, self.stride, row * self.stride)
-        if len(content) != self.stride or np.frombuffer(content, np.uint64).sum() != self.sums[row]:
-            raise Damaged
-        width, height = self.size[:2]
-        return np.frombuffer(content, np.uint8, width * height * 3).reshape(height, width, 3)
-
-    def close(self):
-        os.close(self.number)
+def kept_picture(segment, row):
+    """A row of a segment -> uint8 [h, w, 3], None where it is damaged."""
+    number, (width, height, *_), says = segment
+    size = width * height * 3
+    stride = -(-size // 8) * 8
+    content = os.pread(number, stride, row * stride)
+    if len(content) == stride and np.frombuffer(content, np.uint64).sum() == says[2].view(np.uint64)[row]:
+        return np.frombuffer(content, np.uint8, size).reshape(height, width, 3)
+    return None
 
 
 class SegmentMaker:
@@ -2429,7 +2399,7 @@ class SegmentMaker:
     def restart(self):
         """Forget all rows, those of a process that was killed too."""
         self.handle.truncate(0)
-        self.size, self.stride, self.spans, self.sums = [], 0, [], []
+        self.size, self.spans, self.sums = [], [], []
 
     def add(self, picture, shown, begin, end):
         """A row that answers from second `begin` to before `end`. BadFile unless all are of one size."""
@@ -2439,14 +2409,14 @@ class SegmentMaker:
         row = np.zeros(-(-picture.size // 8) * 8, np.uint8)
         row[: picture.size] = picture.reshape(-1)
         self.handle.write(row)
-        self.size, self.stride = size, len(row)
+        self.size = size
         self.spans.append((begin, end))
         self.sums.append(row.view(np.uint64).sum())
 
-    def seal(self, **says):
+    def seal(self, key):
         """Write the tail, and all of it to the disk -> bytes."""
         arrays = np.array(self.spans).reshape(-1, 2).T.tobytes() + np.array(self.sums, np.uint64).tobytes()
-        tail = json.dumps({**says, "size": self.size, "stride": self.stride}).encode() + b"\n" + arrays
+        tail = json.dumps({"key": key, "size": self.size}).encode() + b"\n" + arrays
         self.handle.write(tail + hashlib.sha256(tail).digest()[:8] + len(tail).to_bytes(8, "little"))
         self.handle.flush()
         os.fsync(self.handle.fileno())
@@ -2454,29 +2424,166 @@ class SegmentMaker:
 
     def close(self):
         """Leave nothing that is not whole."""
-        temporary = self.temporary
         with suppress(OSError):  # what kept it from being written has been told
             if self.is_there():
-                temporary.unlink(missing_ok=True)
+                self.temporary.unlink(missing_ok=True)
         with suppress(OSError):  # flushes what a full disk did not take
             self.handle.close()
 
 
-@dataclass
-class KeptFile:
-    """What a FrameCache knows of a file while it reads a clip of it."""
+@Finding
+def kept_line(stamp, frame_fps, noted_fps, times="", *_):
+    """What is kept of a file's times and form -> [start and unit (its parts) of its TimeLine, in_order, duration, fps,
+    width and height of what it shows, number of its stream if it is a transport stream's, else -1]. BadFile."""
+    drawn = 2, 1.0, 2, 2, 0.0, 1.0, 1.0, 0.5, 0.5
+    plan = ClipPlan(*drawn, frame_fps, noted_fps, kept=stamp[4], file=VideoFile("", "", times=times))
+    with opened_stream(stamp[0], stamp[4]) as (container, stream):
+        values = line_values(time_line(container, stream, plan)[0])
+        sides = stream.codec_context.width * pixel_aspect_of(stream), stream.height
+        return [*values, *sides, stream.index if container.format.name == "mpegts" else -1]
 
-    path: str
-    stamp: tuple
-    plan: ClipPlan  # its crop, by kept_box with `ratios`, decides the size of what is kept
-    ratios: tuple
-    key: dict
-    name: str
-    deadline: float  # time.monotonic() at which it must be given up
-    line: list = ()  # TimeLine without told times
-    seconds: float = 0.0  # of a segment
-    rate: float = 0.0  # bytes per second, roughly
-    makers: dict = field(default_factory=dict)  # number -> SegmentMaker
+
+class KeptFile:
+    """A file while a FrameCache reads a clip of it. `plan` and `ratios`, with kept_box, decide the size of what is kept
+    of it, in segments of so many `seconds`, each of about `rate` bytes per second. BadFile."""
+
+    def __init__(self, cache, path, plan, ratios):
+        self.cache, self.path, self.plan, self.ratios, self.stamp = (
+            cache,
+            path,
+            plan,
+            ratios,
+            path_stamp(path, plan.kept),
+        )
+        told, is_thin = plan.file.times, plan.start_fps > 0  # then not all frames are kept
+        clock = [plan.frame_fps, plan.noted_fps, *(path_stamp(told)[:3] if told else ())]
+        starts = [plan.start_fps, plan.fps, plan.num_frames, plan.file.begin, plan.file.length] if is_thin else []
+        self.key = [*file_key(self.stamp), clock, [plan.height, plan.width, plan.scale, *ratios], starts]
+        self.name = hashlib.sha256(json.dumps(self.key).encode()).hexdigest()[:40]
+        self.deadline, self.makers = time.monotonic() + cache.limit_s, {}  # number of a segment -> SegmentMaker
+        if self.name in cache.failed:
+            raise BadFile("it could not be kept")
+        cache.failed.add(self.name)
+        *self.line, width, height, self.number = kept_line(self.stamp, *clock)
+        cache.failed.discard(self.name)
+        width, height, *_ = kept_box(plan, ratios, width, height)
+        self.seconds, self.rate = KEPT_S, width * height * 3 * min(self.line[-1], plan.start_fps or math.inf)
+        while self.seconds > 1.0 and self.seconds * self.rate > KEPT_BYTES:
+            self.seconds /= 2
+
+    def frames(self, plan):
+        """Frames of a plan out of what is kept, after keeping what is missing if possible -> uint8 or None. BadFile."""
+        times = frame_times(plan, usable_part(plan, *self.line[-2:]), self.line[-1])
+        if self.number >= 0:
+            key_before(stream_keys(self.stamp, self.number), times)
+        frames, missing = self.take(plan, times)
+        return self.take(plan, times)[0] if missing and self.fill(missing) else frames
+
+    def place(self, number):
+        """Path of a segment."""
+        return self.cache.folder / self.name[:2] / f"{self.name}.{number}"
+
+    def take(self, plan, times):
+        """Read what is kept -> (uint8 [T, H, W, 3] or None, numbers of the segments that are missing or damaged)."""
+        from av.video.reformatter import VideoReformatter
+
+        numbers = np.maximum(times // self.seconds, 0).astype(int).tolist()
+        frames = np.empty((len(times), plan.height, plan.width, 3), np.uint8)
+        scaler, since = VideoReformatter(), self.cache.since
+        with ExitStack() as stack:
+            segments = {n: open_segment(self.place(n), self.key, since, stack) for n in dict.fromkeys(numbers)}
+            if missing := [number for number, segment in segments.items() if segment is None]:
+                return None, missing
+            for place, (number, second) in enumerate(zip(numbers, times.tolist())):
+                _, size, (begin, end, _) = segments[number]
+                row = int(begin.searchsorted(second, "right")) - 1
+                if row < 0 or second >= end[row]:
+                    return None, []
+                if (picture := kept_picture(segments[number], row)) is None:
+                    return None, [number]
+                frames[place] = kept_cut(picture, plan, size[2:], scaler)
+        return frames, []
+
+    def fill(self, numbers):
+        """Decode from the first to the last of some segments and keep them -> whether all are kept now; not where
+        another process makes one. What failed is not tried again by this process."""
+        cache, tried = self.cache, (self.name, *numbers)
+        if not cache.stores or tried in cache.failed:
+            return False
+        try:
+            for number in sorted(numbers):
+                self.makers[number] = SegmentMaker(self.place(number))
+            if not cache.make_room(round(len(numbers) * self.seconds * self.rate)):
+                raise Unkept(cache.full)
+            read_pyav(self.path, self.plan, walk=self.keep)
+            return True
+        except BadFile:
+            cache.failed.add(tried)
+        except OutOfTime:
+            if len(self.makers) == len(numbers):
+                cache.failed.add(self.name)
+        except BlockingIOError:
+            pass  # another process is at it
+        finally:
+            for maker in self.makers.values():
+                maker.close()
+            self.makers.clear()
+        return False
+
+    def keep(self, container, stream, plan, fast):
+        """The walk of read_pyav that fills `makers`."""
+        from av.video.reformatter import VideoReformatter
+
+        line, packets = time_line(container, stream, plan, fast)
+        if line_values(line) != self.line:
+            raise BadFile("its times are others when it is read from its start")
+        times, wanted = np.array([min(self.makers), max(self.makers) + 1]) * self.seconds, None
+        if plan.start_fps:
+            wanted = wanted_times(plan, usable_part(plan, line.duration, line.fps), line.fps)
+            times = np.unique([*times, *wanted[(times[0] < wanted) & (wanted < times[1])]])
+        look = partial(kept_box, plan, self.ratios), pixel_aspect_of(stream), VideoReformatter()
+        for maker in self.makers.values():
+            maker.restart()
+        walk, shown = shown_frames(container, stream, line, packets, times, fast, not plan.start_fps), None
+        for now, end, frame in itertools.chain(walk, [(math.inf, math.inf, None)]):
+            if time.monotonic() > self.deadline:
+                raise OutOfTime
+            if shown is not None:
+                since, shown_end, picture = shown
+                until = now if frame is not None else math.nextafter(shown_end + end_slack(line), math.inf)
+                self.add(picture, look, since, until, wanted, frame is None)
+            if not self.makers:
+                return
+            shown = now, end, frame
+
+    def add(self, frame, look, since, until, wanted, is_last):
+        """Give a frame that is on screen from second `since` to before `until` to the segments in which it is, and
+        finish those that end in it."""
+        picture = None
+        for number, maker in list(self.makers.items()):
+            low, high = number * self.seconds, (number + 1) * self.seconds
+            begin, end = max(low, since), min(high, until)
+            if begin < end and wanted is not None:
+                inside = wanted[slice(*np.searchsorted(wanted, (begin, end)))]
+                begin, end = (inside[0], math.nextafter(inside[-1], math.inf)) if len(inside) else (0, 0)
+            if begin < end:
+                picture = picture or whole_picture(frame, *look)
+            try:
+                if begin < end:
+                    maker.add(picture[0], picture[1][2:], begin, end)
+                if is_last or until >= high:
+                    self.finish(number, maker)
+            except OSError as error:  # would be a BadFile to who reads a video
+                raise Unkept(reason_of(error)) from error
+
+    def finish(self, number, maker):
+        """Give a segment that has all its rows its name. BadFile where its source has changed meanwhile."""
+        size = maker.seal(self.key)
+        if path_stamp(self.path, self.plan.kept) != self.stamp:
+            raise BadFile("it changed while it was read")
+        if not self.cache.make_room(size, maker):
+            raise Unkept(self.cache.full)
+        self.makers.pop(number).handle.close()
 
 
 class FrameCache:
@@ -2491,7 +2598,7 @@ class FrameCache:
         self.decoder, self.limit_s, self.side = cfg.decoder, cfg.decode_timeout_s / 3, (cfg.height, cfg.width)
         self.low, self.high = (cfg.crop_scale_min, cfg.crop_ratio_min), (cfg.crop_scale_max, cfg.crop_ratio_max)
         self.full = f"this run uses all of its frame_cache_gb = {cfg.frame_cache_gb:g} (--frame_cache_gb)"
-        self.lines, self.failed = {}, set()  # what is known of files, by name; those or segments not to be tried again
+        self.failed = set()  # names of files, or these with segments, that are not to be tried again
 
     def open(self):
         """Prepare the folder. UsageError where it is somebody else's or none, OSError where it cannot be written."""
@@ -2515,7 +2622,7 @@ class FrameCache:
         for place in self.folder.glob("[0-9a-f][0-9a-f]"):
             for entry in os.scandir(place):
                 name = re.fullmatch(KEPT_NAME, entry.name)
-                if name and name[3] == suffix:
+                if name and name[2] == suffix:
                     with suppress(FileNotFoundError):
                         found.append((entry.stat().st_mtime, entry.stat().st_size, place / entry.name))
         return sorted(found)
@@ -2524,11 +2631,11 @@ class FrameCache:
         """Whether so many bytes more may be kept, after deleting what was used least recently and not since this run
         began; then what a SegmentMaker has made gets its name. OutOfTime where the count stays locked."""
         with open(self.folder / "total", "a+", encoding="utf-8") as handle:
-            deadline, held = time.monotonic() + LOCK_S, False
-            while not held:
+            deadline = time.monotonic() + LOCK_S
+            while True:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    held = True
+                    break
                 except BlockingIOError:
                     if time.monotonic() > deadline:
                         raise OutOfTime from None
@@ -2540,11 +2647,10 @@ class FrameCache:
                 kept = self.listing()
                 total = sum(row[1] for row in kept)
                 most = self.limit if total + size <= self.limit else 0.95 * self.limit - size
-                for used, bytes_each, stale in kept:
-                    if total <= most or used >= self.since:
-                        break
+                while kept and total > most and kept[0][0] < self.since:
+                    _, gone, stale = kept.pop(0)
                     stale.unlink(missing_ok=True)
-                    total -= bytes_each
+                    total -= gone
             has_room = total + size <= self.limit
             if maker is not None and has_room:
                 os.replace(maker.temporary, maker.path)
@@ -2553,216 +2659,30 @@ class FrameCache:
             handle.write(str(total))
         return has_room
 
-    def box_plan(self, plan):
-        """The plan and the ratios that tell kept_box what to keep for a plan; () where it is not one of the config."""
-        mine, ratios = (plan.scale, plan.ratio), ()
+    def file(self, path, plan):
+        """The KeptFile of a plan, None where it is not one of the config. BadFile."""
+        mine, scale, ratios = (plan.scale, plan.ratio), plan.scale, (plan.ratio,)
         if plan.file.pictures or (plan.height, plan.width) != self.side:
-            return plan, ()
-        if mine == (1.0, 1.0) or mine == self.low == self.high:
-            return plan, (plan.ratio,)
-        if self.low[0] <= plan.scale <= self.high[0] and self.low[1] <= plan.ratio <= self.high[1] + 1e-9:
-            ratios = (self.low[1], self.high[1])
-        return replace(plan, scale=self.low[0]), ratios
+            return None
+        if mine != (1.0, 1.0) and not mine == self.low == self.high:
+            scale, ratios = self.low[0], (self.low[1], self.high[1])
+            if not (scale <= plan.scale <= self.high[0] and ratios[0] <= plan.ratio <= ratios[1] + 1e-9):
+                return None
+        kept = str(self.folder / "index") if self.folder.is_dir() else ""
+        return KeptFile(self, path, replace(plan, scale=scale, kept=kept), ratios)
 
     def read(self, path, plan, tell=say):
         """read_frames, out of what is kept where that answers. `tell` gets a line once nothing more can be kept."""
-        own, ratios = self.box_plan(plan)
         frames = None
         try:
-            frames = self.kept(path, plan, own, ratios) if ratios else None
-        except BadFile:
-            frames = None  # reading it below says the same, or another decoder can
+            with suppress(BadFile):  # reading it below says the same, or another decoder can
+                file = self.file(path, plan)
+                frames = file and file.frames(plan)
         except (Unkept, OSError) as error:
             if self.stores:
                 tell(f"WARNING: frame cache {self.folder}: {reason_of(error)}; what is not in it is decoded")
             self.stores = False
         return read_frames(path, plan, self.decoder) if frames is None else frames
-
-    def kept(self, path, plan, own, ratios):
-        """Frames of a plan out of what is kept, after keeping what is missing if possible -> uint8 or None. BadFile."""
-        stamp, told = source_stamp(path), plan.file.times
-        key = {"format": KEPT_FORMAT, "path": os.path.abspath(path), "size": stamp[0], "mtime_ns": stamp[1]}
-        try:
-            key["ends"] = ends_hash(path, stamp)
-        except OSError as error:
-            raise BadFile(reason_of(error)) from error
-        key["clock"] = [plan.frame_fps, plan.noted_fps, told and [told, *source_stamp(told)[:2]]]
-        key["crop"] = [plan.height, plan.width, own.scale, *ratios]
-        if plan.start_fps:  # not all frames are kept
-            key["starts"] = [plan.start_fps, plan.fps, plan.num_frames, plan.file.begin, plan.file.length]
-        key["versions"] = decoder_versions()
-        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]
-        file = KeptFile(path, stamp, own, ratios, key, name, time.monotonic() + self.limit_s)
-        if name in self.failed or not self.find_line(file):
-            return None
-        duration, fps = file.line[3:5]
-        times = frame_times(plan, usable_part(plan, duration, fps), fps)
-        frames, missing = self.take(file, plan, times)
-        if missing and self.fill(file, missing):
-            frames, _ = self.take(file, plan, times)
-        return frames
-
-    def place(self, file, number):
-        """Path of a segment of a file, or of its time line."""
-        return self.folder / file.name[:2] / f"{file.name}.{number}"
-
-    def segment(self, file, number):
-        """An open Segment, or None where there is none that is whole and of this file."""
-        with suppress(Damaged, FileNotFoundError, NotADirectoryError):
-            segment = Segment(self.place(file, number), self.since)
-            if segment.key == file.key:
-                return segment
-            segment.close()
-        return None
-
-    def find_line(self, file):
-        """Look up the time line of a file, or open the file once for it -> whether it is known. BadFile."""
-        if file.name not in self.lines:
-            if segment := self.segment(file, "line"):
-                segment.close()
-                self.lines[file.name] = segment.line, segment.seconds, segment.rate
-            elif not self.stores:
-                return False
-            else:
-                self.failed.add(file.name)
-                with opened_stream(file.path, file.plan.kept) as (container, stream):
-                    line, _ = time_line(container, stream, file.plan)
-                    rate, seconds = kept_rate(file.plan, file.ratios, stream, line), KEPT_S
-                while seconds > 1.0 and seconds * rate > KEPT_BYTES:
-                    seconds /= 2
-                file.line, file.seconds, file.rate = line_values(line), seconds, rate
-                self.lines[file.name] = file.line, seconds, rate
-                self.failed.discard(file.name)
-                self.make(file, ["line"])
-        file.line, file.seconds, file.rate = self.lines[file.name]
-        return True
-
-    def take(self, file, plan, times):
-        """Read what is kept -> (uint8 [T, H, W, 3] or None, numbers of the segments that are missing or damaged)."""
-        from av.video.reformatter import VideoReformatter
-
-        numbers = np.maximum(times // file.seconds, 0).astype(int).tolist()
-        frames = np.empty((len(times), plan.height, plan.width, 3), np.uint8)
-        scaler, segments, last = VideoReformatter(), {}, (None, None)
-        try:
-            for number in dict.fromkeys(numbers):
-                segments[number] = self.segment(file, number)
-            if missing := [number for number, segment in segments.items() if segment is None]:
-                return None, missing
-            if len({segment.stretch for segment in segments.values()}) > 1:
-                return None, []
-            for place, (number, second) in enumerate(zip(numbers, times.tolist())):
-                segment = segments[number]
-                row = int(segment.begin.searchsorted(second, "right")) - 1
-                if row < 0 or second >= segment.end[row]:
-                    return None, []
-                if (number, row) == last:
-                    frames[place] = frames[place - 1]
-                else:
-                    frames[place] = kept_cut(segment.picture(row), plan, segment.size[2:], scaler)
-                last = number, row
-        except Damaged:
-            return None, [number]
-        finally:
-            for segment in segments.values():
-                if segment is not None:
-                    segment.close()
-        return frames, []
-
-    def fill(self, file, numbers):
-        """Decode a file from the first to the last of some segments and keep them, or one by one where that fails ->
-        whether all are kept now. What failed is not tried again by this process."""
-        if not self.stores or not self.failed.isdisjoint((file.name, number) for number in numbers):
-            return False
-        try:
-            return self.make(file, numbers, partial(read_pyav, file.path, file.plan, walk=partial(self.keep, file)))
-        except BadFile:
-            if len(numbers) == 1:
-                self.failed.add((file.name, numbers[0]))
-                return False
-        return sum(self.fill(file, [number]) for number in numbers) == len(numbers)
-
-    def make(self, file, numbers, work=None):
-        """Lock the segments that `work` is to make -> whether it has made all; not where another process makes one."""
-        try:
-            for number in sorted(numbers):
-                file.makers[number] = SegmentMaker(self.place(file, number))
-            if work is None:
-                self.finish(file, numbers[0])
-            elif self.make_room(round(len(numbers) * file.seconds * file.rate)):
-                work()
-            else:
-                raise Unkept(self.full)
-        except BlockingIOError:
-            return False
-        except OutOfTime:
-            if len(file.makers) == len(numbers):
-                self.failed.add(file.name)
-        finally:
-            made = not file.makers
-            for maker in file.makers.values():
-                maker.close()
-            file.makers.clear()
-        return made
-
-    def keep(self, file, container, stream, plan, fast):
-        """The walk of read_pyav that fills `file.makers`."""
-        from av.video.reformatter import VideoReformatter
-
-        line, packets = time_line(container, stream, plan, fast)
-        if line_values(line) != file.line:
-            raise BadFile("its times are others when it is read from its start")
-        first, last = (number * file.seconds for number in (min(file.makers), max(file.makers) + 1))
-        times, wanted = np.array([first, last]), None
-        if plan.start_fps:
-            wanted = wanted_times(plan, usable_part(plan, line.duration, line.fps), line.fps)
-            times = np.unique([first, *wanted[(first < wanted) & (wanted < last)], last])
-        is_ts, shown, since, last_end = container.format.name == "mpegts", None, 0.0, 0.0
-        stretch = key_before(stream_keys(file_stamp(container, plan.kept), stream.index), times[0])[3] if is_ts else 0.0
-        look = partial(kept_box, plan, file.ratios), pixel_aspect_of(stream), VideoReformatter()
-        for maker in file.makers.values():
-            maker.restart()
-        for now, end, frame in shown_frames(container, stream, line, packets, times, fast, not plan.start_fps):
-            if time.monotonic() > file.deadline:
-                raise OutOfTime
-            if shown is not None:
-                self.add(file, shown, look, (since, now), wanted, stretch)
-            if not file.makers:
-                return
-            shown, since, last_end = frame, now, end
-        self.add(
-            file, shown, look, (since, math.nextafter(last_end + end_slack(line), math.inf)), wanted, stretch, True
-        )
-
-    def add(self, file, frame, look, span, wanted, stretch, is_last=False):
-        """Give a frame that is on screen from span[0] to before span[1] to the segments in which it is, and finish
-        those that end in it."""
-        kept = None
-        for number, maker in list(file.makers.items()):
-            low, high = number * file.seconds, (number + 1) * file.seconds
-            answers = [span] if max(low, span[0]) < min(high, span[1]) else []
-            if answers and wanted is not None:
-                inside = wanted[slice(*np.searchsorted(wanted, (max(low, span[0]), min(high, span[1]))))]
-                answers = [(inside[0], math.nextafter(inside[-1], math.inf))] if len(inside) else []
-            kept = kept or (answers and whole_picture(frame, *look))
-            try:
-                for begin, end in answers:
-                    maker.add(kept[0], kept[1][2:], begin, end)
-                if is_last or span[1] >= high:
-                    self.finish(file, number, stretch)
-            except OSError as error:  # would be a BadFile to who reads a video
-                raise Unkept(reason_of(error)) from error
-
-    def finish(self, file, number, stretch=0.0):
-        """Give a segment that has all its rows its name. BadFile where its source has changed meanwhile."""
-        maker = file.makers[number]
-        says = dict(key=file.key, line=file.line, seconds=file.seconds, rate=file.rate, stretch=stretch)
-        size = maker.seal(**says)
-        if source_stamp(file.path) != file.stamp:
-            raise BadFile("it changed while it was read")
-        if not self.make_room(size, maker):
-            raise Unkept(self.full)
-        file.makers.pop(number).handle.close()
 
 
 def kept_sizes(cache, plan, videos):
@@ -2770,12 +2690,10 @@ def kept_sizes(cache, plan, videos):
     for video in videos:
         size = seconds = 0.0
         with suppress(BadFile):  # takes nothing
-            own, ratios = cache.box_plan(fit_plan(plan, video))
-            if ratios:
-                with opened_stream(video.path) as (container, stream):
-                    line, _ = time_line(container, stream, own)
-                    seconds = usable_part(own, line.duration, line.fps)
-                    size = seconds * kept_rate(own, ratios, stream, line)
+            own = fit_plan(plan, video)
+            if file := cache.file(video.path, own):
+                seconds = usable_part(own, *file.line[-2:])
+                size = seconds * file.rate
         yield size, seconds
 
 
@@ -3554,9 +3472,8 @@ class ClipDataset(FileDataset):
         noted = read_annotation(self.data_root, video).items()
         annotation = {"maneuver": video.label or "", **{key: value for key, value in noted if value is not None}}
         if self.frame_cache is not None:
-            folder = self.frame_cache.folder
-            plan = replace(plan, later=(), kept=str(folder / "index") if folder.is_dir() else "")
-            return self.frame_cache.read(video.path, fit_plan(plan, video, annotation), self.watch.note), annotation
+            plan = fit_plan(replace(plan, later=()), video, annotation)
+            return self.frame_cache.read(video.path, plan, self.watch.note), annotation
         plan, *later = (fit_plan(one, video, annotation) for one in (replace(plan, later=()), *plan.later))
         return self.read_window(video.path, plan, later), annotation
 
