@@ -150,9 +150,9 @@ def test_the_same_command_goes_on(prepared, tmp_path, capsys):
         shutil.copy(prepared[0] / "videos" / name, source / "videos" / name)
     assert run(source, out) == V.EXIT_OK
     before = {path.name: path.stat().st_mtime_ns for path in (out / "videos").iterdir()}
-    (out / "videos" / f".x.mp4.12{P.TAIL}").write_bytes(b"half")
+    (out / "videos" / f".vfr.mp4.12{P.TAIL}").write_bytes(b"half")
     with open(out / "prepared.jsonl", "ab") as file:
-        file.write(b'{"output": "videos/vfr.mp4", "ke')
+        file.write(P.Records.HEAD + b'"output": "videos/vfr.mp4", "ke')
     assert run(source, out) == V.EXIT_OK and "(0 now" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in (out / "videos").iterdir()} == before
     write_coded(source / "videos" / "vfr.mp4", 50, 10)
@@ -421,6 +421,51 @@ def test_start_up_says_when_preparing_would_help(monkeypatch, tmp_path, prepared
         data = V.ClipDataset(small_config(), [video], "", "train")
         ((cost, found),) = V.decode_costs(data)
         assert found == side and 0 < cost < 5
+
+
+def test_files_of_others_in_the_output_stay(tmp_path, capsys):
+    """A stranger's lists, annotations, videos and temporary files are neither deleted nor overwritten, whatever would
+    write or drop a file of that name; what is not in the way stays where it is. Seen red: videos.jsonl and
+    an annotation written by hand were deleted, another overwritten."""
+    (tmp_path / "in/annotations").mkdir(parents=True)
+    for name in ("a.mp4", "b.mp4"):
+        write_coded(tmp_path / "in" / name, 8, 10)
+    (tmp_path / "in/annotations/b.json").write_text('{"maneuver": "stop"}')
+    (tmp_path / "list.csv").write_text(f"{tmp_path}/in/a.mp4,left\n")
+    out = tmp_path / "out"
+    assert run(tmp_path / "in", out) == V.EXIT_OK
+    planted = {}
+    names = ("videos.jsonl", "failed.jsonl", "annotations/a.json", "annotations/b.json", ".x.preparing", "note.txt")
+    for name in (*names, "videos/.mine.mp4.1.preparing"):
+        planted[out / name] = f"the user's own {name}".encode()
+        (out / name).write_bytes(planted[out / name])
+    (tmp_path / "in/annotations/b.json").write_text('{"maneuver": "left"}')
+    assert run(tmp_path / "in", out) == V.EXIT_OK
+    aside = out / "annotations/previous_1/b.json"
+    assert str(aside.parent) in capsys.readouterr().err
+    assert aside.read_bytes() == planted.pop(out / "annotations/b.json")
+    assert (out / "annotations/b.json").read_text() == '{"maneuver": "left"}'
+    assert {path: path.read_bytes() for path in planted} == planted
+    (tmp_path / "in/annotations/b.json").unlink()
+    assert run(tmp_path / "in", out) == V.EXIT_OK and not (out / "annotations/b.json").exists()
+    (tmp_path / "in/b.mp4").write_bytes(b"x" * 4000)
+    assert run(tmp_path / "in", out) == V.EXIT_ERROR and not (out / "videos/b.mp4").exists()
+    assert (out / "previous_1/failed.jsonl").read_bytes() == planted.pop(out / "failed.jsonl")
+    planted[out / "videos/a.mp4"] = b"the user's own"
+    (out / "videos/a.mp4").write_bytes(b"the user's own")
+    assert run(tmp_path / "in", out) == V.EXIT_ERROR and "was not written by this tool" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in planted} == planted
+    del planted[out / "videos/a.mp4"]
+    (out / "videos/a.mp4").unlink()
+    assert run(tmp_path / "list.csv", out) == V.EXIT_OK
+    assert (out / "previous_2/videos.jsonl").read_bytes() == planted.pop(out / "videos.jsonl")
+    assert run(tmp_path / "list.csv", out) == V.EXIT_OK and not (out / "previous_3").exists()
+    assert {path: path.read_bytes() for path in planted} == planted
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/prepared.jsonl").write_text("mine")
+    assert run(tmp_path / "list.csv", tmp_path / "theirs") == V.EXIT_ERROR
+    assert "did not write its prepared.jsonl" in capsys.readouterr().err
+    assert content(tmp_path / "theirs") == {"prepared.jsonl": b"mine"}
 
 
 @pytest.mark.slow

@@ -349,6 +349,7 @@ def test_no_command_removes_whole_folders():
         "temporary.unlink(missing_ok=True)",
         "stale.unlink(missing_ok=True)",
         "old.unlink()",
+        "own.unlink()",  # of prepare_videos.py: bears its mark, or has the SHA-256 of the copy that is on record
         "path.unlink()",
         "shard.unlink()",  # of a sharded checkpoint, of the size and time that are on record
         'path.with_suffix(".bad").unlink(missing_ok=True)',  # the cache's own word on a window that now has latents
