@@ -374,7 +374,7 @@ def test_what_is_refused(prepared, tmp_path, capsys):
         (root / "videos", root, (), 2, "holds originals"),
         (list_path, root, (), 2, "holds originals"),
         (root, tmp_path / "full", (), 1, "holds no prepared.jsonl"),
-        (tmp_path / "none", tmp_path / "x", (), 2, "no such file or folder"),
+        (tmp_path / "none", tmp_path / "x", (), 2, f"error: --input {tmp_path}/none: no such file or folder; give a"),
         (tmp_path / "full", tmp_path / "x", (), 2, "no video matches"),
         (root, tmp_path / "x", ("--short_side", "33"), 2, "--short_side 33"),
         (root, tmp_path / "x", ("--crf", "99"), 2, "--crf 99"),
@@ -407,7 +407,7 @@ def advice(monkeypatch, costs, device="cpu", seconds=0.4, kind="videos", frame_c
 def test_start_up_says_when_preparing_would_help(monkeypatch, tmp_path, prepared):
     """Only where decoding takes longer than the step, files are large, and no frames are kept; never of prepared files.
     The gain is the least that was measured for files of that size."""
-    command = "python tools/prepare_videos.py --input my videos --output DIR"
+    command = "python tools/prepare_videos.py --input 'my videos' --output DIR"
     # 8 clips of 1.2 s by 4 workers on 4 cores: 2.4 s, beside 0.4 s of the step on the same cores, or on another device
     line = advice(monkeypatch, [(1.2, 720), (0.1, 360), (1.3, 1080)])
     assert line == f"decoding takes 86% of the time: {command} would make it 6 times faster"

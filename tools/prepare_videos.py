@@ -24,7 +24,6 @@ if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
 
 import argparse
-import errno
 import fcntl
 import hashlib
 import json
@@ -52,15 +51,10 @@ import VJepa_AUTO_V2 as V
 # Measured in records/speed/prepare.md: neither CABAC nor deblocking (fastdecode), and seven frames of eight that nobody
 # refers to, so that a reader who wants four frames per second skips most of them.
 ENCODER = {"preset": "veryfast", "tune": "fastdecode", "x264-params": "bframes=7:b-pyramid=none:b-adapt=0"}
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TAIL = ".preparing"  # how names of files end that are not whole yet
 MADE_BY = f"{V.MARK} tools/prepare_videos.py"  # stands in all that is written but copies, whose SHA-256 is on record
 PLAN = V.ClipPlan(2, 1.0, 2, 2, 0.0, 1.0, 1.0, 0.5, 0.5)  # of no clip: for what asks a file for its times
 SPEAK_S = 30.0  # between two lines of progress where stderr is no terminal
-
-
-class CannotWrite(Exception):
-    """The output folder takes nothing more; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -246,16 +240,16 @@ def set_rate(path, count, scale, total, fps):
 
 
 def check_written(path, ticks, total, scale):
-    """CannotWrite unless a file gives the times that were written, as training will read them."""
+    """OSError unless a file gives the times that were written, as training will read them."""
     try:
         with V.opened_stream(str(path)) as (container, stream):
             line, packets = V.time_line(container, stream, PLAN)
             found = sorted(packet.pts for packet in packets if packet.size)
     except V.BadFile as error:
-        raise CannotWrite(f"what was written cannot be read: {error}") from error
+        raise OSError(f"what was written cannot be read: {error}") from error
     kept = line.unit == Fraction(1, scale) and line.start == 0 and found == ticks
     if not kept or line.duration != float(total * line.unit):
-        raise CannotWrite(f"{len(found)} frames and {line.duration:g} s were written of {len(ticks)} frames")
+        raise OSError(f"{len(found)} frames and {line.duration:g} s were written of {len(ticks)} frames")
 
 
 # -- one file, in a process of its own ---------------------------------------------------------------------------------
@@ -276,8 +270,8 @@ def stamp(video):
 
 
 def write_film(job, frames, temporary, settings):
-    """Encode frames -> generator of the share that is done, then the record of the file. BadFile, CannotWrite,
-    OSError of the disk."""
+    """Encode frames -> generator of the share that is done, then the record of the file. BadFile; OSError of the
+    disk."""
     duration, fps, unit, parts = next(frames)
     scale = ticks_per_second(unit, fps)
     total = max(2 * round(duration * scale / 2), 2)
@@ -330,7 +324,7 @@ def transcode(job, folder, settings):
         V.sync_folder(target.parent)
     except V.BadFile as error:
         result = "bad", str(error)
-    except (CannotWrite, OSError) as error:
+    except OSError as error:
         result = "disk", V.reason_of(error)
     finally:
         with suppress(OSError):
@@ -454,9 +448,9 @@ class Records:
         self.done.pop(name, None)
         self.copies.pop(name, None)
 
-    def copy(self, source, name):
-        """Copy a small file whole or not at all, where it is not there as it is."""
-        target, content = self.folder / name, Path(source).read_bytes()
+    def copy(self, content, name):
+        """Write the bytes of a copy, whole or not at all, where they are not there. Another's file is moved aside."""
+        target = self.folder / name
         if target.is_file() and target.read_bytes() == content:
             return
         if os.path.lexists(target) and not (target.is_file() and name in self.copies and self.is_own(name)):
@@ -591,15 +585,16 @@ def copy_annotations(jobs, root, records):
     """Copy the annotations of a folder's videos to where they are looked for -> {video: path below DIR2}."""
     found = {}
     for video, job in jobs.items() if os.path.isdir(root) else ():
-        name = os.path.splitext(video.name)[0] + ".json"
+        content, name = None, os.path.splitext(video.name)[0] + ".json"
         target = "annotations" + os.path.splitext(job.output.removeprefix("videos"))[0] + ".json"
         paths = [os.path.join(root, "annotations", place) for place in (name, os.path.basename(name))]
-        path = next(filter(os.path.isfile, paths), None)
-        if path is None:
+        if path := next(filter(os.path.isfile, paths), None):
+            with suppress(OSError):  # training finds no annotation there, as here
+                content = Path(path).read_bytes()
+        if content is None:
             records.drop(target)
-            continue
-        with suppress(PermissionError):  # of the original: training finds no annotation there, as here
-            records.copy(path, target)
+        else:
+            records.copy(content, target)
             found[video] = target
     return found
 
@@ -611,11 +606,10 @@ def copy_signals(video, records):
     mark = hashlib.sha256(os.fsencode(video.signals)).hexdigest()[:8]
     place = f"annotations/{Path(video.signals).stem[:100]}_{mark}.json"
     try:
-        records.copy(video.signals, place)
-    except OSError as error:
-        if error.errno in FULL:
-            raise
+        content = Path(video.signals).read_bytes()
+    except OSError:
         return video.signals  # training names it with its reason, here as there
+    records.copy(content, place)
     return place
 
 
@@ -703,7 +697,11 @@ def find(args):
     """The input -> its Listing, with its notes and guesses said. UsageError as in training."""
     glob = {"data_root": args.input, "frame_fps": args.frame_fps, "video_glob": args.video_glob}
     cfg = replace(V.VJepaAutoV2Config(), **glob, missing_data="error")
-    videos = V.list_data(cfg)
+    try:
+        videos = V.list_data(cfg)
+    except V.UsageError as error:  # of training's flag, and training may do without it
+        said = str(error).replace(", or leave --data_root out for built-in scenes", "")
+        raise V.UsageError(re.sub(r"(--)?data_root\b", "--input", said)) from error
     check_places(args, videos)
     for note in videos.notes:
         V.say(note)
