@@ -378,6 +378,7 @@ def test_what_is_refused(prepared, tmp_path, capsys):
         (tmp_path / "full", tmp_path / "x", (), 2, "no video matches"),
         (root, tmp_path / "x", ("--short_side", "33"), 2, "--short_side 33"),
         (root, tmp_path / "x", ("--crf", "99"), 2, "--crf 99"),
+        (root, tmp_path / "x", ("--gop", f"{10**10}"), 2, "--gop 10000000000 must be"),
         (root, root / "videos" / "a.mp4" / "x", (), 2, "lies in --input"),
         (root, source / "videos" / "vfr.mp4", (), 1, "cannot be written"),
     ]

@@ -578,7 +578,7 @@ def check_places(args, videos):
         )
     for place in places:
         if (place + os.sep).startswith(out.rstrip(os.sep) + os.sep):
-            raise V.UsageError(f"--output {args.output} holds originals ({place}); use another one")
+            raise V.UsageError(f"--output {args.output} holds originals ({place}); use another")
 
 
 def copy_annotations(jobs, root, records):
@@ -636,6 +636,12 @@ def lines_of(video, job, record, signals, root):
     return lines
 
 
+def write_lines(path, texts):
+    """Write a file of ours anew. Another's of that name is moved aside."""
+    content = "".join(f"{text}\n" for text in texts).encode()
+    V.write_own(path, lambda handle: handle.write(content))
+
+
 def write_list(videos, jobs, records, annotations, root):
     """Write DIR2/videos.jsonl: what the input says of its videos, of those that are there now."""
     texts = [f"# {MADE_BY}"]
@@ -645,8 +651,7 @@ def write_list(videos, jobs, records, annotations, root):
             signals = annotations.get(video) or copy_signals(video, records)
             for line in lines_of(video, jobs[video], record, signals, root):
                 texts.append(json.dumps({key: value for key, value in line.items() if value is not None}))
-    content = "".join(f"{text}\n" for text in texts).encode()
-    V.write_own(records.folder / "videos.jsonl", lambda handle: handle.write(content))
+    write_lines(records.folder / "videos.jsonl", texts)
 
 
 def write_failed(records, failed, jobs):
@@ -656,32 +661,28 @@ def write_failed(records, failed, jobs):
         return
     paths = {job.output: job.video.path for job in jobs}
     rows = [{"file": paths[output], "reason": reason, "made_by": MADE_BY} for output, reason in failed.items()]
-    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    V.write_own(records.folder / "failed.jsonl", lambda handle: handle.write(content))
+    write_lines(records.folder / "failed.jsonl", map(json.dumps, rows))
 
 
 def parse(argv):
     """Command line -> namespace."""
-    parser = argparse.ArgumentParser(
-        description="Transcode videos once, so that training reads them faster.", allow_abbrev=False
-    )
+    about = "Transcode videos once, so that training reads them faster."
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    expand = os.path.expanduser
-    parser.add_argument("--input", required=True, type=expand, help="what --data_root is: folder, list or video")
-    parser.add_argument("--output", required=True, type=expand, help="folder to write, outside of the input")
-    parser.add_argument("--short_side", type=int, default=288, help="pixels of the shorter side, never enlarged [288]")
-    parser.add_argument("--gop", type=int, default=30, help="frames from key frame to key frame [30]")
-    parser.add_argument("--crf", type=int, default=20, help="x264's quality, 0 to 51, 0 is lossless [20]")
-    parser.add_argument("--workers", type=int, default=cores, help=f"files at a time, one thread each [{cores}]")
-    parser.add_argument("--frame_fps", type=float, default=0.0, help="as in training: rate of raw streams and pictures")
-    parser.add_argument("--video_glob", default="*", help="as in training: which files of a folder")
-    parser.add_argument(
-        "--timeout_s", type=float, default=300.0, help="a file of which nothing comes for so long fails"
-    )
+    add, expand = parser.add_argument, os.path.expanduser
+    add("--input", required=True, type=expand, help="what --data_root is: folder, list or video")
+    add("--output", required=True, type=expand, help="folder to write, outside of the input")
+    add("--short_side", type=int, default=288, help="pixels of the shorter side, never enlarged [288]")
+    add("--gop", type=int, default=30, help="frames from key frame to key frame [30]")
+    add("--crf", type=int, default=20, help="x264's quality, 0 to 51, 0 is lossless [20]")
+    add("--workers", type=int, default=cores, help=f"files at a time, one thread each [{cores}]")
+    add("--frame_fps", type=float, default=0.0, help="as in training: rate of raw streams and pictures")
+    add("--video_glob", default="*", help="as in training: which files of a folder")
+    add("--timeout_s", type=float, default=300.0, help="a file of which nothing comes for so long fails")
     args = parser.parse_args(argv)
     rules = {
         "short_side": (args.short_side >= 16 and args.short_side % 2 == 0, "an even number from 16 on"),
-        "gop": (args.gop >= 1, "at least 1"),
+        "gop": (1 <= args.gop <= 10**6, "from 1 to 1000000"),
         "crf": (0 <= args.crf <= 51, "from 0 to 51"),
         "workers": (args.workers >= 1, "at least 1"),
         "frame_fps": (0 <= args.frame_fps < math.inf, "0 or a rate"),
@@ -748,8 +749,8 @@ def prepare(argv):
     """List, transcode what is not there yet, copy annotations, write the list -> exit code."""
     args, began = parse(argv), time.monotonic()
     videos, folder = find(args), Path(args.output)
-    is_split, is_list = bool(videos.sides), args.input.lower().endswith((".csv", ".txt", ".jsonl"))
-    is_list = os.path.isfile(args.input) and is_list
+    is_split, is_file = bool(videos.sides), os.path.isfile(args.input)
+    is_list = is_file and args.input.lower().endswith((".csv", ".txt", ".jsonl"))
     has_pictures = any(video.pictures for video in videos)
     jobs = plan_jobs(videos, args.input, not (is_list or has_pictures), is_split, args.frame_fps)
     unique = list(dict.fromkeys(jobs.values()))
