@@ -69,6 +69,7 @@ import platform
 import re
 import resource
 import secrets
+import shlex
 import shutil
 import socket
 import stat
@@ -2680,7 +2681,7 @@ class FrameCache:
                 frames = file and file.frames(plan)
         except (Unkept, OSError) as error:
             if self.stores:
-                tell(f"WARNING: frame cache {self.folder}: {reason_of(error)}; what is not in it is decoded")
+                tell(f"WARNING: frame_cache {self.folder}: {reason_of(error)}; what is not in it is decoded")
             self.stores = False
         return read_frames(path, plan, self.decoder) if frames is None else frames
 
@@ -8916,7 +8917,7 @@ def advise_preparing(run, seconds):
     on_cpu = process.device.type == "cpu"  # where both want the same cores
     share = decoding / (decoding + seconds) if on_cpu else 1 - seconds / decoding
     gain = "halve it" if faster == 2 else f"make it {faster} times faster"
-    how = f"python tools/prepare_videos.py --input {cfg.data_root} --output DIR would {gain}"
+    how = f"python tools/prepare_videos.py --input {shlex.quote(cfg.data_root)} --output DIR would {gain}"
     return f"decoding takes {share:.0%} of the time: {how}"
 
 

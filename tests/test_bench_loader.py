@@ -16,7 +16,7 @@ import VJepa_AUTO_V2 as V
 @pytest.fixture
 def small(monkeypatch):
     """Films of 96 x 64 at 30 fps."""
-    for name, value in (("HEIGHT", 64), ("WIDTH", 96), ("SHORT_SIDE", 32), ("PREPARE", Path("nowhere.py"))):
+    for name, value in (("HEIGHT", 64), ("WIDTH", 96)):
         monkeypatch.setattr(B, name, value)
 
 
@@ -33,9 +33,10 @@ def test_every_way_is_measured(small, tmp_path, capsys):
         assert all(row["clips_per_s"] > 0 and way in shown for way, row in rows.items())
 
 
-def test_the_profile_adds_up(small, tmp_path, capsys):
+def test_the_profile_adds_up(small, monkeypatch, capsys):
     """Parts leave out the parts that they call; the script is as before afterwards."""
     real = {name: getattr(V, name) for name in B.PARTS}
+    monkeypatch.setattr(B, "prepare", lambda path, folder: path)  # by the real tool above
     B.main(["--seconds", "1", "--gops", "10", "--rounds", "1", "--clips", "1", "--profile"])
     shown = capsys.readouterr().out
     assert "decode" in shown and "scale, RGB" in shown and "open, find_stream_info" in shown

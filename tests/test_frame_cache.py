@@ -360,7 +360,7 @@ def test_a_disk_that_refuses_is_said_once(tmp_path, videos, monkeypatch, harm):
         frames, told = warned(cache, path, plans[number])
         assert same(frames, wanted[number])
         lines += told
-    assert len(lines) == 1 and lines[0].startswith(f"WARNING: frame cache {folder}: ") and "is decoded" in lines[0]
+    assert len(lines) == 1 and lines[0].startswith(f"WARNING: frame_cache {folder}: ") and "is decoded" in lines[0]
     left = [path.stat().st_size for path in tmp_path.glob("kept/*/*.tmp")]
     assert left == ([0] if harm == "no locks" else [])  # without a lock nobody knows whose it is
     assert not harm.startswith("in place") or folder.read_text() == "mine"

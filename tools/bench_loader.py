@@ -4,9 +4,8 @@
     python tools/bench_loader.py --seconds 60 --gops 30 --profile
 
 720p H.264 files at 30 fps, of 10 and 60 s and with key frames 30 and 250 frames apart (250 is x264's default), with
-detail that moves, are written to a temporary folder, and one more is prepared of the last: short side 288, GOP 30, by
-tools/prepare_videos.py where that is there. Then, interleaved over the rounds so that a busy machine hurts all alike,
-one thread reads of each
+detail that moves, are written to a temporary folder, and one more is made of the last by tools/prepare_videos.py. Then,
+interleaved over the rounds so that a busy machine hurts all alike, one thread reads of each
 
     pyav, decord     V.READERS with the base config's plan: 84 frames at 4 fps, 224 px, at random windows
     N windows        V.ClipDataset with windows_per_file N (--windows), whose windows are decoded in one go
@@ -50,7 +49,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import VJepa_AUTO_V2 as V
 
 HEIGHT, WIDTH, FPS = 720, 1280, 30
-SHORT_SIDE, PREPARED_GOP = 288, 30  # of a prepared file
 PREPARE = Path(__file__).resolve().parent / "prepare_videos.py"
 
 
@@ -101,23 +99,11 @@ def write_bench_videos(folder, lengths, gops, preset):
 
 
 def prepare(path, folder):
-    """A file as tools/prepare_videos.py makes it -> path; without that tool by what it does to such a file."""
-    import av
-
-    target = Path(folder) / "prepared" / path.name
-    if PREPARE.is_file():
-        command = [sys.executable, str(PREPARE), "--input", str(path), "--output", str(target.parent)]
-        subprocess.run(command, check=True, capture_output=True)
-        return next(target.parent.rglob("*.mp4"))
-    target.parent.mkdir()
-    with av.open(str(path)) as source, av.open(str(target), "w") as container:
-        stream = None
-        for frame in source.decode(video=0):
-            width = round(SHORT_SIDE * frame.width / frame.height / 2) * 2
-            stream = stream or add_h264(container, width, SHORT_SIDE, "veryfast", PREPARED_GOP)
-            container.mux(stream.encode(frame.reformat(width, SHORT_SIDE, "yuv420p", interpolation="AREA")))
-        container.mux(stream.encode())
-    return target
+    """A file as tools/prepare_videos.py makes it -> path."""
+    target = Path(folder) / "prepared"
+    command = [sys.executable, str(PREPARE), "--input", str(path), "--output", str(target)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(target.rglob("*.mp4"))
 
 
 def bench_plan(number, clip_fps):

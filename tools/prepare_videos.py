@@ -24,7 +24,6 @@ if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
 
 import argparse
-import errno
 import fcntl
 import hashlib
 import json
@@ -40,6 +39,7 @@ from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -51,13 +51,10 @@ import VJepa_AUTO_V2 as V
 # Measured in records/speed/prepare.md: neither CABAC nor deblocking (fastdecode), and seven frames of eight that nobody
 # refers to, so that a reader who wants four frames per second skips most of them.
 ENCODER = {"preset": "veryfast", "tune": "fastdecode", "x264-params": "bframes=7:b-pyramid=none:b-adapt=0"}
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TAIL = ".preparing"  # how names of files end that are not whole yet
+MADE_BY = f"{V.MARK} tools/prepare_videos.py"  # stands in all that is written but copies, whose SHA-256 is on record
+PLAN = V.ClipPlan(2, 1.0, 2, 2, 0.0, 1.0, 1.0, 0.5, 0.5)  # of no clip: for what asks a file for its times
 SPEAK_S = 30.0  # between two lines of progress where stderr is no terminal
-
-
-class CannotWrite(Exception):
-    """The output folder takes nothing more; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -84,32 +81,7 @@ def target_size(width, height, short_side):
 
 def scaled(frame, aspect, short_side, scaler):
     """A decoded frame -> uint8 [H, W, 3], turned and mirrored as it asks, in the target's size."""
-    on_its_side, down, across = V.orientation(frame)
-    turn = -1 if on_its_side else 1
-    size = target_size(*(frame.width * aspect, frame.height)[::turn], short_side)
-    picture = scaler.reformat(frame, *size[::turn], "rgb24", interpolation="AREA").to_ndarray()
-    return (picture.swapaxes(0, 1) if on_its_side else picture)[::down, ::across]
-
-
-def decoded(container, stream, line, packets, times):
-    """Frames of a stretch of a video as V.pyav_walk meets them -> generator of (second, frame). BadFile as there."""
-    before, shown_end = -math.inf, 0.0
-    for frame in V.pyav_frames(stream, times, False, line, packets):
-        if frame.pts is None and before == -math.inf:
-            continue  # before the beginning of time
-        now = before + 1 / line.fps if frame.pts is None else line.second(frame.pts)
-        if now < before:
-            raise V.BadFile(f"its time stamps run backwards, from {before:.2f} s to {now:.2f} s; convert it to mp4")
-        if frame.is_corrupt:
-            raise V.BadFile(f"damaged picture at {now:.2f} s")
-        before = now
-        shown_end = now + (1 / line.fps if line.in_order else float((frame.duration or 0) * line.unit))
-        yield now, frame
-    if before == -math.inf:
-        raise V.BadFile("no frame could be decoded")
-    if container.format.name != "mpegts" and line.duration > shown_end + 1.0 + 2 / line.fps:
-        promise = f"ends at {shown_end:.2f} s, its header promises {line.duration:.2f} s"
-        raise V.BadFile(f"{promise}: a cut file, which a copy without the promise cures (ffmpeg -i IN -c copy OUT.mkv)")
+    return V.whole_picture(frame, partial(target_size, short_side=short_side), aspect, scaler)[0]
 
 
 def video_frames(path, plan, short_side):
@@ -124,10 +96,8 @@ def video_frames(path, plan, short_side):
             stream.thread_type, stream.thread_count = "NONE", 1
             stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(V.MAX_PIXELS)}
             line, packets = V.time_line(container, stream, plan, fast=False)
-            aspect, times = float(stream.sample_aspect_ratio or 1), np.zeros(1)
-            if not 1 / 8 <= aspect <= 8:
-                raise V.BadFile(f"its pixels are {aspect:g} times as wide as high")
-            if container.format.name == "mpegts":
+            aspect, times, is_ts = V.pixel_aspect_of(stream), np.zeros(1), container.format.name == "mpegts"
+            if is_ts:
                 ends = {}
                 for at, _, _, end in V.stream_keys(V.file_stamp(container), stream.index):
                     ends.setdefault(end, at)
@@ -140,10 +110,11 @@ def video_frames(path, plan, short_side):
                 parts = [(a, min(a + b, line.duration)) for a, b in zip(starts.tolist(), lengths.tolist())]
             if not number:
                 yield line.duration, line.fps, line.unit if line.told is None else None, parts
-            if container.format.name == "mpegts":
-                line, packets = V.enter_stretch(container, stream, line, times, False)
-            for now, frame in decoded(container, stream, line, packets, times):
-                yield now, scaled(frame, aspect, short_side, scaler)
+            for now, end, frame in V.shown_frames(container, stream, line, packets, times, False):  # noqa: B007
+                yield max(now, begin or 0.0), scaled(frame, aspect, short_side, scaler)
+            if not is_ts and line.duration > end + V.end_slack(line):
+                promise = f"ends at {end:.2f} s, its header promises {line.duration:.2f} s: a cut file, which a copy"
+                raise V.BadFile(f"{promise} without the promise cures (ffmpeg -i IN -c copy OUT.mkv)")
 
 
 def picture_frames(path, plan, short_side):
@@ -196,7 +167,7 @@ def open_mp4(path, scale):
 
     options = {"movie_timescale": str(scale), "video_track_timescale": str(scale)}
     container = av.open(str(path), "w", format="mp4", options=options)
-    container.metadata["comment"] = f"{V.MARK} tools/prepare_videos.py"
+    container.metadata["comment"] = MADE_BY
     return container
 
 
@@ -250,35 +221,35 @@ def set_rate(path, count, scale, total, fps):
     stored = round(count * scale / Fraction(fps).limit_denominator(10**6))
     if stored <= total or count < 2:
         return
-    longer = path.with_name(f"{path.name}.rate{TAIL}")
+    temporary = path.with_name(f"{path.name}.rate{TAIL}")
     try:
         with av.open(str(path)) as source:
             pts, dts = zip(*((packet.pts, packet.dts) for packet in source.demux(video=0) if packet.size))
         last = max(pts)
         lead = stored - dts[-1] - (total - last if pts[-1] == last else 1)
-        with av.open(str(path)) as source, open_mp4(longer, scale) as target:
+        with av.open(str(path)) as source, open_mp4(temporary, scale) as target:
             stream = target.add_stream_from_template(source.streams.video[0])
             for packet in (packet for packet in source.demux(video=0) if packet.size):
                 packet.duration = total - last if packet.pts == last else 1
                 packet.dts = packet.dts or -lead
                 packet.stream = stream
                 target.mux(packet)
-        os.replace(longer, path)
+        os.replace(temporary, path)
     finally:
-        longer.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def check_written(path, ticks, total, scale):
-    """CannotWrite unless a file gives the times that were written, as training will read them."""
+    """OSError unless a file gives the times that were written, as training will read them."""
     try:
         with V.opened_stream(str(path)) as (container, stream):
-            line, packets = V.time_line(container, stream, V.ClipPlan(2, 1.0, 2, 2, 0.0, 1.0, 1.0, 0.5, 0.5))
+            line, packets = V.time_line(container, stream, PLAN)
             found = sorted(packet.pts for packet in packets if packet.size)
     except V.BadFile as error:
-        raise CannotWrite(f"what was written cannot be read: {error}") from error
+        raise OSError(f"what was written cannot be read: {error}") from error
     kept = line.unit == Fraction(1, scale) and line.start == 0 and found == ticks
     if not kept or line.duration != float(total * line.unit):
-        raise CannotWrite(f"{len(found)} frames and {line.duration:g} s were written of {len(ticks)} frames")
+        raise OSError(f"{len(found)} frames and {line.duration:g} s were written of {len(ticks)} frames")
 
 
 # -- one file, in a process of its own ---------------------------------------------------------------------------------
@@ -299,7 +270,8 @@ def stamp(video):
 
 
 def write_film(job, frames, temporary, settings):
-    """Encode frames -> generator of the share that is done, then the record of the file. BadFile, CannotWrite."""
+    """Encode frames -> generator of the share that is done, then the record of the file. BadFile; OSError of the
+    disk."""
     duration, fps, unit, parts = next(frames)
     scale = ticks_per_second(unit, fps)
     total = max(2 * round(duration * scale / 2), 2)
@@ -312,26 +284,20 @@ def write_film(job, frames, temporary, settings):
     film, ticks, spoken = None, [], 0.0
     for tick, picture in on_screen(frames, scale, total):
         height, width = picture.shape[:2]
-        try:
-            if film is None:
-                film = Film(temporary, scale, fps, height, width, settings)
-            elif (width, height) != (film.stream.width, film.stream.height):
-                shapes = f"{film.stream.width} x {film.stream.height} to {width} x {height}"
-                raise V.BadFile(f"the shape of its pictures changes at {tick / scale:.2f} s, scaled from {shapes}")
-            film.add(tick, picture)
-        except OSError as error:
-            raise CannotWrite(V.reason_of(error)) from error
+        if film is None:
+            film = Film(temporary, scale, fps, height, width, settings)
+        elif (width, height) != (film.stream.width, film.stream.height):
+            shapes = f"{film.stream.width} x {film.stream.height} to {width} x {height}"
+            raise V.BadFile(f"the shape of its pictures changes at {tick / scale:.2f} s, scaled from {shapes}")
+        film.add(tick, picture)
         ticks.append(tick)
         if time.monotonic() - spoken > 0.5:
             spoken = time.monotonic()
             yield tick / total
-    try:
-        film.close(total)
-        set_rate(temporary, len(ticks), scale, total, fps)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise CannotWrite(V.reason_of(error)) from error
+    film.close(total)
+    set_rate(temporary, len(ticks), scale, total, fps)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
     check_written(temporary, ticks, total, scale)
     yield {"frames": len(ticks), "seconds": duration, "parts": kept if len(parts) > 1 else []}
 
@@ -342,7 +308,7 @@ def transcode(job, folder, settings):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the parent's to obey
     target = folder / job.output
     temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}{TAIL}")
-    plan = V.ClipPlan(2, 1.0, 2, 2, 0.0, 1.0, 1.0, 0.5, 0.5, job.rate, job.noted, file=job.video)
+    plan = replace(PLAN, frame_fps=job.rate, noted_fps=job.noted, file=job.video)
     read = picture_frames if job.video.pictures else video_frames
     try:
         before = stamp(job.video)
@@ -358,7 +324,7 @@ def transcode(job, folder, settings):
         V.sync_folder(target.parent)
     except V.BadFile as error:
         result = "bad", str(error)
-    except (CannotWrite, OSError) as error:
+    except OSError as error:
         result = "disk", V.reason_of(error)
     finally:
         with suppress(OSError):
@@ -402,36 +368,41 @@ class Process:
 
 
 class Records:
-    """DIR2/prepared.jsonl: a line for each finished file. Its lock keeps a second run out of the folder."""
+    """DIR2/prepared.jsonl: a line for each finished file, and one for each copy. Its lock keeps a second run out of the
+    folder. What is deleted or replaced is the tool's own: it bears its mark, or it is a copy whose SHA-256 is here."""
 
-    def __init__(self, folder, settings):
+    HEAD = f'{{"made_by": "{MADE_BY}", '.encode()  # how each line begins
+
+    def __init__(self, folder, settings, outputs):
         self.folder, self.settings, self.path = folder, settings, folder / "prepared.jsonl"
-        known = self.path.exists()
-        if not known and folder.exists() and any(folder.iterdir()):
+        if not self.path.exists() and folder.exists() and any(folder.iterdir()):
             raise V.UserError(f"--output {folder} is not empty and holds no prepared.jsonl; use another one")
-        (folder / "videos").mkdir(parents=True, exist_ok=True)
-        self.file, self.done = open(self.path, "a+b"), {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file, self.done, self.copies = open(self.path, "a+b"), {}, {}
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise V.UserError(f"--output {folder}: another run prepares videos there") from error
         self.file.seek(0)
-        for line in self.file.read().splitlines():
+        text = self.file.read()
+        if not self.HEAD.startswith(text[: len(self.HEAD)]):  # shorter where a kill has torn the first line
+            raise V.UserError(f"--output {folder}: this tool did not write its prepared.jsonl; use another one")
+        for line in text.splitlines():
             with suppress(ValueError, KeyError, TypeError):  # the last one may be torn: its file is made again
                 row = json.loads(line)
-                self.done[row["output"]] = row
-        if known and self.file.tell() and not self.ends_well():
+                (self.copies if "sha256" in row else self.done)[row["output"]] = row
+        if text and not text.endswith(b"\n"):
             self.file.write(b"\n")
+        (folder / "videos").mkdir(exist_ok=True)
+        self.names = {folder / name for name in ("videos.jsonl", "failed.jsonl", *outputs, *self.done, *self.copies)}
         self.sweep()
 
     def sweep(self):
-        """Remove what killed processes left."""
-        for left in self.folder.rglob(f".*{TAIL}"):
-            left.unlink(missing_ok=True)
-
-    def ends_well(self):
-        self.file.seek(-1, os.SEEK_END)
-        return self.file.read() == b"\n"
+        """Remove what killed processes left: temporary files by the names that they have for this folder's own."""
+        for stale in self.folder.rglob(".*"):
+            name = re.fullmatch(rf"\.(.+)\.\d+(\.tmp|({re.escape(TAIL)})(\.rate{re.escape(TAIL)})?)", stale.name)
+            if name and stale.with_name(name[1]) in self.names and stale.is_file():
+                stale.unlink(missing_ok=True)
 
     def key(self, job):
         """What must be the same for a finished file to count."""
@@ -445,27 +416,51 @@ class Records:
             return None
         return row if path.is_file() and path.stat().st_size == row["bytes"] else None
 
+    def is_own(self, name):
+        """Whether this tool wrote the file of this name: its mark stands at an end, or its sum is on record."""
+        with open(self.folder / name, "rb") as file:
+            if name in self.copies:
+                return hashlib.sha256(file.read()).hexdigest() == self.copies[name]["sha256"]
+            head = file.read(200)
+            file.seek(max(os.fstat(file.fileno()).st_size - 2**16, 0))
+            return MADE_BY.encode() in head + file.read()
+
     def check_own(self, job):
         """UserError where a file stands that this tool did not write."""
         path = self.folder / job.output
-        if job.output in self.done or not path.exists():
-            return
-        with open(path, "rb") as file:
-            file.seek(max(path.stat().st_size - 2**16, 0))
-            if f"{V.MARK} tools/prepare_videos.py".encode() not in file.read():  # the end of what was left by a kill
-                raise V.UserError(f"{path} was not written by this tool; move it away, or use another --output")
+        if os.path.lexists(path) and not (path.is_file() and self.is_own(job.output)):
+            raise V.UserError(f"{path} was not written by this tool; move it away, or use another --output")
+
+    def note(self, rows, name, values):
+        """A row about a file, on the disk and in `rows`."""
+        rows[name] = {"output": name, **values}
+        self.file.write(self.HEAD + json.dumps(rows[name])[1:].encode() + b"\n")
+        self.file.flush()
 
     def add(self, job, record):
-        row = {"output": job.output, "key": self.key(job), **record}
-        self.file.write((json.dumps(row) + "\n").encode())
-        self.file.flush()
-        self.done[job.output] = row
+        self.note(self.done, job.output, {"key": self.key(job), **record})
 
-    def drop(self, job):
-        """Forget a file whose source fails now: what was made of it before is no longer what the source is."""
-        if self.done.pop(job.output, None) is not None:
-            with suppress(FileNotFoundError):
-                (self.folder / job.output).unlink()
+    def drop(self, name):
+        """Delete and forget what this tool wrote under a name: its source is gone or fails. Others' files stay."""
+        own = self.folder / name
+        if own.is_file() and self.is_own(name):
+            own.unlink()
+        self.done.pop(name, None)
+        self.copies.pop(name, None)
+
+    def copy(self, content, name):
+        """Write the bytes of a copy, whole or not at all, where they are not there. Another's file is moved aside."""
+        target = self.folder / name
+        if target.is_file() and target.read_bytes() == content:
+            return
+        if os.path.lexists(target) and not (target.is_file() and name in self.copies and self.is_own(name)):
+            V.move_aside(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.names.add(target)
+        self.note(self.copies, name, {"sha256": hashlib.sha256(content).hexdigest()})
+        temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}{TAIL}")
+        temporary.write_bytes(content)
+        os.replace(temporary, target)
 
 
 class Progress:
@@ -531,7 +526,7 @@ def take_in(job, result, records, failed):
         raise V.UserError(f"--output {records.folder}: cannot be written ({result[1]}); {saved}")
     else:
         failed[job.output] = result[1]
-        records.drop(job)
+        records.drop(job.output)
         V.say(f"failed: {job.video.path}: {result[1]}", sys.stderr)
 
 
@@ -583,48 +578,38 @@ def check_places(args, videos):
         )
     for place in places:
         if (place + os.sep).startswith(out.rstrip(os.sep) + os.sep):
-            raise V.UsageError(f"--output {args.output} holds originals ({place}); use another one")
+            raise V.UsageError(f"--output {args.output} holds originals ({place}); use another")
 
 
-def copy_file(source, target):
-    """Copy a small file whole or not at all, where it is not there as it is."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    content = Path(source).read_bytes()
-    if not (target.is_file() and target.read_bytes() == content):
-        temporary = target.with_name(f".{target.name[:200]}{TAIL}")
-        temporary.write_bytes(content)
-        os.replace(temporary, target)
-
-
-def copy_annotations(jobs, root, folder):
+def copy_annotations(jobs, root, records):
     """Copy the annotations of a folder's videos to where they are looked for -> {video: path below DIR2}."""
     found = {}
     for video, job in jobs.items() if os.path.isdir(root) else ():
-        name = os.path.splitext(video.name)[0] + ".json"
+        content, name = None, os.path.splitext(video.name)[0] + ".json"
         target = "annotations" + os.path.splitext(job.output.removeprefix("videos"))[0] + ".json"
         paths = [os.path.join(root, "annotations", place) for place in (name, os.path.basename(name))]
-        path = next(filter(os.path.isfile, paths), None)
-        if path is None:
-            (folder / target).unlink(missing_ok=True)
-            continue
-        with suppress(PermissionError):  # of the original: training finds no annotation there, as here
-            copy_file(path, folder / target)
+        if path := next(filter(os.path.isfile, paths), None):
+            with suppress(OSError):  # training finds no annotation there, as here
+                content = Path(path).read_bytes()
+        if content is None:
+            records.drop(target)
+        else:
+            records.copy(content, target)
             found[video] = target
     return found
 
 
-def copy_signals(video, folder):
+def copy_signals(video, records):
     """What a list's line says of signals -> the same for the new list: an object, or the path of a copy."""
     if not video.signals or video.signals.startswith("{"):
         return json.loads(video.signals or "null")
     mark = hashlib.sha256(os.fsencode(video.signals)).hexdigest()[:8]
     place = f"annotations/{Path(video.signals).stem[:100]}_{mark}.json"
     try:
-        copy_file(video.signals, folder / place)
-    except OSError as error:
-        if error.errno in FULL:
-            raise
+        content = Path(video.signals).read_bytes()
+    except OSError:
         return video.signals  # training names it with its reason, here as there
+    records.copy(content, place)
     return place
 
 
@@ -651,52 +636,53 @@ def lines_of(video, job, record, signals, root):
     return lines
 
 
+def write_lines(path, texts):
+    """Write a file of ours anew. Another's of that name is moved aside."""
+    content = "".join(f"{text}\n" for text in texts).encode()
+    V.write_own(path, lambda handle: handle.write(content))
+
+
 def write_list(videos, jobs, records, annotations, root):
     """Write DIR2/videos.jsonl: what the input says of its videos, of those that are there now."""
-    texts = [f"# {V.MARK} tools/prepare_videos.py"]
+    texts = [f"# {MADE_BY}"]
     for video in videos:
         record = records.done.get(jobs[video].output)
         if record is not None:
-            signals = annotations.get(video) or copy_signals(video, records.folder)
+            signals = annotations.get(video) or copy_signals(video, records)
             for line in lines_of(video, jobs[video], record, signals, root):
                 texts.append(json.dumps({key: value for key, value in line.items() if value is not None}))
-    content = "".join(f"{text}\n" for text in texts).encode()
-    V.write_atomic(records.folder / "videos.jsonl", lambda handle: handle.write(content))
+    write_lines(records.folder / "videos.jsonl", texts)
 
 
-def write_failed(folder, failed, jobs):
+def write_failed(records, failed, jobs):
     """DIR2/failed.jsonl: what could not be transcoded, and why. Gone where there is nothing."""
     if not failed:
-        (folder / "failed.jsonl").unlink(missing_ok=True)
+        records.drop("failed.jsonl")
         return
     paths = {job.output: job.video.path for job in jobs}
-    rows = [{"file": paths[output], "reason": reason} for output, reason in failed.items()]
-    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    V.write_atomic(folder / "failed.jsonl", lambda handle: handle.write(content))
+    rows = [{"file": paths[output], "reason": reason, "made_by": MADE_BY} for output, reason in failed.items()]
+    write_lines(records.folder / "failed.jsonl", map(json.dumps, rows))
 
 
 def parse(argv):
     """Command line -> namespace."""
-    parser = argparse.ArgumentParser(
-        description="Transcode videos once, so that training reads them faster.", allow_abbrev=False
-    )
+    about = "Transcode videos once, so that training reads them faster."
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    expand = os.path.expanduser
-    parser.add_argument("--input", required=True, type=expand, help="what --data_root is: folder, list or video")
-    parser.add_argument("--output", required=True, type=expand, help="folder to write, outside of the input")
-    parser.add_argument("--short_side", type=int, default=288, help="pixels of the shorter side, never enlarged [288]")
-    parser.add_argument("--gop", type=int, default=30, help="frames from key frame to key frame [30]")
-    parser.add_argument("--crf", type=int, default=20, help="x264's quality, 0 to 51, 0 is lossless [20]")
-    parser.add_argument("--workers", type=int, default=cores, help=f"files at a time, one thread each [{cores}]")
-    parser.add_argument("--frame_fps", type=float, default=0.0, help="as in training: rate of raw streams and pictures")
-    parser.add_argument("--video_glob", default="*", help="as in training: which files of a folder")
-    parser.add_argument(
-        "--timeout_s", type=float, default=300.0, help="a file of which nothing comes for so long fails"
-    )
+    add, expand = parser.add_argument, os.path.expanduser
+    add("--input", required=True, type=expand, help="what --data_root is: folder, list or video")
+    add("--output", required=True, type=expand, help="folder to write, outside of the input")
+    add("--short_side", type=int, default=288, help="pixels of the shorter side, never enlarged [288]")
+    add("--gop", type=int, default=30, help="frames from key frame to key frame [30]")
+    add("--crf", type=int, default=20, help="x264's quality, 0 to 51, 0 is lossless [20]")
+    add("--workers", type=int, default=cores, help=f"files at a time, one thread each [{cores}]")
+    add("--frame_fps", type=float, default=0.0, help="as in training: rate of raw streams and pictures")
+    add("--video_glob", default="*", help="as in training: which files of a folder")
+    add("--timeout_s", type=float, default=300.0, help="a file of which nothing comes for so long fails")
     args = parser.parse_args(argv)
     rules = {
         "short_side": (args.short_side >= 16 and args.short_side % 2 == 0, "an even number from 16 on"),
-        "gop": (args.gop >= 1, "at least 1"),
+        "gop": (1 <= args.gop <= 10**6, "from 1 to 1000000"),
         "crf": (0 <= args.crf <= 51, "from 0 to 51"),
         "workers": (args.workers >= 1, "at least 1"),
         "frame_fps": (0 <= args.frame_fps < math.inf, "0 or a rate"),
@@ -712,7 +698,11 @@ def find(args):
     """The input -> its Listing, with its notes and guesses said. UsageError as in training."""
     glob = {"data_root": args.input, "frame_fps": args.frame_fps, "video_glob": args.video_glob}
     cfg = replace(V.VJepaAutoV2Config(), **glob, missing_data="error")
-    videos = V.list_data(cfg)
+    try:
+        videos = V.list_data(cfg)
+    except V.UsageError as error:  # of training's flag, and training may do without it
+        said = str(error).replace(", or leave --data_root out for built-in scenes", "")
+        raise V.UsageError(re.sub(r"(--)?data_root\b", "--input", said)) from error
     check_places(args, videos)
     for note in videos.notes:
         V.say(note)
@@ -728,14 +718,14 @@ def look(jobs, records):
     """-> ({job: stamp} of those that are to be transcoded, {output: reason} of those that cannot be read)."""
     todo, failed = {}, {}
     for job in jobs:
-        records.check_own(job)
         try:
             source = stamp(job.video)
             if records.finished(job, source) is None:
+                records.check_own(job)
                 todo[job] = source
         except V.BadFile as error:
             failed[job.output] = str(error)
-            records.drop(job)
+            records.drop(job.output)
             V.say(f"failed: {job.video.path}: {error}", sys.stderr)
     return todo, failed
 
@@ -759,24 +749,25 @@ def prepare(argv):
     """List, transcode what is not there yet, copy annotations, write the list -> exit code."""
     args, began = parse(argv), time.monotonic()
     videos, folder = find(args), Path(args.output)
-    is_split, is_list = bool(videos.sides), args.input.lower().endswith((".csv", ".txt", ".jsonl"))
-    is_list = os.path.isfile(args.input) and is_list
+    is_split, is_file = bool(videos.sides), os.path.isfile(args.input)
+    is_list = is_file and args.input.lower().endswith((".csv", ".txt", ".jsonl"))
     has_pictures = any(video.pictures for video in videos)
     jobs = plan_jobs(videos, args.input, not (is_list or has_pictures), is_split, args.frame_fps)
     unique = list(dict.fromkeys(jobs.values()))
     try:
-        records = Records(folder, {**{name: getattr(args, name) for name in ("short_side", "gop", "crf")}, **ENCODER})
+        settings = {**{name: getattr(args, name) for name in ("short_side", "gop", "crf")}, **ENCODER}
+        records = Records(folder, settings, [job.output for job in unique])
         todo, failed = look(unique, records)
         failed |= run_all(todo, records, args)
-        annotations = copy_annotations(jobs, args.input, folder)
+        annotations = copy_annotations(jobs, args.input, records)
         has_parts = any(records.done[job.output]["parts"] for job in unique if job.output in records.done)
         root = folder
         if is_list or not is_split and (has_pictures or has_parts):
             root = folder / "videos.jsonl"
             write_list(videos, jobs, records, annotations, args.input)
         else:
-            (folder / "videos.jsonl").unlink(missing_ok=True)
-        write_failed(folder, failed, unique)
+            records.drop("videos.jsonl")
+        write_failed(records, failed, unique)
     except OSError as error:
         what = f"--output {args.output}: cannot be written ({V.reason_of(error)})"
         raise V.UserError(f"{what}; what is finished stays, the same command goes on") from error
