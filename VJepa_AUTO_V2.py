@@ -100,7 +100,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
-from torch.utils.flop_counter import flop_registry
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
 
@@ -728,8 +727,12 @@ def field_help(Config):
     """{field: its trailing comment}, read from the dataclass source, so that flags and comments cannot disagree."""
     helps = {}
     for cls in reversed(Config.__mro__[:-1]):
-        with suppress(OSError):  # typed into an interpreter: there is no source
-            helps |= dict(re.findall(r"^    (\w+): [^#\n]+  # (.+)$", inspect.getsource(cls), re.MULTILINE))
+        with suppress(OSError, TypeError):  # typed into an interpreter: there is no source
+            # getsource(cls) would parse the whole file, a second for each class
+            text = inspect.getsource(sys.modules.get(cls.__module__))
+            if begin := re.search(rf"^class {cls.__name__}\b", text, re.MULTILINE):
+                text = "".join(inspect.getblock(text[begin.start() :].splitlines(keepends=True)))
+                helps |= dict(re.findall(r"^    (\w+): [^#\n]+  # (.+)$", text, re.MULTILINE))
     return helps
 
 
@@ -3191,8 +3194,8 @@ def block_mask(rng, grid, num_blocks, scale, aspect_min, aspect_max):
     mask = np.zeros(grid, bool)
     for _ in range(num_blocks):
         aspect = rng.uniform(aspect_min, aspect_max)
-        block_h = int(np.clip(round(math.sqrt(scale * rows * cols * aspect)), 1, rows))
-        block_w = int(np.clip(round(math.sqrt(scale * rows * cols / aspect)), 1, cols))
+        block_h = min(max(round(math.sqrt(scale * rows * cols * aspect)), 1), rows)
+        block_w = min(max(round(math.sqrt(scale * rows * cols / aspect)), 1), cols)
         top, left = rng.integers(0, rows - block_h + 1), rng.integers(0, cols - block_w + 1)
         mask[top : top + block_h, left : left + block_w] = True
     return mask
@@ -8529,6 +8532,8 @@ class Ledger(TorchDispatchMode):
     Three blocks stand for a longer stack of like ones: `grown` is what the others would leave in a forward pass."""
 
     def __init__(self):
+        from torch.utils.flop_counter import flop_registry  # takes a tenth of a second
+
         super().__init__()
         self.known, self.now, self.peak, self.grown, self.flop = weakref.WeakSet(), 0, 0, 0, 0
         self.formulas, aten = dict(flop_registry), torch.ops.aten
@@ -8904,9 +8909,10 @@ def decode_costs(data):
 
 
 def advise_preparing(run, seconds):
-    """A line where steps of so many seconds will wait, as decoding a few clips tells, else ""."""
+    """A line where steps of so many seconds will wait, as decoding a few clips tells, else "". A run of a few seconds
+    gains nothing from it and is spared the decoding."""
     cfg, process, data = run.cfg, run.process, run.source.dataset(run.cfg, "train")
-    read = process.is_main and isinstance(data, ClipDataset) and run.source.kind == "videos"
+    read = process.is_main and isinstance(data, ClipDataset) and run.source.kind == "videos" and seconds * cfg.steps > 5
     costs = told_apart(5.0, decode_costs, data)[0] if read and not getattr(data, "frame_cache", None) else ()
     cost, side = np.median(costs or [(0.0, 0)], axis=0)
     cores = max((os.cpu_count() or 1) // read_count("LOCAL_WORLD_SIZE", 1, 1, 2**16), 1)

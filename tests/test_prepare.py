@@ -417,6 +417,7 @@ def test_start_up_says_when_preparing_would_help(monkeypatch, tmp_path, prepared
     for costs, others in (([(0.1, 720)], {}), ([(1.2, 288)], {}), ([], {}), ([(1.2, 720)], {"kind": "random"})):
         assert advice(monkeypatch, costs, **others) == ""
     assert advice(monkeypatch, [(1.2, 720)], frame_cache=object()) == ""
+    assert advice(monkeypatch, [(1.2, 720)], seconds=0.2) == ""  # its 20 steps take 4 s
     for root, side in zip(prepared[:2], (32, 0)):
         video = V.VideoFile("vfr.mp4", str(root / "videos" / "vfr.mp4"))
         data = V.ClipDataset(small_config(), [video], "", "train")
