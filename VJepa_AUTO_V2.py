@@ -8915,7 +8915,8 @@ def advise_preparing(run, seconds):
     read = process.is_main and isinstance(data, ClipDataset) and run.source.kind == "videos" and seconds * cfg.steps > 5
     costs = told_apart(5.0, decode_costs, data)[0] if read and not getattr(data, "frame_cache", None) else ()
     cost, side = np.median(costs or [(0.0, 0)], axis=0)
-    cores = max((os.cpu_count() or 1) // read_count("LOCAL_WORLD_SIZE", 1, 1, 2**16), 1)
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(here // read_count("LOCAL_WORLD_SIZE", 1, 1, 2**16), 1)
     decoding = cost * cfg.batch_size * cfg.grad_accum / min(cores, max(cfg.num_workers, 1))
     faster = max((times for least, times in PREPARED.items() if side >= least), default=0)
     if not faster or decoding <= seconds:
