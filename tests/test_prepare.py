@@ -401,7 +401,7 @@ def advice(monkeypatch, costs, device="cpu", seconds=0.4, kind="videos", frame_c
     process = V.Process(0, 1, torch.device(device), None)
     monkeypatch.setattr(V.DataSource, "dataset", lambda *args: data)
     monkeypatch.setattr(V, "told_apart", lambda *args: (costs, True))
-    monkeypatch.setattr(V.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(V.os, "sched_getaffinity", lambda pid: range(4), raising=False)
     return V.advise_preparing(SimpleNamespace(cfg=cfg, process=process, source=source), seconds)
 
 
