@@ -83,7 +83,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fractions import Fraction
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, reduce
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -7034,6 +7034,12 @@ def sha256_of_file(path):
     return found.hexdigest()
 
 
+def misfit(path, known):
+    """Why a file is none of those with these SHA-256 -> text, "" where it is."""
+    found = sha256_of_file(path)
+    return "" if found in known else f"its SHA-256 is {found[:12]}..., not {str(known[0])[:12]}..."
+
+
 @lru_cache(maxsize=8)
 def source_text(path=__file__):
     """A source file as text, read once when a run begins: what runs, whatever becomes of the file on disk."""
@@ -7148,63 +7154,50 @@ def take_shards(thing, shards, place=()):
     if not is_sharded(thing):
         return thing
     shards[place] = thing.detach()
-    return None
 
 
-def put_back(state, place, tensor):
-    """Set the entry of a state that has these keys."""
-    for key in place[:-1]:
-        state = state[key]
-    state[place[-1]] = tensor
-
-
-def gather_state(state, is_kept):
-    """A state with its sharded tensors whole and on the CPU where `is_kept`; elsewhere without them. Collective."""
-    state = take_shards(state, shards := {})
-    for place, value in shards.items():
-        full = whole(value)
-        put_back(state, place, full.cpu() if is_kept else None)
-    return state
+def gather_state(thing, is_kept):
+    """A state with its sharded tensors whole and on the CPU where `is_kept`, else without them. Collective."""
+    if isinstance(thing, dict):
+        return {key: gather_state(value, is_kept) for key, value in thing.items()}
+    full = whole(thing)
+    return thing if full is thing else full.cpu() if is_kept else None
 
 
 def write_shards(process, shards, folder):
-    """Let every rank write its parts of sharded tensors {keys: tensor} into a new folder, by torch.distributed.
-    checkpoint -> {"files": {name: [size, SHA-256]}, "tensors": [[keys, shape, dtype, pieces]]}, a piece being [offsets,
-    sizes, file, offset in it, bytes], since the pickle beside them is never read. Or the OSError of a disk, on rank 0.
-    """
+    """Let every rank write its parts of sharded tensors {keys: tensor} into a new folder -> {"files": {name: [size,
+    SHA-256]}, "tensors": [[keys, shape, dtype, [[offsets, sizes, file, offset in it, bytes] of each piece]]]}, as the
+    pickle beside them is never read; or the OSError of a disk."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
     files, reason, tensors = {}, "", []
+    named = {"/".join(map(str, place)): value for place, value in shards.items()}
     try:
-        names = {place: "/".join(map(str, place)) for place in shards}
-        written = dcp.save(
-            {names[place]: value for place, value in shards.items()}, storage_writer=dcp.FileSystemWriter(folder)
-        )
+        written = dcp.save(named, storage_writer=dcp.FileSystemWriter(folder))
         for path in folder.glob(f"__{process.rank}_*.distcp"):
             files[path.name] = [os.stat(path).st_size, sha256_of_file(path)]
         at = {(index.fqn, index.offset): found for index, found in written.storage_data.items()}
-        for place, value in shards.items():
-            chunks = written.state_dict_metadata[names[place]].chunks
-            found = [(chunk, at[names[place], chunk.offsets]) for chunk in chunks]
+        for place, (name, value) in zip(shards, named.items()):
+            found = [(chunk, at[name, chunk.offsets]) for chunk in written.state_dict_metadata[name].chunks]
             pieces = [[[*c.offsets], [*c.sizes], f.relative_path, f.offset, f.length] for c, f in found]
             tensors.append([[*place], [*value.shape], value.dtype, pieces])
     except CheckpointException as error:  # of any rank, known to all
         reason = "; ".join(f"rank {rank}: {reason_of(cause)}" for rank, (cause, _) in error.failures.items())
     except OSError as error:
         reason = f"rank {process.rank}: {reason_of(error)}"
-    told = process.collect((reason, files))
-    if reason := next((reason for reason, _ in told if reason), ""):
-        return OSError(errno.EIO, reason)
-    files = {name: entry for _, part in told for name, entry in part.items()}
+    reasons, parts = zip(*process.collect((reason, files)))
+    files = {name: entry for part in parts for name, entry in part.items()}
+    if any(reasons):
+        return OSError(errno.EIO, next(filter(None, reasons)))
     if process.is_main and (absent := sorted(name for name in files if not (folder / name).is_file())):
         return OSError(errno.ENOENT, f"{absent[0]} of another node is not there: all must share the disk of out_dir")
     return {"files": files, "tensors": tensors}
 
 
 def read_shards(state, path):
-    """Put the tensors that lie beside a checkpoint into it, whole and on the CPU. ValueError, OSError where a file of
-    theirs is missing or is not the one that was written."""
+    """Put the tensors that lie beside a checkpoint into it, whole and on the CPU. ValueError, OSError for a file that
+    is missing or is not the one that was written."""
     known, folder = state.pop("shards"), shards_folder(path)
     with ExitStack() as opened:
         handles = {}
@@ -7213,8 +7206,8 @@ def read_shards(state, path):
                 raise ValueError(f"shards: {shown(name)} is no name of one")
             if (there := os.stat(folder / name).st_size) != size:
                 raise ValueError(f"{folder.name}/{name} has {there} bytes, not {size}")
-            if (found := sha256_of_file(folder / name)) != sha256:
-                raise ValueError(f"{folder.name}/{name}: its SHA-256 is {found[:12]}..., not {sha256[:12]}...")
+            if why := misfit(folder / name, [sha256]):
+                raise ValueError(f"{folder.name}/{name}: {why}")
             handles[name] = opened.enter_context(open(folder / name, "rb"))
         for place, shape, dtype, pieces in known["tensors"]:
             tensor = torch.empty(shape, dtype=dtype)
@@ -7224,7 +7217,8 @@ def read_shards(state, path):
                 tensor[tuple(slice(o, o + size) for o, size in zip(offsets, sizes))].copy_(part)
             if sum(math.prod(sizes) for _, sizes, *_ in pieces) != tensor.numel():
                 raise ValueError(f"shards: pieces of {'/'.join(map(str, place))} are missing")
-            put_back(state, place, tensor)
+            node = reduce(operator.getitem, place[:-1], state)
+            node[place[-1]] = tensor
 
 
 def checkpoint_files(out_dir):
@@ -7269,8 +7263,7 @@ def damage_of(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         return f"checksum of {damaged}" if damaged else ""
-    found = sha256_of_file(path)
-    return "" if found in known else f"its SHA-256 is {found[:12]}..., not {str(known[0])[:12]}..."
+    return misfit(path, known)
 
 
 def saved_config(state, world):
@@ -7945,11 +7938,8 @@ def wrap(world, process):
 
 
 class Sharded(nn.Module):
-    """A world whose weights, gradients and moments lie in parts on all ranks (torch's fully_shard): what the loop calls
-    in place of DDP. Scalars cannot be cut, and are whole on every rank.
-
-    `plain` is the world without its weights, as it was: what runs after training, when they are whole again.
-    """
+    """A world whose weights, gradients and moments lie in parts on all ranks (torch's fully_shard), scalars aside: what
+    the loop calls in place of DDP. `plain` is the world without weights, for the time after training."""
 
     def __init__(self, world, process, is_compiled=False):
         from torch.distributed.device_mesh import init_device_mesh
@@ -7975,18 +7965,16 @@ class Sharded(nn.Module):
         except RuntimeError as error:
             if "DTensor" not in str(error):
                 raise
-            what = f"{type(self.module).__name__} uses a part of a block outside of the block's own forward"
-            raise UserError(f"{what}, where its weights are not gathered; call the block itself") from error
+            why = "uses a part of a block outside of the block's own forward, where its weights are not gathered"
+            raise UserError(f"{type(self.module).__name__} {why}; call the block itself") from error
 
     def describe(self):
-        """A line about what is cut, in numbers."""
-        sizes = [sum(p.numel() for p in unit.parameters()) for unit in self.units]
-        numbers, ranks = sum(p.numel() for p in self.parameters()), self.module.world_size
-        rest = (numbers - sum(sizes)) / 1e6
+        """A line about what is cut, in millions of numbers."""
+        total, *sizes = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (self, *self.units))
         return (
-            f"sharded: {numbers / 1e6:.3g} M numbers over {ranks} processes; {len(sizes)} blocks of at most "
-            f"{max(sizes, default=0) / 1e6:.3g} M are gathered one by one, {rest:.3g} M for the whole step, all for "
-            f"evaluations and after training"
+            f"sharded: {total:.3g} M numbers over {self.module.world_size} processes; {len(sizes)} blocks of at most "
+            f"{max(sizes, default=0):.3g} M are gathered one by one, {total - sum(sizes):.3g} M for the whole step, "
+            "all for evaluations and after training"
         )
 
     def average(self):
@@ -8013,15 +8001,13 @@ class Sharded(nn.Module):
     def dissolve(self):
         """The world in one piece on every rank, in eval mode: a module of its own. Collective."""
         (plain,), made = self.plain, {}
+        for old in self.module.parameters():
+            made[old] = nn.Parameter(whole(old).detach(), requires_grad=old.requires_grad)
         for name, old in self.module.named_parameters(remove_duplicate=False):
             owner, _, leaf = name.rpartition(".")
-            if id(old) not in made:
-                made[id(old)] = nn.Parameter(whole(old).detach(), requires_grad=old.requires_grad)
-            setattr(plain.get_submodule(owner), leaf, made[id(old)])
-        plain.to(self.device)
-        buffers = dict(self.module.named_buffers())
-        for name, buffer in plain.named_buffers():
-            buffer.copy_(buffers[name])
+            setattr(plain.get_submodule(owner), leaf, made[old])
+        for new, old in zip(plain.to(self.device).buffers(), self.module.buffers()):
+            new.copy_(old)
         return plain
 
 
@@ -8397,8 +8383,8 @@ def rehearse(run, wrapped):
 
 
 def save_shards(run, state):
-    """Write what is sharded of a state, each rank its parts -> (the state with what `read_shards` needs instead, the
-    temporary folder of the parts). Collective; OSError on rank 0 alone where a disk refuses."""
+    """Write what is sharded of a state, each rank its parts -> (the state with where they are instead, their temporary
+    folder). Collective; OSError on rank 0 alone where a disk refuses."""
     process, shards = run.process, {}
     state, name = take_shards(state, shards), f".ckpt_{steps_of(state)}_shards.{process.collect(os.getpid())[0]}.tmp"
     known = write_shards(process, shards, folder := Path(run.cfg.out_dir) / "checkpoints" / name)
@@ -8597,8 +8583,8 @@ class Clock:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts, while tensors are shapes alone, the bytes that live (`now`, at most `peak`) and the FLOP of products.
-    Three blocks stand for a longer stack of like ones: `grown` is what the others would leave in a forward pass."""
+    """Counts the bytes of tensors that live (`now`, at most `peak`) and the FLOP of products. Three blocks stand for a
+    longer stack of like ones: `grown` is what the others would leave in a forward pass."""
 
     def __init__(self):
         super().__init__()
@@ -8629,10 +8615,9 @@ class Ledger(TorchDispatchMode):
     def shorten(self, model):
         """Leave three blocks of every stack. Neighbours tell what each of the others would add."""
         for stack in [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) > 3]:
-            gone = len(stack) - 3
-            del stack[3:]
-            for block, times in zip(stack[1:], (-gone, gone)):
+            for block, times in zip(stack[1:3], (3 - len(stack), len(stack) - 3)):
                 block.register_forward_pre_hook(partial(self.pass_by, times))
+            del stack[3:]
 
     def pass_by(self, times, *_):
         """A hook before a block."""
@@ -8959,7 +8944,7 @@ def decode_costs(data):
 
 
 def advise_preparing(run, seconds):
-    """A line where steps of so many seconds will wait, as decoding a few clips tells, else ""."""
+    """A line where steps of so many seconds will wait for decoding, as a few clips tell, else ""."""
     cfg, process, data = run.cfg, run.process, run.source.dataset(run.cfg, "train")
     read = process.is_main and isinstance(data, ClipDataset) and run.source.kind == "videos"
     costs = told_apart(5.0, decode_costs, data)[0] if read and not getattr(data, "frame_cache", None) else ()
@@ -8969,8 +8954,8 @@ def advise_preparing(run, seconds):
     faster = max((times for least, times in PREPARED.items() if side >= least), default=0)
     if not faster or decoding <= seconds:
         return ""
-    on_cpu = process.device.type == "cpu"  # where both want the same cores
-    share = decoding / (decoding + seconds) if on_cpu else 1 - seconds / decoding
+    # on a CPU both want the same cores
+    share = decoding / (decoding + seconds) if process.device.type == "cpu" else 1 - seconds / decoding
     gain = "halve it" if faster == 2 else f"make it {faster} times faster"
     how = f"python tools/prepare_videos.py --input {cfg.data_root} --output DIR would {gain}"
     return f"decoding takes {share:.0%} of the time: {how}"

@@ -100,6 +100,25 @@ def test_counts_are_those_of_a_real_step():
         assert size * 1e9 == pytest.approx(step_bytes(replace(cfg, grad_checkpoint=switch)), rel=0.02, abs=6e5)
 
 
+def test_start_up_tells_the_memory_of_a_rank():
+    """Without shards 16 bytes of each number that learns and 4 of others; with them an eighth, and what is gathered.
+    Seen red: --shard fsdp with the figure of DDP."""
+    told = {}
+    for shard in ("none", "fsdp"):
+        cfg = V.preset_config("base", shard=shard, grad_accum=1)
+        with torch.device("meta"):
+            model = V.VJepaAutoV2(cfg, 0, 8)
+        (figure,) = re.findall(r"memory about ([\d.]+) GB per process", model.describe()[-1])
+        told[shard] = float(figure) - V.memory_estimate_gb(cfg, 0)
+    learns = sum(p.numel() for p in model.trained().values()) / 1e9
+    others = sum(value.nbytes for value in (*model.parameters(), *model.buffers())) / 1e9 - 4 * learns
+    assert told["none"] == pytest.approx(16 * learns + others, abs=0.06)
+    blocks = V.shard_units(model)
+    rest = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for unit in blocks for p in unit.parameters())
+    most = 4 * max(sum(p.nbytes for p in unit.parameters()) for unit in blocks) + 2 * rest
+    assert (16 * learns + others) / 8 < told["fsdp"] < (16 * learns + others) / 8 + most / 1e9 + 0.2
+
+
 @pytest.mark.parametrize("value", ["0", "-3", "many"])
 def test_wrong_numbers_of_ranks_are_named(value, capsys):
     """One line, exit code 2."""
