@@ -89,7 +89,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from fractions import Fraction
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, reduce
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -4588,14 +4588,13 @@ def whole(value):
     return value.detach().full_tensor() if is_sharded(value) else value
 
 
-def fill_tensor(value, saved):
-    """Copy a whole tensor into another; into the part that this rank holds where that is sharded. ValueError."""
+def cut_like(value, saved):
+    """A whole tensor, cut as another of its shape is; as it is where that is not sharded. ValueError."""
     if not is_sharded(value):
-        value.copy_(saved)
-    elif value.shape != saved.shape:
+        return saved
+    if value.shape != saved.shape:
         raise ValueError(f"a tensor of shape {list(saved.shape)} for one of {list(value.shape)}")
-    elif (part := own_part(value)).numel():
-        part.copy_(saved.chunk(value.device_mesh.size())[value.device_mesh.get_local_rank()])
+    return torch.distributed.tensor.distribute_tensor(saved, value.device_mesh, value.placements, src_data_rank=None)
 
 
 def fingerprint(model):
@@ -4771,19 +4770,11 @@ def move_ema(slow, fast, momentum):
     torch._foreach_lerp_(list(map(own_part, slow.parameters())), list(map(own_part, fast.parameters())), 1.0 - momentum)
 
 
-def total_norms(sides):
-    """Lists of gradients {name: [tensors]} -> {name: norm}, over the parts of all ranks where they are sharded."""
-    cut = [grad for grads in sides.values() for grad in grads if is_sharded(grad)]
-    share = cut[0].device_mesh.size() ** -0.5 if cut else 1.0  # of what every rank holds whole, so that it counts once
-    norms = {}
-    for name, grads in sides.items():
-        grads = [own_part(grad) if is_sharded(grad) or not cut else grad * share for grad in grads]
-        norms[name] = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-    if cut:
-        squares = torch.stack([norm.to(cut[0].device).double().square() for norm in norms.values()])
-        dist.all_reduce(squares)
-        norms = dict(zip(norms, squares.sqrt().float()))
-    return norms
+def total_norm(grads):
+    """The norm of a list of gradients, over the parts of all ranks where they are sharded."""
+    kinds = ([grad for grad in grads if is_sharded(grad) == cut] for cut in (True, False))
+    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind] or [torch.zeros(())]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 
 def clip_gradients(optimizer, cfg):
@@ -4793,7 +4784,7 @@ def clip_gradients(optimizer, cfg):
     for group in optimizer.param_groups:
         name = "grad_norm" if group["name"] in ("decay", "no_decay") else f"{group['name']}_grad_norm"
         sides.setdefault(name, []).extend(p.grad for p in group["params"] if p.grad is not None)
-    norms = total_norms(sides)
+    norms = {name: total_norm(grads) for name, grads in sides.items()}
     for name, grads in sides.items():
         grads = list(map(own_part, grads))
         if cfg.grad_clip and grads:
@@ -5005,7 +4996,7 @@ class World(nn.Module):
         self.expect(state)
         for name, own in self.snapshot().items():
             for key, value in (own or {}).items():
-                fill_tensor(value, state[name][key])
+                value.copy_(cut_like(value, state[name][key]))
 
     # -- phases after training
     def phases(self):
@@ -5019,6 +5010,38 @@ class World(nn.Module):
     def open_phase(self, name, run, before):
         """The Fit of a phase. `before`: that of the phase before it, None where the run goes on inside this one."""
         raise NotImplementedError
+
+
+def shard_units(world):
+    """The modules whose weights --shard fsdp gathers one by one, when each is called: those of nn.ModuleLists, blocks
+    say, where no other module has the same weights. All else is gathered for the whole step."""
+    owners = Counter(id(p) for module in world.modules() for p in module._parameters.values() if p is not None)
+    units, inside = [], set()
+    for module in world.modules():
+        for child in module if isinstance(module, nn.ModuleList) and module not in inside else ():
+            weights = [p for p in child.parameters() if p.ndim]
+            if weights and not isinstance(child, nn.ModuleList) and all(owners[id(p)] == 1 for p in weights):
+                units.append(child)
+                inside.update(child.modules())
+    return units
+
+
+def held_bytes(world, ranks):
+    """What each of so many ranks holds of a world that learns -> {what: bytes with --shard none, with fsdp}. Gathered
+    are two blocks, one in use and one on its way, with gradients, and what is in no block."""
+    learns, units = set(world.trained().values()), [set(unit.parameters()) for unit in shard_units(world)]
+    weights, is_cut = set(world.parameters()), ranks > 1
+    rest = weights.difference(*units)
+    parts = learns, weights - learns, set(world.buffers()), rest, rest & learns, *units
+    learns, others, buffers, *gathered = (sum(value.nbytes for value in part) for part in parts)
+    own = learns / ranks
+    return {
+        "weights that learn": (learns, own),
+        "other weights, buffers": (others + buffers, others / ranks + buffers),
+        "gradients": (learns, own + learns * (is_cut and world.cfg.grad_accum > 1)),  # whole until the last micro-step
+        "AdamW": (2 * learns, 2 * own),
+        "gathered shards": (0, is_cut * (sum(gathered[:2]) + 4 * max(gathered[2:], default=0))),
+    }
 
 
 class Fit(World):
@@ -6352,8 +6375,8 @@ def flops_per_clip(cfg, teacher=None):
     }
 
 
-def memory_estimate_gb(cfg, num_parameters):
-    """Weights, gradients, AdamW state and saved activations of a micro-step -> GB. 53 bytes per token, channel and
+def memory_estimate_gb(cfg, held):
+    """Bytes held and saved activations of a micro-step -> GB; --dry_run counts them. 53 bytes per token, channel and
     block under autocast (70 in fp32) were measured with saved-tensor hooks; checkpointing keeps one input per block."""
     draws = cfg.mask_draws * bool(cfg.lambda_vjepa)
     kept = draws * sum(family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES) + cfg.now_tokens
@@ -6361,7 +6384,7 @@ def memory_estimate_gb(cfg, num_parameters):
     filled = 2 * draws * cfg.num_tokens + cfg.now_tokens + cfg.soon_tokens
     per_value = 5 if cfg.grad_checkpoint else 53 if cfg.amp else 70
     values = kept * cfg.enc_dim * cfg.enc_depth + filled * cfg.pred_dim * cfg.pred_depth
-    return (num_parameters * 16 + cfg.batch_size * values * per_value) / 1e9
+    return (held + cfg.batch_size * values * per_value) / 1e9
 
 
 def frozen_encoder(cfg):
@@ -6714,7 +6737,7 @@ class VJepaAutoV2(World):
         spread = f"{cfg.clip_fps:g} per second" if cfg.clip_fps else "spread over the file"
         visible = (f"{name} {family_visible(cfg, name)}/{cfg.sites} sites" for name in MASK_FAMILIES)
         shares = (f"{name} {value / sum(flops.values()):.0%}" for name, value in flops.items())
-        trained = sum(p.numel() for p in self.trained().values()) + sizes["target"] * 1e6 / 4
+        held = sum(size[cfg.shard == "fsdp"] for size in held_bytes(self, self.world_size).values())
         target = "frozen, target as well" if cfg.freeze_encoder else "target = online"
         target = f"target {sizes['target']:.2f} M, frozen" if cfg.teacher == "frozen" else target
         grid = f"grid {' x '.join(map(str, cfg.grid))} = {cfg.num_tokens} tokens"
@@ -6723,7 +6746,7 @@ class VJepaAutoV2(World):
             f"clip: {cfg.num_frames} frames of {cfg.height} x {cfg.width}, {spread} -> {grid}; "
             f"visible under a mask: {', '.join(visible)}",
             f"step: {clips} clips, {sum(flops.values()) * clips / 1e12:.3g} TFLOP ({', '.join(shares)}); memory about "
-            f"{memory_estimate_gb(cfg, trained):.1f} GB per process plus the framework",
+            f"{memory_estimate_gb(cfg, held):.1f} GB per process plus the framework",
         ]
 
     def flops(self):
@@ -6855,20 +6878,6 @@ def is_written(path):
     return bool(recorded_hashes(path))
 
 
-def note_written(path, source, sha256):
-    """Put on record that a run wrote the file `source`, about to be named `path`; what still has that name stays on
-    record."""
-    record = written_record(path.parent)
-    record[path.name] = [[*size_and_time(source), sha256], *record.get(path.name, [])[:1]]
-    write_atomic(path.parent / WRITTEN, lambda handle: handle.write(json.dumps(record).encode()))
-
-
-def free_name(path):
-    """Move what stands under a checkpoint's name aside, unless a run wrote it."""
-    if os.path.lexists(path) and not is_written(path):
-        move_aside(path)
-
-
 SHARD = r"__\d+_\d+\.distcp"  # the files of torch.distributed.checkpoint, of one rank each
 
 
@@ -6877,9 +6886,11 @@ def shards_folder(path):
     return path.with_name(f"{path.stem}_shards")
 
 
-def delete_shards(folder):
-    """Delete the files of a folder of shards that a run wrote, by its record, and the folder where nothing is left."""
-    for size, changed, name in written_record(folder.parent).get(folder.name, []):
+def delete_shards(path):
+    """Delete what a run wrote, by its record, of the shards of a checkpoint that is gone, and their folder where
+    nothing is left."""
+    folder = shards_folder(path)
+    for size, changed, name in () if os.path.lexists(path) else written_record(path.parent).get(folder.name, ()):
         if (shard := folder / str(name)).is_file() and size_and_time(shard) == [size, changed]:
             shard.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
@@ -6895,17 +6906,33 @@ def drop_unfinished(folder):
         folder.rmdir()
 
 
-def place_shards(folder, target):
-    """Name a folder of shards `target`, and put on record which files a run wrote there. What has that name is moved
-    aside."""
-    if not os.path.lexists(target.with_name(f"{target.name.removesuffix('_shards')}.pt")):
-        delete_shards(target)  # left by a writer that was killed
+def place_shards(folder, path, is_new=False):
+    """Name a folder of shards for a checkpoint, and put on record which files in it a run wrote: all of a new one, else
+    those that were. What has that name is moved aside."""
+    target, record = shards_folder(path), written_record(path.parent)
     if os.path.lexists(target):
         move_aside(target)
-    record = written_record(target.parent)
-    record[target.name] = [[*size_and_time(path), path.name] for path in folder.iterdir()]
-    write_atomic(target.parent / WRITTEN, lambda handle: handle.write(json.dumps(record).encode()))
+    known = written_record(folder.parent).get(folder.name, [])
+    record[target.name] = [[*size_and_time(each), each.name] for each in folder.iterdir()] if is_new else known
+    write_atomic(path.parent / WRITTEN, lambda handle: handle.write(json.dumps(record).encode()))
     os.replace(folder, target)
+
+
+def note_written(path, source, sha256, shards=None):
+    """Put on record that a run wrote the file `source`, about to be named `path`; what still has that name stays on
+    record. Its new shards are named first: should the run be killed in between, `source` shows that they are orphans.
+    """
+    if shards is not None:
+        place_shards(shards, path, is_new=True)
+    record = written_record(path.parent)
+    record[path.name] = [[*size_and_time(source), sha256], *record.get(path.name, [])[:1]]
+    write_atomic(path.parent / WRITTEN, lambda handle: handle.write(json.dumps(record).encode()))
+
+
+def free_name(path):
+    """Move what stands under a checkpoint's name aside, unless a run wrote it."""
+    if os.path.lexists(path) and not is_written(path):
+        move_aside(path)
 
 
 def move_checkpoint(path, target):
@@ -6915,7 +6942,7 @@ def move_checkpoint(path, target):
         note_written(target, path, hashes[0])
     os.replace(path, target)
     if (shards := shards_folder(path)).is_dir():
-        place_shards(shards, shards_folder(target))
+        place_shards(shards, target)
     sync_folder(target.parent)
 
 
@@ -6931,6 +6958,12 @@ def sha256_of_file(path):
         while block := handle.read(1 << 22):
             found.update(block)
     return found.hexdigest()
+
+
+def misfit(path, known):
+    """Why a file is none of those with these SHA-256 -> text, "" where it is."""
+    found = sha256_of_file(path)
+    return "" if found in known else f"its SHA-256 is {found[:12]}..., not {str(known[0])[:12]}..."
 
 
 @lru_cache(maxsize=8)
@@ -7040,71 +7073,57 @@ def checkpoint_state(run):
     return {**own, **snapshot}
 
 
-def gather_state(thing, is_kept):
-    """A state with its sharded tensors whole and on the CPU where `is_kept`; elsewhere without them. Collective."""
+def take_shards(thing, shards, place=()):
+    """A state with None in place of its sharded tensors, which go into shards {their keys: tensor}."""
     if isinstance(thing, dict):
-        return {key: gather_state(value, is_kept) for key, value in thing.items()}
+        return {key: take_shards(value, shards, (*place, key)) for key, value in thing.items()}
     if not is_sharded(thing):
         return thing
+    shards[place] = thing.detach()
+
+
+def gather_state(thing, is_kept):
+    """A state with its sharded tensors whole and on the CPU where `is_kept`, else without them. Collective."""
+    if isinstance(thing, dict):
+        return {key: gather_state(value, is_kept) for key, value in thing.items()}
     full = whole(thing)
-    return full.cpu() if is_kept else None
-
-
-def take_shards(thing, shards, place=()):
-    """A state without its sharded tensors, which go into shards {their keys: tensor}."""
-    if not isinstance(thing, dict):
-        return thing
-    shards |= {(*place, key): value.detach() for key, value in thing.items() if is_sharded(value)}
-    return {
-        key: take_shards(value, shards, (*place, key)) for key, value in thing.items() if (*place, key) not in shards
-    }
-
-
-def describe_shards(shards, metadata):
-    """Where the pieces of sharded tensors are -> [[keys, shape, dtype, pieces]], a piece being [offsets, sizes, file,
-    offset in it, bytes]. From the metadata of a save: those on disk are a pickle, and are never read."""
-    found = {
-        "/".join(map(str, place)): [list(place), list(value.shape), value.dtype, []] for place, value in shards.items()
-    }
-    sizes = {
-        (name, tuple(chunk.offsets)): list(chunk.sizes)
-        for name, tensor in metadata.state_dict_metadata.items()
-        for chunk in tensor.chunks
-    }
-    for index, at in metadata.storage_data.items():
-        size = sizes[index.fqn, tuple(index.offset)]
-        found[index.fqn][3].append([list(index.offset), size, at.relative_path, at.offset, at.length])
-    return list(found.values())
+    return thing if full is thing else full.cpu() if is_kept else None
 
 
 def write_shards(process, shards, folder):
-    """Let every rank write its parts of sharded tensors {keys: tensor} into a new folder, by torch.distributed.
-    checkpoint -> what the checkpoint says of them, or the OSError of a disk that refuses, on rank 0."""
+    """Let every rank write its parts of sharded tensors {keys: tensor} into a new folder -> {"files": {name: [size,
+    SHA-256]}, "tensors": [[keys, shape, dtype, [[offsets, sizes, file, offset in it, bytes] of each piece]]]}, as the
+    pickle beside them is never read; or the OSError of a disk."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
+    files, reason, tensors = {}, "", []
     named = {"/".join(map(str, place)): value for place, value in shards.items()}
-    files, reason, metadata = {}, "", None
     try:
-        metadata = dcp.save(named, storage_writer=dcp.FileSystemWriter(folder))
+        written = dcp.save(named, storage_writer=dcp.FileSystemWriter(folder))
         for path in folder.glob(f"__{process.rank}_*.distcp"):
             files[path.name] = [os.stat(path).st_size, sha256_of_file(path)]
+        at = {(index.fqn, index.offset): found for index, found in written.storage_data.items()}
+        for place, (name, value) in zip(shards, named.items()):
+            found = [(chunk, at[name, chunk.offsets]) for chunk in written.state_dict_metadata[name].chunks]
+            pieces = [[[*c.offsets], [*c.sizes], f.relative_path, f.offset, f.length] for c, f in found]
+            tensors.append([[*place], [*value.shape], value.dtype, pieces])
     except CheckpointException as error:  # of any rank, known to all
         reason = "; ".join(f"rank {rank}: {reason_of(cause)}" for rank, (cause, _) in error.failures.items())
     except OSError as error:
         reason = f"rank {process.rank}: {reason_of(error)}"
-    told = process.collect((reason, files))
-    if reason := next((reason for reason, _ in told if reason), ""):
-        return OSError(errno.EIO, reason)
-    files = {name: entry for _, part in told for name, entry in part.items()}
+    reasons, parts = zip(*process.collect((reason, files)))
+    files = {name: entry for part in parts for name, entry in part.items()}
+    if any(reasons):
+        return OSError(errno.EIO, next(filter(None, reasons)))
     if process.is_main and (absent := sorted(name for name in files if not (folder / name).is_file())):
         return OSError(errno.ENOENT, f"{absent[0]} of another node is not there: all must share the disk of out_dir")
-    return {"files": files, "tensors": describe_shards(shards, metadata)}
+    return {"files": files, "tensors": tensors}
 
 
 def read_shards(state, path):
-    """Put the tensors that lie beside a checkpoint into it, whole and on the CPU. ValueError, OSError where a file of
-    theirs is missing or is not the one that was written."""
+    """Put the tensors that lie beside a checkpoint into it, whole and on the CPU. ValueError, OSError for a file that
+    is missing or is not the one that was written."""
     known, folder = state.pop("shards"), shards_folder(path)
     with ExitStack() as opened:
         handles = {}
@@ -7113,19 +7132,18 @@ def read_shards(state, path):
                 raise ValueError(f"shards: {shown(name)} is no name of one")
             if (there := os.stat(folder / name).st_size) != size:
                 raise ValueError(f"{folder.name}/{name} has {there} bytes, not {size}")
-            if (found := sha256_of_file(folder / name)) != sha256:
-                raise ValueError(f"{folder.name}/{name}: its SHA-256 is {found[:12]}..., not {sha256[:12]}...")
+            if why := misfit(folder / name, [sha256]):
+                raise ValueError(f"{folder.name}/{name}: {why}")
             handles[name] = opened.enter_context(open(folder / name, "rb"))
         for place, shape, dtype, pieces in known["tensors"]:
-            tensor, node = torch.empty(shape, dtype=dtype), state
+            tensor = torch.empty(shape, dtype=dtype)
             for offsets, sizes, name, begin, length in pieces:
                 handles[name].seek(begin)
                 part = torch.load(io.BytesIO(handles[name].read(length)), map_location="cpu", weights_only=True)
                 tensor[tuple(slice(o, o + size) for o, size in zip(offsets, sizes))].copy_(part)
             if sum(math.prod(sizes) for _, sizes, *_ in pieces) != tensor.numel():
                 raise ValueError(f"shards: pieces of {'/'.join(map(str, place))} are missing")
-            for key in place[:-1]:
-                node = node[key]
+            node = reduce(operator.getitem, place[:-1], state)
             node[place[-1]] = tensor
 
 
@@ -7141,18 +7159,18 @@ def steps_of(state):
     return state["step"] + state.get("after", 0)
 
 
-def save_checkpoint(state, out_dir, cfg, final, best=False):
-    """Write ckpt_<step>.pt, ckpt_final.pt or ckpt_best.pt atomically, then drop what exceeds keep_last -> path. OSError
-    where the disk refuses: what was there before still stands."""
+def save_checkpoint(state, out_dir, cfg, final, best=False, shards=None):
+    """Write ckpt_<step>.pt, ckpt_final.pt or ckpt_best.pt atomically, and name the folder of its `shards`, then drop
+    what exceeds keep_last -> path. OSError where the disk refuses: what was there before still stands."""
     folder = Path(out_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (BEST if best else "ckpt_final.pt" if final else f"ckpt_{steps_of(state)}.pt")
     free_name(path)
-    write_atomic(path, lambda handle: torch.save(state, handle), partial(note_written, path))
+    write_atomic(path, lambda handle: torch.save(state, handle), partial(note_written, path, shards=shards))
     numbered = [old for step, old in checkpoint_files(out_dir) if step != math.inf and is_written(old)]
     for old in numbered[: -cfg.keep_last]:
         old.unlink()
-        delete_shards(shards_folder(old))
+        delete_shards(old)
     return path
 
 
@@ -7171,8 +7189,7 @@ def damage_of(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         return f"checksum of {damaged}" if damaged else ""
-    found = sha256_of_file(path)
-    return "" if found in known else f"its SHA-256 is {found[:12]}..., not {str(known[0])[:12]}..."
+    return misfit(path, known)
 
 
 def saved_config(state, world):
@@ -7391,12 +7408,13 @@ def check_frozen(state, world, path):
 def cut_moments(saved, optimizer):
     """The state of an optimizer, saved whole -> the same, cut as its parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {number: dict(entry) for number, entry in saved["state"].items()}
-    for number, entry in state.items():
-        for key, value in entry.items():
-            if is_sharded(mine := parameters[number]) and getattr(value, "shape", None) == mine.shape:
-                entry[key] = torch.empty_like(mine.detach())
-                fill_tensor(entry[key], value)
+    state = {
+        number: {
+            key: cut_like(parameters[number], value) if value.shape else value  # steps are whole
+            for key, value in entry.items()
+        }
+        for number, entry in saved["state"].items()
+    }
     return {**saved, "state": state}
 
 
@@ -7695,6 +7713,8 @@ def sweep_folder(folder, files=()):
     own = "|".join([r"ckpt_(\d+|final|best)\.pt", *map(re.escape, (WRITTEN, *RUN_FILES, *files))])
     for stale in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
         if re.fullmatch(rf"\.({own})\.\d+\.tmp", stale.name) and stale.is_file():
+            if stale.name.startswith(".ckpt_"):
+                delete_shards(stale.with_name(".".join(stale.name.split(".")[1:3])))  # named just before
             stale.unlink(missing_ok=True)
         elif re.fullmatch(r"\.ckpt_\d+_shards\.\d+\.tmp", stale.name) and stale.is_dir():
             drop_unfinished(stale)
@@ -7843,26 +7863,9 @@ def wrap(world, process):
         )
 
 
-def shard_units(world):
-    """The modules whose weights --shard fsdp gathers one by one, when each is called: those of nn.ModuleLists, blocks
-    say, where no other module has the same weights. All else is gathered for the whole step."""
-    owners = Counter(id(p) for module in world.modules() for p in module._parameters.values() if p is not None)
-    units, inside = [], set()
-    for module in world.modules():
-        for child in module if isinstance(module, nn.ModuleList) and module not in inside else ():
-            weights = [p for p in child.parameters() if p.ndim]
-            if weights and not isinstance(child, nn.ModuleList) and all(owners[id(p)] == 1 for p in weights):
-                units.append(child)
-                inside.update(child.modules())
-    return units
-
-
 class Sharded(nn.Module):
-    """A world whose weights, gradients and moments lie in parts on all ranks (torch's fully_shard): what the loop calls
-    in place of DDP. Scalars cannot be cut, and are whole on every rank.
-
-    `plain` is the world without its weights, as it was: what runs after training, when they are whole again.
-    """
+    """A world whose weights, gradients and moments lie in parts on all ranks (torch's fully_shard), scalars aside: what
+    the loop calls in place of DDP. `plain` is the world without weights, for the time after training."""
 
     def __init__(self, world, process, is_compiled=False):
         from torch.distributed.device_mesh import init_device_mesh
@@ -7873,10 +7876,8 @@ class Sharded(nn.Module):
         self.scalars = [p for p in world.parameters() if not p.ndim]
         empty = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in world.parameters()}
         self.plain = (copy.deepcopy(world, {**empty, id(world.cfg): world.cfg}),)  # its weights are not this module's
-        for unit in self.units if is_compiled else ():
-            unit.forward = torch.compile(unit.forward, dynamic=False)
-        if is_compiled and not self.units:
-            world.compile(dynamic=False)
+        for module in self.units or [world] if is_compiled else ():
+            module.forward = torch.compile(module.forward, dynamic=False)
         mesh = init_device_mesh(process.device.type, (process.world_size,))
         # made on the CPU; each unit is moved to the device, and cut there, before the next
         for module in (*self.units, self):
@@ -7890,18 +7891,16 @@ class Sharded(nn.Module):
         except RuntimeError as error:
             if "DTensor" not in str(error):
                 raise
-            what = f"{type(self.module).__name__} uses a part of a block outside of the block's own forward"
-            raise UserError(f"{what}, where its weights are not gathered; call the block itself") from error
+            why = "uses a part of a block outside of the block's own forward, where its weights are not gathered"
+            raise UserError(f"{type(self.module).__name__} {why}; call the block itself") from error
 
     def describe(self):
-        """A line about what is cut, in numbers."""
-        sizes = [sum(p.numel() for p in unit.parameters()) for unit in self.units]
-        numbers, ranks = sum(p.numel() for p in self.parameters()), self.module.world_size
-        rest = (numbers - sum(sizes)) / 1e6
+        """A line about what is cut, in millions of numbers."""
+        total, *sizes = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (self, *self.units))
         return (
-            f"sharded: {numbers / 1e6:.3g} M numbers over {ranks} processes; {len(sizes)} blocks of at most "
-            f"{max(sizes, default=0) / 1e6:.3g} M are gathered one by one, {rest:.3g} M for the whole step, all for "
-            f"evaluations and after training"
+            f"sharded: {total:.3g} M numbers over {self.module.world_size} processes; {len(sizes)} blocks of at most "
+            f"{max(sizes, default=0):.3g} M are gathered one by one, {total - sum(sizes):.3g} M for the whole step, "
+            "all for evaluations and after training"
         )
 
     def average(self):
@@ -7928,15 +7927,13 @@ class Sharded(nn.Module):
     def dissolve(self):
         """The world in one piece on every rank, in eval mode: a module of its own. Collective."""
         (plain,), made = self.plain, {}
+        for old in self.module.parameters():
+            made[old] = nn.Parameter(whole(old).detach(), requires_grad=old.requires_grad)
         for name, old in self.module.named_parameters(remove_duplicate=False):
             owner, _, leaf = name.rpartition(".")
-            if id(old) not in made:
-                made[id(old)] = nn.Parameter(whole(old).detach(), requires_grad=old.requires_grad)
-            setattr(plain.get_submodule(owner), leaf, made[id(old)])
-        plain.to(self.device)
-        buffers = dict(self.module.named_buffers())
-        for name, buffer in plain.named_buffers():
-            buffer.copy_(buffers[name])
+            setattr(plain.get_submodule(owner), leaf, made[old])
+        for new, old in zip(plain.to(self.device).buffers(), self.module.buffers()):
+            new.copy_(old)
         return plain
 
 
@@ -7947,18 +7944,13 @@ def end_sharding(run):
     return run.world
 
 
-def is_shared_out(cfg, process):
-    """Whether a run shards its world. UsageError where it cannot."""
-    if cfg.shard == "fsdp" and amp_dtype(cfg, process.device) is torch.float16:
-        raise UsageError(f"config: {refusal(cfg, 'shard', 'does not go with fp16: use --amp_type bf16, or no --amp')}")
-    return cfg.shard == "fsdp" and process.world_size > 1
-
-
 def build_world(world, run, is_new=False):
     """The world of a run with its optimizer, on the device -> what the loop calls: itself, or DDP or Sharded around it.
     Where a run `is_new`, its world takes in weights."""
     cfg, process = run.cfg, run.process
-    is_cut = is_shared_out(cfg, process)
+    is_cut = cfg.shard == "fsdp" and process.world_size > 1
+    if cfg.shard == "fsdp" and amp_dtype(cfg, process.device) is torch.float16:
+        raise UsageError(f"config: {refusal(cfg, 'shard', 'does not go with fp16: use --amp_type bf16, or no --amp')}")
     torch.manual_seed(cfg.seed)
     run.world = world(cfg, process.rank, process.world_size).to("cpu" if is_cut else process.device).train()
     drifting = [name for name, module in run.world.named_modules() if has_drifting_statistics(module)]
@@ -7971,9 +7963,8 @@ def build_world(world, run, is_new=False):
         check_ranks(process, first_weights=digest(fingerprint(run.world)))
         run.sharded = Sharded(run.world, process, cfg.compile)
     elif cfg.shard == "fsdp":
-        run.log.line(
-            "note: shard = fsdp: one process holds everything, so nothing is sharded (torchrun starts several)"
-        )
+        alone = "one process holds everything, so nothing is sharded (torchrun starts several)"
+        run.log.line(f"note: shard = fsdp: {alone}")
     run.optimizer = run.world.optimizer()
     if cfg.compile and not is_cut:
         run.world.compile(dynamic=False)
@@ -8090,13 +8081,14 @@ def small_presets(cfg):
     return " or ".join(sorted(name for name in merged(type(cfg), "PRESETS") if name.endswith(("small", "tiny"))))
 
 
-def memory_cures(cfg):
+def memory_cures(cfg, ranks=1):
     """What needs less memory, in order of effect, by the flags that a config's class has -> text."""
     sizes = " or ".join(f"--{name}" for name in ("image_size", "num_frames") if hasattr(cfg, name))
     cures = (
         ("lower --batch_size (raise --grad_accum)", True),
         ("--grad_checkpoint", hasattr(cfg, "grad_checkpoint")),
         ("--amp", True),
+        ("--shard fsdp", ranks > 1 and cfg.shard == "none"),
         (f"smaller {sizes}", sizes),
         (f"--preset {small_presets(cfg)}", small_presets(cfg)),
     )
@@ -8316,28 +8308,16 @@ def rehearse(run, wrapped):
     return max(process.collect(seconds * cfg.grad_accum)), told
 
 
-CARDS = 24, 40, 80, 141  # GB of common GPUs
-
-
 def save_shards(run, state):
-    """Write what is sharded of a state into ckpt_<step>_shards, each rank its parts -> the state without, and with what
-    `read_shards` needs, on rank 0. Collective; OSError on rank 0 alone where a disk refuses."""
+    """Write what is sharded of a state, each rank its parts -> (the state with where they are instead, their temporary
+    folder). Collective; OSError on rank 0 alone where a disk refuses."""
     process, shards = run.process, {}
-    state, folder = take_shards(state, shards), Path(run.cfg.out_dir) / "checkpoints"
-    target = folder / f"ckpt_{steps_of(state)}_shards"
-    temporary = folder / f".{target.name}.{process.collect(os.getpid())[0]}.tmp"
-    known = write_shards(process, shards, temporary)
-    if not process.is_main:
-        return None
-    try:
-        if isinstance(known, OSError):
-            raise known
-        run.folder.check()
-        place_shards(temporary, target)
-    except OSError:
-        drop_unfinished(temporary)
-        raise
-    return {**state, "shards": known}
+    state, name = take_shards(state, shards), f".ckpt_{steps_of(state)}_shards.{process.collect(os.getpid())[0]}.tmp"
+    known = write_shards(process, shards, folder := Path(run.cfg.out_dir) / "checkpoints" / name)
+    if isinstance(known, OSError) and process.is_main:
+        drop_unfinished(folder)
+        raise known
+    return {**state, "shards": known}, folder
 
 
 def save_run(run, final=False, must=False, best=False):
@@ -8347,21 +8327,22 @@ def save_run(run, final=False, must=False, best=False):
     cfg, process, log, total = run.cfg, run.process, run.log, run.progress.total
     log.stage = f"saving step {total}"
     check_ranks(process, weights=digest(fingerprint(run.world)))
-    state = checkpoint_state(run)
-    if final or best or not run.sharded:
-        state = gather_state(state, process.is_main)
+    state, shards = checkpoint_state(run), None
     try:
         if run.sharded and not (final or best):
-            state = save_shards(run, state)
+            state, shards = save_shards(run, state)
+        else:
+            state = gather_state(state, process.is_main)
         if not process.is_main:
             return True
         run.folder.check()
-        save_checkpoint(state, cfg.out_dir, cfg, final, best)
+        save_checkpoint(state, cfg.out_dir, cfg, final, best, shards)
         process.stop.saved = process.stop.saved if best else total  # nothing goes on from the best unasked
         return True
     except OSError as error:
-        if state and "shards" in state:
-            delete_shards(Path(cfg.out_dir) / "checkpoints" / f"ckpt_{total}_shards")
+        if shards is not None:
+            drop_unfinished(shards)
+            delete_shards(shards.with_name(f"ckpt_{total}.pt"))
         newest = checkpoint_files(cfg.out_dir)
         stands = newest[-1][1] if newest else "no earlier one"
         text = f"checkpoint of step {total} could not be saved ({reason_of(error)}); {stands} stands"
@@ -8528,8 +8509,8 @@ class Clock:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts, while tensors are shapes alone, the bytes that live (`now`, at most `peak`) and the FLOP of products.
-    Three blocks stand for a longer stack of like ones: `grown` is what the others would leave in a forward pass."""
+    """Counts the bytes of tensors that live (`now`, at most `peak`) and the FLOP of products. Three blocks stand for a
+    longer stack of like ones: `grown` is what the others would leave in a forward pass."""
 
     def __init__(self):
         from torch.utils.flop_counter import flop_registry  # takes a tenth of a second
@@ -8562,10 +8543,9 @@ class Ledger(TorchDispatchMode):
     def shorten(self, model):
         """Leave three blocks of every stack. Neighbours tell what each of the others would add."""
         for stack in [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) > 3]:
-            gone = len(stack) - 3
-            del stack[3:]
-            for block, times in zip(stack[1:], (-gone, gone)):
+            for block, times in zip(stack[1:3], (3 - len(stack), len(stack) - 3)):
                 block.register_forward_pre_hook(partial(self.pass_by, times))
+            del stack[3:]
 
     def pass_by(self, times, *_):
         """A hook before a block."""
@@ -8582,41 +8562,29 @@ class Ledger(TorchDispatchMode):
         return self.peak - before + grown
 
 
-def count_run(world, cfg, sample):
-    """A world in shapes alone, on batches of a sample -> (lines about it, bytes of what learns, of all weights, of
-    buffers, and what fsdp gathers; {part: FLOP per clip}, bytes of activations with the config's grad_checkpoint and
-    with the other). Gathered are blocks, one in use and one on its way, with gradients, and what is in no block."""
+def count_step(model, cfg, sample):
+    """A micro-step on batches of a sample, in shapes alone -> (FLOP that it takes, bytes of activations with the
+    config's grad_checkpoint, with the other). The model comes from meta and is changed."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
 
-    ledger, dtype = Ledger(), amp_dtype(cfg, torch.device("cpu"))
-    cfg = replace(cfg, **{"random_weights": True} if hasattr(cfg, "random_weights") else {})  # none are read
-    with torch.device("meta"):
-        model = world(cfg)
-    learns, units = set(model.trained().values()), [set(unit.parameters()) for unit in shard_units(model)]
-    weights, buffers = set(model.parameters()), set(model.buffers())
-    rest = weights.difference(*units)
-    parts = learns, weights, buffers, rest, rest & learns, *units
-    sizes = [sum(value.nbytes for value in part) for part in parts]
-    told, flops = model.describe(), model.flops()
-    if flops:
+    ledger, dtype, work = Ledger(), amp_dtype(cfg, torch.device("cpu")), [0, 0]
+    if model.flops():
         ledger.shorten(model)
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-        for part in model.modules():  # from meta to a CPU, whose attention keeps no more than a GPU's
-            for table in (part._parameters, part._buffers):
-                for name, value in table.items():
-                    blank = None if value is None else torch.empty(value.shape, dtype=value.dtype)
-                    table[name] = nn.Parameter(blank, value.requires_grad) if isinstance(value, nn.Parameter) else blank
+        model.to_empty(device="cpu")  # whose attention keeps no more than a GPU's
         for parameter in model.train().trained().values():
             parameter.grad = torch.zeros_like(parameter)
         batch = {key: torch.empty((cfg.batch_size, *value.shape), dtype=value.dtype) for key, value in sample.items()}
-        batch, work = for_step(batch, 0, "cpu"), [0, 0]
+        batch = for_step(batch, 0, "cpu")
         for other in (True, False) if hasattr(cfg, "grad_checkpoint") else (False,):
             for part in model.modules():
                 if hasattr(part, "grad_checkpoint"):
                     part.grad_checkpoint = other != cfg.grad_checkpoint
             work[other] = ledger.step(model, batch, dtype)
-    sizes[3:] = [sum(sizes[3:5]) + 4 * max(sizes[5:], default=0)]
-    return told, sizes, flops or {"counted": ledger.flop / cfg.batch_size}, work
+    return ledger.flop, *work
+
+
+CARDS = 24, 40, 80, 141  # GB of common GPUs
 
 
 def dry_run(world, cfg, ranks):
@@ -8624,35 +8592,30 @@ def dry_run(world, cfg, ranks):
     Dataset = list_latents(world, cfg).Dataset if getattr(cfg, "latents", "") else world.Dataset
     data = DataSource("videos", "", [], [], [], True, Dataset, world.draw).dataset(cfg, "train")
     sample = {key: value for key, value in data.whole(0, data.blank(), 0, []).items() if key != "bad"}
-    told, (learns, weights, buffers, gathered), flops, work = count_run(world, cfg, sample)
-    own, others, is_cut = learns / ranks, weights - learns, ranks > 1
+    with torch.device("meta"):
+        model = world(replace(cfg, random_weights=True) if hasattr(cfg, "random_weights") else cfg)  # none are read
+    told, rows, flops = model.describe(), held_bytes(model, ranks), model.flops()
+    weights = sum(value.nbytes for value in model.parameters())
+    counted, work, other = count_step(model, cfg, sample)
     batch = sum(value.nbytes for value in sample.values()) * cfg.batch_size
-    rows = {
-        "weights that learn": (learns, own),
-        "other weights, buffers": (others + buffers, others / ranks + buffers),
-        "gradients": (learns, own + learns * (is_cut and cfg.grad_accum > 1)),  # whole until the last micro-step
-        "AdamW": (2 * learns, 2 * own),
-        "gathered shards": (0, gathered * is_cut),
-        "batch": (batch, batch),
-        "activations": (work[0], work[0]),
-    }
+    rows |= {"batch": (batch, batch), "activations": (work, work)}
     rows["sum"] = sums = [sum(side) for side in zip(*rows.values())]
     fit = [[name for name, size in zip(("none", "fsdp"), sums) if size < 0.9e9 * card - 1e9] for card in CARDS]
+    flops = flops or {"counted": counted / cfg.batch_size}
     clips, flop = step_samples(cfg, ranks), sum(flops.values()) or 1
     parts = ", ".join(f"{name} {value / flop:.0%}" for name, value in flops.items())
-    lines = [
+    switch = f"activations {'without' if getattr(cfg, 'grad_checkpoint', 0) else 'with'} grad_checkpoint"
+    fits = ", ".join(f"{card} GB {' and '.join(names) or 'neither'}" for card, names in zip(CARDS, fit))
+    return [
         *(line for line in told if not line.startswith("step:")),
         f"step: {clips} clips = {cfg.batch_size} x {cfg.grad_accum} micro-steps x {ranks} ranks; "
         f"{flop / 1e12:.4g} TFLOP per clip ({parts}), {flop * clips / 1e12:.6g} per step",
         f"{'GB per rank, --shard':<24}{'none':>9}{'fsdp':>9}",
         *(f"{name:<24}{one / 1e9:>9.3f}{two / 1e9:>9.3f}" for name, (one, two) in rows.items()),
+        *([f"{switch}: {other / 1e9:.3f} GB"] if hasattr(cfg, "grad_checkpoint") else []),
+        f"evaluations under --shard fsdp gather all weights: {weights / 1e9:.3f} GB on every rank",
+        f"fits, with 1 GB and a tenth of the card to spare: {fits}",
     ]
-    if hasattr(cfg, "grad_checkpoint"):
-        other = "without" if cfg.grad_checkpoint else "with"
-        lines.append(f"activations {other} grad_checkpoint: {work[1] / 1e9:.3f} GB")
-    lines.append(f"evaluations under --shard fsdp gather all weights: {weights / 1e9:.3f} GB on every rank")
-    fits = ", ".join(f"{card} GB {' and '.join(names) or 'neither'}" for card, names in zip(CARDS, fit))
-    return [*lines, f"fits, with 1 GB and a tenth of the card to spare: {fits}"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -8921,8 +8884,8 @@ def advise_preparing(run, seconds):
     faster = max((times for least, times in PREPARED.items() if side >= least), default=0)
     if not faster or decoding <= seconds:
         return ""
-    on_cpu = process.device.type == "cpu"  # where both want the same cores
-    share = decoding / (decoding + seconds) if on_cpu else 1 - seconds / decoding
+    # on a CPU both want the same cores
+    share = decoding / (decoding + seconds) if process.device.type == "cpu" else 1 - seconds / decoding
     gain = "halve it" if faster == 2 else f"make it {faster} times faster"
     how = f"python tools/prepare_videos.py --input {shlex.quote(cfg.data_root)} --output DIR would {gain}"
     return f"decoding takes {share:.0%} of the time: {how}"
@@ -9053,7 +9016,8 @@ def start(world, argv, stop):
         if not known and "can't allocate memory" not in str(error):  # the CPU allocator has no type of its own
             raise
         peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
-        cure = f"in order of effect: {memory_cures(cfg)}; nothing saved before is harmed"
+        cures = memory_cures(cfg, read_count("WORLD_SIZE", 1, 1, 10**6))
+        cure = f"in order of effect: {cures}; nothing saved before is harmed"
         raise UserError(f"out of memory ({flat(error)[:160]}{peak}); {cure}") from error
     except OSError as error:
         raise UserError(f"{error}; nothing saved before is harmed, run the same command to go on") from error
