@@ -105,7 +105,7 @@ def test_start_up_tells_the_memory_of_a_rank():
     Seen red: --shard fsdp with the figure of DDP."""
     told = {}
     for shard in ("none", "fsdp"):
-        cfg = V.preset_config("base", shard=shard, grad_accum=1)
+        cfg = small_config(enc_dim=1536, enc_depth=4, shard=shard)
         with torch.device("meta"):
             model = V.VJepaAutoV2(cfg, 0, 8)
         (figure,) = re.findall(r"memory about ([\d.]+) GB per process", model.describe()[-1])

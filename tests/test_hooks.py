@@ -581,11 +581,11 @@ def test_a_full_disk_costs_that_best_alone(lines, tmp_path, monkeypatch):
     figures(monkeypatch, {2: 5.0, 4: 3.0, 6: 4.0, 8: 9.0})
     real, tries = V.save_checkpoint, []
 
-    def full(state, out_dir, cfg, final, best=False):
+    def full(state, out_dir, cfg, final, best=False, shards=None):
         tries.append(state["step"] if best else 0)
         if tries[-1] == 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(state, out_dir, cfg, final, best)
+        return real(state, out_dir, cfg, final, best, shards)
 
     monkeypatch.setattr(V, "save_checkpoint", full)
     assert V.train(config(lines, tmp_path, **SHORT), world=Plateau) == 0
