@@ -2452,13 +2452,8 @@ class KeptFile:
     of it, in segments of so many `seconds`, each of about `rate` bytes per second. BadFile."""
 
     def __init__(self, cache, path, plan, ratios):
-        self.cache, self.path, self.plan, self.ratios, self.stamp = (
-            cache,
-            path,
-            plan,
-            ratios,
-            path_stamp(path, plan.kept),
-        )
+        self.cache, self.path, self.plan, self.ratios = cache, path, plan, ratios
+        self.stamp = path_stamp(path, plan.kept)
         told, is_thin = plan.file.times, plan.start_fps > 0  # then not all frames are kept
         clock = [plan.frame_fps, plan.noted_fps, *(path_stamp(told)[:3] if told else ())]
         starts = [plan.start_fps, plan.fps, plan.num_frames, plan.file.begin, plan.file.length] if is_thin else []

@@ -1,6 +1,7 @@
 """tools/bench_loader.py: it makes its files, measures every way of reading them, and says where the time goes."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -45,6 +46,19 @@ def test_the_profile_adds_up(small, monkeypatch, capsys):
     for name in ("outer", "inner", None, None):
         clock.turn(name)
     assert set(clock.spent) == {"outer", "inner"} and clock.stack == []
+
+
+@pytest.mark.slow
+def test_a_wait_is_measured(small, monkeypatch, capsys):
+    """Steps far longer than a clip takes to read wait for little, far shorter ones for nearly all of the time."""
+    monkeypatch.setattr(B, "prepare", lambda path, folder: path)
+    monkeypatch.setattr(V, "pin_batch", V.pin_batch)  # which the tool replaces
+    flags = ["--seconds", "1", "--gops", "10", "--clips", "1"]
+    shares = []
+    for step_s in ("0.3", "0.001"):
+        B.main([*flags, "--step_s", step_s])
+        shares += re.findall(r"wait for ([\d.]+)%", capsys.readouterr().out)
+    assert len(shares) == 4 and max(map(float, shares[:2])) < 40 < min(map(float, shares[2:]))
 
 
 def test_flags_are_checked():

@@ -17,7 +17,9 @@ interleaved over the rounds so that a busy machine hurts all alike, one thread r
 memory: kinder than holding the file as float32, which for 60 s of 720p would take 20 GB. It is read once a round.
 Decoders that are not installed are left out. Speed is per second of CPU time, so that a busy machine counts less.
 Memory is the peak of a fresh process that reads 20 clips (one, for the whole file), less what it held after its
-imports. `--profile` tells on what pyav's CPU time goes instead.
+imports. `--profile` tells on what pyav's CPU time goes instead; `--step_s 0.4` what share of its time a step waits that
+takes so long for 8 clips, read by `--workers` processes, once all frames are kept. The step here is a pause, so the
+cores are the loader's, and a thread copies batches meanwhile, as one pins them for a GPU.
 """
 
 import signal
@@ -37,6 +39,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -281,6 +284,28 @@ def measure_memory(path, way, args):
     )
 
 
+def copy_batch(batch):
+    """What V.pin_batch does where there is a GPU, into plain memory."""
+    return {key: value.clone() if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+def wait_share(path, folder, args):
+    """Share of the time for which steps of `step_s` for 8 clips wait, those of the second half: by then the file's
+    frames are kept -> float."""
+    data, steps = data_of(path, args.clip_fps, cache=str(Path(folder) / f"kept_{Path(path).stem}")), 8 * args.clips
+    V.pin_batch, waits = copy_batch, []
+    loader = V.ClipLoader(data, V.StepSampler(0, steps, 8, 0, 1), args.workers, batch_bytes=V.batch_bytes(data, 8))
+    loader.pinning = ThreadPoolExecutor(1)
+    for _ in range(steps):
+        begin = time.perf_counter()
+        next(loader)
+        waits.append(time.perf_counter() - begin)
+        time.sleep(args.step_s)
+    loader.close()
+    waits = waits[steps // 2 :]
+    return sum(waits) / (sum(waits) + args.step_s * len(waits))
+
+
 def parse(argv):
     """Command line -> namespace."""
     parser = argparse.ArgumentParser(description="Clips per second and core, and memory, of the ways to read a video.")
@@ -295,12 +320,16 @@ def parse(argv):
         "--x264_preset", default="veryfast", help="how the videos are coded; ultrafast has no B-frames [veryfast]"
     )
     parser.add_argument("--profile", action="store_true", help="tell where pyav's time goes, and nothing else")
+    parser.add_argument("--step_s", type=float, default=0.0, help="tell what steps of so many seconds wait, no more")
+    parser.add_argument("--workers", type=int, default=1, help="loader processes of --step_s [1]")
     parser.add_argument("--out", default="", type=os.path.expanduser, help="JSON file to write")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     parser.add_argument("--video", default="", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if min(args.seconds) <= 0 or min(args.gops) < 1 or min(args.rounds, args.clips) < 1 or args.windows < 2:
         raise V.UsageError("--seconds must be above 0, --gops, --rounds and --clips at least 1, --windows at least 2")
+    if args.step_s < 0 or args.workers < 1:
+        raise V.UsageError("--step_s must be 0 or above, --workers at least 1")
     return args
 
 
@@ -333,7 +362,10 @@ def main(argv=None):
         V.say(f"{len(paths)} videos of {WIDTH} x {HEIGHT} at {FPS} fps written in {time.perf_counter() - begin:.0f} s")
         for what, path in paths.items():
             V.say(f"{what}, {path.stat().st_size / 1e6:.1f} MB")
-            if args.profile:
+            if args.step_s:
+                report[what] = wait_share(path, folder, args)
+                V.say(f"steps of {args.step_s:g} s for 8 clips wait for {report[what]:.1%} of the time")
+            elif args.profile:
                 report[what] = profile(path, args.clips * args.rounds, args.clip_fps)
                 for part, spent in report[what].items():
                     V.say(f"{part:<24}{spent:>10.1f} ms per clip{100 * spent / sum(report[what].values()):>8.1f} %")
