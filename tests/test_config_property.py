@@ -199,19 +199,20 @@ def draw_config(rng):
         "flow_heads": flow_heads,
         "flow_dim": flow_heads * 2 * rng.randint(1, 6),
         "pred_heads": rng.choice([0, heads]),
-        "grad_clip_value": rng.choice([0.0, 0.1]) if not values["grad_clip"] else rng.choice([0.0] * 19 + [1.0]),
-        "amp_type": values["amp_type"] if values["amp"] or rng.random() < 0.05 else "auto",
-        "start_fps": rng.choice([0.0, 0.0, values["clip_fps"]] if rng.random() < 0.95 else [1.0]),
+        "grad_clip_value": rng.choice([0.0, 0.1]) if not values["grad_clip"] else rng.choice([0.0] * 49 + [1.0]),
+        "amp_type": values["amp_type"] if values["amp"] or rng.random() < 0.02 else "auto",
+        "start_fps": rng.choice([0.0, 0.0, values["clip_fps"]] if rng.random() < 0.98 else [1.0]),
+        "frame_cache": values["frame_cache"] if values["decoder"] != "decord" or rng.random() < 0.1 else "auto",
         "windows_per_file": rng.choice([1, 1, 3]) if values["clip_fps"] and values["scenes"] == "files" else 1,
-        "freeze_encoder": rng.random() < 0.02,  # without weights both are refused
-        "teacher": "frozen" if rng.random() < 0.02 else "ema",
-        "soon_fit_steps": rng.choice([0, 1, 3] if values["flow_fit_clips"] else [0] * 19 + [1]),
+        "freeze_encoder": rng.random() < 0.01,  # without weights both are refused
+        "teacher": "frozen" if rng.random() < 0.01 else "ema",
+        "soon_fit_steps": rng.choice([0, 1, 3] if values["flow_fit_clips"] else [0] * 49 + [1]),
         "flow_chunks": rng.randint(1, parts["eventually_frames"] // tubelet),
         "flow_rank": rng.choice([1, 2, 5, 16, 64 if values["flow_joint_max"] else 3]),
     }
-    while rng.random() < 0.3:
+    while rng.random() < 0.25:
         values[rng.choice(SIZES)] = rng.randint(1, 13)
-    while rng.random() < 0.3:
+    while rng.random() < 0.25:
         name = rng.choice(list(FIELDS))
         values[name] = (
             rng.choice(ODD)

@@ -1,6 +1,7 @@
 """--dry_run: what a step takes is counted in shapes alone, and is what a real step takes."""
 
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -67,14 +68,24 @@ for each in (small, V.replace(cfg, grad_checkpoint=True), cfg):  # the first loa
     return list(map(float, told.split()[1:]))
 
 
+# A process whose own memory is small starts the command: a peak counts from what the starting one holds.
+STARTER = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE)
+lines = process.stdout.read().decode().splitlines()
+_, status, usage = os.wait4(process.pid, 0)
+print(json.dumps([lines, status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024]))
+"""
+
+
 def shown(*argv):
     """A command with --dry_run in a process of its own -> (its lines, CPU seconds, peak bytes)."""
-    command = [sys.executable, *map(str, argv)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    lines = process.stdout.read().decode().splitlines()
-    _, status, usage = os.wait4(process.pid, 0)
+    command = [sys.executable, "-c", STARTER, sys.executable, *map(str, argv)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    told = subprocess.run(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment, check=True).stdout
+    lines, status, seconds, peak = json.loads(told)
     assert status == 0, lines
-    return lines, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return lines, seconds, peak
 
 
 # -- fast
