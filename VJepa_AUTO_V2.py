@@ -1928,15 +1928,15 @@ def starts_anew(packet, codec):
 def unneeded_run(queue, near, line, times, codec):
     """Packets read ahead -> (how many of the first need not be decoded since no request falls on their frames and a key
     packet follows, for how many packets there is no need to look again). -1 of them where nothing more is asked for."""
+    if queue and all(packet.pts is not None and line.second(packet.pts) > times[-1] for packet in queue):
+        # the last frame's own length may be a guess: where it is on screen for long, the next one is decoded to show it
+        return (-1 if any(0 <= times[-1] - line.second(pts) < 1 for pts in near) else 0), 0
     for place, packet in enumerate(queue):
         if place and packet.is_keyframe and packet.pts is not None and starts_anew(packet, codec):
             return place, 0
         if packet.pts is None or is_wanted(packet, near, line, times):
             return 0, place
-    # the last frame's own length may be a guess: where it is on screen for long, the next one is decoded to show it
-    over = all(line.second(packet.pts) > times[-1] for packet in queue)
-    over = over and any(0 <= times[-1] - line.second(pts) < 1 for pts in near)
-    return -over, len(queue) - 1
+    return 0, len(queue) - 1
 
 
 def pyav_frames(stream, times, fast, line, packets):

@@ -229,6 +229,16 @@ def test_a_long_last_frame_costs_no_second_reading(tmp_path, monkeypatch):
     assert frame_numbers(V.read_pyav(path, plan))[-1] == 39 and readings == [True]
 
 
+def test_a_window_reads_no_further_than_its_end(tmp_path, monkeypatch):
+    """However long a file is, and however near its key frames are. Seen red: 10,000 clips of two hours in 410 s, not
+    30, when each window was left for the next key frame until the file was at its end."""
+    path, packets, real = write_coded(tmp_path / "near.mp4", 600, 10, {"g": "5"}), [], V.from_key
+    monkeypatch.setattr(V, "from_key", Noting(real, packets))
+    for u_start in (0.0, 0.5):
+        V.read_pyav(path, replace(PLAN, num_frames=4, fps=2.0, u_start=u_start))
+    assert 0 < len(packets) < 200
+
+
 @pytest.mark.parametrize("size", [(398, 224), (33, 31), (448, 252), (64, 64)])
 def test_a_picture_is_the_scalers(size):
     """Neither the view of its rows nor the one thread changes a pixel of what to_ndarray gives."""
