@@ -4483,6 +4483,11 @@ def read_count(name, default, least, most):
     return int(text)
 
 
+def usable_cores():
+    """Cores that this process may use: a job or a container may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def restart_count():
     """How often torchrun has started this run again."""
     return read_count("TORCHELASTIC_RESTART_COUNT", 0, 0, 10**9 - 1)
@@ -8873,8 +8878,7 @@ def advise_preparing(run, seconds):
     read = process.is_main and isinstance(data, ClipDataset) and run.source.kind == "videos" and seconds * cfg.steps > 5
     costs = told_apart(5.0, decode_costs, data)[0] if read and not getattr(data, "frame_cache", None) else ()
     cost, side = np.median(costs or [(0.0, 0)], axis=0)
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(here // read_count("LOCAL_WORLD_SIZE", 1, 1, 2**16), 1)
+    cores = max(usable_cores() // read_count("LOCAL_WORLD_SIZE", 1, 1, 2**16), 1)
     decoding = cost * cfg.batch_size * cfg.grad_accum / min(cores, max(cfg.num_workers, 1))
     faster = max((times for least, times in PREPARED.items() if side >= least), default=0)
     if not faster or decoding <= seconds:

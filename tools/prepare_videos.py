@@ -668,7 +668,7 @@ def parse(argv):
     """Command line -> namespace."""
     about = "Transcode videos once, so that training reads them faster."
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = V.usable_cores()
     add, expand = parser.add_argument, os.path.expanduser
     add("--input", required=True, type=expand, help="what --data_root is: folder, list or video")
     add("--output", required=True, type=expand, help="folder to write, outside of the input")
