@@ -5481,7 +5481,8 @@ class Predictor(nn.Module):
 
     A SOON position starts from what the context holds at its site in the last NOW tubelet, so that the trunk learns
     what changes and need not first learn to copy; not so where `soon_start` is mask, as in published predictors.
-    Actions of the SOON tubelets stand beside the positions as tokens, each in the middle of its tubelet.
+    Actions of the SOON tubelets stand beside the positions as tokens, each in the middle of its tubelet, and are added
+    to the positions of that: by attention alone a short run learned nothing of them.
     """
 
     def __init__(self, cfg):
@@ -5506,10 +5507,12 @@ class Predictor(nn.Module):
         seen = self.embed(context)  # [B, K, P]
         if family == SOON and self.from_last:
             holes = holes + seen[:, -self.sites :].repeat(1, mask_idx.shape[1] // self.sites, 1)
-        x, until = torch.cat([seen, holes.to(seen.dtype)], 1), idx.shape[1]
+        parts, until = [seen, holes], idx.shape[1]
         if actions is not None:
-            x = torch.cat([x, self.actions(actions, passive).to(x.dtype)], 1)
+            tokens = self.actions(actions, passive)  # [B, t, P]
+            parts = [seen, holes + tokens.repeat_interleave(self.sites, 1), tokens]
             idx = torch.cat([idx, mask_idx[:, self.sites // 2 :: self.sites]], 1)
+        x = torch.cat([part.to(seen.dtype) for part in parts], 1)
         x = self.position.add(x, idx)  # [B, K + M, P], with actions t more
         return self.out(self.trunk(x, self.position.rope(idx))[:, keep_idx.shape[1] : until])
 
