@@ -67,21 +67,22 @@ def clip_id(video, feature_map):
     return int(found[1]) if found else None
 
 
-def split_by_id(clips, val_fraction, test_fraction):
+def split_by_id(clips, cfg):
     """Clips in the order of their ids -> {side: clips}: the last groups are test, those before them val. UsageError.
 
     By ids, not by hashes: windows that were cut from one video have neighbouring ids, so that few neighbours stand on
     two sides, and none where `group` names what belongs together.
     """
     drives = list(dict.fromkeys(clip.drive for clip in clips))
-    shares = {"test": test_fraction, "val": val_fraction}
+    shares = {"test": cfg.test_fraction, "val": cfg.val_fraction}
     counts = {side: max(round(share * len(drives)), 1) if share > 0 else 0 for side, share in shares.items()}
     begin_test = len(drives) - counts["test"]
     begin_val = begin_test - counts["val"]
     if begin_val < 1:
+        parts = f"train, {counts['val']} val and {counts['test']} test"
         raise V.UsageError(
-            f"{len(drives)} clips or groups cannot be split into train, {counts['val']} val and {counts['test']} test: "
-            "give more, or lower val_fraction or test_fraction (--val_fraction, --test_fraction)"
+            f"data_root {cfg.data_root}: {len(drives)} clips or groups cannot be split into {parts} "
+            "(--val_fraction, --test_fraction)"
         )
     place = {drive: number for number, drive in enumerate(drives)}
     bounds = {"train": (0, begin_val), "val": (begin_val, begin_test), "test": (begin_test, len(drives))}
@@ -154,7 +155,7 @@ class FeatureClips(V.FileDataset):
             if not found.sides["train"] or not found.sides["val"]:
                 raise V.UsageError(f"{what} train/ or val/ holds no clip of these ids (--clip_start, --clip_end)")
         elif len(found) > 1:
-            found.sides, found.split_by = split_by_id(found, cfg.val_fraction, cfg.test_fraction), "ids"
+            found.sides, found.split_by = split_by_id(found, cfg), "ids"
         cls.try_some(cfg, found, what)
         return found
 
@@ -174,7 +175,7 @@ class FeatureClips(V.FileDataset):
     @staticmethod
     def notes(cfg, source):
         """What stands in for absent states, and rows of actions that are left out."""
-        clips = [*source.train, *source.val]
+        clips = list(dict.fromkeys((*source.train, *source.val)))
         looked, without, longer = clips[:: -(-len(clips) // LOOKED_AT)], 0, 0
         for clip in looked:
             beside = beside_map(clip.path)
