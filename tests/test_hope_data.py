@@ -9,8 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, V
 
-sys.path.insert(0, str(ROOT / "worlds"))
-import hope_data as H
+H = sys.modules[V.import_world(ROOT / "worlds" / "hope.py", "Hope").__module__]
 
 SIZES = dict(feature_dim=5, grid_high=2, grid_wide=3, num_timesteps=3, action_dim=2)
 
