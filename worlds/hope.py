@@ -53,10 +53,10 @@ ORIGINAL = dict(
     num_timesteps=7, action_dim=2, rollout_steps=7, batch_size=64, steps=2110, schedule="flat", amp=True,
     curriculum="0:teacher=1.0;7:teacher=0.7;11:teacher=0.3", val_epochs=1, num_workers=8,
 )
-# Two cores: 4 x 4 patches of 32 numbers, as tools/make_pushes.py and small checkpoints give them
+# Two cores: clips as tools/make_pushes.py makes them
 TINY = dict(
-    feature_map="tiny", feature_dim=32, grid_high=4, grid_wide=4, num_timesteps=7, action_dim=2, pred_dim=48,
-    pred_depth=3, num_heads=4, drop_path=0.0, rollout_steps=2, curriculum="0s:rollout=2;500s:rollout=4;1000s:rollout=7",
+    feature_map="pushes", feature_dim=48, grid_high=4, grid_wide=4, num_timesteps=8, action_dim=2, pred_dim=96,
+    pred_depth=3, num_heads=4, drop_path=0.0, rollout_steps=2, curriculum="0s:rollout=2;500s:rollout=4;1000s:rollout=8",
     batch_size=16, steps=1500, lr=1e-3, warmup_steps=100, num_workers=1, log_every=100, val_every=500, ckpt_every=500,
 )
 # what an entry of a curriculum may set -> the field whose value holds until then
@@ -174,7 +174,7 @@ class HopeConfig(V.RunConfig):
         "vjepa2_ac_vitg": dict(feature_map="vjepa2_vitg16", feature_dim=1408, pred_dim=1024, batch_size=8),
         "baseline_convlstm": dict(ORIGINAL, predictor="convlstm", pred_dim=256),
         "vjepa2_ac_tiny": dict(TINY),
-        "baseline_convlstm_tiny": dict(TINY, predictor="convlstm", pred_dim=48),
+        "baseline_convlstm_tiny": dict(TINY, predictor="convlstm", pred_dim=64),
     }
     RANGES = {
         "feature_dim": (1, 65536), "grid_high": (1, 1024), "grid_wide": (1, 1024), "num_timesteps": (1, 1000),
