@@ -847,7 +847,7 @@ class Hope(V.World):
         ratios = horizon_ratios(values)
         above = [h for h, ratio in ratios.items() if not ratio < 1]
         last, gain = max(ratios), values.get("val_action_gain", math.nan)
-        told = "better than identity at every horizon" if not above else f"no better at {V.name_some(map(str, above))}"
+        told = "better than identity at every horizon" if not above else f"no better at {V.name_some([str(h) for h in above])}"
         gain = f"true actions save {gain:.0%} of the error" if gain > 0 else "true actions save nothing"
         return f"error / identity's {ratios[1]:.3f} at 1 frame, {ratios[last]:.3f} at {last} ({told}); {gain}"
 
