@@ -20,13 +20,13 @@ from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
 import VJepa_AUTO_V2 as V
 
-MEMORY_PART = ".memory."  # in the name of every parameter of a Titan memory: those learn at half the rate
+MEMORY_PART = "memory."  # in the name of every parameter of a Titan memory: those learn at half the rate
 PERIODS = ((1, 4.0), (4, 4.0), (16, 4.0))  # (period in frames, hidden width over dim) of the levels of hope
 HYBRID_PERIODS = ((1, 2.0), (3, 2.5), (7, 3.0))  # of hybrid
 LEARNING, KEEPING = -1.0, 4.0  # where eta and alpha start, before softplus and sigmoid: 0.31 and 0.98 per write
 
 
-def drop_path(x, rate, training):
+def drop_clips(x, rate, training):
     """The branch of a whole clip set to zero with probability `rate`. x [B, ...] -> like x."""
     if not training or rate == 0.0:
         return x
@@ -64,49 +64,46 @@ class TitanMemory(nn.Module):
         """Fast weights of `batch` clips before the first write: (W1 [B, num, H, dim], W2 [B, num, dim, H]), float32."""
         return tuple(w.float().expand(batch, *w.shape) for w in (self.start1, self.start2))
 
-    def lift(self, w1, x):
-        """W1 x for inputs that the memories share. w1 [B, num, H, dim], x [B, n, dim] -> [B, num, n, H]."""
-        return (x @ w1.flatten(1, 2).mT).unflatten(2, w1.shape[1:3]).transpose(1, 2)
-
-    def read(self, fast, x, part):
-        """What the memories `part` (a slice) say to x [B, n, dim] -> [B, len(part), n, dim]."""
-        w1, w2 = (w[:, part] for w in fast)
-        said = x[:, None] + F.gelu(self.lift(w1, x)) @ w2.mT
-        return F.layer_norm(said, said.shape[-1:], eps=1e-6) * self.scale[part] + self.shift[part]
-
-    def gradients(self, fast, k, v, surprise):
-        """Of s / 2 * mean over tokens and features of (W(k) - target)^2 for W1 and W2, per clip, by formula.
-
-        W(k) = k + W2 gelu(W1 k) without LN; target = LN(W(v)) without scale and shift, each memory's own answer to v.
-        """
+    def answer(self, fast, x):
+        """x [B, n, dim] -> W1 x and its GELU [B, num, n, H], x + W2 gelu(W1 x) [B, num, n, dim]."""
         w1, w2 = fast
-        before = self.lift(w1, k)  # [B, num, n, H]
+        before = (x @ w1.flatten(1, 2).mT).unflatten(2, w1.shape[1:3]).transpose(1, 2)
         hidden = F.gelu(before)
-        target = v[:, None] + F.gelu(self.lift(w1, v)) @ w2.mT
-        error = k[:, None] + hidden @ w2.mT - F.layer_norm(target, target.shape[-1:], eps=1e-6)
-        error = error * (surprise / (k.shape[1] * k.shape[2]))[:, None, None, None]
-        grad1 = ((error @ w2) * gelu_slope(before)).mT @ k[:, None]
-        return grad1, error.mT @ hidden
+        return before, hidden, x[:, None] + hidden @ w2.mT
 
-    def write(self, fast, k, v, eta, alpha, surprise, threshold):
+    def read(self, fast, x):
+        """What each memory says to x [B, n, dim] -> [B, num, n, dim]."""
+        return F.layer_norm(self.answer(fast, x)[2], x.shape[-1:], eps=1e-6) * self.scale + self.shift
+
+    def write(self, fast, k, v, rate, keep, surprise):
         """One step of delta gradient descent on the pairs k -> v [B, n, dim] -> new fast weights.
 
-            W <- W * clamp(alpha - eta * mean(k^2) / dim, 0, 1) - eta * gradient
+            W <- W * keep - rate * gradient of surprise / 2 * mean over tokens and features of (W(k) - target)^2
 
-        eta, alpha [B, dim] belong to the columns of W1 and the rows of W2; k counts with unit norm (Titans, 4.4), the
-        diagonal of alpha I - eta k k^T. First order: inside the gradient the fast weights are constants, as are the
-        surprise [B] and the factor that clips; k, v, eta, alpha are not, nor is W outside the gradient. So an outer
-        loss reaches the start of each memory and all that made k and v. A clip whose surprise is not above
-        `threshold` keeps its weights.
+        W(k) is the answer without LN, target = LN(W(v)) without scale and shift: what each memory itself says to v
+        (Nested Learning, equations 84 to 88). rate, keep [B, dim] belong to the columns of W1 and the rows of W2. The
+        gradient of each clip and matrix is cut to the length `clip`.
+
+        First order: inside the gradient the fast weights are constants, as are the surprise [B] and the factor that
+        cuts. k, v, rate and keep are not, nor is W outside the gradient: so what later frames read sends a gradient
+        into the start of each memory and into all that made k and v.
         """
-        rate, keep = eta[:, None], (alpha - eta * k.square().mean(1) / k.shape[2]).clamp(0.0, 1.0)[:, None]
-        open_ = (surprise > threshold)[:, None, None, None]
-        fixed, new = tuple(w.detach() for w in fast), []
-        for w, grad, axis in zip(fast, self.gradients(fixed, k, v, surprise), (-2, -1)):
-            length = grad.detach().flatten(2).norm(dim=2)[..., None, None]
-            step = grad * (self.clip / length.clamp(min=self.clip))
-            new.append(torch.where(open_, w * keep.unsqueeze(axis) - rate.unsqueeze(axis) * step, w))
-        return tuple(new)
+        fixed = tuple(w.detach() for w in fast)
+        before, hidden, said = self.answer(fixed, k)
+        error = said - F.layer_norm(self.answer(fixed, v)[2], v.shape[-1:], eps=1e-6)
+        error = error * (surprise / (k.shape[1] * k.shape[2]))[:, None, None, None]
+        inner, key, rate, keep = error @ fixed[1] * gelu_slope(before), k[:, None], rate[:, None, None], keep[:, None]
+        cut1, cut2 = (self.cut(*pair) for pair in ((inner, key), (error, hidden)))
+        return (
+            fast[0] * keep[:, :, None] - (inner * cut1).mT @ (key * rate),
+            fast[1] * keep[..., None] - (error * rate * cut2).mT @ hidden,
+        )
+
+    @torch.no_grad()
+    def cut(self, left, right):
+        """The factor that cuts the gradients left^T right to the length `clip`, [B, num, 1, 1], without making them."""
+        square = ((left @ left.mT) * (right @ right.mT)).sum((2, 3), keepdim=True)
+        return self.clip / square.clamp(min=self.clip**2).sqrt()
 
 
 class Titans(nn.Module):
@@ -115,17 +112,20 @@ class Titans(nn.Module):
     `chunk` frames are read with the weights before them, then one write follows, which later chunks read; with
     chunk >= T the learned start is only read. `modifies`: five memories k, v, eta, alpha and the memory itself, each
     rewritten (Nested Learning 8.1). Without it one memory, with k and v static projections and eta, alpha learned
-    per feature. Fast weights are float32 under autocast too.
+    per feature. A write keeps alpha I - eta k k^T of the weights, its diagonal and k of unit norm (Titans, 4.4). A clip
+    writes nothing where its surprise, mean over tokens of the rms of v - read, is not above `threshold`. Fast weights
+    are float32 under autocast too.
     """
 
     def __init__(self, dim, num_heads, hidden, chunk=1, threshold=0.0, clip=1.0, modifies=True):
         super().__init__()
         self.num_heads, self.chunk, self.threshold, self.modifies = num_heads, chunk, threshold, modifies
-        self.memory = TitanMemory(5 if modifies else 1, dim, hidden, clip)
+        self.memory = TitanMemory(1, dim, hidden, clip)
         self.query, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
         if modifies:
+            self.pair_memory = TitanMemory(4, dim, hidden, clip)  # k, v, eta, alpha
             with torch.no_grad():
-                self.memory.shift[2:4] += torch.tensor([LEARNING, KEEPING])[:, None, None]
+                self.pair_memory.shift[2:] += torch.tensor([LEARNING, KEEPING])[:, None, None]
         else:
             self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.eta, self.alpha = (nn.Parameter(torch.full((dim,), start)) for start in (LEARNING, KEEPING))
@@ -133,26 +133,29 @@ class Titans(nn.Module):
     def pairs(self, fast, y):
         """What a chunk y [B, n, dim] is written with: k, v [B, n, dim], eta, alpha [B, dim]."""
         if self.modifies:
-            k, v, eta, alpha = self.memory.read(fast, y, slice(0, 4)).unbind(1)
+            k, v, eta, alpha = self.pair_memory.read(fast, y).unbind(1)
             return k, v, F.softplus(eta).mean(1), alpha.sigmoid().mean(1)
         k, v = (F.layer_norm(part(y), y.shape[-1:], eps=1e-6) for part in (self.key, self.value))
         return k, v, *(row.expand(y.shape[0], -1) for row in (F.softplus(self.eta), self.alpha.sigmoid()))
 
     def forward(self, x, rope=None):
         batch, frames, per_frame = x.shape[:3]
-        said = []
+        memories, said = [self.memory] + ([self.pair_memory] if self.modifies else []), []
         with torch.autocast(x.device.type, enabled=False):
             y = x.float().flatten(1, 2)  # [B, T * M, dim]
-            q, fast = turn(self.query(y), rope, self.num_heads), self.memory.start(batch)
+            q, fast = turn(self.query(y), rope, self.num_heads), [memory.start(batch) for memory in memories]
             for begin in range(0, frames, self.chunk):
                 part = slice(begin * per_frame, (begin + self.chunk) * per_frame)
-                said.append(self.memory.read(fast, q[:, part], slice(-1, None))[:, 0])
+                said.append(self.memory.read(fast[0], q[:, part])[:, 0])
                 if begin + self.chunk >= frames:
                     break  # nobody reads a write behind the last chunk
-                k, v, eta, alpha = self.pairs(fast, y[:, part])
-                surprise = (v - said[-1]).detach().square().mean(2).sqrt().mean(1)  # [B]
+                k, v, eta, alpha = self.pairs(fast[-1], y[:, part])
                 k = turn(k, rope and tuple(code[part] for code in rope), self.num_heads)
-                fast = self.memory.write(fast, k, v, eta, alpha, surprise, self.threshold)
+                surprise = (v - said[-1]).detach().square().mean(2).sqrt().mean(1)  # [B]
+                opened = (surprise > self.threshold)[:, None]
+                keep = (alpha - eta * k.square().mean(1) / k.shape[2]).clamp(0.0, 1.0)
+                rates = torch.where(opened, eta, 0.0), torch.where(opened, keep, 1.0)
+                fast = [memory.write(own, k, v, *rates, surprise) for memory, own in zip(memories, fast)]
         return self.proj(torch.cat(said, 1)).view_as(x)
 
 
@@ -191,13 +194,13 @@ class Level(nn.Module):
 class ContinuumMemory(nn.Module):
     """A cascade of residual levels, fast to slow, given as (period, ratio). [B, T, M, dim] -> like it."""
 
-    def __init__(self, dim, levels, drop=0.0):
+    def __init__(self, dim, levels, drop_path=0.0):
         super().__init__()
-        self.levels, self.drop = nn.ModuleList(Level(dim, *level) for level in levels), drop
+        self.levels, self.drop_path = nn.ModuleList(Level(dim, *level) for level in levels), drop_path
 
     def forward(self, x):
         for level in self.levels:
-            x = x + drop_path(level(x), self.drop, self.training)
+            x = x + drop_clips(level(x), self.drop_path, self.training)
         return x
 
 
@@ -210,7 +213,8 @@ class FrameMixing(nn.Module):
 
     def __init__(self, dim, num_heads, heads=2):
         super().__init__()
-        self.heads, width = heads, heads * (dim // num_heads)
+        self.heads = min(heads, num_heads)
+        width = self.heads * (dim // num_heads)
         self.qkv, self.proj = nn.Linear(dim, 3 * width), nn.Linear(width, dim)
 
     def forward(self, x, rope=None):
@@ -236,34 +240,31 @@ class FrameAttention(V.Attention):
 
 
 class HopeBlock(nn.Module):
-    """Mixing within a frame, five self-modifying memories, continuum memory: x [B, T, M, dim] -> like it."""
+    """Mixing within a frame, five self-modifying memories, continuum memory: x [B, T, M, dim] -> like it.
 
-    def __init__(self, dim, num_heads, titan_hidden=2.0, cms_levels=PERIODS, chunk=1, threshold=0.0, drop=0.0):
+    `titan_hidden` is the hidden width of a Titan memory over dim, `drop_path` the share of clips that skip a branch.
+    """
+
+    def __init__(
+        self, dim, num_heads, titan_hidden=2.0, cms_levels=PERIODS, chunk=1, threshold=0.0, drop_path=0.0, modifies=True
+    ):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.mixing = self.first(dim, num_heads)
-        self.titans = Titans(dim, num_heads, int(dim * titan_hidden), chunk, threshold, modifies=self.modifies)
-        self.cms, self.drop = ContinuumMemory(dim, cms_levels, drop), drop
-
-    first, modifies = FrameMixing, True
+        self.mixing = FrameMixing(dim, num_heads) if modifies else FrameAttention(dim, num_heads, 0.0)
+        self.titans = Titans(dim, num_heads, int(dim * titan_hidden), chunk, threshold, modifies=modifies)
+        self.cms, self.drop_path = ContinuumMemory(dim, cms_levels, drop_path), drop_path
 
     def forward(self, x, rope=None):
-        x = x + drop_path(self.mixing(self.norm1(x), rope), self.drop, self.training)
-        x = x + drop_path(self.titans(self.norm2(x), rope), self.drop, self.training)
+        x = x + drop_clips(self.mixing(self.norm1(x), rope), self.drop_path, self.training)
+        x = x + drop_clips(self.titans(self.norm2(x), rope), self.drop_path, self.training)
         return self.cms(x)
 
 
 class HybridBlock(HopeBlock):
     """Attention over all frames so far, one Titan memory, continuum memory: x [B, T, M, dim] -> like it."""
 
-    modifies = False
-
     def __init__(self, dim, num_heads, titan_hidden=2.0, cms_levels=HYBRID_PERIODS, **kept):
-        super().__init__(dim, num_heads, titan_hidden, cms_levels, **kept)
-
-    @staticmethod
-    def first(dim, num_heads):
-        return FrameAttention(dim, num_heads, 0.0)
+        super().__init__(dim, num_heads, titan_hidden, cms_levels, **kept, modifies=False)
 
 
 def start_weights(module):
@@ -287,14 +288,15 @@ class MemoryPredictor(nn.Module):
 
     def __init__(
         self, block, feature_dim, dim, depth, num_heads, grid, num_timesteps, action_dim, use_extrinsics=False,
-        grad_checkpoint=False, **sizes,
+        grad_checkpoint=False, drop_path=0.0, **sizes,
     ):  # fmt: skip
         super().__init__()
         self.use_extrinsics, self.grad_checkpoint = use_extrinsics, grad_checkpoint
         self.embed, self.norm = nn.Linear(feature_dim, dim), nn.LayerNorm(dim, eps=1e-6)
         self.action, self.state = nn.Linear(action_dim, dim), nn.Linear(action_dim, dim)
         self.extrinsics = nn.Linear(action_dim - 1, dim) if use_extrinsics else None
-        self.blocks = nn.ModuleList(block(dim, num_heads, **sizes) for _ in range(depth))
+        drops = torch.linspace(0.0, drop_path, depth).tolist()  # later blocks are skipped more often
+        self.blocks = nn.ModuleList(block(dim, num_heads, drop_path=drop, **sizes) for drop in drops)
         self.head = nn.Linear(dim, feature_dim)
         patches = V.grid_positions((num_timesteps, *grid)).unflatten(0, (num_timesteps, -1))  # [T, N, 3]
         told = patches[:, :1].repeat(1, 3 if use_extrinsics else 2, 1) * torch.tensor([1, 0, 0])
