@@ -295,7 +295,9 @@ class MemoryPredictor(nn.Module):
         self.embed, self.norm = nn.Linear(feature_dim, dim), nn.LayerNorm(dim, eps=1e-6)
         self.action, self.state = nn.Linear(action_dim, dim), nn.Linear(action_dim, dim)
         self.extrinsics = nn.Linear(action_dim - 1, dim) if use_extrinsics else None
-        drops = torch.linspace(0.0, drop_path, depth).tolist()  # later blocks are skipped more often
+        drops = (
+            drop_path * number / max(depth - 1, 1) for number in range(depth)
+        )  # later blocks are skipped more often
         self.blocks = nn.ModuleList(block(dim, num_heads, drop_path=drop, **sizes) for drop in drops)
         self.head = nn.Linear(dim, feature_dim)
         patches = V.grid_positions((num_timesteps, *grid)).unflatten(0, (num_timesteps, -1))  # [T, N, 3]
