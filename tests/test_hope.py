@@ -39,7 +39,8 @@ SMALL = dict(
     val_every=0,
 )
 FLAGS = [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
-SEEING = ("ac_vit", "convlstm")  # those of the rivals here that learn
+SEEING = ("ac_vit", "convlstm")
+LEARNING = (*SEEING, "hope", "hybrid")
 
 
 def config(**overrides):
@@ -224,7 +225,7 @@ def test_the_convlstm_is_a_cell_by_hand():
 
 
 @pytest.mark.parametrize("context", [1, 2])
-@pytest.mark.parametrize("predictor", SEEING)
+@pytest.mark.parametrize("predictor", LEARNING)
 def test_a_rollout_is_the_growing_sequence(predictor, context):
     """Taking up where the last frame ended gives what the whole sequence gives, and gradients as well; frames behind
     the context count for nothing. Seen red with a past that is not rotated, and with actions one late."""
@@ -233,7 +234,8 @@ def test_a_rollout_is_the_growing_sequence(predictor, context):
     T = world.cfg.num_timesteps
     grown = world.normalise(features[:, :context])
     for t in range(context, T + 1):
-        grown = torch.cat([grown, world.predict(grown, *(part[:, :t] for part in beside))[:, -1:]], 1)
+        preds = world.predictor(grown, *(part[:, :t] for part in beside))
+        grown = torch.cat([grown, world.normalise(preds[:, -1:])], 1)
     guesses = world.rollout(clip["features"], *beside, context=context)
     assert guesses.shape == (2, T + 1 - context, 6, 5)
     assert torch.allclose(guesses, grown[:, context:], atol=2e-5)  # sums in another order, 4 frames on end
@@ -267,10 +269,11 @@ def test_a_rollout_beyond_its_actions_is_refused():
         world.predictor(*(torch.cat([part, part], 1) for part in (features, *beside)))
 
 
-def test_a_jump_is_one_pass_at_another_time():
+@pytest.mark.parametrize("predictor", ["ac_vit", "hope", "hybrid"])
+def test_a_jump_is_one_pass_at_another_time(predictor):
     """At time 0 it is the guess from the first frame; later frames and actions count for nothing; the place in time
     does, for each sample by itself."""
-    world = new_world()
+    world = new_world(predictor=predictor)
     features, *beside = seen(clip := clip_of(world.cfg))
     with torch.no_grad():
         found = world.jump(features, *beside, times=torch.tensor([0, 3]))
@@ -347,12 +350,12 @@ def test_an_evaluation_looks_at_every_horizon():
     z, beside = world.normalise(batch["features"]), [batch["actions"], batch["states"]]
     with torch.no_grad():
         guesses = world.rollout(z, *beside)
+        swapped = (world.rollout(z, beside[0].flip(0), beside[1]) - z[:, 1:]).abs().mean()
     for h in range(1, 5):
         error, still = (guesses[:, h - 1] - z[:, h]).abs().mean(), (z[:, 0] - z[:, h]).abs().mean()
         assert values[f"ratio_{h}"] == pytest.approx(float(error / still), rel=1e-4)
     assert "ratio_5" not in values
     assert means["loss_rollout"] == pytest.approx(float((guesses[:, :2] - z[:, 1:3]).abs().mean()), rel=1e-4)
-    swapped = (world.rollout(z, beside[0].flip(0), beside[1]) - z[:, 1:]).abs().mean()
     gain = 1 - float((guesses - z[:, 1:]).abs().mean() / swapped)
     assert values["action_gain"] == pytest.approx(gain, abs=1e-5)
     assert (
@@ -436,6 +439,19 @@ def test_a_step_follows_the_curriculum():
         {"rollout_frames": 1, "stage": 0},
         {"rollout_frames": 3, "stage": 1},
     ]
+
+
+def test_memories_learn_in_a_group_of_their_own():
+    """At half the rate, without decay; every parameter that learns is in one group."""
+    world = Hope(config(predictor="hope", lr=1.0))
+    groups = {group["name"]: group for group in world.optimizer().param_groups}
+    assert set(groups) == {"decay", "no_decay", "memory"}
+    assert (groups["memory"]["peak_lr"], groups["decay"]["peak_lr"]) == (0.5, 1.0)
+    assert groups["memory"]["weight_decay"] == 0.0 and len(groups["memory"]["params"]) == sum(
+        ".titans." in name and "memory." in name for name in world.trained()
+    )
+    assert sum(len(group["params"]) for group in groups.values()) == len(world.trained())
+    assert [group["name"] for group in Hope(config()).groups()] == ["decay", "no_decay"]
 
 
 def test_the_flat_schedule():
@@ -567,7 +583,7 @@ def test_wrong_commands_are_one_line(clips, tmp_path):
         assert output.count("error: ") == 1 and "Traceback" not in output
 
 
-@pytest.mark.parametrize("predictor", ["identity", *(pytest.param(name, marks=pytest.mark.slow) for name in SEEING)])
+@pytest.mark.parametrize("predictor", ["identity", *(pytest.param(name, marks=pytest.mark.slow) for name in LEARNING)])
 def test_a_dry_run_counts_a_step_in_shapes(predictor, capsys):
     code, output = run_here("--predictor", predictor, "--dry_run")
     assert code == 0 and "TFLOP per clip" in output and f"({predictor})" in output, output
@@ -575,7 +591,7 @@ def test_a_dry_run_counts_a_step_in_shapes(predictor, capsys):
 
 def test_autocast_stays_near(clips):
     """bf16 autocast: losses within 2 %, bf16 keeps 8 bits, and gradients for all that learns."""
-    for predictor in SEEING:
+    for predictor in LEARNING:
         world = new_world(predictor=predictor).train()
         batch = batch_of(world.cfg)
         with torch.autocast("cpu", torch.bfloat16):
