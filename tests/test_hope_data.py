@@ -13,11 +13,11 @@ import torch
 from conftest import ROOT, V, small_config
 from training import new_model, new_state
 
-sys.path.insert(0, str(ROOT / "worlds"))
 sys.path.insert(0, str(ROOT / "tools"))
 import cache_latents as C
-import hope_data as H
 import make_pushes as P
+
+H = sys.modules[V.import_world(ROOT / "worlds" / "hope.py", "Hope").__module__]
 
 SIZES = dict(feature_dim=5, grid_high=2, grid_wide=3, num_timesteps=3, action_dim=2)
 
