@@ -35,7 +35,6 @@ import signal
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
 
-import argparse
 import math
 import os
 import sys
@@ -57,8 +56,9 @@ PARTS = ("layernorm", "attn_out", "bias", "mlp_out")
 MODES = ("rollout", "teacher", "sequential")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 ARMS = ("none", "shuffled", "adapted")
-# ends of the names of linear layers: what token mixing, or a memory, adds to the residual stream; what an MLP adds
-OUTPUTS = {"attn_out": ("attn.proj",), "mlp_out": ("mlp.fc2",)}
+# ends of the names of linear layers: what token mixing or a memory adds to the residual stream, and what an MLP adds
+OUTPUTS = {"attn_out": ("attn.proj", "mixing.proj", "titans.proj"), "mlp_out": ("mlp.fc2",)}
+MEMORY_NORM = {"memory.scale": ("layernorm",), "memory.shift": ("layernorm", "bias")}  # the LayerNorm of a Titan memory
 WORST, BEST = 10, 5  # clips listed by name
 
 
@@ -93,19 +93,17 @@ def parts_of(layers):
 
 
 def part_parameters(predictor):
-    """A predictor -> {part: {name: parameter}} of what learns. The bias of an output layer belongs to its layer and to
-    `bias`."""
-    found, learns = {part: {} for part in PARTS}, dict(predictor.named_parameters())
-    for path, module in predictor.named_modules():
-        for name in dict(module.named_parameters(recurse=False)):
-            full = f"{path}.{name}".lstrip(".")
-            if full not in learns or not learns[full].requires_grad:
-                continue
-            belongs = {part: path.endswith(OUTPUTS[part]) for part in OUTPUTS}
-            belongs |= {"layernorm": isinstance(module, nn.LayerNorm), "bias": name == "bias"}
-            for part in PARTS:
-                if belongs[part]:
-                    found[part][full] = learns[full]
+    """A predictor -> {part: {name: parameter}} of what learns. The bias of a LayerNorm or an output layer belongs to
+    its layer and to `bias`."""
+    found, modules = {part: {} for part in PARTS}, dict(predictor.named_modules())
+    for full, parameter in predictor.named_parameters():
+        path, _, name = full.rpartition(".")
+        belongs = {part for part, ends in OUTPUTS.items() if path.endswith(ends)}
+        belongs |= {"layernorm"} if isinstance(modules[path], nn.LayerNorm) else set()
+        belongs |= {"bias"} if name == "bias" else set()
+        belongs |= {part for end, parts in MEMORY_NORM.items() if full.endswith(end) for part in parts}
+        for part in belongs if parameter.requires_grad else ():
+            found[part][full] = parameter
     return found
 
 
@@ -223,9 +221,10 @@ class Clip:
 def make_clip(world, name, content):
     """Tensors of one clip without batch axis -> Clip on the world's device, in fp32."""
     device = next(world.parameters()).device
-    parts = {key: content[key][None].to(device).float() for key in ("features", "actions", "states")}
-    extrinsics = content.get("extrinsics")
-    parts["extrinsics"] = None if extrinsics is None else extrinsics[None].to(device).float()
+    most, parts = world.cfg.num_timesteps, {}
+    for key in ("features", "actions", "states", "extrinsics"):
+        value = content.get(key)
+        parts[key] = None if value is None else value[None, : most + (key == "features")].to(device).float()
     with torch.no_grad():
         parts["features"] = world.normalise(parts["features"])
     return Clip(name, **parts)
@@ -359,9 +358,9 @@ def run_arm(world, clip, truth, how, learner):
             return entry | {"change": learner.change()}
 
 
-def run_clips(world, clips, how, parameters, bar=None):
+def run_clips(world, clips, how, parameters, bar=None, total=0):
     """Every arm on every clip but the first, which only lends its frames to the next -> [{name, frames, arm: ...}]."""
-    learners = {"none": None, "shuffled": Learner(parameters, how), "adapted": Learner(parameters, how)}
+    learners = {arm: None if arm == "none" else Learner(parameters, how) for arm in ARMS}
     found, before = [], None
     for clip in clips:
         if before is not None:
@@ -369,7 +368,7 @@ def run_clips(world, clips, how, parameters, bar=None):
             entry = {arm: run_arm(world, clip, truths[arm], how, learners[arm]) for arm in ARMS}
             found.append({"name": clip.name, "frames": clip.frames - how.seen, "shuffled_from": before.name, **entry})
             if bar is not None:
-                bar.show(0.0, f"{len(found)} clips")
+                bar.show(len(found) / max(total, len(found)), f"{len(found)} clips")
         before = clip
     return found
 
@@ -432,14 +431,13 @@ def summary_of(found, resamples, seed):
     }
 
 
-def checked(world, how):
-    """`How` with the number of seen frames filled in. UsageError for what cannot be."""
-    frames = world.cfg.num_timesteps + 1
+def checked(how, frames):
+    """`How` with the number of seen frames of so many filled in. UsageError for what cannot be."""
     how = replace(how, seen=how.seen or max(how.context + 1, frames // 2))
     rules = (
         (how.mode not in MODES, "mode", f"must be one of {', '.join(MODES)}"),
         (how.optimizer not in OPTIMIZERS, "optimizer", f"must be one of {', '.join(OPTIMIZERS)}"),
-        (not 0 < how.lr < math.inf, "lr", "must be above 0"),
+        (not 0 < how.lr <= 100, "lr", "must be above 0 and at most 100"),
         (how.steps < 1, "steps", "must be at least 1: no step adapts nothing"),
         (not 0 <= how.grad_clip < math.inf, "grad_clip", "must be 0 (off) or above"),
         (how.context < 1, "context", "must be at least 1: a rollout starts from a true frame"),
@@ -462,13 +460,13 @@ def adaptation_gain(world, data, num_clips=0, resamples=1000, seed=0, bar=None, 
     """
     settings.setdefault("context", getattr(world.cfg, "context_frames", 1))
     how, was_training, left_out = How(**settings), world.training, {}
-    parts_of(how.layers)
-    how = checked(world, how)
     chosen, share = choose(world, how.layers)
+    is_dataset = isinstance(data, V.FileDataset)
+    how = checked(how, 1 + min(cfg.num_timesteps for cfg in (world.cfg, data.cfg if is_dataset else world.cfg)))
     try:
         world.eval()
         clips = clips_of(world, data, num_clips, how, left_out)
-        found = run_clips(world, clips, how, chosen.values(), bar)
+        found = run_clips(world, clips, how, chosen.values(), bar, num_clips or is_dataset and len(data.videos) - 1)
     finally:
         world.train(was_training)
     if not found:
@@ -519,8 +517,8 @@ def print_report(report):
         V.say(f"error saved, {name:<22}{percent(entry):<36}{entry['clips_better']:.0%} of clips better")
     steps = report["steps"]["adapted"]
     V.say(
-        f"steps: gradient norm {steps['grad_norm']:.3g}, after clipping {steps['grad_norm_clipped']:.3g}, weights moved "
-        f"by {steps['change']:.2%}; failed {steps['failed']} (shuffled {report['steps']['shuffled']['failed']})"
+        f"steps: gradient norm {steps['grad_norm']:.3g}, after clipping {steps['grad_norm_clipped']:.3g}, weights "
+        f"moved by {steps['change']:.2%}; failed {steps['failed']} (shuffled {report['steps']['shuffled']['failed']})"
     )
     V.say(
         f"on the seen frames themselves {steps['seen_before']:.5f} -> {steps['seen_after']:.5f}: "
@@ -584,6 +582,7 @@ def parse(argv):
     for name, (kind, text) in numbers.items():
         flag(f"--{name}", type=kind, default=shown[name], help=f"{text} [{shown[name]:g}]")
     flag("--context", type=int, help="true frames that the rollout over the seen frames starts from [the run's]")
+    flag("--num_timesteps", type=int, help="frames of a clip less one, to take shorter clips [the run's]")
     flag("--num_clips", type=int, default=0, help="clips that are scored, evenly spread; 0 = all [0]")
     flag("--resamples", type=int, default=1000, help="bootstrap draws [1000]")
     flag("--seed", type=int, default=0, help="of the bootstrap [0]")
@@ -596,7 +595,10 @@ def parse(argv):
 
 def open_side(world, cfg, about, args):
     """The data set of a side of a run's clips, or of those given instead. UsageError where there are none."""
-    cfg = replace(cfg, data_root=E.videos_of(about["data"], args.data_root), missing_data="error")
+    frames = args.num_timesteps or cfg.num_timesteps
+    if not 0 < frames <= cfg.num_timesteps:
+        raise V.UsageError(f"num_timesteps = {frames}: must be 1 to {cfg.num_timesteps}, the run's (--num_timesteps)")
+    cfg = replace(cfg, data_root=E.videos_of(about["data"], args.data_root), num_timesteps=frames)
     source = V.open_data(type(world), cfg, V.list_data(cfg, type(world).Dataset), True, None)
     side = {"train": source.train, "val": source.val, "test": source.test}[args.side]
     if not side:
@@ -619,7 +621,6 @@ def run(args):
 
     names = [entry.name for entry in fields(How)]
     settings = {name: value for name in names if (value := getattr(args, name)) is not None}
-    parts_of(args.layers)
     world, cfg, about = open_world(args.ckpt, args.device)
     data, bar = open_side(world, cfg, about, args), E.Bar()
     report = {"checkpoint": str(args.ckpt), "step": about["step"], "side": args.side}
