@@ -4830,6 +4830,7 @@ class World(nn.Module):
     # names of children whose weights `__init__` takes from elsewhere: checkpoints hold only their hash; it may set it
     FROZEN = ()
     FILES = ()  # names of what `report` writes into the run folder
+    num_files = 0  # files to learn from, which the loop counts: an epoch is as many samples
     mark = ""  # what stands before every log line, such as weights:random; `__init__` may set it
 
     def __init_subclass__(cls):
@@ -4933,7 +4934,8 @@ class World(nn.Module):
         return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def after_step(self, carries, step):
-        """Take in what the micro-steps of a step left, on all ranks alike: EMA copies, queues, statistics."""
+        """Take in what the micro-steps of a step left, on all ranks alike: EMA copies, queues, statistics. May return
+        lines for the log."""
 
     def after_validation(self, values):
         """Take in the val_* figures of an evaluation in the middle of training, on all ranks alike, once for each: a
@@ -7964,6 +7966,7 @@ def build_world(world, run, is_new=False):
     if process.world_size > 1 and drifting:
         cure = "use GroupNorm or LayerNorm, or SyncBatchNorm on GPUs"
         raise UserError(f"{drifting[0]} is a BatchNorm that learns, and its statistics drift apart over ranks; {cure}")
+    run.world.num_files = len(run.source.train)
     if is_new:
         run.world.take_weights(run.log.line)
     if is_cut:
@@ -8397,7 +8400,8 @@ def take_step(phase, batches, step):
 def apply_step(phase, carries, step):
     """Update weights, EMA copies, queues and statistics: the only place where training state changes."""
     phase.run.scaler.step(phase.optimizer)
-    phase.world.after_step(carries, step)
+    for line in phase.world.after_step(carries, step) or ():
+        phase.run.log.line(line)
 
 
 def log_values(phase, metrics, looks, clock):

@@ -1,5 +1,6 @@
 """Feature folders: what a sample is, which clips train, and what is said of bad ones."""
 
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -9,8 +10,11 @@ import pytest
 import torch
 from conftest import ROOT, V
 
-sys.path.insert(0, str(ROOT / "worlds"))
-import hope_data as H
+H = sys.modules[V.import_world(ROOT / "worlds" / "hope.py", "Hope").__module__]
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import make_pushes as P  # noqa: E402
 
 SIZES = dict(feature_dim=5, grid_high=2, grid_wide=3, num_timesteps=3, action_dim=2)
 
@@ -269,3 +273,40 @@ def test_a_run_from_feature_folders(ten, tmp_path):
     log = (tmp_path / "data" / "run" / "train.log").read_text()
     assert "data: files, split by ids: 4 train, 2 val, 2 test files" in log and "zeros stand in" in log
     assert "cut short" in (tmp_path / "data" / "run" / "bad_files.jsonl").read_text()
+
+
+# -- tools/make_pushes.py
+
+
+def test_pushes_make_clips_that_train(tmp_path):
+    """The same clip from the same seed, a stopped command goes on, another physics is refused in its place."""
+    flags = ["--out", str(tmp_path / "a"), "--num", "4", "--latents", "5", "--size", "16", "--dim", "6"]
+    assert P.main(flags) == 0
+    again = ["--out", str(tmp_path / "b"), *flags[2:], "--videos"]
+    assert P.main([*again, "--num", "1"]) == 0 and P.main(again) == 0
+    paths = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.npy"))
+    assert len(paths) == 12
+    assert all((tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes() for path in paths)
+    noted = json.loads((tmp_path / "b" / "annotations" / "clip_00002.json").read_text())
+    pushes = np.load(tmp_path / "b" / "clip_00002" / "actions_states" / "actions.npy")
+    assert noted["push_x"][1:] == pytest.approx(pushes[:, 0].tolist()) and len(noted["push_y"]) == 5
+    assert P.main([*flags, "--shift", "ice"]) == 1
+    assert P.main([*flags, "--shift", "ice", "--first_id", "4"]) == 0
+    sizes = dict(feature_dim=6, grid_high=2, grid_wide=2, num_timesteps=4, feature_map="pushes")
+    source = opened(config(tmp_path / "a", **sizes))
+    assert (
+        len(source.train) == 4 and source.dataset(config(tmp_path / "a", **sizes), "test")[0]["states"].abs().max() > 0
+    )
+
+
+def test_a_push_moves_the_ball_that_way():
+    """The pushed ball's speed follows the push, at a right angle under `rotate`; other clips move otherwise."""
+    for shift, turn in (("base", [[1, 0], [0, 1]]), ("rotate", [[0, -1], [1, 0]])):
+        gains = []
+        for number in range(30):
+            _, pushes, speeds = P.make_clip(0, number, 9, 16, 1, shift)
+            free = (np.abs(speeds[1:] - 0.75 * speeds[:-1] - pushes[:-1] @ np.transpose(turn)) < 0.05).all(1)
+            gains.append(free.mean())
+        assert np.mean(gains) > 0.5  # elsewhere it met a wall
+    base, ice = (P.make_clip(0, 5, 9, 16, 2, shift)[2] for shift in ("base", "ice"))
+    assert np.abs(base - ice).max() > 0.01
