@@ -324,3 +324,30 @@ class Plain(V.World):
     def __init__(self, cfg, rank=0, world_size=1):
         super().__init__(cfg, rank, world_size)
         self.scale = nn.Parameter(torch.ones(()))
+
+
+# -- parts
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    """ac_vit as the original had it, without memory."""
+    with torch.device("meta"):
+        return H.Hope(H.HopeConfig(action_dim=2))
+
+
+@pytest.mark.parametrize(
+    ("layers", "adapted", "percent"),
+    [
+        ("layernorm", 37_632, 0.09),
+        ("attn_out", 3_585_792, 8.27),
+        ("layernorm+bias", 122_752, 0.28),
+        ("layernorm+mlp_out", 14_202_624, 32.74),
+        ("bias", 3_661_696, 8.44),
+        ("mlp_out", 17_817_472, 41.07),
+    ],
+)
+def test_shares_of_the_original_at_full_size(full_size, layers, adapted, percent):
+    chosen, share = A.choose(full_size, layers)
+    assert share["total"] == 43_378_816 and share["adapted"] == adapted == sum(share["parts"].values())
+    assert round(100 * share["share"], 2) == percent and len(chosen) == len(set(chosen.values()))

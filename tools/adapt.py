@@ -1,6 +1,6 @@
 """Adapt a checkpoint of worlds/hope.py to the clip in hand, and score it on frames that no gradient has touched.
 
-    python tools/adapt.py CHECKPOINT [--data_root DIR] [--side test|val|train] [--layers SET] [--mode MODE] [...]
+    python tools/adapt.py CHECKPOINT [--data_root DIR] [--side test|val|train|all] [--layers SET] [--mode MODE] [...]
 
 Of each clip the first `seen` frames are known. The chosen weights take a few gradient steps on them; later frames are
 predicted and scored. What the error on the seen frames does is told apart: it says nothing about the future. Three arms
@@ -113,17 +113,19 @@ def count(parameters):
 
 
 def choose(world, layers):
-    """A world and a layer set -> ({name: parameter}, {total, adapted, share, parts: numbers of each part alone}).
-    UserError where the predictor has none of it."""
+    """A world and a layer set -> ({name: parameter}, {total, adapted, share, parts: numbers that each adds}). UserError
+    where the predictor has none of it."""
     parts, predictor = parts_of(layers), world.predictor
     found = part_parameters(predictor)
-    chosen = {name: weight for part in parts for name, weight in found[part].items()}
+    chosen, own = {}, {}
+    for part in parts:
+        own[part] = count(weight for name, weight in found[part].items() if name not in chosen)
+        chosen |= found[part]
     total, kind = count(predictor.parameters()), getattr(world.cfg, "predictor", type(predictor).__name__)
     if not chosen:
         has = ", ".join(part for part in PARTS if found[part]) or "none of the others either"
         what = {"layernorm": "LayerNorm"}.get(layers, " or ".join(parts))
         raise V.UserError(f"layers = {layers}: predictor {kind} has no {what}; it has {has} (--layers)")
-    own = {part: count(found[part].values()) for part in parts}
     adapted = count(chosen.values())
     return chosen, {"total": total, "adapted": adapted, "share": adapted / total, "parts": own}
 
@@ -568,7 +570,7 @@ def parse(argv):
     flag = parser.add_argument
     flag("ckpt", type=os.path.expanduser, metavar="CHECKPOINT", help="checkpoint of worlds/hope.py")
     flag("--data_root", **path, help="clips to take [those of the run]")
-    flag("--side", choices=V.SIDES, default="test", help="which side of them [test]")
+    flag("--side", choices=(*V.SIDES, "all"), default="test", help="which side of them, or all of them [test]")
     flag("--layers", default="layernorm", help="|".join(PARTS) + ": each with those before it; a+b: exactly these")
     flag("--mode", default="rollout", help="|".join(MODES))
     flag("--accumulate", action="store_true", help="weights go on from clip to clip [anew in every clip]")
@@ -600,10 +602,12 @@ def open_side(world, cfg, about, args):
         raise V.UsageError(f"num_timesteps = {frames}: must be 1 to {cfg.num_timesteps}, the run's (--num_timesteps)")
     cfg = replace(cfg, data_root=E.videos_of(about["data"], args.data_root), num_timesteps=frames)
     source = V.open_data(type(world), cfg, V.list_data(cfg, type(world).Dataset), True, None)
-    side = {"train": source.train, "val": source.val, "test": source.test}[args.side]
-    if not side:
+    sides, data = {"train": source.train, "val": source.val, "test": source.test}, source.dataset(cfg, "test")
+    sides["all"] = list(dict.fromkeys(clip for side in sides.values() for clip in side))
+    data.videos = sides[args.side]
+    if not data.videos:
         raise V.UsageError(f"side = {args.side}: {cfg.data_root} has no clips on it (--side, --data_root)")
-    return source.dataset(cfg, args.side)
+    return data
 
 
 def open_world(path, device):
