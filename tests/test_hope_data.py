@@ -2,19 +2,22 @@
 
 import json
 import re
+import shutil
 import sys
+from argparse import Namespace
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, V
-
-H = sys.modules[V.import_world(ROOT / "worlds" / "hope.py", "Hope").__module__]
+from conftest import ROOT, V, small_config
+from training import new_model, new_state
 
 sys.path.insert(0, str(ROOT / "tools"))
+import cache_latents as C
+import make_pushes as P
 
-import make_pushes as P  # noqa: E402
+H = sys.modules[V.import_world(ROOT / "worlds" / "hope.py", "Hope").__module__]
 
 SIZES = dict(feature_dim=5, grid_high=2, grid_wide=3, num_timesteps=3, action_dim=2)
 
@@ -310,3 +313,114 @@ def test_a_push_moves_the_ball_that_way():
         assert np.mean(gains) > 0.5  # elsewhere it met a wall
     base, ice = (P.make_clip(0, 5, 9, 16, 2, shift)[2] for shift in ("base", "ice"))
     assert np.abs(base - ice).max() > 0.01
+
+
+# -- tools/cache_latents.py --layout hope
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model of random weights: NOW 4 of 12 frames, tubelets of 2, 4 x 4 patches, 48 wide -> (path, model)."""
+    path = tmp_path_factory.mktemp("model") / "random.pt"
+    model = new_model(small_config(), seed=3)
+    torch.save(new_state(model), path)
+    return path, model.eval()
+
+
+def cache(path, out, *flags):
+    own = ["--layout", "hope", f"--ckpt={path}", f"--out={out}", "--clip_latents=4", "--num_workers=0", "--device=cpu"]
+    return C.main([*own, *flags])
+
+
+def test_scenes_become_feature_folders(checkpoint, tmp_path, capsys):
+    """Latents are the target encoder's of the NOW window that ends in them, actions the scene's own signals; the same
+    command makes what is missing, and other settings are refused."""
+    (path, model), out = checkpoint, tmp_path / "out"
+    assert cache(path, out, "--scene_clips=5", "--signals=accel,steer") == 0
+    cfg = config(out, feature_map="tritemporal", feature_dim=48, grid_high=4, grid_wide=4)
+    source = opened(cfg)
+    assert (len(source.train), len(source.val), len(source.test)) == (3, 1, 1)
+    scenes = V.replace(model.cfg, num_frames=10, scenes="render")  # 2 before the first latent, 2 for each of 4
+    frames, labels = V.scene(V.scene_seed_at(scenes, 4, "test"), 0, scenes)
+    sample = source.dataset(cfg, "test")[0]
+    clip = model.normalise(torch.from_numpy(frames).permute(0, 3, 1, 2)[None])
+    for t in range(4):
+        window = model.target.encode(model.target.tokenizer(clip[:, 2 * t : 2 * t + 4]), model.now_idx[None])
+        wanted = V.layer_norm(window[:, -16:])[0]
+        torch.testing.assert_close(sample["features"][t], wanted, rtol=2e-3, atol=2e-3)  # fp16, a few times over
+    pairs = [np.mean(labels[name][4:], dtype=float) for name in ("accel", "steer")]  # frames 4 to 9 are three steps
+    assert sample["actions"].mean(0).tolist() == pytest.approx([pairs[0], pairs[1] / 0.05], abs=1e-5)
+    assert sample["states"][:, 0].tolist() == pytest.approx([labels["speed"][frame] / 10 for frame in (3, 5, 7)])
+    turned = np.trapezoid(labels["yaw_rate"][3:8], dx=1 / scenes.clip_fps) / 0.1
+    assert sample["states"][2, 1] == pytest.approx(turned, abs=1e-5) and sample["states"][0, 1] == 0
+    gone = out / "clip_00002"
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.npy") if gone not in path.parents}
+    content = (gone / "feature_maps" / "tritemporal.npy").read_bytes()
+    shutil.rmtree(gone)
+    assert cache(path, out, "--scene_clips=5", "--signals=accel,steer") == 0
+    assert (gone / "feature_maps" / "tritemporal.npy").read_bytes() == content
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    capsys.readouterr()
+    assert cache(path, out, "--scene_clips=5", "--signals=accel,steer", "--view=palette") == 2
+    assert "holds a cache made with view = plain" in capsys.readouterr().err
+
+
+def test_no_latent_knows_later_frames(checkpoint):
+    """Other pixels from a frame on change no latent before it, unless the clip is encoded whole; views change all.
+    Seen red with the window one tubelet later."""
+    _, model = checkpoint
+    args = Namespace(clip_latents=4, see="past", view="plain")
+    frames = torch.randint(0, 256, (1, 10, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    other = torch.cat([frames[:, :6], 255 - frames[:, 6:]], 1)  # frame 6 is the first of latent 2
+    seen, then = (C.see_clips(model, each, model.cfg, args) for each in (frames, other))
+    assert seen.shape == (1, 4, 16, 48) and torch.equal(seen[:, :2], then[:, :2])
+    assert (seen[:, 2:] - then[:, 2:]).abs().amax((2, 3)).min() > 0.01
+    for view in ("palette", "camera"):
+        shifted = C.see_clips(model, frames, model.cfg, Namespace(clip_latents=4, see="past", view=view))
+        assert (shifted - seen).abs().amax((2, 3)).min() > 0.01
+    whole = Namespace(clip_latents=4, see="whole", view="plain")
+    seen, then = (C.see_clips(model, each[:, 2:], model.cfg, whole) for each in (frames, other))
+    assert (seen[:, :2] - then[:, :2]).abs().max() > 1e-3
+
+
+def test_videos_become_feature_folders(checkpoint, tmp_path, capsys):
+    """Signals at the frames' times, two clips of a long video in one group; what is short or has no such signal is left
+    out with its reason."""
+    root, out = tmp_path / "drives", tmp_path / "out"
+    (root / "videos").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    ramp = {"fps": 8, "steer": [k / 100 for k in range(48)], "speed": [10.0] * 48, "yaw_rate": [0.1] * 48}
+    for name, frames, noted in (("long", 48, ramp), ("mute", 24, {"fps": 8, "speed": [1.0]}), ("short", 8, ramp)):
+        pictures = np.random.default_rng(frames).integers(0, 256, (frames, 32, 32, 3), dtype=np.uint8)
+        V.write_video(root / "videos" / f"{name}.mp4", pictures, 8)
+        (root / "annotations" / f"{name}.json").write_text(json.dumps(noted))
+    assert cache(checkpoint[0], out, f"--data_root={root}", "--signals=steer", "--clip_fps=4") == 0
+    told = capsys.readouterr().err
+    assert "2 videos or clips are left out" in told and "short.mp4: 1 s are too short for 2.5 s" in told
+    assert "annotation: has no steer (--signals)" in told
+    rows = (out / "index.csv").read_text().splitlines()
+    assert rows[1:] == ["clip_00000,long.mp4,0.0,2.5,long.mp4,", "clip_00001,long.mp4,2.5,2.5,long.mp4,"]
+    for number, begin in enumerate((0, 20)):  # frames of the file at 8 per second; a clip's frame k is 2 k of them on
+        actions = np.load(out / f"clip_{number:05d}" / "actions_states" / "actions.npy")
+        wanted = [(begin + 2 * (4 + 2 * t + 0.5)) / 100 / 0.05 for t in range(3)]
+        assert actions[:, 0].tolist() == pytest.approx(wanted, abs=1e-5)
+        states = np.load(out / f"clip_{number:05d}" / "actions_states" / "states.npy")
+        assert states.tolist() == [[pytest.approx(1.0)]] * 3
+    assert cache(checkpoint[0], tmp_path / "none", f"--data_root={root}", "--signals=mover_u", "--clip_fps=4") == 1
+    assert "no clip could be encoded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--signals=steer,,accel"], "signals = 'steer,,accel': must name each signal once (--signals)"),
+        (["--clip_latents=1"], "clip_latents = 1: must be at least 2 (--clip_latents)"),
+        (["--patch=4"], "patch: is the checkpoint's own here"),
+        (["--clip_fps=0"], "clip_fps = 0: steps need a length"),
+        (["--feature_map=a/b"], "feature_map = 'a/b': must be a file name"),
+        (["--shard=3/2"], "must be i/n"),
+    ],
+)
+def test_wrong_flags_are_one_line(checkpoint, tmp_path, capsys, flags, reason):
+    assert cache(checkpoint[0], tmp_path / "out", "--scene_clips=4", *flags) == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
