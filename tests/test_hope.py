@@ -4,6 +4,8 @@ weights from elsewhere, whole runs and their resume. The memories and the clips 
 import contextlib
 import io
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -609,3 +611,45 @@ def test_checkpointed_blocks_give_the_same_gradients():
         world(batch_of(world.cfg))[0]["loss_total"].backward()
         grads.append([p.grad for p in world.trained().values()])
     assert all(torch.equal(*pair) for pair in zip(*grads))
+
+
+def run_file(*argv):
+    """A Python file in a process of its own, as typed -> all that it printed."""
+    result = subprocess.run(
+        [sys.executable, *map(str, argv)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("predictor", ["ac_vit", "hope"])
+def test_two_ranks_are_one(clips, tmp_path, predictor):
+    """Two gloo ranks at half the batch log the losses of one process, whole or sharded, with all losses and a part of
+    the curriculum that begins on the way."""
+    argv = [WORLD, *FLAGS, "--data_root", clips, "--predictor", predictor, "--steps", 4]
+    argv += ["--curriculum", "0s:rollout=2,lambda_jump=1;2s:rollout=3"]
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run_file(*argv, "--batch_size", 4, "--out_dir", tmp_path / "one")
+    for kind in ("none", "fsdp"):
+        run_file(*ranks, *argv, "--batch_size", 2, "--shard", kind, "--out_dir", tmp_path / kind)
+    one, *others = (
+        [row["loss_total"] for row in facts(tmp_path / name) if "loss_total" in row] for name in ("one", "none", "fsdp")
+    )
+    assert len(one) == 4
+    for other in others:
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_log_the_same(clips, tmp_path):
+    """--compile takes block by block, and a rollout that grows over them."""
+    argv = [WORLD, *FLAGS, "--data_root", clips, "--steps", 2, "--rollout_steps", 4]
+    for more in ([], ["--compile"]):
+        run_file(*argv, *more, "--out_dir", tmp_path / f"run{len(more)}")
+    one, two = ([row["loss_total"] for row in facts(tmp_path / f"run{n}") if "loss_total" in row] for n in (0, 1))
+    assert one == pytest.approx(two, rel=1e-4) and len(one) == 2
