@@ -30,7 +30,7 @@ class Drift(nn.Module):
     def __init__(self):
         super().__init__()
         self.push, self.norm = nn.Linear(ACTIONS, D, bias=False), nn.LayerNorm(D)
-        nn.init.zeros_(self.norm.weight)
+        nn.init.constant_(self.norm.weight, 1e-6)
         self.calls, self.breaks = [], ""
 
     def forward(self, features, actions, states, extrinsics=None):
@@ -351,3 +351,26 @@ def test_shares_of_the_original_at_full_size(full_size, layers, adapted, percent
     chosen, share = A.choose(full_size, layers)
     assert share["total"] == 43_378_816 and share["adapted"] == adapted == sum(share["parts"].values())
     assert round(100 * share["share"], 2) == percent and len(chosen) == len(set(chosen.values()))
+
+
+@pytest.mark.parametrize("predictor", sorted(H.PREDICTORS))
+def test_every_predictor_adapts_or_says_why_not(predictor):
+    torch.manual_seed(0)
+    sizes = dict(SIZES, feature_dim=12, num_timesteps=4, pred_dim=24, pred_depth=1, num_heads=2)
+    world, done = H.Hope(H.HopeConfig(**sizes, predictor=predictor)), []
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(2, 5, N, 12, generator=generator)
+    batch = {"features": features, "actions": features[:, 1:, 0, :ACTIONS], "states": torch.zeros(2, 4, ACTIONS)}
+    before = {name: value.clone() for name, value in world.state_dict().items()}
+    for part in A.PARTS:
+        try:
+            report = A.adaptation_gain(world, [batch], layers=part, steps=1, seen=3, grad_clip=0.0, resamples=2)
+        except V.UserError as error:
+            assert f"predictor {predictor} has no " in str(error)
+        else:
+            done.append(part)
+            assert report["per_clip"][0]["adapted"]["change"] > 0 and not report["per_clip"][0]["adapted"]["failed"]
+    parts = {part for part, found in A.part_parameters(world.predictor).items() if found}
+    assert parts == {"identity": set(), "convlstm": {"bias"}}.get(predictor, set(A.PARTS))
+    assert done == {"identity": [], "convlstm": ["bias", "mlp_out"]}.get(predictor, [*A.PARTS])
+    assert all(torch.equal(before[name], value) for name, value in world.state_dict().items())

@@ -167,10 +167,9 @@ class Learner:
         self.failed, self.has_failed = self.failed + 1, True
 
     def change(self):
-        """How far the weights moved from the checkpoint's, as a share of their norm."""
+        """How far the weights moved from the checkpoint's, as a share of their norm, NaN where that is 0."""
         moved = [parameter.detach() - value for parameter, value in zip(self.parameters, self.own)]
-        start = float(torch.nn.utils.get_total_norm(self.own))
-        return float(torch.nn.utils.get_total_norm(moved)) / max(start, 1e-12)
+        return E.ratio(nn.utils.get_total_norm(moved), nn.utils.get_total_norm(self.own))
 
     def learn(self, clip, loss_of):
         """`steps` gradient steps on loss_of(), an error of frames already seen; its values before and after are kept,
@@ -180,7 +179,7 @@ class Learner:
             with torch.enable_grad():
                 loss = loss_of()
                 grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            norm = torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None])
+            norm = nn.utils.get_total_norm([grad for grad in grads if grad is not None])
             if not (torch.isfinite(loss) and torch.isfinite(norm)):
                 return self.fail(clip, "the loss or its gradient is not finite")
             scale = min(1.0, self.how.grad_clip / (float(norm) + 1e-6)) if self.how.grad_clip else 1.0
