@@ -53,6 +53,7 @@ ORIGINAL = dict(
     num_timesteps=7, action_dim=2, rollout_steps=7, batch_size=64, steps=2110, schedule="flat", amp=True,
     curriculum="0:teacher=1.0;7:teacher=0.7;11:teacher=0.3", val_epochs=1, num_workers=8,
 )
+SLOWER = "0:teacher=1.0;15:teacher=0.7;25:teacher=0.5"
 # Two cores: clips as tools/make_pushes.py makes them
 TINY = dict(
     feature_map="pushes", feature_dim=48, grid_high=4, grid_wide=4, num_timesteps=8, action_dim=2, pred_dim=96,
@@ -149,7 +150,11 @@ class HopeConfig(V.RunConfig):
     pred_dim: int = 384  # P, its width; channels of convlstm
     pred_depth: int = 24  # blocks
     num_heads: int = 16  # heads
-    mlp_ratio: float = 4.0  # hidden width of an MLP over P
+    mlp_ratio: float = 4.0  # hidden width of an MLP over P, of ac_vit
+    titan_hidden: float = 2.0  # hidden width of a Titan memory over P
+    chunk: int = 1  # frames that hope and hybrid read before they write
+    surprise: float = 0.0  # a clip whose surprise is not above this keeps its memories as they are
+    memory_lr: float = 0.5  # learning rate of Titan memories, as a share of the others'
     drop_path: float = 0.1  # share of samples that skip the last block in training, less in those before
     grad_checkpoint: bool = False  # compute blocks twice, keep less in memory
     init_from: str = ""  # .pt of V-JEPA 2-AC, or a checkpoint of this world: the predictor begins with its weights
@@ -173,13 +178,20 @@ class HopeConfig(V.RunConfig):
         "vjepa2_ac": dict(ORIGINAL),
         "vjepa2_ac_vitg": dict(feature_map="vjepa2_vitg16", feature_dim=1408, pred_dim=1024, batch_size=8),
         "baseline_convlstm": dict(ORIGINAL, predictor="convlstm", pred_dim=256),
+        "hope_param_matched": dict(ORIGINAL, predictor="hope", pred_depth=6, curriculum=SLOWER),
+        "hope_depth_matched": dict(ORIGINAL, predictor="hope", pred_depth=12, curriculum=SLOWER),
+        "hope_hybrid": dict(ORIGINAL, predictor="hybrid", pred_depth=12, curriculum=SLOWER),
         "vjepa2_ac_tiny": dict(TINY),
-        "baseline_convlstm_tiny": dict(TINY, predictor="convlstm", pred_dim=64),
+        "baseline_convlstm_tiny": dict(TINY, predictor="convlstm", pred_dim=68),
+        "hope_param_matched_tiny": dict(TINY, predictor="hope", pred_dim=56, pred_depth=2, titan_hidden=2.5),
+        "hope_depth_matched_tiny": dict(TINY, predictor="hope", pred_depth=3),
+        "hope_hybrid_tiny": dict(TINY, predictor="hybrid", pred_dim=80, pred_depth=2),
     }
     RANGES = {
         "feature_dim": (1, 65536), "grid_high": (1, 1024), "grid_wide": (1, 1024), "num_timesteps": (1, 1000),
         "action_dim": (1, 1024), "clip_start": (-1, 10**9), "clip_end": (-1, 10**9), "test_fraction": (0, 0.9),
         "pred_dim": (1, 65536), "pred_depth": (1, 1000), "num_heads": (1, 1024), "mlp_ratio": (0.1, 64),
+        "titan_hidden": (0.1, 64), "chunk": (1, 1000), "surprise": (0, None), "memory_lr": (0, 1000),
         "drop_path": (0, 0.9), "context_frames": (1, 1000), "rollout_steps": (1, 1000), "jump_frames": (1, 1000),
         "lambda_teacher": (0, None), "lambda_rollout": (0, None), "lambda_jump": (0, None),
     }
@@ -189,7 +201,7 @@ class HopeConfig(V.RunConfig):
     }
     MUST_MATCH = (
         "feature_dim", "grid_high", "grid_wide", "num_timesteps", "action_dim", "use_extrinsics", "predictor",
-        "pred_dim", "pred_depth", "num_heads", "mlp_ratio", "normalise",
+        "pred_dim", "pred_depth", "num_heads", "mlp_ratio", "titan_hidden", "chunk", "surprise", "normalise",
     )
 
     @property
@@ -639,7 +651,279 @@ class AcVit(FrameTokens):
         return self.advance(features, actions, states, extrinsics, None, times)[0]
 
 
-PREDICTORS = {"ac_vit": AcVit, "convlstm": ConvLSTM, "identity": Identity}
+# -- memories: weights that a clip reads and rewrites while it passes
+#
+#    x [B, T, M, P] -> +FrameMixing     tokens of one frame see each other: attention, two narrow heads
+#                   -> +Titans          read, then write: fast weights per clip, one write behind every chunk of frames
+#                   -> ContinuumMemory  a cascade of residual MLPs, each with a state that moves every `period` frames
+#
+# Fast weights and states live inside one call and start from the learned ones: nothing is remembered from call to call.
+
+MEMORY_PART = "memory."  # in the name of every parameter of a Titan memory: those learn at half the rate
+PERIODS = ((1, 4.0), (4, 4.0), (16, 4.0))  # (period in frames, hidden width over dim) of the levels of hope
+HYBRID_PERIODS = ((1, 2.0), (3, 2.5), (7, 3.0))  # of hybrid
+LEARNING, KEEPING = -1.0, 4.0  # where eta and alpha start, before softplus and sigmoid: 0.31 and 0.98 per write
+
+
+def turn(x, rope, num_heads):
+    """Rotate the channels of each head by position. x [B, L, dim], rope (cos, sin) [L, dim / num_heads] or None."""
+    if rope is None:
+        return x
+    heads = x.unflatten(2, (num_heads, -1)).transpose(1, 2)  # [B, nh, L, hd]
+    return V.rotate(heads, *rope).transpose(1, 2).flatten(2)
+
+
+def gelu_slope(x):
+    """Derivative of the exact GELU."""
+    return 0.5 * (1.0 + torch.erf(x * 0.5**0.5)) + x * torch.exp(-0.5 * x * x) / math.sqrt(2.0 * math.pi)
+
+
+class TitanMemory(nn.Module):
+    """`num` memories M(x) = LN(x + W2 gelu(W1 x)) of one width; W1, W2 are fast: every clip has its own.
+
+    The parameters `start1` [num, H, dim] and `start2` [num, dim, H] are where each clip begins. LN is no fast weight.
+    """
+
+    def __init__(self, num, dim, hidden, clip=1.0):
+        super().__init__()
+        self.start1 = nn.Parameter(torch.randn(num, hidden, dim) * dim**-0.5)
+        self.start2 = nn.Parameter(torch.randn(num, dim, hidden) * hidden**-0.5)
+        self.scale, self.shift = nn.Parameter(torch.ones(num, 1, dim)), nn.Parameter(torch.zeros(num, 1, dim))
+        self.clip = clip  # longest gradient of a write, per clip and matrix
+
+    def start(self, batch):
+        """Fast weights of `batch` clips before the first write: (W1 [B, num, H, dim], W2 [B, num, dim, H]), float32."""
+        return tuple(w.float().expand(batch, *w.shape) for w in (self.start1, self.start2))
+
+    def answer(self, fast, x):
+        """x [B, n, dim] -> W1 x and its GELU [B, num, n, H], x + W2 gelu(W1 x) [B, num, n, dim]."""
+        w1, w2 = fast
+        before = (x @ w1.flatten(1, 2).mT).unflatten(2, w1.shape[1:3]).transpose(1, 2)
+        hidden = F.gelu(before)
+        return before, hidden, x[:, None] + hidden @ w2.mT
+
+    def read(self, fast, x):
+        """What each memory says to x [B, n, dim] -> [B, num, n, dim]."""
+        return F.layer_norm(self.answer(fast, x)[2], x.shape[-1:], eps=1e-6) * self.scale + self.shift
+
+    def write(self, fast, k, v, rate, keep, surprise):
+        """One step of delta gradient descent on the pairs k -> v [B, n, dim] -> new fast weights.
+
+            W <- W * keep - rate * gradient of surprise / 2 * mean over tokens and features of (W(k) - target)^2
+
+        W(k) is the answer without LN, target = LN(W(v)) without scale and shift: what each memory itself says to v
+        (Nested Learning, equations 84 to 88). rate, keep [B, dim] belong to the columns of W1 and the rows of W2. The
+        gradient of each clip and matrix is cut to the length `clip`.
+
+        First order: inside the gradient the fast weights are constants, as are the surprise [B] and the factor that
+        cuts. k, v, rate and keep are not, nor is W outside the gradient: so what later frames read sends a gradient
+        into the start of each memory and into all that made k and v.
+        """
+        fixed = tuple(w.detach() for w in fast)
+        before, hidden, said = self.answer(fixed, k)
+        error = said - F.layer_norm(self.answer(fixed, v)[2], v.shape[-1:], eps=1e-6)
+        error = error * (surprise / (k.shape[1] * k.shape[2]))[:, None, None, None]
+        inner, key, rate, keep = error @ fixed[1] * gelu_slope(before), k[:, None], rate[:, None, None], keep[:, None]
+        cut1, cut2 = (self.cut(*pair) for pair in ((inner, key), (error, hidden)))
+        return (
+            fast[0] * keep[:, :, None] - (inner * cut1).mT @ (key * rate),
+            fast[1] * keep[..., None] - (error * rate * cut2).mT @ hidden,
+        )
+
+    @torch.no_grad()
+    def cut(self, left, right):
+        """The factor that cuts the gradients left^T right to the length `clip`, [B, num, 1, 1], without making them."""
+        square = ((left @ left.mT) * (right @ right.mT)).sum((2, 3), keepdim=True)
+        return self.clip / square.clamp(min=self.clip**2).sqrt()
+
+
+class Titans(nn.Module):
+    """Titan memories over the frames of a clip, read before write. [B, T, M, dim] -> like it.
+
+    `chunk` frames are read with the weights before them, then one write follows, which later chunks read; with
+    chunk >= T the learned start is only read. `modifies`: five memories k, v, eta, alpha and the memory itself, each
+    rewritten (Nested Learning 8.1). Without it one memory, with k and v static projections and eta, alpha learned
+    per feature. A write keeps alpha I - eta k k^T of the weights, its diagonal and k of unit norm (Titans, 4.4). A clip
+    writes nothing where its surprise, mean over tokens of the rms of v - read, is not above `threshold`. Fast weights
+    are float32 under autocast too.
+    """
+
+    def __init__(self, dim, num_heads, hidden, chunk=1, threshold=0.0, clip=1.0, modifies=True):
+        super().__init__()
+        self.num_heads, self.chunk, self.threshold, self.modifies = num_heads, chunk, threshold, modifies
+        self.memory = TitanMemory(1, dim, hidden, clip)
+        self.query, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        if modifies:
+            self.pair_memory = TitanMemory(4, dim, hidden, clip)  # k, v, eta, alpha
+            with torch.no_grad():
+                self.pair_memory.shift[2:] += torch.tensor([LEARNING, KEEPING])[:, None, None]
+        else:
+            self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.eta, self.alpha = (nn.Parameter(torch.full((dim,), start)) for start in (LEARNING, KEEPING))
+
+    def pairs(self, fast, y):
+        """What a chunk y [B, n, dim] is written with: k, v [B, n, dim], eta, alpha [B, dim]."""
+        if self.modifies:
+            k, v, eta, alpha = self.pair_memory.read(fast, y).unbind(1)
+            return k, v, F.softplus(eta).mean(1), alpha.sigmoid().mean(1)
+        k, v = (F.layer_norm(part(y), y.shape[-1:], eps=1e-6) for part in (self.key, self.value))
+        return k, v, *(row.expand(y.shape[0], -1) for row in (F.softplus(self.eta), self.alpha.sigmoid()))
+
+    def forward(self, x, rope=None):
+        batch, frames, per_frame = x.shape[:3]
+        memories, said = [self.memory] + ([self.pair_memory] if self.modifies else []), []
+        with torch.autocast(x.device.type, enabled=False):
+            y = x.float().flatten(1, 2)  # [B, T * M, dim]
+            q, fast = turn(self.query(y), rope, self.num_heads), [memory.start(batch) for memory in memories]
+            for begin in range(0, frames, self.chunk):
+                part = slice(begin * per_frame, (begin + self.chunk) * per_frame)
+                said.append(self.memory.read(fast[0], q[:, part])[:, 0])
+                if begin + self.chunk >= frames:
+                    break  # nobody reads a write behind the last chunk
+                k, v, eta, alpha = self.pairs(fast[-1], y[:, part])
+                k = turn(k, rope and tuple(code[part] for code in rope), self.num_heads)
+                surprise = (v - said[-1]).detach().square().mean(2).sqrt().mean(1)  # [B]
+                opened = (surprise > self.threshold)[:, None]
+                keep = (alpha - eta * k.square().mean(1) / k.shape[2]).clamp(0.0, 1.0)
+                rates = torch.where(opened, eta, 0.0), torch.where(opened, keep, 1.0)
+                fast = [memory.write(own, k, v, *rates, surprise) for memory, own in zip(memories, fast)]
+        return self.proj(torch.cat(said, 1)).view_as(x)
+
+
+class Level(nn.Module):
+    """One level of the continuum memory: a residual MLP with a state. [B, T, M, dim] -> like it.
+
+    All frames pass through the MLP; what has a period is its state, as in Nested Learning 7.1, where the weights of a
+    level change every `period` steps by what it has gathered since. Here the fast weight is the bias of the hidden
+    layer, one per clip and token of a frame. Behind frames 0, period, 2 * period ... it moves by `rate` towards the
+    mean of the hidden layer over the frames since the last move: gradient descent on half their squared distance. A
+    frame reads the state that frames before it made. In a clip of 8 frames period 16 moves once: it keeps frame 0.
+    """
+
+    def __init__(self, dim, period, ratio):
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.period, self.norm, self.mlp = period, nn.LayerNorm(dim, eps=1e-6), V.MLP(dim, hidden)
+        self.rate = nn.Parameter(torch.zeros(hidden))  # before the sigmoid: 0.5
+        self.gain = nn.Parameter(torch.linspace(-1.0, 1.0, hidden))  # from the change to the mean
+
+    def states(self, hidden):
+        """hidden [B, T, M, H] -> the state that each frame reads, like it."""
+        state, read, begin = torch.zeros_like(hidden[:, 0]), [], 0
+        for frame in range(hidden.shape[1]):
+            read.append(state)
+            if frame % self.period == 0:
+                state = state + self.rate.sigmoid() * (hidden[:, begin : frame + 1].mean(1) - state)
+                begin = frame + 1
+        return torch.stack(read, 1)
+
+    def forward(self, x):
+        hidden = self.mlp.fc1(self.norm(x))
+        return self.mlp.fc2(F.gelu(hidden + self.gain * self.states(hidden)))
+
+
+class ContinuumMemory(nn.Module):
+    """A cascade of residual levels, fast to slow, given as (period, ratio). [B, T, M, dim] -> like it."""
+
+    def __init__(self, dim, levels, drop_path=0.0):
+        super().__init__()
+        self.levels, self.drop_path = nn.ModuleList(Level(dim, *level) for level in levels), drop_path
+
+    def forward(self, x):
+        for level in self.levels:
+            x = x + drop_path(level(x), self.drop_path, self.training)
+        return x
+
+
+class FrameMixing(nn.Module):
+    """Attention among the tokens of one frame, `heads` heads as wide as those of num_heads. [B,T,M,dim] -> like it.
+
+    Memories are written behind their reads: without this an action would reach no patch of its own frame. Attention is
+    the memory that keeps each pair (Nested Learning 5.1), here emptied at every frame.
+    """
+
+    def __init__(self, dim, num_heads, heads=2):
+        super().__init__()
+        self.heads = min(heads, num_heads)
+        width = self.heads * (dim // num_heads)
+        self.qkv, self.proj = nn.Linear(dim, 3 * width), nn.Linear(width, dim)
+
+    def forward(self, x, rope=None):
+        batch, frames, per_frame = x.shape[:3]
+        q, k, v = V.split_heads(self.qkv(x.flatten(1, 2)), 3, self.heads)  # each [B, nh, T * M, hd]
+        if rope is not None:
+            q, k = V.rotate(q, *rope), V.rotate(k, *rope)
+        q, k, v = (part.unflatten(2, (frames, per_frame)).transpose(1, 2).flatten(0, 1) for part in (q, k, v))
+        return self.proj(V.attend(q, k, v).transpose(1, 2).flatten(2)).view_as(x)  # attended [B * T, nh, M, hd]
+
+
+class PastAttention(FrameAttention):
+    """FrameAttention from the first frame on, without what it remembers: [B, T, M, dim] -> the same."""
+
+    def forward(self, x, rope=None):
+        return super().forward(x, rope)[0]
+
+
+class HopeBlock(nn.Module):
+    """Mixing within a frame, five self-modifying memories, continuum memory: x [B, T, M, dim] -> like it.
+
+    `titan_hidden` is the hidden width of a Titan memory over dim, `drop_path` the share of clips that skip a branch.
+    """
+
+    def __init__(
+        self, dim, num_heads, titan_hidden=2.0, cms_levels=PERIODS, chunk=1, threshold=0.0, drop_path=0.0, modifies=True
+    ):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.mixing = FrameMixing(dim, num_heads) if modifies else PastAttention(dim, num_heads, 0.0)
+        self.titans = Titans(dim, num_heads, int(dim * titan_hidden), chunk, threshold, modifies=modifies)
+        self.cms, self.drop_path = ContinuumMemory(dim, cms_levels, drop_path), drop_path
+
+    def forward(self, x, rope=None):
+        x = x + drop_path(self.mixing(self.norm1(x), rope), self.drop_path, self.training)
+        x = x + drop_path(self.titans(self.norm2(x), rope), self.drop_path, self.training)
+        return self.cms(x)
+
+
+class HybridBlock(HopeBlock):
+    """Attention over all frames so far, one Titan memory, continuum memory: x [B, T, M, dim] -> like it."""
+
+    def __init__(self, dim, num_heads, titan_hidden=2.0, cms_levels=HYBRID_PERIODS, **kept):
+        super().__init__(dim, num_heads, titan_hidden, cms_levels, **kept, modifies=False)
+
+
+def start_weights(module):
+    """The start of all but the memories: V.init_weights for linear layers, and a mean gain of 1 where tokens mix.
+
+    The rule of 0.02 would make mixing and query a hundredth of the residual stream in a narrow net.
+    """
+    V.init_weights(module)
+    for child in module.modules():
+        if isinstance(child, (FrameMixing, Titans)):
+            for layer in child.children():
+                if isinstance(layer, nn.Linear):
+                    nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
+
+
+class Memories(FrameTokens):
+    """Blocks of memories over the tokens of frames, `hope` or `hybrid`."""
+
+    def __init__(self, cfg, block=None):
+        super().__init__(cfg)
+        block = block or (HopeBlock if cfg.predictor == "hope" else HybridBlock)
+        sizes = dict(titan_hidden=cfg.titan_hidden, chunk=cfg.chunk, threshold=cfg.surprise)
+        shares = np.linspace(0, cfg.drop_path, cfg.pred_depth).tolist()
+        self.blocks = nn.ModuleList(block(cfg.pred_dim, cfg.num_heads, drop_path=share, **sizes) for share in shares)
+        start_weights(self)
+
+    def forward(self, features, actions, states, extrinsics=None, times=None):
+        x, rope = self.frame_tokens(features, actions, states, extrinsics), self.rope(0, features.shape[1], times)
+        for block in self.blocks:
+            x = self.call(block, x, rope)
+        return self.guesses(x)
+
+
+PREDICTORS = {"ac_vit": AcVit, "convlstm": ConvLSTM, "identity": Identity, "hope": Memories, "hybrid": Memories}
 
 
 # -- weights
@@ -710,6 +994,7 @@ class Hope(V.World):
     TRAIN_KEYS = {
         "rollout_frames": "frames of a training rollout by now",
         "stage": "number of the curriculum's part, 0 the first",
+        "memory_grad_norm": "hope, hybrid: gradient norm of the Titan memories, clipped apart",
     }
     VAL_KEYS = {
         "rollout_ratio": "error of a rollout from the context to the last frame / that of the last context frame",
@@ -818,6 +1103,16 @@ class Hope(V.World):
         share = min(START + (1 - START) * step / edge, 1.0, (cfg.steps - step) / edge)
         return peak * max(share, cfg.lr_floor)
 
+    def groups(self):
+        """As V.World's, the Titan memories apart, with their own learning rate and no decay: where a clip begins."""
+        groups, memory = super().groups(), [p for name, p in self.trained().items() if MEMORY_PART in name]
+        if not memory:
+            return groups
+        inside = set(map(id, memory))
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in inside]
+        return [*groups, V.param_group(self.cfg, "memory", memory, self.cfg.memory_lr * self.cfg.lr)]
+
     def optimizer(self):
         """AdamW (0.9, 0.999), as the original's."""
         optimizer = super().optimizer()
@@ -847,7 +1142,11 @@ class Hope(V.World):
         ratios = horizon_ratios(values)
         above = [h for h, ratio in ratios.items() if not ratio < 1]
         last, gain = max(ratios), values.get("val_action_gain", math.nan)
-        told = "better than identity at every horizon" if not above else f"no better at {V.name_some(map(str, above))}"
+        told = (
+            "better than identity at every horizon"
+            if not above
+            else f"no better at {V.name_some([str(h) for h in above])}"
+        )
         gain = f"true actions save {gain:.0%} of the error" if gain > 0 else "true actions save nothing"
         return f"error / identity's {ratios[1]:.3f} at 1 frame, {ratios[last]:.3f} at {last} ({told}); {gain}"
 
