@@ -41,6 +41,7 @@ import adapt as A
 import evaluate as E
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import VJepa_AUTO_V2 as V
@@ -49,8 +50,8 @@ RIVALS = {  # name -> flags of its run
     "identity": ("--preset", "vjepa2_ac_tiny", "--predictor", "identity"),
     "convlstm": ("--preset", "baseline_convlstm_tiny"),
     "ac_vit": ("--preset", "vjepa2_ac_tiny"),
-    "hope": ("--preset", "hope_tiny"),
-    "hybrid": ("--preset", "hybrid_tiny"),
+    "hope": ("--preset", "hope_param_matched_tiny"),
+    "hybrid": ("--preset", "hope_hybrid_tiny"),
 }
 ARMS = ("true", "shuffled", "zero", "still")  # actions of a rollout; the first frame repeated
 SHIFTS = ("palette", "camera")
@@ -192,7 +193,7 @@ def measure(args, name, sizes, folder):
             if attempt:
                 model({**batch, "step": torch.tensor(step)})[0]["loss_total"].backward()
             else:
-                with counter:
+                with counter, sdpa_kernel(SDPBackend.MATH):  # whose products are counted on every device
                     model({**batch, "step": torch.tensor(step)})[0]["loss_total"].backward()
                 flop.append(counter.get_total_flops())
             if device.type == "cuda":
@@ -208,7 +209,7 @@ def make_plan(args, sizes, folder):
     that was made with other settings."""
     path, asked = args.work / "plan.json", {"sizes": sizes, "match": args.match, "steps": args.steps}
     asked |= {"rivals": {name: list(flags) for name, flags in args.rivals.items()}, "flags": args.flags}
-    asked |= {"seeds": args.seeds, "ckpt": str(args.ckpt or ""), "data_root": str(folder), "device": args.device}
+    asked |= {"ckpt": str(args.ckpt or ""), "data_root": str(folder), "device": args.device}
     asked |= {"test_fraction": args.test_fraction}
     if path.is_file():
         known = V.parse_json(V.read_text(path, 2**24))
@@ -403,8 +404,8 @@ def percent(entry):
     """A share with its interval as text."""
     if "why" in entry:
         return "none"
-    low, high = entry["interval"]
-    return f"{entry['value']:+.1%} [{low:+.1%}, {high:+.1%}]"
+    value, low, high = (round(number, 3) + 0.0 for number in (entry["value"], *entry["interval"]))  # no -0
+    return f"{value:+.1%} [{low:+.1%}, {high:+.1%}]"
 
 
 def markdown(report):
