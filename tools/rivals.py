@@ -41,8 +41,6 @@ import adapt as A
 import evaluate as E
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import VJepa_AUTO_V2 as V
 
@@ -160,10 +158,11 @@ def flags_of(args, name, sizes, folder):
 
 
 def open_rival(args, name, sizes, folder):
-    """The config of a rival and the class of its world. UsageError for a preset or flags that there are not."""
-    world = V.import_world(ROOT / "worlds" / "hope.py", "Hope")
+    """(class of the world, config of a rival, with parts of the curriculum that begin at steps 0, 1 and 2). UsageError
+    for a preset or flags that there are not."""
+    world, parts = V.import_world(ROOT / "worlds" / "hope.py", "Hope"), curriculum(3, sizes["num_timesteps"])
     try:
-        cfg, _, _ = V.resolve_config(flags_of(args, name, sizes, folder), world)
+        cfg, _, _ = V.resolve_config([*flags_of(args, name, sizes, folder), "--curriculum", parts], world)
     except V.UsageError as error:
         raise V.UsageError(f"rival {name}: {error} (--rivals)") from error
     return world, cfg
@@ -175,31 +174,37 @@ def source_of(world, cfg, folder):
     return V.open_data(world, cfg, V.list_data(cfg, world.Dataset), True, None)
 
 
+class Products(V.Ledger):
+    """Counts the FLOP of products in real passes, where numbers have values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 def measure(args, name, sizes, folder):
     """A rival's parameters, FLOP and seconds of a step -> dict, means over the parts of the curriculum. Counted on a
     real forward and backward pass; element-wise work is not counted."""
     world, cfg = open_rival(args, name, sizes, folder)
     device = V.choose_device(cfg.device, 0)
-    cfg = replace(cfg, curriculum=curriculum(3, cfg.num_timesteps))  # parts begin at steps 0, 1 and 2
     torch.manual_seed(0)
     model, data = world(cfg).to(device).train(), source_of(world, cfg, folder).dataset(cfg, "train")
     samples = V.collate([data[index] for index in range(cfg.batch_size)])
     batch = V.to_device({key: value for key, value in samples.items() if key != "bad"}, device)
     flop, seconds = [], []
     for step in range(3):
-        times = []
-        for attempt in range(3):
-            counter, began = FlopCounterMode(display=False), time.perf_counter()
-            if attempt:
-                model({**batch, "step": torch.tensor(step)})[0]["loss_total"].backward()
-            else:
-                with counter, sdpa_kernel(SDPBackend.MATH):  # whose products are counted on every device
-                    model({**batch, "step": torch.tensor(step)})[0]["loss_total"].backward()
-                flop.append(counter.get_total_flops())
+        times, told = [], {**batch, "step": torch.tensor(step)}
+        with Products() as counter:
+            model(told)[0]["loss_total"].backward()
+        for _ in range(2):
+            began = time.perf_counter()
+            model(told)[0]["loss_total"].backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
-        seconds.append(min(times[1:]))
+        flop.append(counter.flop)
+        seconds.append(min(times))
     learning = sum(parameter.numel() for parameter in model.trained().values())
     return dict(parameters=learning, flop=statistics.fmean(flop), seconds=statistics.fmean(seconds))
 
@@ -347,7 +352,7 @@ def saved(rows):
     return 1 - total[1] / total[0] if total[0] > 0 else math.nan
 
 
-def interval(table, num=2000):
+def interval(table, num=1000):
     """95 % interval of `saved` over errors [seeds, clips, 2], both drawn anew with replacement -> [low, high]."""
     table, rng = np.asarray(table, float), np.random.default_rng(0)
     drawn = []
