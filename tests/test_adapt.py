@@ -30,7 +30,7 @@ class Drift(nn.Module):
     def __init__(self):
         super().__init__()
         self.push, self.norm = nn.Linear(ACTIONS, D, bias=False), nn.LayerNorm(D)
-        nn.init.zeros_(self.norm.weight)
+        nn.init.constant_(self.norm.weight, 1e-6)
         self.calls, self.breaks = [], ""
 
     def forward(self, features, actions, states, extrinsics=None):
@@ -231,8 +231,21 @@ def test_clips_that_are_too_short_or_not_finite_are_named_and_left_out(capsys):
     report = A.adaptation_gain(world, [short, broken, batch], **FAST)
     assert report["clips"] == 3 and "5 frames; 5 seen and one" in report["left_out"]["clip 0"]
     assert "not finite" in report["left_out"]["clip 1"] and "WARNING: clip 0 is left out" in capsys.readouterr().err
-    with pytest.raises(V.UserError, match="no two clips can be used.*2 left out, the first: clip 0: 5 frames"):
+    with pytest.raises(
+        V.UserError, match="no clips of two videos can be used.*2 left out, the first: clip 0: 5 frames"
+    ):
         A.adaptation_gain(world, [short, short], **FAST)
+
+
+def test_targets_of_the_shuffled_arm_are_of_another_video():
+    world, how = new_world(), A.How(**{**FAST, "steps": 1})
+    clips = list(A.clips_of(world, [made(world)], 0, how, {}))
+    for clip, group in zip(clips, "aabbbca"):
+        clip.group = group
+    found = A.run_clips(world, clips, how, list(world.predictor.norm.parameters()))
+    lent = [(entry["name"], entry["shuffled_from"]) for entry in found]
+    assert lent == [(f"clip {to}", f"clip {of}") for to, of in ((2, 1), (3, 1), (4, 1), (5, 4), (6, 5))]
+    assert A.gain_of(found[:3], "none", "adapted", 50, 0)["interval"] is None  # one video
 
 
 def test_impossible_settings_are_refused_in_one_line():
@@ -305,8 +318,11 @@ def test_the_command_says_in_one_line_what_cannot_be(run_dir, tmp_path, capsys):
         (("--side", "test", "--data_root", tmp_path), "no"),
         (("--data_root", short), "num_timesteps = 8 needs 9"),
         (("--data_root", short, "--num_timesteps", 9), "num_timesteps = 9: must be 1 to 8"),
+        (("--data_root", short, "--num_timesteps", 0), "num_timesteps = 0: must be 1 to 8"),
         (("--steps", 0), "steps = 0"),
         (("--layers", "all"), "layers = all"),
+        (("--num_clips", -1), "num_clips = -1: must lie in"),
+        (("--stepz", 2), "--stepz"),
     ):
         assert command(run_dir, *flags, "--out", tmp_path / "out") != 0
         said = capsys.readouterr().err.strip().splitlines()
@@ -351,3 +367,26 @@ def test_shares_of_the_original_at_full_size(full_size, layers, adapted, percent
     chosen, share = A.choose(full_size, layers)
     assert share["total"] == 43_378_816 and share["adapted"] == adapted == sum(share["parts"].values())
     assert round(100 * share["share"], 2) == percent and len(chosen) == len(set(chosen.values()))
+
+
+@pytest.mark.parametrize("predictor", sorted(H.PREDICTORS))
+def test_every_predictor_adapts_or_says_why_not(predictor):
+    torch.manual_seed(0)
+    sizes = dict(SIZES, feature_dim=12, num_timesteps=4, pred_dim=24, pred_depth=1, num_heads=2)
+    world, done = H.Hope(H.HopeConfig(**sizes, predictor=predictor)), []
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(2, 5, N, 12, generator=generator)
+    batch = {"features": features, "actions": features[:, 1:, 0, :ACTIONS], "states": torch.zeros(2, 4, ACTIONS)}
+    before = {name: value.clone() for name, value in world.state_dict().items()}
+    for part in A.PARTS:
+        try:
+            report = A.adaptation_gain(world, [batch], layers=part, steps=1, seen=3, grad_clip=0.0, resamples=2)
+        except V.UserError as error:
+            assert f"predictor {predictor} has no " in str(error)
+        else:
+            done.append(part)
+            assert report["per_clip"][0]["adapted"]["change"] > 0 and not report["per_clip"][0]["adapted"]["failed"]
+    parts = {part for part, found in A.part_parameters(world.predictor).items() if found}
+    assert parts == {"identity": set(), "convlstm": {"bias"}}.get(predictor, set(A.PARTS))
+    assert done == {"identity": [], "convlstm": ["bias", "mlp_out"]}.get(predictor, [*A.PARTS])
+    assert all(torch.equal(before[name], value) for name, value in world.state_dict().items())

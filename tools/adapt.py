@@ -7,7 +7,7 @@ predicted and scored. What the error on the seen frames does is told apart: it s
 take the same clips in the same order:
 
     none       the checkpoint as it is; it sees the same frames as context
-    shuffled   the same steps towards the frames of another clip, the one before: what any steps of this size do
+    shuffled   the same steps towards the frames of the last clip of another video: what any steps of this size do
     adapted    the steps towards the clip's own frames
 
     --mode rollout      the error of the own rollout from `context` frames over the seen ones, then a rollout from all
@@ -17,7 +17,7 @@ take the same clips in the same order:
 
 Weights start anew in every clip, or with --accumulate go on from clip to clip; then a clip's steps come after its own
 score (sequential) or use its seen frames alone, and the shuffled arm takes its targets from a clip that was scored
-before. The first clip only lends its frames to the second one's shuffled arm.
+before. The first clip, or the clips of the first video, only lend their frames to the shuffled arm of the next.
 
     --layers layernorm | attn_out | bias | mlp_out   each adds to those before it: LayerNorm, output projections of
                                                      token mixing, all biases, output layers of the MLPs
@@ -167,10 +167,9 @@ class Learner:
         self.failed, self.has_failed = self.failed + 1, True
 
     def change(self):
-        """How far the weights moved from the checkpoint's, as a share of their norm."""
+        """How far the weights moved from the checkpoint's, as a share of their norm, NaN where that is 0."""
         moved = [parameter.detach() - value for parameter, value in zip(self.parameters, self.own)]
-        start = float(torch.nn.utils.get_total_norm(self.own))
-        return float(torch.nn.utils.get_total_norm(moved)) / max(start, 1e-12)
+        return E.ratio(nn.utils.get_total_norm(moved), nn.utils.get_total_norm(self.own))
 
     def learn(self, clip, loss_of):
         """`steps` gradient steps on loss_of(), an error of frames already seen; its values before and after are kept,
@@ -180,7 +179,7 @@ class Learner:
             with torch.enable_grad():
                 loss = loss_of()
                 grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            norm = torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None])
+            norm = nn.utils.get_total_norm([grad for grad in grads if grad is not None])
             if not (torch.isfinite(loss) and torch.isfinite(norm)):
                 return self.fail(clip, "the loss or its gradient is not finite")
             scale = min(1.0, self.how.grad_clip / (float(norm) + 1e-6)) if self.how.grad_clip else 1.0
@@ -202,9 +201,10 @@ class Learner:
 @dataclass
 class Clip:
     """One clip: features [1, T + 1, N, D] as the world normalises them, actions and states [1, T, A], extrinsics
-    [1, T, A - 1] or None."""
+    [1, T, A - 1] or None. group: the video that it is of."""
 
     name: str
+    group: str
     features: torch.Tensor
     actions: torch.Tensor
     states: torch.Tensor
@@ -220,7 +220,7 @@ class Clip:
         return self.features[:, :frames], self.actions[:, :steps], self.states[:, :steps], extrinsics
 
 
-def make_clip(world, name, content):
+def make_clip(world, name, group, content):
     """Tensors of one clip without batch axis -> Clip on the world's device, in fp32."""
     device = next(world.parameters()).device
     most, parts = world.cfg.num_timesteps, {}
@@ -229,7 +229,7 @@ def make_clip(world, name, content):
         parts[key] = None if value is None else value[None, : most + (key == "features")].to(device).float()
     with torch.no_grad():
         parts["features"] = world.normalise(parts["features"])
-    return Clip(name, **parts)
+    return Clip(name, group, **parts)
 
 
 def spread(num, most):
@@ -238,34 +238,35 @@ def spread(num, most):
 
 
 def dataset_contents(data, num_clips):
-    """Files of a V.FileDataset, evenly spread, in their order -> (name, dict of tensors or the reason why not)."""
+    """Files of a V.FileDataset, evenly spread, in their order -> (name, video, dict of tensors or the
+    reason why not)."""
     for number in spread(len(data.videos), num_clips + 1 if num_clips else 0):
         video = data.videos[number]
         if video.name in data.quarantine:
-            yield video.name, data.quarantine[video.name]
+            yield video.name, video.drive, data.quarantine[video.name]
             continue
         try:
-            yield video.name, data.read(number, data.plan(np.random.default_rng(0)))
+            yield video.name, video.drive, data.read(number, data.plan(np.random.default_rng(0)))
         except V.BadFile as error:
-            yield video.name, str(error)
+            yield video.name, video.drive, str(error)
 
 
 def batch_contents(batches, num_clips):
-    """Batches of the world, dicts of tensors [B, ...] -> (name, dict of tensors) of their first clips."""
+    """Batches of the world, dicts of tensors [B, ...] -> (name, name, dict of tensors) of their first clips."""
     number = 0
     for batch in batches:
         tensors = {key: value for key, value in batch.items() if key in ("features", "actions", "states", "extrinsics")}
         for row in range(len(tensors["features"])):
             if num_clips and number > num_clips:
                 return
-            yield f"clip {number}", {key: value[row] for key, value in tensors.items()}
+            yield f"clip {number}", f"clip {number}", {key: value[row] for key, value in tensors.items()}
             number += 1
 
 
 def clips_of(world, data, num_clips, how, left_out):
     """The clips that can be scored, one by one -> generator of Clip. Others go into left_out, {name: reason}."""
     contents = dataset_contents if isinstance(data, V.FileDataset) else batch_contents
-    for name, content in contents(data, num_clips):
+    for name, group, content in contents(data, num_clips):
         if not isinstance(content, dict):
             left_out[name] = content
             continue
@@ -275,7 +276,7 @@ def clips_of(world, data, num_clips, how, left_out):
         elif not all(torch.isfinite(value).all() for value in content.values() if value.is_floating_point()):
             left_out[name] = "holds numbers that are not finite"
         else:
-            yield make_clip(world, name, content)
+            yield make_clip(world, name, group, content)
         if name in left_out:
             V.say(f"WARNING: {name} is left out: {left_out[name]}", sys.stderr)
 
@@ -361,17 +362,19 @@ def run_arm(world, clip, truth, how, learner):
 
 
 def run_clips(world, clips, how, parameters, bar=None, total=0):
-    """Every arm on every clip but the first, which only lends its frames to the next -> [{name, frames, arm: ...}]."""
+    """Every arm on every clip that comes behind one of another video -> [{name, frames, arm: ...}]."""
     learners = {arm: None if arm == "none" else Learner(parameters, how) for arm in ARMS}
-    found, before = [], None
+    found, last, other = [], None, None  # the last clip, and the last one of another video than that
     for clip in clips:
-        if before is not None:
-            truths = {"none": clip, "shuffled": before, "adapted": clip}
-            entry = {arm: run_arm(world, clip, truths[arm], how, learners[arm]) for arm in ARMS}
-            found.append({"name": clip.name, "frames": clip.frames - how.seen, "shuffled_from": before.name, **entry})
+        other = last if last is not None and last.group != clip.group else other
+        if other is not None:
+            truths = {"none": clip, "shuffled": other, "adapted": clip}
+            entry = {"name": clip.name, "group": clip.group, "frames": clip.frames - how.seen}
+            arms = {arm: run_arm(world, clip, truths[arm], how, learners[arm]) for arm in ARMS}
+            found.append({**entry, "shuffled_from": other.name, **arms})
             if bar is not None:
                 bar.show(len(found) / max(total, len(found)), f"{len(found)} clips")
-        before = clip
+        last = clip
     return found
 
 
@@ -386,9 +389,10 @@ def saved_share(rows):
 
 
 def gain_of(found, reference, arm, resamples, seed):
-    """Share of a reference arm's error that an arm saves -> {gain, interval over clips, clips better: their share}."""
+    """Share of a reference arm's error that an arm saves -> {gain, interval over videos, clips_better: their share}."""
     rows = np.array([[clip[reference]["error"], clip[arm]["error"]] for clip in found])
-    interval = E.bootstrap(rows, saved_share, num=resamples, seed=seed)
+    groups = np.array([clip["group"] for clip in found])
+    interval = E.bootstrap(rows, saved_share, groups, resamples, seed)
     return {"gain": saved_share(rows), "interval": interval, "clips_better": float((rows[:, 1] < rows[:, 0]).mean())}
 
 
@@ -458,7 +462,8 @@ def adaptation_gain(world, data, num_clips=0, resamples=1000, seed=0, bar=None, 
     data: a V.FileDataset, of which num_clips are scored (0 = all; one more is read), or batches, dicts of tensors as
     the world's forward gets them. settings: fields of How, by default context = context_frames of the config. Of the
     result, ["gains"]["adapted over none"] is {gain, interval, clips_better}: the share of the later frames' error that
-    adaptation saves. UsageError for settings that cannot be, UserError without two clips. The world is left as it was.
+    adaptation saves. UsageError for settings that cannot be, UserError without clips of two videos. The world is left
+    as it was.
     """
     settings.setdefault("context", getattr(world.cfg, "context_frames", 1))
     how, was_training, left_out = How(**settings), world.training, {}
@@ -473,7 +478,7 @@ def adaptation_gain(world, data, num_clips=0, resamples=1000, seed=0, bar=None, 
         world.train(was_training)
     if not found:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:1])
-        asked = "no two clips can be used: one is scored, one lends its frames to the shuffled arm"
+        asked = "no clips of two videos can be used: one is scored, one lends its frames to the shuffled arm"
         raise V.UserError(f"{asked}{f' ({len(left_out)} left out, the first: {why})' * bool(why)}")
     report = {"how": asdict(how), "parameters": {**share, "names": list(chosen)}, "left_out": left_out}
     return report | summary_of(found, resamples, seed) | {"per_clip": found}
@@ -489,7 +494,7 @@ COLOURS = {"none": "#777777", "shuffled": "#c2410c", "adapted": "#00734f"}
 def percent(entry):
     """A gain with its interval as text: +3.1 % [+1.0, +5.2]."""
     around = entry["interval"]
-    return f"{entry['gain']:+.2%}" + (f" [{around[0]:+.2%}, {around[1]:+.2%}]" if around else " (one clip)")
+    return f"{entry['gain']:+.2%}" + (f" [{around[0]:+.2%}, {around[1]:+.2%}]" if around else " (one video)")
 
 
 def share_line(report):
@@ -597,7 +602,7 @@ def parse(argv):
 
 def open_side(world, cfg, about, args):
     """The data set of a side of a run's clips, or of those given instead. UsageError where there are none."""
-    frames = args.num_timesteps or cfg.num_timesteps
+    frames = cfg.num_timesteps if args.num_timesteps is None else args.num_timesteps
     if not 0 < frames <= cfg.num_timesteps:
         raise V.UsageError(f"num_timesteps = {frames}: must be 1 to {cfg.num_timesteps}, the run's (--num_timesteps)")
     cfg = replace(cfg, data_root=E.videos_of(about["data"], args.data_root), num_timesteps=frames)
@@ -618,8 +623,9 @@ def open_world(path, device):
     return world.float(), cfg, about
 
 
-def run(args):
-    """Load, adapt, score, write, print -> exit code."""
+def run(argv):
+    """Command line: load, adapt, score, write, print -> exit code."""
+    args = parse(argv)
     E.need("matplotlib")
     from futures import output_folder
 
@@ -641,7 +647,7 @@ def run(args):
 
 def main(argv=None):
     """Command line -> exit code."""
-    return V.report_errors(run, parse(sys.argv[1:] if argv is None else argv))
+    return V.report_errors(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
