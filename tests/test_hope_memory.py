@@ -87,7 +87,7 @@ def by_loop(titans, x, rope):
 
 
 @pytest.mark.parametrize("modifies", [True, False])
-@pytest.mark.parametrize("chunk, clip", [(1, 1.0), (2, 1.0), (1, 0.05)])
+@pytest.mark.parametrize("chunk, clip", [(1, 1.0), (2, 0.05)])
 def test_memories_equal_a_loop_with_autograd(modifies, chunk, clip):
     """Values and meta-gradients are those of the first-order definition; a clip of 0.05 does cut."""
     torch.manual_seed(0)
@@ -252,14 +252,14 @@ def test_checkpointing_gives_the_same_gradients():
 @BLOCKS
 def test_fast_weights_are_float32_under_autocast(block, monkeypatch):
     net, rows, kinds = predictor(block), inputs(), set()
-    write = H.TitanMemory.write
+    answer = H.TitanMemory.answer
 
-    def spied(self, fast, *args):
-        new = write(self, fast, *args)
-        kinds.update(w.dtype for w in (*fast, *new))
-        return new
+    def spied(self, fast, x):
+        found = answer(self, fast, x)
+        kinds.update(part.dtype for part in (*fast, x, *found))
+        return found
 
-    monkeypatch.setattr(H.TitanMemory, "write", spied)
+    monkeypatch.setattr(H.TitanMemory, "answer", spied)
     exact = net(*rows)
     with torch.autocast("cpu", torch.bfloat16):
         out = net(*rows)
