@@ -231,7 +231,7 @@ def test_the_convlstm_is_a_cell_by_hand():
 def test_a_rollout_is_the_growing_sequence(predictor, context):
     """Taking up where the last frame ended gives what the whole sequence gives, and gradients as well; frames behind
     the context count for nothing. Seen red with a past that is not rotated, and with actions one late."""
-    world = new_world(predictor=predictor, use_extrinsics=predictor == "ac_vit")
+    world = new_world(predictor=predictor, use_extrinsics=predictor == "ac_vit", known_states=True)
     features, *beside = seen(clip := clip_of(world.cfg))
     T = world.cfg.num_timesteps
     grown = world.normalise(features[:, :context])
@@ -250,6 +250,24 @@ def test_a_rollout_is_the_growing_sequence(predictor, context):
     blind = clip["features"].clone()
     blind[:, context:] = torch.nan
     assert torch.equal(world.rollout(blind, *beside, context=context, steps=2), guesses[:, :2])
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_rollout_is_not_told_what_became_of_it(known):
+    """States and extrinsics behind the context count for nothing, unless they are known beforehand; actions do. Seen
+    red with true states in every rollout: shuffled actions then cost nothing, as speeds told all."""
+    world = new_world(use_extrinsics=True, known_states=known)
+    clip = clip_of(world.cfg)
+    rows = [clip[name] for name in ("features", "actions", "states", "extrinsics")]
+    with torch.no_grad():
+        before = world.rollout(*rows, context=2)
+        for part in (1, 2, 3):
+            other = [row.clone() for row in rows]
+            other[part][:, 2:] += 1
+            change = (world.rollout(*other, context=2) - before).abs().amax((0, 2, 3))
+            assert change[0] == 0 and (change[1:] > 1e-4).all() == (known or part == 1), part
+            other[part][:, 1] += 1
+            assert (world.rollout(*other, context=2) - before).abs().max() > 1e-4
 
 
 def test_gradients_flow_through_all_steps_of_a_rollout():

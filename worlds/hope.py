@@ -162,6 +162,7 @@ class HopeConfig(V.RunConfig):
     normalise: bool = True  # LayerNorm without weights over D, of features and predictions
     context_frames: int = 1  # C, true frames that a rollout begins with
     rollout_steps: int = 2  # frames that a rollout predicts in training
+    known_states: bool = False  # rollouts are told true states and extrinsics behind the context, as of a robot's arm
     jump_frames: int = 3  # a jump leads to one of so many last frames
     lambda_teacher: float = 1.0  # weight of the error of the next frame after true ones
     lambda_rollout: float = 1.0  # weight of the error of rollouts
@@ -176,7 +177,9 @@ class HopeConfig(V.RunConfig):
 
     PRESETS = {
         "vjepa2_ac": dict(ORIGINAL),
-        "vjepa2_ac_vitg": dict(feature_map="vjepa2_vitg16", feature_dim=1408, pred_dim=1024, batch_size=8),
+        "vjepa2_ac_vitg": dict(
+            feature_map="vjepa2_vitg16", feature_dim=1408, pred_dim=1024, batch_size=8, known_states=True
+        ),
         "baseline_convlstm": dict(ORIGINAL, predictor="convlstm", pred_dim=256),
         "hope_param_matched": dict(ORIGINAL, predictor="hope", pred_depth=6, curriculum=SLOWER),
         "hope_depth_matched": dict(ORIGINAL, predictor="hope", pred_depth=12, curriculum=SLOWER),
@@ -1025,13 +1028,20 @@ class Hope(V.World):
         return self.normalise(self.predictor(*first, beside, times=times))[:, 0]
 
     def rollout(self, features, actions, states, extrinsics=None, context=1, steps=None):
-        """From the first `context` frames on own guesses, each with the action and state of its time -> [B, steps, N,
-        D], by default as far as actions reach. What features hold behind the context is not looked at."""
+        """From the first `context` frames on own guesses, each with the action of its time -> [B, steps, N, D], by
+        default as far as actions reach. What features hold behind the context is not looked at, nor, unless they are
+        known_states, are states and extrinsics: a ball's speed tells what became of it. There states are 0, and
+        extrinsics stay."""
         steps = actions.shape[1] - context + 1 if steps is None else steps
         if not 1 <= context <= features.shape[1] or not 1 <= steps <= actions.shape[1] - context + 1:
             had = f"{features.shape[1]} frames and {actions.shape[1]} actions"
             raise ValueError(f"a rollout of {steps} frames from {context} needs more than {had}")
         seen, guesses, past, first = self.normalise(features[:, :context]), [], None, 0
+        if not self.cfg.known_states:
+            states = torch.cat([states[:, :context], torch.zeros_like(states[:, context:])], 1)
+            if extrinsics is not None:
+                held = extrinsics[:, context - 1 : context].expand_as(extrinsics[:, context:])
+                extrinsics = torch.cat([extrinsics[:, :context], held], 1)
         beside = (actions, states) if extrinsics is None else (actions, states, extrinsics)
         for end in range(context, context + steps):
             if hasattr(self.predictor, "advance"):
