@@ -34,7 +34,7 @@ def parsed(tmp_path, *flags):
 
 
 class Pusher:
-    """A world that adds each action to all patches: what the clips below do. Frame t is the sum of actions before."""
+    """A world that adds each action and state to all patches: frame t is the sum of those before."""
 
     def __init__(self):
         self.weight = torch.nn.Parameter(torch.zeros(1))
@@ -47,7 +47,7 @@ class Pusher:
 
     def rollout(self, features, actions, states, extrinsics, context, steps):
         assert context == 1 and steps == actions.shape[1]
-        return features[:, :1] + actions.cumsum(1)[:, :, None, :]
+        return features[:, :1] + (actions + states).cumsum(1)[:, :, None, :]
 
     def frame_error(self, preds, targets):
         return (preds - targets).abs().mean((2, 3))
@@ -55,17 +55,18 @@ class Pusher:
 
 def test_scores_of_a_world_that_is_right():
     """True actions leave no error, those of the clip half of all further on and none leave what they differ by, and the
-    first frame repeated is identity. Seen red with states rolled in place of actions."""
+    first frame repeated is identity. Seen red with states that did not go with the actions."""
     actions = torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(0))
-    frames = torch.cat([torch.zeros(6, 1, 2), actions.cumsum(1)], 1)[:, :, None].expand(-1, -1, 4, -1)
+    states = torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(1))
+    frames = torch.cat([torch.zeros(6, 1, 2), (actions + states).cumsum(1)], 1)[:, :, None].expand(-1, -1, 4, -1)
     clips = {
         f"{number}": {"features": frames[number : number + 1], "actions": actions[number : number + 1]}
-        | {"states": torch.zeros(1, 3, 2)}
+        | {"states": states[number : number + 1]}
         for number in range(6)
     }
     errors = R.score(Pusher(), clips, batch_size=4)
     assert np.abs(errors["true"]).max() < 1e-6
-    ahead = actions.cumsum(1)
+    ahead = (actions + states).cumsum(1)
     wanted = {"shuffled": (ahead.roll(3, 0) - ahead).abs().mean(2), "zero": ahead.abs().mean(2)}
     wanted["still"] = wanted["zero"]
     for arm, values in wanted.items():
