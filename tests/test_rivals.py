@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,7 +112,15 @@ def test_equal_flop(pushes, tmp_path, monkeypatch):
     monkeypatch.setattr(R, "measure", lambda args, name, *_: dict(rows[name]))
     plan = R.make_plan(args, sizes, pushes[0])
     assert {name: row["steps"] for name, row in plan.items()} == {"identity": 1, "ac_vit": 40, "half": 80}
-    args.seeds = [5]
+    for name, seconds in (("ac_vit", 0.5), ("half", 0.25)):
+        rows[name]["seconds"] = seconds
+    changes = dict(work=tmp_path, match="seconds", steps=0, seeds=[5, 6], minutes=1.5)
+    other = Namespace(**{**vars(args), **changes})  # 60 s of training for two rivals with two seeds: 15 s each
+    assert {name: row["steps"] for name, row in R.make_plan(other, sizes, pushes[0]).items()} == {
+        "identity": 1,
+        "ac_vit": 30,
+        "half": 60,
+    }
     assert R.make_plan(args, sizes, pushes[0]) == plan
     args.steps = 41
     with pytest.raises(V.UserError, match="holds rivals of other steps; use another --work"):
@@ -165,11 +172,11 @@ def test_rivals_and_folders_that_there_are_not(pushes, tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_command(pushes, tmp_path, capsys):
-    """Two rivals from folders: trained by the real command, scored on the test part and under a shift; the same command
-    trains nothing again, and a run that is gone alone is made anew."""
+    """Two rivals from folders: trained by the real command, scored on the test part and under a shift; the same
+    command neither trains nor scores anything again."""
     base, ice = pushes
     command = [f"--out={tmp_path / 'out'}", f"--work={tmp_path / 'work'}", "--device=cpu", f"--data_root={base}"]
-    command += ["--shift", f"ice={ice}", "--rivals", "identity", "convlstm", "--seeds", "0", "1", "--steps=6"]
+    command += ["--shift", f"ice={ice}", "--rivals", "identity", "convlstm", "--seeds", "0", "--steps=6"]
     command += ["--adapt_clips=2", "--test_fraction=0.3", *SMALL]
     assert R.main(command) == 0
     told = capsys.readouterr().out
@@ -179,15 +186,16 @@ def test_the_whole_command(pushes, tmp_path, capsys):
     assert identity["plain"]["error"] == pytest.approx(identity["plain"]["still"], abs=1e-5)
     assert identity["plain"]["clips"] == 4 and identity["ice"]["clips"] == 4  # all of ice, the test part of base
     assert convlstm["plain"]["still"] == pytest.approx(identity["plain"]["still"], abs=1e-5)
-    assert len(convlstm["plain"]["saved_all"]["seeds"]) == 2 and len(convlstm["plain"]["error"]) == 4
+    assert len(convlstm["plain"]["saved_all"]["seeds"]) == 1 and len(convlstm["plain"]["error"]) == 4
     assert "why" in identity["ice"]["adaptation"] and "value" in convlstm["ice"]["adaptation"]["over_none"]
     table = (tmp_path / "out" / "rivals.md").read_text()
     assert "| convlstm |" in table and "Better than identity at every horizon" in told
-    final = [tmp_path / "work" / name / "checkpoints" / "ckpt_final.pt" for name in ("convlstm_0", "convlstm_1")]
-    seen = json.loads((Path(final[0]).parents[1] / "rivals.json").read_text())
-    split = {name.split("/")[0] for name in seen["plain"]["clips"]}
-    assert split == {f"clip_{number:05d}" for number in range(8, 12)}
-    times = [path.stat().st_mtime_ns for path in final]
+    place = tmp_path / "work" / "convlstm_0"
+    seen = json.loads((place / "rivals.json").read_text())["views"]
+    assert {name.split("/")[0] for name in seen["plain"]["clips"]} == {f"clip_{n:05d}" for n in range(8, 12)}
+    made = {path: path.stat().st_mtime_ns for path in (place / "checkpoints" / "ckpt_final.pt", place / "rivals.json")}
     assert R.main(command) == 0
-    assert [path.stat().st_mtime_ns for path in final] == times
+    assert {path: path.stat().st_mtime_ns for path in made} == made
     assert json.loads((tmp_path / "out" / "rivals.json").read_text())["rivals"] == report["rivals"]
+    (place / "rivals.json").unlink()
+    assert R.known_scores(parsed(tmp_path, *command[2:]), place, {"plain": base, "ice": ice}) is None

@@ -119,6 +119,7 @@ def cache_clips(args, deadline):
         clips, kind = args.shift_clips if number else args.clips, "plain" if number == 0 else view
         command = ["tools/cache_latents.py", "--layout", "hope", "--out", folder, "--ckpt", args.ckpt, "--view", kind]
         command += ["--signals", args.signals, "--scene_clips", max(clips, 4), "--device", args.device, "--no-states"]
+        command += ["--num_workers", min(V.usable_cores(), 8)]
         command += ["--seed", args.scene_seed + (number > 0)]  # shifted scenes are others than those that train
         command += ["--scene_mix", args.scene_mix] if args.scene_mix else []
         commands[f"latents, {view}"] = (command, args.work / f"latents_{view}.log")
