@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,7 +33,7 @@ def parsed(tmp_path, *flags):
 
 
 class Pusher:
-    """A world that adds each action to all patches: what the clips below do. Frame t is the sum of actions before."""
+    """A world that adds each action and state to all patches: frame t is the sum of those before."""
 
     def __init__(self):
         self.weight = torch.nn.Parameter(torch.zeros(1))
@@ -47,7 +46,7 @@ class Pusher:
 
     def rollout(self, features, actions, states, extrinsics, context, steps):
         assert context == 1 and steps == actions.shape[1]
-        return features[:, :1] + actions.cumsum(1)[:, :, None, :]
+        return features[:, :1] + (actions + states).cumsum(1)[:, :, None, :]
 
     def frame_error(self, preds, targets):
         return (preds - targets).abs().mean((2, 3))
@@ -55,17 +54,18 @@ class Pusher:
 
 def test_scores_of_a_world_that_is_right():
     """True actions leave no error, those of the clip half of all further on and none leave what they differ by, and the
-    first frame repeated is identity. Seen red with states rolled in place of actions."""
+    first frame repeated is identity. Seen red with states that did not go with the actions."""
     actions = torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(0))
-    frames = torch.cat([torch.zeros(6, 1, 2), actions.cumsum(1)], 1)[:, :, None].expand(-1, -1, 4, -1)
+    states = torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(1))
+    frames = torch.cat([torch.zeros(6, 1, 2), (actions + states).cumsum(1)], 1)[:, :, None].expand(-1, -1, 4, -1)
     clips = {
         f"{number}": {"features": frames[number : number + 1], "actions": actions[number : number + 1]}
-        | {"states": torch.zeros(1, 3, 2)}
+        | {"states": states[number : number + 1]}
         for number in range(6)
     }
     errors = R.score(Pusher(), clips, batch_size=4)
     assert np.abs(errors["true"]).max() < 1e-6
-    ahead = actions.cumsum(1)
+    ahead = (actions + states).cumsum(1)
     wanted = {"shuffled": (ahead.roll(3, 0) - ahead).abs().mean(2), "zero": ahead.abs().mean(2)}
     wanted["still"] = wanted["zero"]
     for arm, values in wanted.items():
@@ -112,7 +112,15 @@ def test_equal_flop(pushes, tmp_path, monkeypatch):
     monkeypatch.setattr(R, "measure", lambda args, name, *_: dict(rows[name]))
     plan = R.make_plan(args, sizes, pushes[0])
     assert {name: row["steps"] for name, row in plan.items()} == {"identity": 1, "ac_vit": 40, "half": 80}
-    args.seeds = [5]
+    for name, seconds in (("ac_vit", 0.5), ("half", 0.25)):
+        rows[name]["seconds"] = seconds
+    changes = dict(work=tmp_path, match="seconds", steps=0, seeds=[5, 6], minutes=1.5)
+    other = Namespace(**{**vars(args), **changes})  # 60 s of training for two rivals with two seeds: 15 s each
+    assert {name: row["steps"] for name, row in R.make_plan(other, sizes, pushes[0]).items()} == {
+        "identity": 1,
+        "ac_vit": 30,
+        "half": 60,
+    }
     assert R.make_plan(args, sizes, pushes[0]) == plan
     args.steps = 41
     with pytest.raises(V.UserError, match="holds rivals of other steps; use another --work"):
@@ -164,11 +172,11 @@ def test_rivals_and_folders_that_there_are_not(pushes, tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_command(pushes, tmp_path, capsys):
-    """Two rivals from folders: trained by the real command, scored on the test part and under a shift; the same command
-    trains nothing again, and a run that is gone alone is made anew."""
+    """Two rivals from folders: trained by the real command, scored on the test part and under a shift; the same
+    command neither trains nor scores anything again."""
     base, ice = pushes
     command = [f"--out={tmp_path / 'out'}", f"--work={tmp_path / 'work'}", "--device=cpu", f"--data_root={base}"]
-    command += ["--shift", f"ice={ice}", "--rivals", "identity", "convlstm", "--seeds", "0", "1", "--steps=6"]
+    command += ["--shift", f"ice={ice}", "--rivals", "identity", "convlstm", "--seeds", "0", "--steps=6"]
     command += ["--adapt_clips=2", "--test_fraction=0.3", *SMALL]
     assert R.main(command) == 0
     told = capsys.readouterr().out
@@ -178,15 +186,16 @@ def test_the_whole_command(pushes, tmp_path, capsys):
     assert identity["plain"]["error"] == pytest.approx(identity["plain"]["still"], abs=1e-5)
     assert identity["plain"]["clips"] == 4 and identity["ice"]["clips"] == 4  # all of ice, the test part of base
     assert convlstm["plain"]["still"] == pytest.approx(identity["plain"]["still"], abs=1e-5)
-    assert len(convlstm["plain"]["saved_all"]["seeds"]) == 2 and len(convlstm["plain"]["error"]) == 4
+    assert len(convlstm["plain"]["saved_all"]["seeds"]) == 1 and len(convlstm["plain"]["error"]) == 4
     assert "why" in identity["ice"]["adaptation"] and "value" in convlstm["ice"]["adaptation"]["over_none"]
     table = (tmp_path / "out" / "rivals.md").read_text()
     assert "| convlstm |" in table and "Better than identity at every horizon" in told
-    final = [tmp_path / "work" / name / "checkpoints" / "ckpt_final.pt" for name in ("convlstm_0", "convlstm_1")]
-    seen = json.loads((Path(final[0]).parents[1] / "rivals.json").read_text())
-    split = {name.split("/")[0] for name in seen["plain"]["clips"]}
-    assert split == {f"clip_{number:05d}" for number in range(8, 12)}
-    times = [path.stat().st_mtime_ns for path in final]
+    place = tmp_path / "work" / "convlstm_0"
+    seen = json.loads((place / "rivals.json").read_text())["views"]
+    assert {name.split("/")[0] for name in seen["plain"]["clips"]} == {f"clip_{n:05d}" for n in range(8, 12)}
+    made = {path: path.stat().st_mtime_ns for path in (place / "checkpoints" / "ckpt_final.pt", place / "rivals.json")}
     assert R.main(command) == 0
-    assert [path.stat().st_mtime_ns for path in final] == times
+    assert {path: path.stat().st_mtime_ns for path in made} == made
     assert json.loads((tmp_path / "out" / "rivals.json").read_text())["rivals"] == report["rivals"]
+    (place / "rivals.json").unlink()
+    assert R.known_scores(parsed(tmp_path, *command[2:]), place, {"plain": base, "ice": ice}) is None

@@ -35,6 +35,7 @@ import signal
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
 
+import argparse
 import csv
 import hashlib
 import importlib.util
@@ -385,6 +386,8 @@ def parse_hope(argv):
     parser.add_argument("--feature_map", default="tritemporal", help="name of the maps")
     parser.add_argument("--see", choices=("past", "whole"), default="past", help="what a latent is made of")
     parser.add_argument("--view", choices=tuple(VIEWS), default="plain", help="what is done to pictures before")
+    is_flag = dict(action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--states", **is_flag, help="write states.npy and extrinsics.npy where signals allow")
     parser.add_argument("--every_s", "--every-s", type=float, default=0.0, help="seconds between clips; 0 = a clip's")
     parser.add_argument("--shard", default="0/1", help="i/n: make the clips i, i + n, ... of all")
     args, rest = parser.parse_known_args(argv)
@@ -498,7 +501,7 @@ def beside_latents(signals, cfg, args, before):
     signals = signals.numpy().astype(np.float64)
     of_steps = signals[before + step :, :A].reshape(steps, step, A).mean(1)
     files, moves = {"actions": in_units(of_steps, args.names)}, signals[before + step - 1 :, A:]
-    if not np.isfinite(moves).all():
+    if not (args.states and np.isfinite(moves).all()):
         return files
     speed, yaw_rate = moves.T  # from the last frame of the first latent on
     heading = np.append(0.0, np.cumsum((yaw_rate[1:] + yaw_rate[:-1]) / 2 / cfg.clip_fps))
@@ -604,7 +607,9 @@ def start_hope(argv):
     if not windows:
         why = "; ".join(f"{V.one_line(name)}: {V.one_line(reason)}" for name, reason in bad[:3])
         raise V.UserError(f"data_root {cfg.data_root}: no clip of {cfg.num_frames} frames; {why}")
-    settings = {name: getattr(args, name) for name in ("clip_latents", "feature_map", "see", "view", "signals")}
+    settings = {
+        name: getattr(args, name) for name in ("clip_latents", "feature_map", "see", "view", "signals", "states")
+    }
     named = ("clip_fps", "num_frames", *(() if sources else ("seed", "scene_mix")))
     settings |= {name: getattr(cfg, name) for name in named}
     units = {name: UNITS.get(name, 1.0) for name in (*args.names, "heading", "speed")}

@@ -23,6 +23,7 @@ import signal
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
 
+import argparse
 import json
 import math
 import os
@@ -80,7 +81,9 @@ def run_all(commands, num_at_once, deadline):
         while waiting or active:
             while waiting and len(active) < num_at_once:
                 name, (command, log) = waiting.pop(0)
-                V.say(f"{name}: python {' '.join(map(str, command))}")
+                V.say(f"{name}: {log}")
+                with open(log, "a") as output:
+                    output.write(f"+ python {' '.join(map(str, command))}\n")
                 with open(log, "ab") as output:
                     told = dict(cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
                     active[name] = subprocess.Popen([sys.executable, *map(str, command)], **told), log
@@ -115,7 +118,8 @@ def cache_clips(args, deadline):
         folder.parent.mkdir(parents=True, exist_ok=True)
         clips, kind = args.shift_clips if number else args.clips, "plain" if number == 0 else view
         command = ["tools/cache_latents.py", "--layout", "hope", "--out", folder, "--ckpt", args.ckpt, "--view", kind]
-        command += ["--signals", args.signals, "--scene_clips", max(clips, 4), "--device", args.device]
+        command += ["--signals", args.signals, "--scene_clips", max(clips, 4), "--device", args.device, "--no-states"]
+        command += ["--num_workers", min(V.usable_cores(), 8)]
         command += ["--seed", args.scene_seed + (number > 0)]  # shifted scenes are others than those that train
         command += ["--scene_mix", args.scene_mix] if args.scene_mix else []
         commands[f"latents, {view}"] = (command, args.work / f"latents_{view}.log")
@@ -297,17 +301,19 @@ def clips_of(data):
 @torch.no_grad()
 def score(model, clips, batch_size=32):
     """Rollouts from the first frame -> {arm: errors [clips, T]}: with true, another clip's and no actions, and the
-    first frame repeated. The other clip is half of all further on: neighbours may be of one video."""
+    first frame repeated. The other clip is half of all further on: neighbours may be of one video. States go with the
+    actions: later ones tell what these did."""
     device, names, parts = next(model.parameters()).device, list(clips), {arm: [] for arm in ARMS}
     whole = {key: torch.cat([clips[name][key] for name in names]) for key in clips[names[0]]}
-    other = whole["actions"].roll(len(names) // 2, 0)
+    told = {"true": {key: whole[key] for key in ("actions", "states")}}
+    told["shuffled"] = {key: value.roll(len(names) // 2, 0) for key, value in told["true"].items()}
+    told["zero"] = {key: torch.zeros_like(value) for key, value in told["true"].items()}
     for first in range(0, len(names), batch_size):
         batch = {key: value[first : first + batch_size].to(device) for key, value in whole.items()}
         z, extrinsics = model.normalise(batch["features"]), batch.get("extrinsics")
-        actions = {"true": batch["actions"], "shuffled": other[first : first + batch_size].to(device)}
-        actions["zero"] = torch.zeros_like(batch["actions"])
-        for arm, told in actions.items():
-            preds = model.rollout(z, told, batch["states"], extrinsics, context=1, steps=told.shape[1])
+        for arm, given in told.items():
+            actions, states = (given[key][first : first + batch_size].to(device) for key in ("actions", "states"))
+            preds = model.rollout(z, actions, states, extrinsics, context=1, steps=actions.shape[1])
             parts[arm].append(model.frame_error(preds, z[:, 1:]))
         parts["still"].append(model.frame_error(z[:, :1].expand_as(z[:, 1:]), z[:, 1:]))
     return {arm: torch.cat(errors).cpu().double().numpy() for arm, errors in parts.items()}
@@ -324,11 +330,23 @@ def adapt_to(args, model, data):
     return {arm: [clip[arm]["error"] for clip in report["per_clip"]] for arm in A.ARMS}
 
 
-def evaluate(args, place, folders):
-    """A run's errors on the test clips and on shifted ones -> dict; kept in its folder, and not made twice."""
+def asked_of(args, place, folders):
+    """What decides an evaluation -> dict of texts and numbers."""
+    names = ("adapt_layers", "adapt_lr", "adapt_steps", "adapt_clips")
+    info = os.stat(place / "checkpoints" / "ckpt_final.pt")
+    views = {view: str(folder) for view, folder in folders.items()}
+    return {**{name: getattr(args, name) for name in names}, "views": views, "run": [info.st_size, info.st_mtime_ns]}
+
+
+def known_scores(args, place, folders):
+    """What was found of a run by the same settings -> dict, None where nothing was."""
     path = place / "rivals.json"
-    if path.is_file():
-        return V.parse_json(V.read_text(path, 2**28))
+    found = V.parse_json(V.read_text(path, 2**28)) if path.is_file() else {}
+    return found["views"] if found.get("asked") == asked_of(args, place, folders) else None
+
+
+def evaluate(args, place, folders):
+    """A run's errors on the test clips and on shifted ones, kept in its folder."""
     model, cfg = V.load_model(place / "checkpoints" / "ckpt_final.pt", V.choose_device(args.device, 0))
     world, found = type(model), {}
     for view, folder in folders.items():
@@ -339,8 +357,19 @@ def evaluate(args, place, folders):
         clips = clips_of(data)
         scores = {arm: errors.tolist() for arm, errors in score(model, clips).items()}
         found[view] = {"clips": list(clips), "errors": scores, "adaptation": adapt_to(args, model, data)}
-    V.write_atomic(path, lambda handle: handle.write(json.dumps(found).encode()))
-    return found
+    text = json.dumps({"asked": asked_of(args, place, folders), "views": found})
+    V.write_atomic(place / "rivals.json", lambda handle: handle.write(text.encode()))
+
+
+def evaluate_all(args, argv, plan, folders, deadline):
+    """Every run that has not been, each by a process of this command."""
+    commands = {}
+    for name, row in plan.items():
+        for place in (args.work / f"{name}_{seed}" for seed in seeds_of(args, row)):
+            if known_scores(args, place, folders) is None:
+                command = ["tools/rivals.py", *argv, "--evaluate", place.name]
+                commands[f"{place.name}, evaluation"] = command, args.work / f"{place.name}.log"
+    run_all(commands, args.jobs, deadline)
 
 
 # -- figures
@@ -452,12 +481,11 @@ def markdown(report):
 
 
 def make_report(args, plan, sizes, folders):
-    """Evaluate all runs and put their figures together -> dict."""
+    """The figures of all runs, which are evaluated -> dict."""
     rivals, evaluations = {}, {}
     for name, row in plan.items():
         places = [args.work / f"{name}_{seed}" for seed in seeds_of(args, row)]
-        V.say(f"{name}: evaluating {len(places)} run(s)")
-        evaluations[name] = [evaluate(args, place, folders) for place in places]
+        evaluations[name] = [known_scores(args, place, folders) for place in places]
         _, cfg = open_rival(args, name, sizes, folders["plain"])
         seconds = statistics.fmean(training_seconds(place, row["steps"], cfg.batch_size) for place in places)
         cost = dict(parameters=row["parameters"], steps=row["steps"], flop=row["flop"] * row["steps"], seconds=seconds)
@@ -502,6 +530,7 @@ def parse(argv):
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     flag("--signals", default="steer,accel", help="actions of the scenes")
     flag("--scene_mix", default="", help="kinds of scenes [those of the checkpoint]")
+    flag("--evaluate", default="", help=argparse.SUPPRESS)  # a run in --work, by a process of its own
     flag("--adapt_layers", default="layernorm+bias", help="what adaptation changes, as in tools/adapt.py")
     for name, kind, default, text in (
         ("steps", int, 0, "steps of the first rival that learns; 0 = what --minutes allows"),
@@ -511,7 +540,7 @@ def parse(argv):
         ("test_fraction", float, 0.15, "share of the clips that no run sees"),
         ("adapt_lr", float, 5e-4, "learning rate of adaptation"),
         ("adapt_steps", int, 5, "steps of adaptation per clip"),
-        ("adapt_clips", int, 24, "clips that are adapted to, evenly spread; 0 = all"),
+        ("adapt_clips", int, 16, "clips that are adapted to, evenly spread; 0 = all"),
     ):
         flag(f"--{name}", type=kind, default=default, help=f"{text} [{default:g}]")
     args, args.flags = parser.parse_known_args(argv)
@@ -548,10 +577,14 @@ def start(argv):
     deadline = time.monotonic() + 60 * args.minutes
     args.work.mkdir(parents=True, exist_ok=True)
     folders = cache_clips(args, deadline)
+    if args.evaluate:
+        evaluate(args, args.work / args.evaluate, folders)
+        return
     sizes = sizes_of(Path(folders["plain"]), args.feature_map)
     plan = make_plan(args, sizes, folders["plain"])
     tell_plan(args, plan)
     train_all(args, plan, sizes, folders["plain"], deadline)
+    evaluate_all(args, argv, plan, folders, deadline)
     report = make_report(args, plan, sizes, folders)
     args.out.mkdir(parents=True, exist_ok=True)
     V.write_report(args.out / "rivals.json", E.without_nan(report))
@@ -560,8 +593,15 @@ def start(argv):
     V.emit(text, sys.stdout)
 
 
+def interrupt(*_):
+    """What SIGTERM does: as Ctrl-C, so that no run goes on behind us."""
+    raise KeyboardInterrupt
+
+
 def main(argv=None):
     """Command line -> exit code."""
+    if argv is None:
+        signal.signal(signal.SIGTERM, interrupt)
     return V.report_errors(start, sys.argv[1:] if argv is None else list(argv))
 
 
