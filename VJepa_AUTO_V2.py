@@ -1030,7 +1030,9 @@ class VideoFile:
 
 class Listing(list):
     """The videos of a data_root. `notes`: lines for the user; `seen`: what else was found where no video was; `sides`:
-    {side: its videos} where folders split them; `drives`: the Listing of folders with pictures."""
+    {side: its videos} where `split_by`, folders say, splits them; `drives`: the Listing of folders with pictures."""
+
+    split_by = "folders"
 
     def __init__(self, videos=(), notes=(), seen="", drives=()):
         super().__init__(videos)
@@ -3420,6 +3422,11 @@ class FileDataset(torch.utils.data.Dataset):
         """What a user should know about the files before the first step -> lines."""
         return []
 
+    @classmethod
+    def arrange(cls, cfg, listing):
+        """The Listing of a data_root -> the one that a run uses: fewer files, or `sides` filled in. UsageError."""
+        return listing
+
     def plan(self, rng):
         """What is drawn before a file is chosen, the same for all that are tried: here a window's start, 0 to 1."""
         return rng.random()
@@ -3787,7 +3794,7 @@ class DataSource:
     quarantine: dict = field(default_factory=dict)  # files that no worker may open: name -> reason
     failing: dict = field(default_factory=dict)  # files not decoded when this process last tried: name -> reason
     test: list = field(default_factory=list)  # files of test/, which no run touches
-    by_folders: bool = False  # whether folders split the files, not the hash of their names
+    split_by: str = "hash"  # of their names; else what the sides of their Listing follow: folders, ids
     frame_cache: object = None  # a FrameCache
     line: object = say  # says a line about the data, once
 
@@ -3796,8 +3803,7 @@ class DataSource:
         videos = (*self.train, *self.val)
         names = sorted({video.name + f" of {video.group}" * bool(video.group) for video in videos})
         kept = names if self.kind == "videos" and len(names) <= MAX_LISTED else []
-        split = "folders" if self.by_folders else "hash"
-        return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept, "split": split}
+        return {"kind": self.kind, "root": self.root, "files": len(names), "names": kept, "split": self.split_by}
 
     def dataset(self, cfg, stream):
         """The dataset of a stream: train files for `train` and `bank`, held-out files for `val`, those of test/ for
@@ -3856,7 +3862,7 @@ def list_data(cfg, Dataset=ClipDataset):
     videos = drives_of_pictures(cfg, videos) if cfg.data_root and not must else videos
     if cfg.data_root and not videos and (must or cfg.missing_data == "error"):
         raise UsageError(f"data_root {cfg.data_root}: {nothing_found(cfg, videos, suffixes)} (--video_glob)")
-    return videos
+    return Dataset.arrange(cfg, videos)
 
 
 def open_data(world, cfg, videos, is_main, barrier, stopping=None):
@@ -3885,7 +3891,8 @@ def open_data(world, cfg, videos, is_main, barrier, stopping=None):
     maneuvers = []
     if world.wants_labels(cfg):
         maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names([*train, *val], root)
-    split = dict(held_out=bool(val and train), test=sides.get("test", []), by_folders=bool(sides))
+    split = dict(held_out=bool(val and train), test=sides.get("test", []))
+    split |= {"split_by": videos.split_by} if sides else {}
     return DataSource(kind, root, train or videos, val or videos, maneuvers, Dataset=Dataset, draw=world.draw, **split)
 
 
@@ -4941,6 +4948,7 @@ class World(nn.Module):
     # names of children whose weights `__init__` takes from elsewhere: checkpoints hold only their hash; it may set it
     FROZEN = ()
     FILES = ()  # names of what `report` writes into the run folder
+    num_files = 0  # files to learn from, which the loop counts: an epoch is as many samples
     mark = ""  # what stands before every log line, such as weights:random; `__init__` may set it
 
     def __init_subclass__(cls):
@@ -5044,7 +5052,8 @@ class World(nn.Module):
         return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def after_step(self, carries, step):
-        """Take in what the micro-steps of a step left, on all ranks alike: EMA copies, queues, statistics."""
+        """Take in what the micro-steps of a step left, on all ranks alike: EMA copies, queues, statistics. May return
+        lines for the log."""
 
     def after_validation(self, values):
         """Take in the val_* figures of an evaluation in the middle of training, on all ranks alike, once for each: a
@@ -7760,7 +7769,7 @@ def run_info(run):
         commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "numpy", "av")}
     counts = {"train_files": len(source.train), "val_files": len(source.val)}
-    counts |= {"test_files": len(source.test)} if source.by_folders else {}
+    counts |= {"test_files": len(source.test)} if source.split_by != "hash" else {}
     decoders = DECODERS[run.cfg.decoder] if hasattr(run.cfg, "decoder") else ()
     return {
         "versions": {"python": platform.python_version(), **versions},
@@ -8224,6 +8233,7 @@ def build_world(world, run, is_new=False):
     if process.world_size > 1 and drifting:
         cure = "use GroupNorm or LayerNorm, or SyncBatchNorm on GPUs"
         raise UserError(f"{drifting[0]} is a BatchNorm that learns, and its statistics drift apart over ranks; {cure}")
+    run.world.num_files = len(run.source.train)
     if is_new:
         run.world.take_weights(run.log.line)
         run.world.take_data(run)
@@ -8384,9 +8394,10 @@ def print_summary(run, overrides, reason):
     where = "drawn when asked for" if source.kind == "render" else f"under {source.root or 'no folder'}"
     kind = source.kind if source.Dataset.HAS_SCENES else "files"
     sides = f"{len(source.train)} train and {len(source.val)} val files"
-    if source.by_folders:
-        sides = f"split by folders: {len(source.train)} train, {len(source.val)} val, {len(source.test)} test files"
-        held = "; val_fraction is not used"
+    if source.split_by != "hash":
+        counts = f"{len(source.train)} train, {len(source.val)} val, {len(source.test)} test files"
+        sides = f"split by {source.split_by}: {counts}"
+        held = "; val_fraction is not used" if source.split_by == "folders" else held
     capped = f" (warmup_steps {cfg.warmup_steps} capped at a tenth of steps)" if cfg.warmup < cfg.warmup_steps else ""
     changed = ", ".join(f"{name}={value}" for name, value in overrides.items())
     steps_each = len(source.train) / step_samples(cfg, process.world_size)
@@ -8659,7 +8670,8 @@ def take_step(phase, batches, step):
 def apply_step(phase, carries, step):
     """Update weights, EMA copies, queues and statistics: the only place where training state changes."""
     phase.run.scaler.step(phase.optimizer)
-    phase.world.after_step(carries, step)
+    for line in phase.world.after_step(carries, step) or ():
+        phase.run.log.line(line)
 
 
 def log_values(phase, metrics, looks, clock):

@@ -168,7 +168,7 @@ def test_folders_split_the_files(lines, tmp_path, inside, val_fraction):
     spread(lines, tmp_path / inside, train=range(6), val=range(6, 9), test=range(9, 14))
     cfg, source = opened(tmp_path, val_fraction=val_fraction)
     assert [len(part) for part in (source.train, source.val, source.test)] == [6, 3, 5]
-    assert source.held_out and source.by_folders and names(source.test)[0] == "test/line_10.npy"
+    assert source.held_out and source.split_by == "folders" and names(source.test)[0] == "test/line_10.npy"
     for stream, part in (("train", source.train), ("bank", source.train), ("val", source.val), ("test", source.test)):
         assert source.dataset(cfg, stream).videos == part and source.dataset(cfg, stream).stream == stream
     assert len({int(source.dataset(cfg, "test")[index]["file"]) for index in range(5)}) == 5
@@ -246,14 +246,16 @@ def test_other_folders_are_split_by_hash(lines, tmp_path, sides, notes):
     """train/ alone, no train/, or files elsewhere: as always, and the last is noted."""
     _, source = opened(spread(lines, tmp_path, **sides))
     listing = V.find_videos(str(tmp_path), "*", Lines.SUFFIXES)
-    assert not source.by_folders and source.test == [] and (source.train, source.val) == V.split_videos(listing, 0.1)
+    assert (
+        source.split_by == "hash" and source.test == [] and (source.train, source.val) == V.split_videos(listing, 0.1)
+    )
     assert len(listing.notes) == notes and all("split by the hash of all names" in note for note in listing.notes)
 
 
 def test_the_test_stream_is_val_without_test_files(lines, tmp_path):
     """So that whoever asks for the test side always gets held-out samples, the same as `val`."""
     cfg, source = opened(spread(lines, tmp_path, train=range(4), val=range(4, 8)))
-    assert source.by_folders and source.test == [] and source.dataset(cfg, "test").stream == "val"
+    assert source.split_by == "folders" and source.test == [] and source.dataset(cfg, "test").stream == "val"
     for index in range(4):
         assert int(source.dataset(cfg, "test")[index]["file"]) == int(source.dataset(cfg, "val")[index]["file"])
 

@@ -113,7 +113,12 @@ def test_pages_are_what_the_tool_writes(name, marks, make):
 @pytest.mark.parametrize("name", PAGES)
 def test_every_flag_of_a_page_exists(name):
     """Each --flag of a page is one of the script's, a world's, torchrun's or a tool's here. Seen red with --stepz."""
-    worlds = V.VJepaAutoV2, readme_tables.cosmos.Cosmos, readme_tables.future_latents.FutureLatents
+    worlds = (
+        V.VJepaAutoV2,
+        readme_tables.cosmos.Cosmos,
+        readme_tables.future_latents.FutureLatents,
+        readme_tables.hope.Hope,
+    )
     known = {flag for world in worlds for action in V.build_parser(world)._actions for flag in action.option_strings}
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tools").glob("*.py"))
     known |= FOREIGN_FLAGS | set(re.findall(r"""["'](--[a-z][\w-]*)["']""", sources))

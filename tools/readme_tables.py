@@ -1,7 +1,7 @@
 """Write what README.md and docs/ take from the code, so that they cannot drift from it.
 
-docs/config.md holds the config table, docs/log.md the log glossary, docs/cosmos.md and docs/future_latents.md both of
-their worlds, README.md the text of tests/toy_world.py.
+docs/config.md holds the config table, docs/log.md the log glossary, docs/cosmos.md, docs/future_latents.md and
+docs/hope.md both of their worlds, README.md the text of tests/toy_world.py.
 
     python tools/readme_tables.py            rewrites what stands between the marker comments of PARTS
     python tools/readme_tables.py --print    prints those parts instead
@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "worlds")]
 
 import cosmos  # noqa: E402
 import future_latents  # noqa: E402
+import hope  # noqa: E402
 
 import VJepa_AUTO_V2 as V  # noqa: E402
 
@@ -26,6 +27,8 @@ COSMOS_CONFIG_MARKS = ("<!-- cosmos config -->", "<!-- end cosmos config -->")
 COSMOS_LOG_MARKS = ("<!-- cosmos log -->", "<!-- end cosmos log -->")
 FUTURE_CONFIG_MARKS = ("<!-- future config -->", "<!-- end future config -->")
 FUTURE_LOG_MARKS = ("<!-- future log -->", "<!-- end future log -->")
+HOPE_CONFIG_MARKS = ("<!-- hope config -->", "<!-- end hope config -->")
+HOPE_LOG_MARKS = ("<!-- hope log -->", "<!-- end hope log -->")
 TOY_MARKS = ("<!-- toy world -->", "<!-- end toy world -->")
 
 
@@ -58,6 +61,8 @@ def glossary_table():
 def world_log(world):
     """What a world logs beside what every world does."""
     rows = [f"| `{key}`, `val_{key}` | {cell(meaning)} |" for key, meaning in world.KEYS.items()]
+    others = {**world.TRAIN_KEYS, **{f"val_{key}": meaning for key, meaning in world.VAL_KEYS.items()}}
+    rows += [f"| `{key}` | {cell(meaning)} |" for key, meaning in others.items()]
     return "\n".join(["| key | meaning |", "|---|---|", *rows])
 
 
@@ -77,6 +82,8 @@ PARTS = (  # page, its two markers, what stands between them
         partial(config_table, future_latents.FutureLatentsConfig, V.ClipConfig),
     ),
     ("docs/future_latents.md", FUTURE_LOG_MARKS, partial(world_log, future_latents.FutureLatents)),
+    ("docs/hope.md", HOPE_CONFIG_MARKS, partial(config_table, hope.HopeConfig, V.RunConfig)),
+    ("docs/hope.md", HOPE_LOG_MARKS, partial(world_log, hope.Hope)),
     ("README.md", TOY_MARKS, toy_world),
 )
 

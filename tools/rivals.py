@@ -1,0 +1,609 @@
+"""Train all rivals of worlds/hope.py at equal compute on the same latents, and write down which predicts best.
+
+    python tools/rivals.py --out records/rivals --ckpt RUN/checkpoints/ckpt_final.pt [--minutes 60] [--device cpu]
+    python tools/rivals.py --out DIR --data_root FOLDERS [--shift ice=FOLDERS2]     latents that are there already
+
+With --ckpt, built-in scenes that its run never saw go through its target encoder with their true actions (by
+tools/cache_latents.py --layout hope), three times: as they are, and further ones as other colours (palette) and another
+camera show them. Each rival then trains by the real command of worlds/hope.py, once per seed, and is scored on the test
+part of the clips, which no run has seen, and on the shifted ones. Flags that are not named here go to worlds/hope.py.
+
+Equal compute: --match flop (default) gives each the floating-point operations that --steps steps of the first rival
+that learns take, counted on a real step in each part of the curriculum, whose three parts are thirds of its run with
+rollouts of 2, 4 and all frames; --match seconds the time of such steps, measured here; --match steps the same steps.
+--steps 0 takes as many as fill two thirds of --minutes by that measurement. All three are reported.
+
+Written under --out, whole or not at all: rivals.json and rivals.md. Folders, runs and single evaluations stay in
+--work (runs/<name of --out>); the same command goes on from what is finished there, and after --minutes ends with a
+line that says so.
+"""
+
+import signal
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+import adapt as A
+import evaluate as E
+import numpy as np
+import torch
+
+import VJepa_AUTO_V2 as V
+
+RIVALS = {  # name -> flags of its run
+    "identity": ("--preset", "vjepa2_ac_tiny", "--predictor", "identity"),
+    "convlstm": ("--preset", "baseline_convlstm_tiny"),
+    "ac_vit": ("--preset", "vjepa2_ac_tiny"),
+    "hope": ("--preset", "hope_param_matched_tiny"),
+    "hybrid": ("--preset", "hope_hybrid_tiny"),
+}
+ARMS = ("true", "shuffled", "zero", "still")  # actions of a rollout; the first frame repeated
+SHIFTS = ("palette", "camera")
+FILL = 2 / 3  # share of --minutes that training may take by the first measurement
+GRACE_S = 60.0  # a run that is told to stop saves within
+
+
+# -- processes, each with an end
+
+
+def end(process):
+    """Tell a process of ours to stop, wait until it has saved, and kill it if it does not."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def run_all(commands, num_at_once, deadline):
+    """Run {name: (command of this Python, file of its output)}, some at a time. UserError for one that fails, and when
+    the deadline (time.monotonic) passes; none goes on behind us."""
+    waiting, active = list(commands.items()), {}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    try:
+        while waiting or active:
+            while waiting and len(active) < num_at_once:
+                name, (command, log) = waiting.pop(0)
+                V.say(f"{name}: {log}")
+                with open(log, "a") as output:
+                    output.write(f"+ python {' '.join(map(str, command))}\n")
+                with open(log, "ab") as output:
+                    told = dict(cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+                    active[name] = subprocess.Popen([sys.executable, *map(str, command)], **told), log
+            time.sleep(0.1)
+            for name, (process, log) in list(active.items()):
+                if process.poll() is None:
+                    continue
+                del active[name]
+                if process.returncode:
+                    last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+                    raise V.UserError(f"{name}: ended with exit code {process.returncode} ({V.flat(last)}); see {log}")
+            if active and time.monotonic() > deadline:
+                names = ", ".join(active)
+                raise V.UserError(f"minutes are over while {names} ran; the same command goes on (--minutes)")
+    finally:
+        for process, _ in active.values():
+            end(process)
+
+
+# -- latents
+
+
+def cache_clips(args, deadline):
+    """Encode the scenes in all views -> {name: folder}, `plain` first."""
+    if args.data_root:
+        return {"plain": args.data_root, **args.shifts}
+    folders = {view: args.work / "latents" / view for view in ("plain", *SHIFTS)}
+    commands = {}
+    for number, (view, folder) in enumerate(folders.items()):
+        if (folder / "index.csv").is_file():
+            continue
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        clips, kind = args.shift_clips if number else args.clips, "plain" if number == 0 else view
+        command = ["tools/cache_latents.py", "--layout", "hope", "--out", folder, "--ckpt", args.ckpt, "--view", kind]
+        command += ["--signals", args.signals, "--scene_clips", max(clips, 4), "--device", args.device, "--no-states"]
+        command += ["--num_workers", min(V.usable_cores(), 8)]
+        command += ["--seed", args.scene_seed + (number > 0)]  # shifted scenes are others than those that train
+        command += ["--scene_mix", args.scene_mix] if args.scene_mix else []
+        commands[f"latents, {view}"] = (command, args.work / f"latents_{view}.log")
+    run_all(commands, args.jobs, deadline)
+    return folders
+
+
+def sizes_of(folder, feature_map):
+    """What a run must be told of feature folders, by the first clip -> {field: value}. UsageError."""
+    maps = sorted(folder.glob(f"clip_*/feature_maps/{feature_map or '*'}.npy"))
+    if not maps:
+        raise V.UsageError(f"data_root {folder}: no clip_<id>/feature_maps/{feature_map or '*'}.npy")
+    try:
+        shape = np.load(maps[0], mmap_mode="r").shape
+        steps, wide = np.load(maps[0].parents[1] / "actions_states" / "actions.npy", mmap_mode="r").shape
+    except (OSError, ValueError) as error:
+        raise V.UsageError(f"data_root {folder}: {maps[0].parents[1].name} cannot be read ({V.flat(error)})") from error
+    patches = shape[0] // (steps + 1) if len(shape) == 2 else math.prod(shape[1:-1])
+    high, wide_grid = shape[1:3] if len(shape) == 4 else (math.isqrt(patches),) * 2
+    if high * wide_grid != patches:
+        high, wide_grid = 1, patches
+    grid = dict(grid_high=high, grid_wide=wide_grid, num_timesteps=steps, action_dim=wide)
+    return dict(feature_map=maps[0].stem, feature_dim=shape[-1], **grid)
+
+
+# -- plan: equal compute
+
+
+def curriculum(steps, frames):
+    """Rollouts of 2, 4 and all frames in thirds of a run -> text for --curriculum."""
+    parts = {steps * third // 3: min(length, frames) for third, length in enumerate((2, 4, frames))}
+    return ";".join(f"{begin}s:rollout={length}" for begin, length in parts.items())
+
+
+def flags_of(args, name, sizes, folder):
+    """The flags of a rival's run, but for seed, steps and place."""
+    told = {**sizes, "data_root": folder, "device": args.device, "test_fraction": args.test_fraction}
+    flags = [*args.rivals[name], *(part for key, value in told.items() for part in (f"--{key}", str(value)))]
+    return [*flags, *args.flags]
+
+
+def open_rival(args, name, sizes, folder):
+    """(class of the world, config of a rival, with parts of the curriculum that begin at steps 0, 1 and 2). UsageError
+    for a preset or flags that there are not."""
+    world, parts = V.import_world(ROOT / "worlds" / "hope.py", "Hope"), curriculum(3, sizes["num_timesteps"])
+    try:
+        cfg, _, _ = V.resolve_config([*flags_of(args, name, sizes, folder), "--curriculum", parts], world)
+    except V.UsageError as error:
+        raise V.UsageError(f"rival {name}: {error} (--rivals)") from error
+    return world, cfg
+
+
+def source_of(world, cfg, folder):
+    """The feature folders at a place as a run of this config sees them -> DataSource."""
+    cfg = replace(cfg, data_root=str(folder))
+    return V.open_data(world, cfg, V.list_data(cfg, world.Dataset), True, None)
+
+
+class Products(V.Ledger):
+    """Counts the FLOP of products in real passes, where numbers have values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def measure(args, name, sizes, folder):
+    """A rival's parameters, FLOP and seconds of a step -> dict, means over the parts of the curriculum. Counted on a
+    real forward and backward pass; element-wise work is not counted."""
+    world, cfg = open_rival(args, name, sizes, folder)
+    device = V.choose_device(cfg.device, 0)
+    torch.manual_seed(0)
+    model, data = world(cfg).to(device).train(), source_of(world, cfg, folder).dataset(cfg, "train")
+    samples = V.collate([data[index] for index in range(cfg.batch_size)])
+    batch = V.to_device({key: value for key, value in samples.items() if key != "bad"}, device)
+    flop, seconds = [], []
+    for step in range(3):
+        times, told = [], {**batch, "step": torch.tensor(step)}
+        with Products() as counter:
+            model(told)[0]["loss_total"].backward()
+        for _ in range(2):
+            began = time.perf_counter()
+            model(told)[0]["loss_total"].backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        flop.append(counter.flop)
+        seconds.append(min(times))
+    learning = sum(parameter.numel() for parameter in model.trained().values())
+    return dict(parameters=learning, flop=statistics.fmean(flop), seconds=statistics.fmean(seconds))
+
+
+def make_plan(args, sizes, folder):
+    """How many steps each rival gets -> {rival: {parameters, flop, seconds, steps}}, kept in plan.json. UserError where
+    that was made with other settings."""
+    path, asked = args.work / "plan.json", {"sizes": sizes, "match": args.match, "steps": args.steps}
+    asked |= {"rivals": {name: list(flags) for name, flags in args.rivals.items()}, "flags": args.flags}
+    asked |= {"ckpt": str(args.ckpt or ""), "data_root": str(folder), "device": args.device}
+    asked |= {"test_fraction": args.test_fraction}
+    if path.is_file():
+        known = V.parse_json(V.read_text(path, 2**24))
+        other = [name for name in asked if known["asked"].get(name) != json.loads(json.dumps(asked[name]))]
+        if other:
+            raise V.UserError(f"work {args.work}: holds rivals of other {', '.join(other)}; use another --work")
+        return known["plan"]
+    plan = {name: measure(args, name, sizes, folder) for name in args.rivals}
+    learning = [name for name, row in plan.items() if row["parameters"]]
+    unit = {
+        name: {"flop": row["flop"], "seconds": row["seconds"], "steps": 1}[args.match] for name, row in plan.items()
+    }
+    first = unit[learning[0]] if learning else 1
+    seconds_each = sum(plan[name]["seconds"] * first / unit[name] for name in learning)  # for a step of the first one
+    steps = args.steps or max(int(FILL * 60 * args.minutes * args.jobs / (seconds_each * len(args.seeds))), 3)
+    for name, row in plan.items():
+        row["steps"] = max(round(steps * first / unit[name]), 3) if row["parameters"] else 1
+    V.write_atomic(path, lambda handle: handle.write(json.dumps({"asked": asked, "plan": plan}, indent=1).encode()))
+    return plan
+
+
+def tell_plan(args, plan):
+    """The plan as lines. A warning where it takes longer than --minutes."""
+    for name, row in plan.items():
+        total = f"{row['steps'] * row['flop']:.3g} FLOP, about {row['steps'] * row['seconds'] / 60:.3g} min per seed"
+        V.say(f"{name}: {row['parameters']:,} parameters, {row['steps']} steps, {total}")
+    whole = sum(row["steps"] * row["seconds"] for row in plan.values()) * len(args.seeds) / args.jobs / 60
+    if whole > args.minutes:
+        V.say(f"WARNING: training takes about {whole:.0f} min, and --minutes is {args.minutes:g}", sys.stderr)
+
+
+# -- training
+
+
+def seeds_of(args, row):
+    """The seeds of a rival: what learns nothing is the same for all."""
+    return args.seeds if row["parameters"] else args.seeds[:1]
+
+
+def train_all(args, plan, sizes, folder, deadline):
+    """Every rival with every seed, seeds in turn, so that a stop leaves whole comparisons."""
+    commands = {}
+    for seed in args.seeds:
+        for name, row in plan.items():
+            place = args.work / f"{name}_{seed}"
+            if seed not in seeds_of(args, row) or (place / "checkpoints" / "ckpt_final.pt").is_file():
+                continue
+            place.mkdir(parents=True, exist_ok=True)
+            command = ["worlds/hope.py", *flags_of(args, name, sizes, folder), "--steps", row["steps"], "--seed", seed]
+            command += ["--curriculum", curriculum(row["steps"], sizes["num_timesteps"]), "--val_every", 0]
+            command += ["--warmup_steps", row["steps"] // 10, "--log_every", max(row["steps"] // 30, 1)]
+            command += ["--ckpt_every", max(row["steps"] // 4, 1), "--out_dir", place]
+            commands[f"{name}, seed {seed}"] = (command, args.work / f"{name}_{seed}.log")
+    run_all(commands, args.jobs, deadline)
+
+
+def training_seconds(place, steps, batch_size):
+    """Seconds of a run's steps, by the rate of its log lines, loading and evaluations left out; nan if none tell it."""
+    rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["clips_per_s"] for row in rows if row.get("clips_per_s") and math.isfinite(row["clips_per_s"])]
+    return steps * batch_size * statistics.fmean(1 / rate for rate in rates) if rates else math.nan
+
+
+# -- evaluation: clips -> errors per horizon
+
+
+def clips_of(data):
+    """The first window of every clip of a dataset, in order -> {name: tensors [1, ...]}. Bad ones are told."""
+    found = {}
+    for number, video in enumerate(data.videos):
+        try:
+            found[video.name] = {key: value[None] for key, value in data.read(number, 0.0).items()}
+        except V.BadFile as error:
+            V.say(f"WARNING: {video.name} is left out: {error}", sys.stderr)
+    if len(found) < 2:
+        raise V.UserError(f"{data.data_root}: {len(found)} clips to be scored, and two are needed: shuffled actions")
+    return found
+
+
+@torch.no_grad()
+def score(model, clips, batch_size=32):
+    """Rollouts from the first frame -> {arm: errors [clips, T]}: with true, another clip's and no actions, and the
+    first frame repeated. The other clip is half of all further on: neighbours may be of one video. States go with the
+    actions: later ones tell what these did."""
+    device, names, parts = next(model.parameters()).device, list(clips), {arm: [] for arm in ARMS}
+    whole = {key: torch.cat([clips[name][key] for name in names]) for key in clips[names[0]]}
+    told = {"true": {key: whole[key] for key in ("actions", "states")}}
+    told["shuffled"] = {key: value.roll(len(names) // 2, 0) for key, value in told["true"].items()}
+    told["zero"] = {key: torch.zeros_like(value) for key, value in told["true"].items()}
+    for first in range(0, len(names), batch_size):
+        batch = {key: value[first : first + batch_size].to(device) for key, value in whole.items()}
+        z, extrinsics = model.normalise(batch["features"]), batch.get("extrinsics")
+        for arm, given in told.items():
+            actions, states = (given[key][first : first + batch_size].to(device) for key in ("actions", "states"))
+            preds = model.rollout(z, actions, states, extrinsics, context=1, steps=actions.shape[1])
+            parts[arm].append(model.frame_error(preds, z[:, 1:]))
+        parts["still"].append(model.frame_error(z[:, :1].expand_as(z[:, 1:]), z[:, 1:]))
+    return {arm: torch.cat(errors).cpu().double().numpy() for arm, errors in parts.items()}
+
+
+def adapt_to(args, model, data):
+    """What adaptation saves on the clips of a dataset -> {before, adapted: errors per clip}, or {why} where it cannot
+    be."""
+    how = dict(layers=args.adapt_layers, lr=args.adapt_lr, steps=args.adapt_steps, context=1)
+    try:
+        report = A.adaptation_gain(model, data, args.adapt_clips, resamples=2, **how)
+    except V.UserError as error:
+        return {"why": str(error)}
+    return {arm: [clip[arm]["error"] for clip in report["per_clip"]] for arm in A.ARMS}
+
+
+def asked_of(args, place, folders):
+    """What decides an evaluation -> dict of texts and numbers."""
+    names = ("adapt_layers", "adapt_lr", "adapt_steps", "adapt_clips")
+    info = os.stat(place / "checkpoints" / "ckpt_final.pt")
+    views = {view: str(folder) for view, folder in folders.items()}
+    return {**{name: getattr(args, name) for name in names}, "views": views, "run": [info.st_size, info.st_mtime_ns]}
+
+
+def known_scores(args, place, folders):
+    """What was found of a run by the same settings -> dict, None where nothing was."""
+    path = place / "rivals.json"
+    found = V.parse_json(V.read_text(path, 2**28)) if path.is_file() else {}
+    return found["views"] if found.get("asked") == asked_of(args, place, folders) else None
+
+
+def evaluate(args, place, folders):
+    """A run's errors on the test clips and on shifted ones, kept in its folder."""
+    model, cfg = V.load_model(place / "checkpoints" / "ckpt_final.pt", V.choose_device(args.device, 0))
+    world, found = type(model), {}
+    for view, folder in folders.items():
+        source = source_of(world, cfg, folder)
+        data = source.dataset(cfg, "test")
+        if view != "plain":  # none of it was ever trained on
+            data.videos = list(dict.fromkeys([*source.train, *source.val, *source.test]))
+        clips = clips_of(data)
+        scores = {arm: errors.tolist() for arm, errors in score(model, clips).items()}
+        found[view] = {"clips": list(clips), "errors": scores, "adaptation": adapt_to(args, model, data)}
+    text = json.dumps({"asked": asked_of(args, place, folders), "views": found})
+    V.write_atomic(place / "rivals.json", lambda handle: handle.write(text.encode()))
+
+
+def evaluate_all(args, argv, plan, folders, deadline):
+    """Every run that has not been, each by a process of this command."""
+    commands = {}
+    for name, row in plan.items():
+        for place in (args.work / f"{name}_{seed}" for seed in seeds_of(args, row)):
+            if known_scores(args, place, folders) is None:
+                command = ["tools/rivals.py", *argv, "--evaluate", place.name]
+                commands[f"{place.name}, evaluation"] = command, args.work / f"{place.name}.log"
+    run_all(commands, args.jobs, deadline)
+
+
+# -- figures
+
+
+def saved(rows):
+    """Errors [..., 2] of a reference and of what is held against it -> share of the reference's error that is saved."""
+    total = np.asarray(rows, float).reshape(-1, 2).sum(0)
+    return 1 - total[1] / total[0] if total[0] > 0 else math.nan
+
+
+def interval(table, num=1000):
+    """95 % interval of `saved` over errors [seeds, clips, 2], both drawn anew with replacement -> [low, high]."""
+    table, rng = np.asarray(table, float), np.random.default_rng(0)
+    drawn = []
+    for _ in range(num):
+        seeds, clips = (rng.integers(0, count, count) for count in table.shape[:2])
+        drawn.append(saved(table[seeds][:, clips]))
+    return [float(value) for value in np.nanquantile(drawn, (0.025, 0.975))]
+
+
+def figure(reference, other):
+    """Errors [seeds, clips] twice -> {share of the reference's error that is saved, interval, of each seed}."""
+    table = np.stack([reference, other], -1)
+    return {"value": saved(table), "interval": interval(table), "seeds": [saved(rows) for rows in table]}
+
+
+def adaptation_figure(parts):
+    """What adaptation saved under a shift, of each seed -> {over none, over shuffled} or {why}."""
+    for part in parts:
+        if "why" in part:
+            return part
+    errors = {arm: [part[arm] for part in parts] for arm in A.ARMS}
+    return {f"over_{arm}": figure(errors[arm], errors["adapted"]) for arm in ("none", "shuffled")}
+
+
+def figures_of(runs):
+    """A rival's evaluations, one per seed -> figures of the test part and of each shift."""
+    found = {}
+    for view in runs[0]:
+        errors = {arm: np.array([run[view]["errors"][arm] for run in runs]) for arm in ARMS}  # [seeds, clips, T]
+        horizons = range(errors["true"].shape[2])
+        row = {
+            "clips": errors["true"].shape[1],
+            "error": errors["true"].mean((0, 1)).tolist(),
+            "still": errors["still"].mean((0, 1)).tolist(),
+            "saved": [figure(errors["still"][:, :, h], errors["true"][:, :, h]) for h in horizons],
+        }
+        means = {arm: values.mean(2) for arm, values in errors.items()}
+        row["saved_all"] = figure(means["still"], means["true"])
+        row |= {f"actions_over_{arm}": figure(means[arm], means["true"]) for arm in ("shuffled", "zero")}
+        found[view] = row | {"adaptation": adaptation_figure([run[view]["adaptation"] for run in runs])}
+    return found
+
+
+def compare(args, evaluations):
+    """Each rival against each other on the test part -> {a: {b: figure}}, where both have all seeds."""
+    means = {}
+    for name, runs in evaluations.items():
+        rows = np.array([run["plain"]["errors"]["true"] for run in runs]).mean(2)
+        means[name] = np.repeat(rows, len(args.seeds), 0) if len(rows) == 1 else rows
+    return {a: {b: figure(means[b], means[a]) for b in means if b != a} for a in means}
+
+
+def percent(entry):
+    """A share with its interval as text."""
+    if "why" in entry:
+        return "none"
+    value, low, high = (round(number, 3) + 0.0 for number in (entry["value"], *entry["interval"]))  # no -0
+    return f"{value:+.1%} [{low:+.1%}, {high:+.1%}]"
+
+
+def markdown(report):
+    """The report as tables."""
+    rivals, settings = report["rivals"], report["settings"]
+    frames = len(next(iter(rivals.values()))["plain"]["error"])
+    picked = sorted({1, 2, 4, frames // 2, frames} & set(range(1, frames + 1)))
+    clips = next(iter(rivals.values()))["plain"]["clips"]
+    lines = [
+        f"Rivals at equal {settings['match']}, {len(settings['seeds'])} seeds, {clips} test clips, {frames} frames on "
+        "own guesses from one. Shares of an error that are saved, with 95 % intervals over seeds and clips.",
+        "",
+        "| rival | parameters | steps | FLOP | seconds | " + " | ".join(f"over identity, {h}" for h in picked) + " |",
+        "|---|" + "---|" * (4 + len(picked)),
+    ]
+    for name, row in rivals.items():
+        cost = f"{row['parameters']:,} | {row['steps']} | {row['flop']:.2g} | {row['seconds']:.0f}"
+        shares = " | ".join(percent(row["plain"]["saved"][h - 1]) for h in picked)
+        lines.append(f"| {name} | {cost} | {shares} |")
+    shifts = [view for view in next(iter(rivals.values())) if view in report["shifts"]]
+    heads = [*(f"{view}: {what}" for view in shifts for what in ("over identity", "adapted", "against shuffled")), ""]
+    lines += ["", "| rival | true actions over shuffled | over none | " + " | ".join(heads).rstrip(), "|---|---|---|"]
+    lines[-1] += "---|" * (3 * len(shifts))
+    for name, row in rivals.items():
+        cells = [percent(row["plain"][f"actions_over_{arm}"]) for arm in ("shuffled", "zero")]
+        for view in shifts:
+            gain = row[view]["adaptation"]
+            both = [gain, gain] if "why" in gain else [gain["over_none"], gain["over_shuffled"]]
+            cells += [percent(row[view]["saved_all"]), *map(percent, both)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    below = [name for name, row in rivals.items() if all(each["value"] > 0 for each in row["plain"]["saved"])]
+    sure = [name for name in below if all(each["interval"][0] > 0 for each in rivals[name]["plain"]["saved"])]
+    told = f"Better than identity at every horizon: {', '.join(below) or 'none'}"
+    lines += ["", f"{told}; with the whole interval: {', '.join(sure) or 'none'}."]
+    best = max((row["plain"]["saved_all"]["value"], name) for name, row in rivals.items())[1]
+    beaten = [name for name, entry in report["pairs"][best].items() if entry["interval"][0] > 0]
+    lines += [f"Least error over all horizons: {best}, surely below {', '.join(beaten) or 'none'}.", ""]
+    return "\n".join([*lines, f"Times on {report['machine']}.", ""])
+
+
+def make_report(args, plan, sizes, folders):
+    """The figures of all runs, which are evaluated -> dict."""
+    rivals, evaluations = {}, {}
+    for name, row in plan.items():
+        places = [args.work / f"{name}_{seed}" for seed in seeds_of(args, row)]
+        evaluations[name] = [known_scores(args, place, folders) for place in places]
+        _, cfg = open_rival(args, name, sizes, folders["plain"])
+        seconds = statistics.fmean(training_seconds(place, row["steps"], cfg.batch_size) for place in places)
+        cost = dict(parameters=row["parameters"], steps=row["steps"], flop=row["flop"] * row["steps"], seconds=seconds)
+        rivals[name] = {**cost, **figures_of(evaluations[name])}
+    names = ("match", "seeds", "signals", "clips", "shift_clips", "test_fraction", "adapt_layers", "adapt_lr")
+    settings = {name: getattr(args, name) for name in (*names, "adapt_steps", "adapt_clips")}
+    settings |= {"sizes": sizes, "rivals": args.rivals, "flags": args.flags, "plan": plan}
+    device = V.choose_device(args.device, 0)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{V.usable_cores()} CPU cores"
+    report = {"settings": settings, "machine": f"{where}, {platform.machine()}, {args.jobs} run(s) at a time"}
+    shifts = [view for view in folders if view != "plain"]
+    return report | {"shifts": shifts, "rivals": rivals, "pairs": compare(args, evaluations)}
+
+
+# -- command
+
+
+def named(texts, what):
+    """NAME=VALUE texts -> {name: value}. UsageError."""
+    pairs = [text.partition("=") for text in texts]
+    if wrong := [text for text, (name, is_set, value) in zip(texts, pairs) if not (name and is_set and value)]:
+        raise V.UsageError(f"{what} {wrong[0]}: must be NAME=VALUE (--{what})")
+    return {name: value for name, _, value in pairs}
+
+
+def parse(argv):
+    """Command line -> namespace. UsageError."""
+    parser = V.ArgumentParser(description="All rivals at equal compute on the same latents.", allow_abbrev=False)
+    flag, path = parser.add_argument, lambda text: Path(os.path.expanduser(text))
+    flag("--out", required=True, type=path, help="folder of the record")
+    flag("--work", type=path, help="folder of latents and runs [runs/<name of --out>]")
+    flag("--ckpt", type=path, help="checkpoint of VJepa_AUTO_V2.py that encodes built-in scenes")
+    flag("--data_root", type=path, help="feature folders instead")
+    flag("--feature_map", default="", help="name of their maps [the first one's]")
+    flag("--shift", nargs="*", default=[], metavar="NAME=FOLDERS", help="shifted clips beside --data_root")
+    names = ", ".join(RIVALS)
+    flag("--rivals", nargs="+", default=list(RIVALS), metavar="NAME[=PRESET]", help=f"[{names}]")
+    flag("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    flag("--match", choices=("flop", "seconds", "steps"), default="flop", help="what is equal [flop]")
+    flag("--minutes", type=float, default=60.0, help="longest time of the whole command [60]")
+    flag("--jobs", type=int, default=1, help="runs at a time [1]")
+    flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    flag("--signals", default="steer,accel", help="actions of the scenes")
+    flag("--scene_mix", default="", help="kinds of scenes [those of the checkpoint]")
+    flag("--evaluate", default="", help=argparse.SUPPRESS)  # a run in --work, by a process of its own
+    flag("--adapt_layers", default="layernorm+bias", help="what adaptation changes, as in tools/adapt.py")
+    for name, kind, default, text in (
+        ("steps", int, 0, "steps of the first rival that learns; 0 = what --minutes allows"),
+        ("clips", int, 600, "scenes that are encoded to train, validate and test"),
+        ("shift_clips", int, 48, "scenes of each shift"),
+        ("scene_seed", int, 7, "of the scenes"),
+        ("test_fraction", float, 0.15, "share of the clips that no run sees"),
+        ("adapt_lr", float, 5e-4, "learning rate of adaptation"),
+        ("adapt_steps", int, 5, "steps of adaptation per clip"),
+        ("adapt_clips", int, 16, "clips that are adapted to, evenly spread; 0 = all"),
+    ):
+        flag(f"--{name}", type=kind, default=default, help=f"{text} [{default:g}]")
+    args, args.flags = parser.parse_known_args(argv)
+    return check(args)
+
+
+def check(args):
+    """Fill in what follows from other flags. UsageError."""
+    args.work = args.work or ROOT / "runs" / args.out.resolve().name
+    chosen = dict(text.partition("=")[::2] for text in args.rivals)
+    unknown = [name for name, preset in chosen.items() if not preset and name not in RIVALS]
+    for wrong, what in (
+        (bool(args.ckpt) == bool(args.data_root), "one of --ckpt and --data_root must be given"),
+        (args.ckpt and not args.ckpt.is_file(), f"ckpt {args.ckpt}: no such checkpoint (--ckpt)"),
+        (args.data_root and not args.data_root.is_dir(), f"data_root {args.data_root}: no folder (--data_root)"),
+        (args.shift and not args.data_root, "shift: goes with --data_root; scenes have their own (--shift)"),
+        (unknown, f"rivals: {', '.join(unknown)} is none of {', '.join(RIVALS)}; NAME=PRESET adds one (--rivals)"),
+        (len(set(args.seeds)) < len(args.seeds), "seeds: one stands there twice (--seeds)"),
+        (not 0 < args.minutes <= 10**5, f"minutes = {args.minutes:g}: must be above 0 (--minutes)"),
+        (args.jobs < 1 or args.steps < 0, "jobs must be at least 1, steps 0 or above (--jobs, --steps)"),
+        (not 0 < args.test_fraction < 0.9, "test_fraction: must lie between 0 and 0.9 (--test_fraction)"),
+    ):
+        if wrong:
+            raise V.UsageError(what)
+    args.rivals = {name: ["--preset", preset] if preset else list(RIVALS[name]) for name, preset in chosen.items()}
+    args.shifts = {name: Path(folder) for name, folder in named(args.shift, "shift").items()}
+    A.parts_of(args.adapt_layers)
+    return args
+
+
+def start(argv):
+    """Encode, plan, train, evaluate, write."""
+    args = parse(argv)
+    deadline = time.monotonic() + 60 * args.minutes
+    args.work.mkdir(parents=True, exist_ok=True)
+    folders = cache_clips(args, deadline)
+    if args.evaluate:
+        evaluate(args, args.work / args.evaluate, folders)
+        return
+    sizes = sizes_of(Path(folders["plain"]), args.feature_map)
+    plan = make_plan(args, sizes, folders["plain"])
+    tell_plan(args, plan)
+    train_all(args, plan, sizes, folders["plain"], deadline)
+    evaluate_all(args, argv, plan, folders, deadline)
+    report = make_report(args, plan, sizes, folders)
+    args.out.mkdir(parents=True, exist_ok=True)
+    V.write_report(args.out / "rivals.json", E.without_nan(report))
+    text = markdown(report)
+    V.write_own(args.out / "rivals.md", lambda handle: handle.write(f"{text}<!-- {V.MARK} -->\n".encode()))
+    V.emit(text, sys.stdout)
+
+
+def interrupt(*_):
+    """What SIGTERM does: as Ctrl-C, so that no run goes on behind us."""
+    raise KeyboardInterrupt
+
+
+def main(argv=None):
+    """Command line -> exit code."""
+    if argv is None:
+        signal.signal(signal.SIGTERM, interrupt)
+    return V.report_errors(start, sys.argv[1:] if argv is None else list(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
