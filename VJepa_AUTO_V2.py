@@ -3893,7 +3893,9 @@ def open_data(world, cfg, videos, is_main, barrier, stopping=None):
         maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names([*train, *val], root)
     split = dict(held_out=bool(val and train), test=sides.get("test", []))
     split |= {"split_by": videos.split_by} if sides else {}
-    return DataSource(kind, root, train or videos, val or videos, maneuvers, Dataset=Dataset, draw=world.draw, **split)
+    return DataSource(
+        kind, root, train or videos, val or train or videos, maneuvers, Dataset=Dataset, draw=world.draw, **split
+    )
 
 
 def cache_objection(cache, cfg, source, clips):
