@@ -125,7 +125,8 @@ class Stopped(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 # One dataclass drives a run: VJepaAutoV2Config. What it shares with other worlds (worlds/) stands in the two above it.
 
-SCENE_KINDS = ("fork", "brake", "lane", "occluder", "steady")
+SCENE_KINDS = ("fork", "brake", "lane", "occluder", "steady", "steered")  # new ones last: the index seeds a scene
+ACTION_SIGNALS = ("speed", "steer", "yaw_rate", "accel")  # of an annotation, that may be actions
 SCENE_MIXES = {"default": "fork=3,brake=2,lane=2,occluder=1,steady=2", "fork_only": "fork=1"}
 
 
@@ -293,6 +294,7 @@ class ClipConfig(RunConfig):
         "scenes": ("files", "render"),
     }
     MUST_MATCH = ("image_size", "num_frames", "now_frames", "soon_frames", "channels")
+    action_names = ()  # signals that samples hold for every tubelet, beside their frames
     UNCROPPED = dict(crop_scale_min=1.0, crop_scale_max=1.0, crop_ratio_min=1.0, crop_ratio_max=1.0, hflip=False)
 
     @property
@@ -381,6 +383,9 @@ class VJepaAutoV2Config(ClipConfig):
     outcome_temperature: float = 0.2  # temperature of InfoNCE
     outcome_queue: int = 1024  # past target embeddings kept as negatives; 0 = in-batch negatives only
     outcome_target: str = "mean"  # mean of the EVENTUALLY targets | delta (minus the mean NOW target)
+    # -- actions
+    actions: str = "none"  # signals of the future that SOON and FLOW are told, such as steer,accel; none: passive
+    action_drop: float = 0.3  # share of training clips whose actions are hidden, so that it predicts without them too
     # -- flow
     flow_dim: int = 512  # width of the flow net
     flow_depth: int = 4  # blocks of the flow net
@@ -460,7 +465,7 @@ class VJepaAutoV2Config(ClipConfig):
         "flow_joint_max": (0, 2**62), "flow_pool": (1, 8192), "flow_draws": (1, 4096), "flow_shift": (0, 1000),
         "flow_steps": (1, 10000), "flow_context_grad": (0, 1), "flow_lr": (0, None), "flow_ema": (0, 1),
         "flow_fit_clips": (0, 10**9), "flow_fit_steps": (1, 10**9), "flow_fit_batch": (1, 65536),
-        "flow_fit_lr": (0, None), "soon_fit_steps": (0, 10**9), "soon_fit_batch": (1, 65536),
+        "flow_fit_lr": (0, None), "action_drop": (0, 1), "soon_fit_steps": (0, 10**9), "soon_fit_batch": (1, 65536),
     }
     CHOICES = {
         "pos_embed": ("sincos", "rope", "rope21"), "soon_start": ("last", "mask"), "outcome_target": ("mean", "delta"),
@@ -470,7 +475,7 @@ class VJepaAutoV2Config(ClipConfig):
         "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim", "pred_depth", "num_heads",
         "mlp_ratio", "pred_heads", "pred_mlp_ratio", "pos_embed", "soon_start", "outcome_queries", "outcome_queue",
         "outcome_target", "flow_dim", "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max",
-        "flow_pool", "freeze_encoder", "teacher",
+        "flow_pool", "freeze_encoder", "teacher", "actions",
     )
 
     @property
@@ -499,6 +504,17 @@ class VJepaAutoV2Config(ClipConfig):
     @property
     def eventually_tubelets(self) -> int:
         return self.eventually_frames // self.tubelet_t
+
+    @property
+    def action_names(self) -> tuple:
+        """The signals of `actions`, in their order."""
+        return () if self.actions == "none" else tuple(name.strip() for name in self.actions.split(","))
+
+    @property
+    def future_tubelets(self) -> tuple:
+        """Tubelets (of NOW, of SOON, of SOON and EVENTUALLY)."""
+        soon = self.soon_frames // self.tubelet_t
+        return self.now_frames // self.tubelet_t, soon, soon + self.eventually_tubelets
 
     @property
     def flow_joint(self) -> bool:
@@ -535,6 +551,8 @@ class VJepaAutoV2Config(ClipConfig):
                 (width % 2, name, "must be even, the position code pairs sine and cosine"),
             ]
         no_fit = self.soon_fit_steps and not self.flow_fit_clips
+        names = self.action_names
+        unknown = ", ".join(name or "''" for name in names if name not in ACTION_SIGNALS)
         taught, needs = self.teacher == "frozen", "needs the weights of init_from (--init_from)"
         rows += [
             (self.init_key and not self.init_from, "init_key", "chooses within --init_from, which names nothing"),
@@ -543,6 +561,9 @@ class VJepaAutoV2Config(ClipConfig):
             (taught and self.freeze_encoder, "teacher", "freeze_encoder leaves nothing to teach"),
             (self.latents and not self.freeze_encoder, "latents", "needs a frozen encoder (--freeze_encoder)"),
             (self.latents and self.lambda_vjepa, "lambda_vjepa", "must be 0: cached latents know no masks"),
+            (unknown, "actions", f"no signal {unknown}; none, or some of {','.join(ACTION_SIGNALS)}"),
+            (len(set(names)) < len(names), "actions", "names a signal twice"),
+            (self.latents and names, "actions", "must be none: cached latents hold no signals (--latents)"),
             (no_fit, "soon_fit_steps", "the flow phase fits SOON, and flow_fit_clips = 0 leaves it out"),
             (losses <= 0, "lambda_vjepa", "at least one of vjepa, soon, eventually, supcon must train the networks"),
         ]
@@ -972,7 +993,8 @@ SEPARATORS = ("\t", ",", "::", ";", " ")  # of a list's columns, in this order
 HEADER_WORDS = (r"(?i)(path|video|file|clip)\w*", r"(?i)(maneuver|label|class)\w*")  # a list's columns
 MAX_LIST_BYTES, MAX_ANNOTATION_BYTES = 2**28, 2**26
 # Lists of numbers in an annotation, one per frame: tools/evaluate.py fits probes on them.
-SIGNALS = ("speed", "yaw_rate", "lane_offset", "lead_gap", "steer", "mover_u")
+SIGNALS = ("speed", "yaw_rate", "lane_offset", "lead_gap", "steer", "mover_u", "accel")
+MIRRORED = ("steer", "yaw_rate")  # change their sign with a horizontal flip
 
 
 class BadFile(Exception):
@@ -2089,6 +2111,31 @@ def video_timing(path, plan):
         return usable_part(plan, line.duration, line.fps), line.fps
 
 
+def signal_values(annotation, names):
+    """Signals of an annotation that are lists -> {name: float64 [n]}, NaN where one is null."""
+    there = [name for name in names if isinstance(annotation.get(name), list) and annotation[name]]
+    return {name: np.array([math.nan if v is None else v for v in annotation[name]], np.float64) for name in there}
+
+
+def timed_signals(annotation, video, plan, names):
+    """Signals at the times of a clip's frames, whose plan fits the video -> {name: float64 [T]}: for each frame the
+    value at or before it, NaN where that is null or behind the end of the list. BadFile without times."""
+    values = signal_values(annotation, names)
+    if not values:
+        return {}
+    duration, native_fps = video_timing(video.path, plan)
+    at = (frame_times(plan, duration, native_fps) - video.begin) * float(annotation.get("fps") or native_fps)
+    at = at.astype(int)
+    return {name: np.append(row, math.nan)[np.minimum(at, len(row))] for name, row in values.items()}
+
+
+def action_rows(signals, cfg):
+    """{name: values of T frames} -> means over tubelets, float32 [tubelets, A], NaN for signals that are absent."""
+    absent = np.full(cfg.num_frames, math.nan)
+    rows = np.stack([np.asarray(signals.get(name, absent), np.float64) for name in cfg.action_names], 1)
+    return torch.from_numpy(rows.reshape(-1, cfg.tubelet_t, rows.shape[1]).mean(1).astype(np.float32))
+
+
 def open_picture(path):
     """A picture -> uint8 [H, W, 3], turned as it asks. BadFile."""
     from PIL import Image, ImageOps
@@ -2709,6 +2756,7 @@ BONNET = 0.93  # where the own bonnet begins, share of the height
 # lanes -> paved half width, edge line, dashed line, own lane
 ROADS = {2: (3.9, 3.4, 0.0, LANE / 2), 3: (5.65, 5.25, LANE / 2, 0.0)}
 ARC, BEND = 22.0, 0.028  # metres until a branch of a fork runs straight, curvature in 1/m
+FORKS = ("fork", "steered")  # a steered one shows no sign: the own steering alone tells the branch
 FORK_ODDS = (0.5, 0.5, 0.5, 0.1, 0.3, 0.7, 0.9)  # p(right branch), drawn evenly: half is the common case
 SIGN_COLOURS = {0.1: (40, 90, 220), 0.3: (60, 200, 220), 0.5: (240, 240, 240), 0.7: (250, 170, 40), 0.9: (220, 40, 40)}
 HAZARDS = {False: 0.2, True: 1.0}  # beacon of the lead car lit -> braking rate per second
@@ -2767,6 +2815,8 @@ def draw_scene(scene_seed, cfg, kind=""):
         broken_after=draw(0.15, 0.5),
         jump=float(rng.choice((-1, 1)) * draw(5, 7)),
     )
+    if kind == "steered":
+        scene["prob"] = 0.5
     speed = scene["speed"]
     metres = int(speed * cfg.num_frames / (cfg.clip_fps or 4.0)) + 110
     num = max(4, int(metres * draw(0.06, 0.13)))
@@ -2792,6 +2842,7 @@ def scene_odds(scene_seed, cfg, kind=""):
         "lane": {"left": left, "keep": keep, "right": right},
         "occluder": {"stops": STOP_ODDS},
         "steady": {"barrier": scene["plot"] == "barrier"},
+        "steered": {"right": 0.5},
     }
     return {"kind": scene["kind"], **odds[scene["kind"]]}
 
@@ -2800,7 +2851,7 @@ def draw_future(scene, future_seed, scene_seed):
     """What the present leaves open -> (dict: choice -1, 0, 1, brake_at, stops, differences of driving; generator)."""
     rng = np.random.default_rng([scene_seed, 1, future_seed])
     kind, choice, chance = scene["kind"], 0, rng.random()
-    if kind == "fork":
+    if kind in FORKS:
         choice = 1 if chance < scene["prob"] else -1
     elif kind == "lane":
         choice = int(np.searchsorted(np.cumsum(LANE_ODDS[scene["indicator"]]), chance, side="right")) - 1
@@ -2838,13 +2889,13 @@ def ego_path(scene, future, times, tau, fork_at):
         if kind == "lane":
             share = np.clip((u - future["start"]) / future["duration"], 0, 1)
             offset = offset + side * LANE * share**2 * (3 - 2 * share)
-        bend = side * branch_offset(s - fork_at) if kind == "fork" else 0.0
+        bend = side * branch_offset(s - fork_at) if kind in FORKS else 0.0
         states.append((s, ROADS[scene["lanes"]][3] + offset + bend, offset))
     (s, x, offset), (s_next, x_next, _) = states
     if kind == "lane":
         heading = np.arctan((x_next - x) / np.maximum(s_next - s, 1e-9)) * (tau > 0)
     else:  # the car points where the road goes; the small wander inside the lane does not turn the camera
-        heading = np.arctan(side * BEND * np.minimum(np.maximum(s - fork_at, 0), ARC) * (kind == "fork"))
+        heading = np.arctan(side * BEND * np.minimum(np.maximum(s - fork_at, 0), ARC) * (kind in FORKS))
     path = dict(s=s, x=x, heading=heading, cos=np.cos(heading), sin=np.sin(heading), speed=(s_next - s) / fine)
     path["yaw_rate"] = np.gradient(heading, times) * (tau > 0)  # NOW runs straight
     return path | dict(offset=offset, times=times, tau=tau, fork_at=fork_at, now_s=s[np.argmin(np.abs(tau))])
@@ -2894,7 +2945,7 @@ def car_parts(view, paint):
 def thing_list(scene, future, pose, mover):
     """Everything that stands or drives on the road -> list of (s, x, parts, shown), arrays [T] or scalars."""
     tau, fork_at, now_s = pose["tau"], pose["fork_at"], pose["now_s"]
-    is_fork, things = scene["kind"] == "fork", []
+    is_fork, things = scene["kind"] in FORKS, []
     for s, x, size, shade in scene["trees"].T:
         crown = np.array((35, 95, 35)) * shade
         parts = [(-0.25, 0.25, 0, 0.5 * size, 70, 50, 35), (-1.3, 1.3, 0.35 * size, size, *crown)]
@@ -2902,7 +2953,7 @@ def thing_list(scene, future, pose, mover):
     for s, x, speed, paint in scene["cars"]:
         s, parts = s + speed * pose["times"], car_parts("front" if speed < 0 else "rear", paint)
         things.append((s, x - branch_offset(s - fork_at) * is_fork, parts, True))  # from the left branch of a fork
-    if is_fork:
+    if scene["kind"] == "fork":
         sign = (-1.2, 1.2, 1.9, 3.8, *SIGN_COLOURS[scene["prob"]])
         things.append((fork_at + 9, 0.0, [(-0.1, 0.1, 0, 2.2, 60, 60, 60), sign], True))
     if scene["kind"] == "occluder":
@@ -2943,7 +2994,7 @@ def paint_view(scene, pose, height, width, top):
     ground_s = s + depth * cos - across * sin  # [T, rows, W]
     ground_x = x + depth * sin + across * cos
     side = np.abs(ground_x)
-    if scene["kind"] == "fork":  # a fork mirrors its two roads, so one distance serves both
+    if scene["kind"] in FORKS:  # a fork mirrors its two roads, so one distance serves both
         side = np.abs(side - branch_offset(ground_s - np.float32(pose["fork_at"])).astype(np.float32))
     sharp, near = FOCAL * width / depth, np.clip(8 / depth, 0, 1)  # pixels per metre sideways; 1 near by, 0 far away
     road = np.clip((paved - side) * sharp + 0.5, 0, 1)
@@ -3010,7 +3061,11 @@ def draw_bonnet(image, scene):
 def scene_labels(scene, future, pose, mover):
     """What is true of a clip -> dict of values and per-frame lists in SI units, None where a thing is not there."""
     side, kind, tau = future["choice"], scene["kind"], pose["tau"]
-    moves = {"fork": f"fork_{SIDE_NAMES[side]}", "lane": f"lane_change_{SIDE_NAMES[side]}" if side else "keep"}
+    forks, accel = kind in FORKS, np.gradient(pose["speed"], pose["times"]) * (tau > 0)  # NOW knows no future
+    moves = {
+        **dict.fromkeys(FORKS, f"fork_{SIDE_NAMES[side]}"),
+        "lane": f"lane_change_{SIDE_NAMES[side]}" if side else "keep",
+    }
     braked = future["brake_at"] < tau[-1]
     mover_u = mover_depth = [None] * len(tau)
     event = np.full(len(tau), "", object)
@@ -3026,15 +3081,15 @@ def scene_labels(scene, future, pose, mover):
             way = (x - pose["x"]) / depth
             event[(near > 1.5) & (left / np.maximum(far, 1) < way) & (way < right / np.maximum(near, 1))] = "hidden"
         event[(tau > 0) & (tau >= future["brake_at"])] = "braking"
-    if kind == "fork":
+    if forks:
         event[pose["s"] > pose["fork_at"]] = "fork"
     if kind == "lane" and side:
         event[(tau > future["start"]) & (tau < future["start"] + future["duration"])] = "changing"
     return dict(
         kind=kind,
         maneuver="brake" if braked else moves.get(kind, "keep"),
-        branch=side if kind == "fork" else 0,
-        prob=scene["prob"] if kind == "fork" else 0.0,
+        branch=side if forks else 0,
+        prob=scene["prob"] if forks else 0.0,
         brake_time=future["brake_at"] if braked else None,
         speed=pose["speed"].tolist(),
         yaw_rate=pose["yaw_rate"].tolist(),
@@ -3044,18 +3099,12 @@ def scene_labels(scene, future, pose, mover):
         mover_u=mover_u,
         mover_depth=mover_depth,
         event=event.tolist(),
+        accel=accel.tolist(),
     )
 
 
-def scene(scene_seed, future_seed, cfg, kind="", twin=""):
-    """Render one built-in driving scene -> (frames uint8 [T, H, W, 3], labels dict with per-frame SI signals).
-
-    NOW frames are a function of scene_seed (and a forced `kind`) alone, bit for bit; future_seed draws what happens
-    after, with the odds of `scene_odds`. `twin` breaks physics in SOON, for steady scenes only: frames before
-    labels["break_frame"] stay as they are without. Square pixels, `scene_size` on the short side where that is set.
-    """
-    grow = cfg.scene_size / min(cfg.height, cfg.width) if cfg.scene_size else 1.0
-    height, width = (2 * max(round(side * grow / 2), 1) for side in (cfg.height, cfg.width))
+def scene_truth(scene_seed, future_seed, cfg, kind="", twin=""):
+    """A scene but for its pictures -> (what draw_scene gives, what draw_future gives, pose, mover, labels)."""
     params, passes = draw_scene(scene_seed, cfg, kind), twin == "pass_through"
     fits = params["kind"] == "steady" and (params["plot"] == "barrier" or not passes)
     if twin and not (fits and twin in TWIN_KINDS):
@@ -3069,6 +3118,22 @@ def scene(scene_seed, future_seed, cfg, kind="", twin=""):
     broken = (tau > (params["cross_from"] if passes else params["broken_after"] * cfg.soon_frames / fps)) & bool(twin)
     pose = ego_path(params, future, times, tau, params["speed"] * (now + params["reach"]))
     mover = mover_path(params, future, pose, twin, broken)
+    labels = scene_labels(params, future, pose, mover)
+    labels |= dict(fps=fps, scene_seed=int(scene_seed), future_seed=int(future_seed), twin=twin)
+    labels["break_frame"] = int(broken.argmax()) if broken.any() else -1
+    return params, (future, rng), pose, mover, labels
+
+
+def scene(scene_seed, future_seed, cfg, kind="", twin=""):
+    """Render one built-in driving scene -> (frames uint8 [T, H, W, 3], labels dict with per-frame SI signals).
+
+    NOW frames are a function of scene_seed (and a forced `kind`) alone, bit for bit; future_seed draws what happens
+    after, with the odds of `scene_odds`. `twin` breaks physics in SOON, for steady scenes only: frames before
+    labels["break_frame"] stay as they are without. Square pixels, `scene_size` on the short side where that is set.
+    """
+    grow = cfg.scene_size / min(cfg.height, cfg.width) if cfg.scene_size else 1.0
+    height, width = (2 * max(round(side * grow / 2), 1) for side in (cfg.height, cfg.width))
+    params, (future, rng), pose, mover, labels = scene_truth(scene_seed, future_seed, cfg, kind, twin)
     rows = int(np.ceil(HORIZON * height - 0.5))  # of sky
     parts = (np.random.default_rng([scene_seed, 2]), cfg.now_frames), (rng, cfg.num_frames - cfg.now_frames)
     noise = [source.standard_normal((count, rows, width, 1), dtype=np.float32) for source, count in parts]
@@ -3076,9 +3141,6 @@ def scene(scene_seed, future_seed, cfg, kind="", twin=""):
     image[:, :rows] += 4 * np.concatenate(noise)
     draw_things(image, thing_list(params, future, pose, mover), pose)
     draw_bonnet(image, params)
-    labels = scene_labels(params, future, pose, mover)
-    labels |= dict(fps=fps, scene_seed=int(scene_seed), future_seed=int(future_seed), twin=twin)
-    labels["break_frame"] = int(broken.argmax()) if broken.any() else -1
     return np.clip(image, 0, 255).astype(np.uint8), labels
 
 
@@ -3266,13 +3328,16 @@ def shifted_tau(normal, shift):
 
 
 def mask_and_noise(cfg, stream, index):
-    """What VJepaAutoV2 draws for a sample: masks [R, K], [R, M] per family, flow noise [R, N, k] and tau [R]."""
+    """What VJepaAutoV2 draws for a sample: masks [R, K], [R, M] per family, flow noise [R, N, k] and tau [R]; with
+    actions, whether they are hidden."""
     rng, drawn = sample_rng(cfg.seed, stream, index, 3), {}
     for family in MASK_FAMILIES:
         keep, mask = zip(*(sample_mask(rng, cfg, family) for _ in range(cfg.mask_draws)))
         drawn |= {f"keep_{family}": np.stack(keep), f"mask_{family}": np.stack(mask)}
     drawn["tau"] = shifted_tau(rng.standard_normal(cfg.flow_draws), cfg.tau_shift).astype(np.float32)
     drawn["noise"] = rng.standard_normal((cfg.flow_draws, cfg.flow_tokens, cfg.flow_rank), dtype=np.float32)
+    if cfg.action_names:
+        drawn["actions_hidden"] = np.array(stream == "train" and rng.random() < cfg.action_drop)
     return {name: torch.from_numpy(value) for name, value in drawn.items()}
 
 
@@ -3470,10 +3535,11 @@ class ClipDataset(FileDataset):
         """-> (frames uint8 [T, H, W, 3], annotation)."""
         noted = read_annotation(self.data_root, video).items()
         annotation = {"maneuver": video.label or "", **{key: value for key, value in noted if value is not None}}
-        if self.frame_cache is not None:
-            plan = fit_plan(replace(plan, later=()), video, annotation)
-            return self.frame_cache.read(video.path, plan, self.watch.note), annotation
         plan, *later = (fit_plan(one, video, annotation) for one in (replace(plan, later=()), *plan.later))
+        if names := self.cfg.action_names:
+            annotation["actions"] = action_rows(timed_signals(annotation, video, plan, names), self.cfg)
+        if self.frame_cache is not None:
+            return self.frame_cache.read(video.path, plan, self.watch.note), annotation
         return self.read_window(video.path, plan, later), annotation
 
     def read_window(self, path, plan, later):
@@ -3519,12 +3585,21 @@ class ClipDataset(FileDataset):
         maneuver = annotation.get("maneuver", "")
         maneuver = self.maneuvers.get(mirror_label(maneuver) if flip else maneuver, -1)
         frames = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))  # [T, 3, H, W]
-        return {"frames": frames, "maneuver": torch.tensor(maneuver)}, number, bad
+        found = {"frames": frames, "maneuver": torch.tensor(maneuver)}
+        if names := self.cfg.action_names:
+            signs = torch.tensor([-1.0 if flip and name in MIRRORED else 1.0 for name in names])
+            found["actions"] = signs * annotation.get("actions", action_rows({}, self.cfg))  # [tubelets, A]
+        return found, number, bad
+
+    def signals(self, number):
+        """Signals of a whole training file that are actions -> {name: float64 [n]}. BadFile."""
+        return signal_values(read_annotation(self.data_root, self.videos[number]), self.cfg.action_names)
 
     def blank(self):
         cfg = self.cfg
         frames = torch.zeros((cfg.num_frames, cfg.channels, cfg.height, cfg.width), dtype=torch.uint8)
-        return {"frames": frames, "maneuver": torch.tensor(-1)}
+        actions = {"actions": action_rows({}, cfg)} if cfg.action_names else {}
+        return {"frames": frames, "maneuver": torch.tensor(-1), **actions}
 
 
 class NoiseDataset(ClipDataset):
@@ -3545,8 +3620,13 @@ class SceneDataset(ClipDataset):
     def decode(self, index, height, width):
         cfg = replace(self.cfg, image_size=(height, width), scene_size=0)
         frames, labels = scene(scene_seed_at(cfg, index, self.stream), 0, cfg)
+        if cfg.action_names:
+            labels["actions"] = action_rows(labels, cfg)
         flip = bool(cfg.hflip and self.stream == "train" and sample_rng(cfg.seed, self.stream, index, 2).random() < 0.5)
         return (frames[:, :, ::-1] if flip else frames), index % len(self.videos), labels, [], flip
+
+    def signals(self, number):
+        return signal_values(scene_truth(scene_seed_at(self.cfg, number), 0, self.cfg)[-1], self.cfg.action_names)
 
 
 class LatentDataset(FileDataset):
@@ -3648,6 +3728,41 @@ def maneuver_names(videos, data_root):
             continue  # counted with its reason when the clip itself is read
         names |= {name, mirror_label(name)} - {""}
     return sorted(names)
+
+
+SIGNAL_FILES = 512  # files at most whose signals are looked through for their mean and deviation
+
+
+def action_statistics(data, stopping):
+    """Of the signals in a dataset's files that are its actions -> (means [A], deviations [A], line about them, what is
+    wrong or ""). Mirrored clips count both ways; a signal that never changes has deviation 1. Stopped."""
+    cfg, names, total = data.cfg, data.cfg.action_names, len(data.videos)
+    numbers, parts, lacking = range(0, total, -(-total // SIGNAL_FILES)), {name: [] for name in names}, Counter()
+    for number in numbers:
+        if stopping():
+            raise Stopped
+        try:
+            found = data.signals(number)
+        except BadFile:  # counted with its reason when the clip itself is read
+            found = {}
+        found = {name: row[np.isfinite(row)] for name, row in found.items() if np.isfinite(row).any()}
+        for name, row in found.items():
+            row = np.concatenate([row, -row]) if cfg.hflip and name in MIRRORED else row
+            parts[name].append((len(row), row.mean(), row.var()))
+        lacking.update([tuple(name for name in names if name not in found)])
+    complete, means, deviations = lacking.pop((), 0), [], []
+    looked = f"{'' if len(numbers) == total else f'{len(numbers)} of '}{total} training files"
+    if not complete:
+        missing = ", ".join(lacking.most_common(1)[0][0])
+        return (), (), "", f"none of {looked} has all of these signals in its annotation, {missing} is missing"
+    for rows in parts.values():
+        count, mean, variance = np.array(rows).T
+        means.append(np.average(mean, weights=count))
+        deviations.append(math.sqrt(np.average(variance + (mean - means[-1]) ** 2, weights=count)))
+    deviations = [s if s > 1e-6 * max(abs(m), 1e-3) else 1.0 for m, s in zip(means, deviations)]
+    told = ", ".join(f"{name} {m:.4g} +- {s:.4g}" for name, m, s in zip(names, means, deviations))
+    without = f"; {len(numbers) - complete} of them lack one, and train the passive mode" * (complete < len(numbers))
+    return means, deviations, f"actions: {told} in {looked}{without}", ""
 
 
 SAMPLED, SAMPLE_S = 24, 3.0  # files at most that are opened, and seconds, to tell the size of all
@@ -4967,6 +5082,9 @@ class World(nn.Module):
     def take_weights(self, say):
         """Take in weights where a run begins, not where one goes on. `say` logs a line."""
 
+    def take_data(self, run):
+        """Take in what a run that begins must know of its data, on all ranks alike: statistics, say."""
+
     def describe(self):
         """Lines about the model; by default its parameters."""
         sizes = {name: sum(p.numel() for p in child.parameters()) / 1e6 for name, child in self.named_children()}
@@ -5284,6 +5402,22 @@ class PositionCode(nn.Module):
         return (self.cos[idx][:, None], self.sin[idx][:, None]) if self.is_rope else None
 
 
+class ActionTokens(nn.Module):
+    """Actions of tubelets [B, t, A], in units of their deviation -> a token for each [B, t, dim] with a code of its
+    time; for a clip of which `passive` [B] is true all start from one learned vector."""
+
+    def __init__(self, num_signals, num_tubelets, dim):
+        super().__init__()
+        self.embed, self.absent = nn.Linear(num_signals, dim), nn.Parameter(torch.zeros(dim))
+        nn.init.trunc_normal_(self.embed.weight, std=num_signals**-0.5)
+        nn.init.zeros_(self.embed.bias)
+        nn.init.trunc_normal_(self.absent, std=0.02)
+        self.register_buffer("code", sincos_table(grid_positions((num_tubelets, 1, 1)), dim), persistent=False)
+
+    def forward(self, actions, passive):
+        return torch.where(passive[:, None, None], self.absent, self.embed(actions)) + self.code
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 15  Tokenizer and encoder: clip -> tokens -> context
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5347,6 +5481,7 @@ class Predictor(nn.Module):
 
     A SOON position starts from what the context holds at its site in the last NOW tubelet, so that the trunk learns
     what changes and need not first learn to copy; not so where `soon_start` is mask, as in published predictors.
+    Actions of the SOON tubelets stand beside the positions as tokens, each in the middle of its tubelet.
     """
 
     def __init__(self, cfg):
@@ -5360,16 +5495,23 @@ class Predictor(nn.Module):
         init_weights(self.embed)
         init_weights(self.out)
         nn.init.trunc_normal_(self.mask_tokens, std=0.02)
+        num_signals, (_, soon, _) = len(cfg.action_names), cfg.future_tubelets
+        self.actions = ActionTokens(num_signals, soon, cfg.pred_dim) if num_signals else None
 
-    def forward(self, context, keep_idx, mask_idx, family):
-        """context [B, K, D] at keep_idx [B, K], positions mask_idx [B, M], family 0, 1 or SOON -> preds [B, M, D]."""
+    def forward(self, context, keep_idx, mask_idx, family, actions=None, passive=None):
+        """context [B, K, D] at keep_idx [B, K], positions mask_idx [B, M], family 0, 1 or SOON, for SOON its actions
+        [B, t, A] as ActionTokens takes them -> preds [B, M, D]."""
         idx = torch.cat([keep_idx, mask_idx], 1)  # [B, K + M]
         holes = self.mask_tokens[family].expand(*mask_idx.shape, -1)  # [B, M, P]
         seen = self.embed(context)  # [B, K, P]
         if family == SOON and self.from_last:
             holes = holes + seen[:, -self.sites :].repeat(1, mask_idx.shape[1] // self.sites, 1)
-        x = self.position.add(torch.cat([seen, holes.to(seen.dtype)], 1), idx)  # [B, K + M, P]
-        return self.out(self.trunk(x, self.position.rope(idx))[:, keep_idx.shape[1] :])
+        x, until = torch.cat([seen, holes.to(seen.dtype)], 1), idx.shape[1]
+        if actions is not None:
+            x = torch.cat([x, self.actions(actions, passive).to(x.dtype)], 1)
+            idx = torch.cat([idx, mask_idx[:, self.sites // 2 :: self.sites]], 1)
+        x = self.position.add(x, idx)  # [B, K + M, P], with actions t more
+        return self.out(self.trunk(x, self.position.rope(idx))[:, keep_idx.shape[1] : until])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5467,7 +5609,8 @@ class FlowNet(nn.Module):
     """Predicts the clean residual y from its noised version, the time tau and the NOW context.
 
     Where the whole future is one noised token, the flattened context conditions it through an MLP: a single query that
-    cross-attends read the geometry of a fork far worse. Several tokens cross-attend to the context.
+    cross-attends read the geometry of a fork far worse. Several tokens cross-attend to the context. Future actions join
+    the context: in the hidden layer of that MLP, or as tokens.
     """
 
     def __init__(self, cfg):
@@ -5479,6 +5622,10 @@ class FlowNet(nn.Module):
         self.whole = nn.Sequential(nn.Linear(whole, W), nn.SiLU(), nn.Linear(W, W)) if joint else None
         self.blocks = nn.ModuleList(FlowBlock(W, cfg.enc_dim, cfg.flow_heads, joint) for _ in range(cfg.flow_depth))
         self.norm, self.modulate = nn.LayerNorm(W, eps=1e-6, elementwise_affine=False), nn.Linear(W, 2 * W)
+        num_signals, (_, _, times), self.actions = len(cfg.action_names), cfg.future_tubelets, None
+        if num_signals:  # all at once and whether there are none, or one by one
+            told = nn.Linear(times * num_signals + 1, W) if joint else ActionTokens(num_signals, times, cfg.enc_dim)
+            self.actions = told
         for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
             # at 0.02 what comes from NOW is a product of small numbers: a short run samples as if it were not there
             nn.init.trunc_normal_(linear.weight, std=linear.in_features**-0.5)
@@ -5489,12 +5636,18 @@ class FlowNet(nn.Module):
         frequencies = torch.exp(torch.linspace(math.log(0.1), math.log(10.0), 32))
         self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def project(self, context):
-        """What samples and steps reuse of a NOW context [B, K, D]: its summary [B, W], or keys and values per block."""
+    def project(self, context, actions=None, passive=None):
+        """What samples and steps reuse of a NOW context [B, K, D] and future actions [B, F, A], as ActionTokens takes
+        them: a summary [B, W], or keys and values per block."""
         context = self.norm_context(context)
-        if self.whole is not None:
-            return self.whole(context.flatten(1)), [(None, None)] * len(self.blocks)
-        return None, [block(context) for block in self.blocks]
+        if self.whole is None:
+            if actions is not None:
+                context = torch.cat([context, self.actions(actions, passive).to(context.dtype)], 1)
+            return None, [block(context) for block in self.blocks]
+        hidden = self.whole[0](context.flatten(1))
+        if actions is not None:
+            hidden = hidden + self.actions(torch.cat([actions.flatten(1), passive[:, None].to(actions.dtype)], 1))
+        return self.whole[2](self.whole[1](hidden)), [(None, None)] * len(self.blocks)
 
     def forward(self, x_tau, tau, projected):
         """x_tau [B, R, N, k], tau [B, R] -> y_hat [B, R, N, k]."""
@@ -5742,8 +5895,8 @@ def gather_rows(rows, world_size):
 
 @torch.no_grad()
 def cache_latents(model, run):
-    """Frozen latents of this rank's clips, those after the last step's -> (contexts [n, K, D], futures [n, F, D]), on
-    the CPU. StoppedTogether on a signal."""
+    """Frozen latents of this rank's clips, those after the last step's -> (contexts [n, K, D], futures [n, F, D]), and
+    with actions these, [n, F, A], on the CPU. StoppedTogether on a signal."""
     cfg, process, size, began = model.cfg, run.process, 4 * model.cfg.batch_size, time.perf_counter()
     num_batches = math.ceil(cfg.flow_fit_clips / (size * process.world_size))
     loader = run.loader("train", run.progress.consumed, num_batches, size)
@@ -5752,9 +5905,13 @@ def cache_latents(model, run):
         for number, batch in enumerate(process.in_step(loader)):
             with autocast(process):
                 batch = to_device(batch, process.device)
-                parts = model.context_of(batch), model.future_target(model.targets_of(batch))
+                parts = [model.context_of(batch), model.future_target(model.targets_of(batch))]
+            kinds = (kept, kept, torch.float32)
+            parts += [batch["actions"][:, cfg.future_tubelets[0] :]] if cfg.action_names else []
             # taken whole: joining pieces in the end would need the memory twice
-            cached = cached or [torch.empty((num_batches * size, *part.shape[1:]), dtype=kept) for part in parts]
+            cached = cached or [
+                torch.empty((num_batches * size, *part.shape[1:]), dtype=kind) for part, kind in zip(parts, kinds)
+            ]
             for whole, part in zip(cached, parts):
                 whole[number * size : (number + 1) * size] = part
             run.log.bar(number + 1, num_batches, what, f"{what}: batch")
@@ -5764,32 +5921,49 @@ def cache_latents(model, run):
 
 
 @torch.no_grad()
-def residual_rows(model, contexts, futures, process):
-    """What the forecast leaves open of cached futures [n, F, D] -> rows of the space [n, N, span] on the device."""
-    context = contexts.to(process.device).float()
+def residual_rows(model, context, future, process, actions=None):
+    """What the forecast, with actions or without, leaves open of cached futures [n, F, D] -> rows of the space
+    [n, N, span] on the device."""
+    context = context.to(process.device).float()
     with autocast(process):
-        residual = futures.to(process.device).float() - model.forecast(context)
+        soon_preds = model.predict_soon(context, model.given(len(context), actions))
+        residual = future.to(process.device).float() - model.forecast(context, soon_preds)
     with full_precision(residual):
         return model.space.pool(residual)
 
 
-def flow_coordinates(model, contexts, futures, process, is_fitted):
-    """Coordinates y [n, N, k] of all residuals on the CPU; the space is fitted to the first 2,048 clips of all ranks
-    unless it was. StoppedTogether on a signal."""
-    size = 4 * model.cfg.batch_size
+def flow_coordinates(model, latents, process, is_fitted):
+    """Coordinates y [n, N, k] of all residuals on the CPU, with actions a second time without them [2, n, N, k]; the
+    space is fitted to the first 2,048 clips of all ranks unless it was. StoppedTogether on a signal."""
+    size, (contexts, futures, *actions), ys = 4 * model.cfg.batch_size, latents, []
     parts = [slice(begin, begin + size) for begin in range(0, len(contexts), size)]
+    ways = (actions, ()) if actions else ((),)
     if not is_fitted:
-        few = parts[: math.ceil(2048 / (size * process.world_size))]
-        rows = [residual_rows(model, contexts[part], futures[part], process) for part in few]
+        few = itertools.product(ways, parts[: math.ceil(2048 / (size * process.world_size))])
+        rows = [
+            residual_rows(model, contexts[part], futures[part], process, *(a[part] for a in way)) for way, part in few
+        ]
         model.space.fit(model.gather(torch.cat(rows)))
         model.agree_on_space()
-    ys = []
-    for part in parts:
+    for way, part in itertools.product(ways, parts):
         process.stop_together()
-        rows = residual_rows(model, contexts[part], futures[part], process)
+        rows = residual_rows(model, contexts[part], futures[part], process, *(a[part] for a in way))
         with full_precision(rows):
             ys.append(model.space.encode(rows).cpu())
-    return torch.cat(ys)
+    return torch.cat(ys).unflatten(0, (2, -1)) if actions else torch.cat(ys)
+
+
+def told_in_fit(fit, step, rng, chosen, actions=None):
+    """Actions [b, F, A] of a fit's chosen clips, and which of these hide them -> entries of its batch."""
+    if actions is None:
+        return {}
+    hidden = torch.rand(len(chosen), generator=rng) < fit.cfg.action_drop * (step is not None)
+    return {"actions": actions[chosen], "actions_hidden": hidden}
+
+
+def given_in_fit(fit, batch):
+    """What a fit's batch gives the nets of its actions."""
+    return fit.model.given(len(batch["context"]), batch.get("actions"), batch.get("actions_hidden"))
 
 
 class SoonFit(Fit):
@@ -5805,12 +5979,14 @@ class SoonFit(Fit):
         self.latents = latents
 
     def batch(self, step=None):
-        contexts, futures = self.latents
-        chosen = self.pick(step, self.rng(step))
-        return {"context": contexts[chosen], "soon": futures[chosen, : self.cfg.soon_tokens]}
+        (contexts, futures, *actions), rng = self.latents, self.rng(step)
+        chosen = self.pick(step, rng)
+        told = told_in_fit(self, step, rng, chosen, *actions)
+        return {"context": contexts[chosen], "soon": futures[chosen, : self.cfg.soon_tokens], **told}
 
     def forward(self, batch):
-        loss = l1_loss(self.model.predict_soon(batch["context"].float()), batch["soon"])
+        context = batch["context"].float()
+        loss = l1_loss(self.model.predict_soon(context, given_in_fit(self, batch)), batch["soon"])
         return {"loss_total": loss, "loss_soon": loss}, {}, {}
 
 
@@ -5820,10 +5996,11 @@ class FlowFit(Fit):
     KEYS = {"loss_flow": "squared velocity error on cached latents; held out: that of the EMA"}
 
     def __init__(self, model, run, before):
-        contexts, futures = before.latents if before else cache_latents(model, run)
-        super().__init__(model, "flow", model.cfg.flow_fit_steps, model.cfg.flow_fit_batch, len(contexts))
+        latents = before.latents if before else cache_latents(model, run)
+        super().__init__(model, "flow", model.cfg.flow_fit_steps, model.cfg.flow_fit_batch, len(latents[0]))
         goes_on = run.progress.after > sum(steps for name, steps in model.phases() if name != "flow")
-        self.contexts, self.y = contexts, flow_coordinates(model, contexts, futures, run.process, goes_on)
+        self.contexts, self.actions = latents[0], latents[2:]
+        self.y = flow_coordinates(model, latents, run.process, goes_on)
         if not goes_on:
             model.flow_ema.load_state_dict(model.flow.state_dict())
         share = f"{float(model.space.explained):.0%} of the residual in {model.cfg.flow_rank} directions"
@@ -5833,14 +6010,17 @@ class FlowFit(Fit):
         rng = self.rng(step)
         chosen = self.pick(step, rng)
         shape = (len(chosen), self.cfg.flow_draws)
-        noise = torch.randn((*shape, *self.y.shape[1:]), generator=rng)  # [b, R, N, k]
+        noise = torch.randn((*shape, *self.y.shape[-2:]), generator=rng)  # [b, R, N, k]
         tau = shifted_tau(torch.randn(shape, generator=rng), self.cfg.tau_shift)  # [b, R]
-        return {"context": self.contexts[chosen], "y": self.y[chosen], "noise": noise, "tau": tau}
+        told = told_in_fit(self, step, rng, chosen, *self.actions)
+        y = self.y[told["actions_hidden"].long(), chosen] if told else self.y[chosen]
+        return {"context": self.contexts[chosen], "y": y, "noise": noise, "tau": tau, **told}
 
     def forward(self, batch):
         flow = self.model.flow if torch.is_grad_enabled() else self.model.flow_ema
         y = batch["y"][:, None].expand_as(batch["noise"])
-        loss = velocity_loss(flow, flow.project(batch["context"].float()), y, batch["noise"], batch["tau"])
+        projected = flow.project(batch["context"].float(), *given_in_fit(self, batch))
+        loss = velocity_loss(flow, projected, y, batch["noise"], batch["tau"])
         return {"loss_total": loss, "loss_flow": loss}, {}, {}
 
     def after_step(self, carries, step):
@@ -6117,6 +6297,8 @@ def read_pt(path, key):
     encoder, predictor = {}, {}
     for tensors, part, rows in zip((encoder, predictor), (entries[key], state.get("predictor") or {}), tables):
         for name, value in part.items():
+            if ours and name.startswith("actions."):  # they belong to the run's own signals
+                continue
             official = re.sub(r"^(module\.|backbone\.|_orig_mod\.)+", "", name)
             tensors[renamed(official, rows, OURS, OFFICIAL)] = own_tensor(value, name, path)
     if ours:
@@ -6229,7 +6411,7 @@ def fill(net, tensors, rows, partial=False):
     """Load tensors by official names into a network, on the meta device without a copy -> what is lacking or of another
     shape, and what has no place: then none is loaded, or with `partial` what fits."""
     own = net.state_dict()
-    names = {renamed(name, rows, OURS, OFFICIAL): name for name in own}
+    names = {renamed(name, rows, OURS, OFFICIAL): name for name in own if not name.startswith("actions.")}
     good = {name: tensors[name] for name in names if name in tensors and tensors[name].shape == own[names[name]].shape}
     odd = (("no", names.keys() - good.keys()), ("no place for", tensors.keys() - names.keys()))
     odd = " and ".join(f"{what} {name_some(sorted(found))}" for what, found in odd if found)
@@ -6281,7 +6463,8 @@ def take_weights(model, cfg, say):
     say(f"weights: encoder of {origin.path} ({origin.what}), {count:.1f} M, {into}")
     say(take_predictor(model, cfg, predictor, origin))
     left_out = f"; left out: {origin.left_out}" * bool(origin.left_out)
-    say(f"weights: outcome head, flow net and read-out start anew{left_out}")
+    anew = "outcome head, flow net, read-out and action tokens" if cfg.action_names else ""
+    say(f"weights: {anew or 'outcome head, flow net and read-out'} start anew{left_out}")
     if cfg.num_frames > (seen := origin.cfg.num_frames):
         say(f"note: a clip has {cfg.num_frames} frames, the weights saw at most {seen}")
 
@@ -6360,9 +6543,10 @@ def flops_per_clip(cfg, teacher=None):
     tokenizer = 2 * L * D * 3 * cfg.tubelet_t * cfg.patch**2
     masked = [block_flops(num_tokens, D, ratio) for num_tokens in kept for _ in range(cfg.mask_draws)]
     online = cfg.enc_depth * (sum(masked) + block_flops(cfg.now_tokens, D, ratio)) + tokenizer
-    soon = cfg.now_tokens + cfg.soon_tokens
+    told = cfg.future_tubelets if cfg.action_names else (0, 0, 0)  # actions, a token each
+    soon = cfg.now_tokens + cfg.soon_tokens + told[1]
     filled = sum(times * block_flops(n, P, cfg.pred_mlp_ratio or ratio) for times, n in ((len(masked), L), (1, soon)))
-    W, RN, K = cfg.flow_dim, cfg.flow_draws * cfg.flow_tokens, cfg.now_tokens
+    W, RN, K = cfg.flow_dim, cfg.flow_draws * cfg.flow_tokens, cfg.now_tokens + told[2] * (not cfg.flow_joint)
     mixing = RN * 2 * W * W * 6 + 4 * K * W * D + 4 * RN * (K + cfg.flow_tokens) * W
     flow = cfg.flow_depth * (RN * 2 * W * W * 8 + mixing * (not cfg.flow_joint)) + 2 * K * D * W * cfg.flow_joint
     again = 4 if cfg.grad_checkpoint else 3
@@ -6382,6 +6566,7 @@ def memory_estimate_gb(cfg, held):
     kept = draws * sum(family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES) + cfg.now_tokens
     kept *= not cfg.freeze_encoder
     filled = 2 * draws * cfg.num_tokens + cfg.now_tokens + cfg.soon_tokens
+    filled += cfg.future_tubelets[1] * bool(cfg.action_names)
     per_value = 5 if cfg.grad_checkpoint else 53 if cfg.amp else 70
     values = kept * cfg.enc_dim * cfg.enc_depth + filled * cfg.pred_dim * cfg.pred_depth
     return (held + cfg.batch_size * values * per_value) / 1e9
@@ -6428,6 +6613,7 @@ class VJepaAutoV2(World):
         "effective_rank": "exp(entropy) of the singular values of target tokens; 1 = collapsed, at most enc_dim",
         "soon_skill": "1 - L1(SOON prediction) / L1(last NOW tubelet repeated); above 0 = better than a still world",
         "outcome_top1": "share of clips whose own future ranks first among all keys",
+        "passive_share": "share of clips without actions, or with hidden ones; only with actions",
     }
     TRAIN_KEYS = {
         "ema_momentum": "momentum of the target encoder; absent where that is frozen",
@@ -6437,7 +6623,9 @@ class VJepaAutoV2(World):
     latent_fields = (*ClipConfig.MUST_MATCH, "clip_fps", "eventually_frames", "tubelet_t", "patch", "num_heads")
     VAL_KEYS = {
         "flow_spread": "deviation among sampled futures over that of real futures from the forecast; "
-        "0 = one mode, 1 = as wide"
+        "0 = one mode, 1 = as wide; without actions",
+        "soon_action_gain": "soon_skill with the true actions minus soon_skill without any, on the first batch; "
+        "above 0 = actions help; only with actions",
     }
     NO_DECAY, FILES = ("mask_tokens", "queries"), ("futures.png",)
     NETWORKS = ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target")
@@ -6471,6 +6659,11 @@ class VJepaAutoV2(World):
         )
         for name, value in fixed.items():
             self.register_buffer(name, value, persistent=False)
+        if num_signals := len(cfg.action_names):
+            self.register_buffer("action_mean", torch.zeros(num_signals))
+            self.register_buffer("action_std", torch.ones(num_signals))
+            if not cfg.lambda_soon:
+                self.predictor.actions.requires_grad_(False)
         learns = {
             "flow": cfg.lambda_flow and not cfg.flow_fit_clips,  # else it waits for the flow phase
             "read_out": cfg.lambda_flow,
@@ -6488,6 +6681,21 @@ class VJepaAutoV2(World):
     def take_weights(self, say):
         if self.cfg.init_from:
             take_weights(self, self.cfg, say)
+
+    @torch.no_grad()
+    def take_data(self, run):
+        """Mean and deviation of every signal among the actions, those of rank 0 for all. UsageError where no file has
+        them all."""
+        if not self.cfg.action_names:
+            return
+        process, work = run.process, (tuple,)
+        if process.is_main:
+            work = action_statistics, run.source.dataset(self.cfg, "train"), process.stop.asked
+        mean, std, told, wrong = process.collect(process.together(*work))[0]
+        if wrong:
+            raise UsageError(f"config: {refusal(self.cfg, 'actions', wrong)}")
+        self.action_mean.copy_(torch.tensor(mean)), self.action_std.copy_(torch.tensor(std))
+        run.log.line(told)
 
     def train(self, mode=True):
         """As nn.Module.train, but the target encoder and the flow EMA stay in eval mode for ever."""
@@ -6545,10 +6753,48 @@ class VJepaAutoV2(World):
         """Frames, uint8 or normalised, [B, >= NOW, 3, H, W], of which NOW alone is read -> context [B, K, D]."""
         return self.encode_now(self.online.tokenizer(self.normalise(frames[:, : self.cfg.now_frames])))
 
-    def predict_soon(self, context):
-        """NOW context [B, K, D] -> predicted SOON targets [B, M, D]."""
+    def given(self, num_clips, actions=None, hidden=None):
+        """Future actions in SI units [B, F, A], NaN in passive clips, and which clips hide theirs [B] -> what nets
+        take: (actions in units of their deviation [B, F, A], 0 in passive clips, those [B]); () in a world without
+        actions. Without `actions` all clips are passive."""
+        if not self.cfg.action_names:
+            return ()
+        if actions is None:
+            actions = self.action_mean.new_full(
+                (num_clips, self.cfg.future_tubelets[2], len(self.action_mean)), math.nan
+            )
+        passive = actions.isnan().flatten(1).any(1)
+        passive = passive if hidden is None else passive | hidden
+        units = ((actions - self.action_mean) / self.action_std).clamp(-30, 30)  # a sensor's fault must not drown all
+        return units.masked_fill(passive[:, None, None], 0.0), passive
+
+    def given_of(self, batch):
+        """`given` of a batch of clips."""
+        if not self.cfg.action_names:
+            return ()
+        actions = batch["actions"][:, self.cfg.future_tubelets[0] :]
+        return self.given(len(actions), actions, batch["actions_hidden"])
+
+    def told(self, num_clips, actions):
+        """`given` of actions [B, F, A] in SI units that a caller names, or None. UsageError for others."""
+        if actions is None:
+            return self.given(num_clips)
+        if not self.cfg.action_names:
+            raise UsageError("actions: this world was trained without (actions = none) and takes none")
+        shape = [num_clips, self.cfg.future_tubelets[2], len(self.cfg.action_names)]
+        if not torch.is_tensor(actions) or list(actions.shape) != shape or not actions.is_floating_point():
+            wanted = f"floats {shape}: {self.cfg.actions} of every SOON and EVENTUALLY tubelet, in SI units"
+            raise UsageError(f"actions: {describe_form(actions)}, must be {wanted}")
+        if not actions.isfinite().all():
+            raise UsageError("actions: hold NaN or infinity; leave them out for passive futures")
+        return self.given(num_clips, actions.to(self.action_mean))
+
+    def predict_soon(self, context, given=None):
+        """NOW context [B, K, D], and `given` -> predicted SOON targets [B, M, D]; passive without."""
         B, predictor = len(context), self.soon_predictor or self.predictor
-        return predictor(context, self.now_idx.expand(B, -1), self.soon_idx.expand(B, -1), SOON)
+        given = self.given(B) if given is None else given
+        given = (given[0][:, : self.cfg.future_tubelets[1]], given[1]) if given else ()
+        return predictor(context, self.now_idx.expand(B, -1), self.soon_idx.expand(B, -1), SOON, *given)
 
     def split_soon_predictor(self):
         """Give SOON a predictor of its own, a copy of the shared one that does not learn yet -> that copy."""
@@ -6590,14 +6836,15 @@ class VJepaAutoV2(World):
         chunks = [part.mean(1) for part in tubelets.tensor_split(cfg.flow_chunks, 1)]
         return torch.cat([targets[:, cfg.now_tokens : later], torch.stack(chunks, 1)], 1)
 
-    def forecast(self, context, soon_preds=None):
-        """Point forecast of a future [B, F, D] from NOW context [B, K, D]: SOON predictions [B, M, D], made here unless
-        given, and a linear read-out of the mean context."""
-        soon_preds = self.predict_soon(context) if soon_preds is None else soon_preds
+    def forecast(self, context, soon_preds=None, actions=None):
+        """Point forecast of a future [B, F, D] from NOW context [B, K, D]: SOON predictions [B, M, D], made here, with
+        `actions` as `sample_futures` takes them, unless given, and a linear read-out of the mean context."""
+        if soon_preds is None:
+            soon_preds = self.predict_soon(context, self.told(len(context), actions))
         chunks = self.read_out(context.mean(1)).reshape(len(context), self.cfg.flow_chunks, -1)
         return torch.cat([soon_preds.float(), chunks.float()], 1)
 
-    def flow_loss(self, context, soon_preds, targets, batch):
+    def flow_loss(self, context, soon_preds, targets, batch, given=()):
         """Velocity L2 in residual space plus L2 of the chunk read-out -> (loss, residual rows, squared residual); where
         a flow phase is to come, no velocity and no rows."""
         grad = self.cfg.flow_context_grad
@@ -6611,7 +6858,8 @@ class VJepaAutoV2(World):
         with full_precision(residual):
             rows = self.space.pool(residual)  # [B, N, span]
             y = self.space.encode(rows)[:, None].expand_as(batch["noise"])  # [B, R, N, k]
-        loss = velocity_loss(self.flow, self.flow.project(context), y, batch["noise"], batch["tau"]) + read_out_loss
+        projected = self.flow.project(context, *given)
+        loss = velocity_loss(self.flow, projected, y, batch["noise"], batch["tau"]) + read_out_loss
         return loss, rows, residual.square().mean((0, 1))
 
     def forward(self, batch):
@@ -6624,15 +6872,17 @@ class VJepaAutoV2(World):
         if cfg.lambda_vjepa:
             losses["loss_vjepa"] = self.now_loss(tokens, targets, batch)
         context = self.context_of(batch) if tokens is None else self.encode_now(tokens)  # [B, K, D]
-        soon_preds = self.predict_soon(context)  # [B, M, D]
+        given = self.given_of(batch)
+        soon_preds = self.predict_soon(context, given)  # [B, M, D]
         soon_targets = gather_tokens(targets, self.soon_idx.expand(len(targets), -1))
         losses["loss_soon"] = l1_loss(soon_preds, soon_targets)
         still = targets[:, cfg.now_tokens - cfg.sites : cfg.now_tokens]  # [B, h*w, D], as if nothing moved
         gauges["persistence"] = l1_loss(still.repeat(1, cfg.soon_tokens // cfg.sites, 1), soon_targets)
+        gauges |= {"passive_share": given[1].float().mean()} if given else {}
         outcome = self.outcome(context)  # [B, D]
         losses["loss_eventually"], gauges["outcome_top1"] = self.eventually_loss(outcome, carry["key"])
         if cfg.lambda_flow:
-            losses["loss_flow"], rows, carry["square"] = self.flow_loss(context, soon_preds, targets, batch)
+            losses["loss_flow"], rows, carry["square"] = self.flow_loss(context, soon_preds, targets, batch, given)
             carry |= {} if rows is None else {"rows": rows}
         if cfg.lambda_supcon:
             others, maneuver, file = (self.gather(rows) for rows in (outcome, batch["maneuver"], batch["file"]))
@@ -6702,12 +6952,22 @@ class VJepaAutoV2(World):
         return {**momentum, "flow_explained": float(self.space.explained)}
 
     def held_out(self, batch, carry):
+        gain = self.action_gain(batch, carry["targets"]) if self.cfg.action_names else {}
         if not self.cfg.lambda_flow:
-            return {"flow_spread": 0.0}
+            return {"flow_spread": 0.0, **gain}
         context = self.context_of(batch)
         samples = self.sample_futures(context, 8, generator=torch.Generator(context.device).manual_seed(0))
         residual = self.future_target(carry["targets"]) - self.forecast(context)
-        return {"flow_spread": float(samples.std(1).square().mean().sqrt() / residual.square().mean().sqrt())}
+        return {"flow_spread": float(samples.std(1).square().mean().sqrt() / residual.square().mean().sqrt()), **gain}
+
+    def action_gain(self, batch, targets):
+        """What the true actions of clips save of SOON's error, as a share of that of a still world."""
+        cfg, context = self.cfg, self.context_of(batch)
+        still, soon = targets[:, cfg.now_tokens - cfg.sites :].split((cfg.sites, targets.shape[1] - cfg.now_tokens), 1)
+        soon = soon[:, : cfg.soon_tokens]
+        active, passive = (l1_loss(self.predict_soon(context, told), soon) for told in (self.given_of(batch), None))
+        persistence = l1_loss(still.repeat(1, cfg.soon_tokens // cfg.sites, 1), soon)
+        return {"soon_action_gain": float((passive - active) / persistence.clamp_min(1e-12))}
 
     def verdict(self, values):
         return verdict(values, self.cfg)
@@ -6739,12 +6999,15 @@ class VJepaAutoV2(World):
         shares = (f"{name} {value / sum(flops.values()):.0%}" for name, value in flops.items())
         held = sum(size[cfg.shard == "fsdp"] for size in held_bytes(self, self.world_size).values())
         target = "frozen, target as well" if cfg.freeze_encoder else "target = online"
+        told = f"actions: {cfg.actions} of SOON's tubelets to the forecast, of EVENTUALLY's as well to the flow net; "
+        told += f"hidden in {cfg.action_drop:.0%} of the clips"
         target = f"target {sizes['target']:.2f} M, frozen" if cfg.teacher == "frozen" else target
         grid = f"grid {' x '.join(map(str, cfg.grid))} = {cfg.num_tokens} tokens"
         return [
             f"parameters: {', '.join(f'{name} {sizes[name]:.2f} M' for name in nets)} ({target})",
             f"clip: {cfg.num_frames} frames of {cfg.height} x {cfg.width}, {spread} -> {grid}; "
             f"visible under a mask: {', '.join(visible)}",
+            *([told] if cfg.action_names else []),
             f"step: {clips} clips, {sum(flops.values()) * clips / 1e12:.3g} TFLOP ({', '.join(shares)}); memory about "
             f"{memory_estimate_gb(cfg, held):.1f} GB per process plus the framework",
         ]
@@ -6768,6 +7031,7 @@ class VJepaAutoV2(World):
             "soon_predictor": self.soon_predictor.state_dict() if self.soon_predictor else None,
             "flow_stats": self.space.state_dict(),
             "outcome_queue": {"keys": self.queue, "filled": self.queue_filled},
+            **({"action_stats": {"mean": self.action_mean, "std": self.action_std}} if self.cfg.action_names else {}),
         }
 
     def expect(self, state):
@@ -6793,25 +7057,28 @@ class VJepaAutoV2(World):
         return {"soon": SoonFit, "flow": FlowFit}[name](self, run, before)
 
     @torch.no_grad()
-    def see(self, frames):
+    def see(self, frames, actions=None):
         """Look at clips, uint8 or normalised, [B, T, 3, H, W], T at least NOW and whole tubelets -> (context of NOW
-        [B, K, D], point forecast of the future [B, F, D], targets of all frames there are [B, L, D])."""
+        [B, K, D], point forecast of the future [B, F, D], with `actions` as `sample_futures` takes them, targets of all
+        frames there are [B, L, D])."""
         context = self.now_context(frames)
-        return context, self.forecast(context), self.make_targets(self.normalise(frames))
+        return context, self.forecast(context, actions=actions), self.make_targets(self.normalise(frames))
 
     @torch.no_grad()
-    def sample_futures(self, clip_or_context, num_samples, num_steps=None, generator=None):
+    def sample_futures(self, clip_or_context, num_samples, num_steps=None, generator=None, actions=None):
         """Draw joint futures in target-latent space -> [B, S, F, D]: SOON tokens, then EVENTUALLY chunk means.
 
         Takes clips as `now_context` does, or a NOW context [B, K, D]. `generator` must live on the model's device. Uses
-        the flow net's EMA.
+        the flow net's EMA. `actions`: means over every SOON and EVENTUALLY tubelet in SI units, floats [B, t, A] in the
+        order of the config's `actions`, or None: passive. UsageError for others, and where the world knows none.
         """
         cfg, context = self.cfg, clip_or_context
         context = self.now_context(context) if context.dim() == 5 else context
-        point, flow = self.forecast(context), self.flow_ema  # [B, F, D]
+        given, flow = self.told(len(context), actions), self.flow_ema
+        point = self.forecast(context, self.predict_soon(context, given))  # [B, F, D]
         shape = (len(context), num_samples, cfg.flow_tokens, cfg.flow_rank)
         noise = torch.randn(shape, generator=generator, device=context.device)
-        y = sample_flow(flow, flow.project(context), noise, num_steps or cfg.flow_steps, cfg.tau_shift)
+        y = sample_flow(flow, flow.project(context, *given), noise, num_steps or cfg.flow_steps, cfg.tau_shift)
         residual = self.space.decode(y.flatten(0, 1)).unflatten(0, shape[:2])  # [B, S, F, D]
         if cfg.flow_rest == "gaussian":
             scale = (self.space.rest_variance * self.space.variance).sqrt()
@@ -7959,6 +8226,7 @@ def build_world(world, run, is_new=False):
         raise UserError(f"{drifting[0]} is a BatchNorm that learns, and its statistics drift apart over ranks; {cure}")
     if is_new:
         run.world.take_weights(run.log.line)
+        run.world.take_data(run)
     if is_cut:
         check_ranks(process, first_weights=digest(fingerprint(run.world)))
         run.sharded = Sharded(run.world, process, cfg.compile)
