@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ needs("matplotlib")
 
 def plan_config(**overrides):
     """A tiny model of steered forks that knows how they are steered; wide pictures."""
-    own = dict(image_size=(16, 32), scenes="render", clip_fps=4.0, actions="steer,accel", scene_mix="steered=1")
+    own = dict(image_size=(16, 32), scenes="render", clip_fps=2.0, actions="steer,accel", scene_mix="steered=1")
     return small_config(**{**own, **overrides})
 
 
@@ -40,7 +41,7 @@ def generator(seed=0):
 # -- search
 
 
-BEST = torch.tensor([[1.0, -1.5], [0.5, 0.0], [-1.0, 1.5], [1.9, -0.5]])  # of the toy
+BEST = torch.tensor([[1.0, -1.5], [1.2, -1.0], [0.8, 0.0], [0.3, 0.5]])  # of the toy
 
 
 def toy_cost(actions):
@@ -49,12 +50,12 @@ def toy_cost(actions):
 
 
 def test_the_search_finds_a_known_best_and_beats_random_draws():
-    """Ten rounds of 64 candidates come within 0.15 of every number of BEST, where the best of as many random draws is
-    ten times as far. Seen red with the worst candidates as elites."""
-    search, law = L.Search(iterations=10, population=64, elites=8), toy_law()
+    """Eight rounds of 64 candidates come within 0.15 of each number of BEST; the best of as many random draws costs ten
+    times as much. Seen red with the worst candidates as elites, and without the floor under the deviation."""
+    search, law = L.Search(), toy_law()
     for seed in range(3):
         found = L.cross_entropy(toy_cost, law, search, generator(seed))
-        drawn = toy_cost(law.draw(642, search.smoothing, generator(seed))).min()
+        drawn = toy_cost(law.draw(8 * 64 + 2, search.smoothing, generator(seed))).min()
         assert (found.actions - BEST).abs().max() < 0.15 and found.cost < 0.1 * drawn, (found, drawn)
         assert found.cost == pytest.approx(float(toy_cost(found.actions[None])))
         best, elites, everyone = np.array(found.history).T
@@ -69,8 +70,8 @@ def test_plans_stay_within_what_training_saw():
         seen.append(actions)
         return (actions - 10).square().sum((1, 2))
 
-    found = L.cross_entropy(cost, toy_law(), L.Search(8, 64, 8), generator())
-    assert torch.cat(seen).abs().max() <= 2 and found.actions.min() > 1.8
+    found = L.cross_entropy(cost, toy_law(), L.Search(), generator())
+    assert torch.cat(seen).abs().max() <= 2 and found.actions.min() > 1.7
 
 
 def test_the_seed_decides_and_nothing_else():
@@ -172,13 +173,13 @@ def test_actions_lead_where_they_should():
     frames = cfg.num_frames - cfg.now_frames
     own = dict(speed=np.full(1 + frames, 10.0), yaw_rate=np.zeros(1 + frames))
     actions = np.tile([0.1, 2.0], (frames // cfg.tubelet_t, 1))
-    path, seconds = L.reckon(actions, cfg, own), np.arange(1 + frames) / 4
-    assert path["speed"][1:] == pytest.approx(10 + 2 * seconds[1:] - 0.25)  # half a frame until the first action holds
-    assert path["heading"][1:] == pytest.approx(0.1 * seconds[1:] - 0.0125)
-    assert path["s"][-1] == pytest.approx(10 * seconds[-1] + seconds[-1] ** 2, abs=0.6) and path["x"][-1] > 1
+    path, seconds = L.reckon(actions, cfg, own), np.arange(1 + frames) / 2
+    assert path["speed"][1:] == pytest.approx(10 + 2 * seconds[1:] - 0.5)  # half a frame until the first action holds
+    assert path["heading"][1:] == pytest.approx(0.1 * seconds[1:] - 0.025)
+    assert path["s"][-1] == pytest.approx(10 * seconds[-1] + seconds[-1] ** 2, abs=2) and path["x"][-1] > 1
     steer = np.arctan(0.1 * L.LENGTH / path["speed"][1:].reshape(-1, cfg.tubelet_t).mean(1))
     told = np.stack([steer, actions[:, 1]], 1)
-    assert L.reckon(told, plan_config(), own)["x"] == pytest.approx(path["x"], rel=0.02)
+    assert L.reckon(told, plan_config(), own)["x"] == pytest.approx(path["x"], abs=0.05)
     alone = L.reckon(actions[:, :1], plan_config(actions="yaw_rate"), {**own, "speed": own["speed"] + 5})
     assert (alone["speed"] == 15).all()  # what no action says is the car's own
 
@@ -229,10 +230,10 @@ class Oracle:
 
 def oracle_plans(count, **options):
     cfg = plan_config()
-    model, search = Oracle(cfg), L.Search(3, 12, 3)
+    model, search = Oracle(cfg), L.Search(2, 10, 3)
     own = dict(mode="point", samples=1, alpha=1.0, part="end", kind="steered", seed=0, search=search)
     args, plans = SimpleNamespace(**{**own, **options}), []
-    law = L.law_of(model, L.training_scenes(replace(cfg, scene_clips=16)))
+    law = L.law_of(model, L.training_scenes(cfg)[:16])
     for number in range(count):
         case = L.scene_case(model, None, args, number)
         model.job = case.job
@@ -263,10 +264,10 @@ def made_plan(side, driven, places):
 
 def test_regret_by_hand():
     """Plan 3 and 1 against the best true 1 and 1, random actions 5 and 3 on average."""
-    plans = [
-        made_plan(1, dict(plan=[3], true=[2, 1], random=[4, 6], nothing=[2]), dict(plan=[-1], true=[-2, 3], random=[1, -1], nothing=[0])),
-        made_plan(-1, dict(plan=[1], true=[1, 9], random=[3, 3], nothing=[4]), dict(plan=[-4], true=[-2, 3], random=[1, 1], nothing=[0])),
-    ]  # fmt: skip
+    places = dict(plan=[-1], true=[-2, 3], random=[1, -1], nothing=[0])
+    first = made_plan(1, dict(plan=[3], true=[2, 1], random=[4, 6], nothing=[2]), places)
+    places = dict(plan=[-4], true=[-2, 3], random=[1, 1], nothing=[0])
+    plans = [first, made_plan(-1, dict(plan=[1], true=[1, 9], random=[3, 3], nothing=[4]), places)]
     figures = L.regret_figures(plans)
     assert figures["plan_regret"]["value"] == 1 and figures["plan_regret"]["controls"] == pytest.approx(
         {"random actions": 3, "do nothing": 2}
@@ -298,12 +299,13 @@ def save_run(folder, cfg, kind="render", root="", steps=0):
     return V.save_checkpoint(new_state(model, source, step=3), folder, cfg, final=True)
 
 
-SHORT = "--num_workers 0 --device cpu --iterations 2 --population 6 --elites 2".split()
+SHORT = dict(num_workers=0, device="cpu", iterations=2, population=6, elites=2, num_scenes=2)
 
 
 def command(capsys, *argv):
     """Run the command in this process -> (exit code, stdout, stderr)."""
-    return L.main([*map(str, argv), *(word for word in SHORT if word not in argv)]), *capsys.readouterr()
+    short = [word for name, value in SHORT.items() for word in (f"--{name}", str(value))]
+    return L.main([*map(str, argv[:1]), *short, *map(str, argv[1:])]), *capsys.readouterr()
 
 
 def error_line(result):
@@ -325,8 +327,7 @@ def error_line(result):
     ],
 )
 def test_bad_flags_are_one_line(capsys, flags, words):
-    own = [f for f in "--num_workers 0 --device cpu".split()]
-    code = L.main(["x.pt", *flags.split(), *own])
+    code = L.main(["x.pt", *flags.split(), "--device", "cpu"])
     _, line = error_line((code, *capsys.readouterr()))
     assert all(word in line for word in words), line
 
@@ -348,25 +349,25 @@ def test_checkpoints_and_clips_that_cannot_be_planned_with(tmp_path, capsys, sce
         ((passive,), "trained without actions"),
         ((no_flow, "--mode", "mean"), "lambda_flow 0"),
         ((good, "--goal", tmp_path / "gone.mp4"), "goal", "no such file"),
-        ((good, "--goal", short), "goal", "too short", "12 frames, 3 s", "--start"),
+        ((good, "--goal", short), "goal", "too short", "12 frames, 6 s", "--start"),
         ((good, "--data_root", bare.parent), "no training file has the signals steer, accel"),
         ((good, "--data_root", bare.parent, "--data", "scenes"), "--data scenes reads no videos"),
     ]
     for argv, *words in cases:
-        _, line = error_line(command(capsys, *argv, "--num_scenes", "1"))
+        _, line = error_line(command(capsys, *argv))
         assert all(word in line for word in words), line
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of steered forks, 40 steps -> its checkpoint."""
-    cfg = plan_config(out_dir=str(tmp_path_factory.mktemp("run")), steps=40, picture=False, val_every=0)
+    """A run of steered forks, 12 steps -> its checkpoint."""
+    cfg = plan_config(out_dir=str(tmp_path_factory.mktemp("run")), steps=12, log_every=12, picture=False, val_every=0)
     assert V.train(cfg) == V.EXIT_OK
-    return next((V.Path(cfg.out_dir) / "checkpoints").glob("ckpt_final.pt"))
+    return next((Path(cfg.out_dir) / "checkpoints").glob("ckpt_final.pt"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--mode point", "--mode cvar --samples 4", "--probe lateral=3 --mode mean"])
+@pytest.mark.parametrize("flags", ["--mode cvar --samples 4", "--probe lateral=3 --mode mean"])
 def test_the_command_on_a_trained_run(trained, tmp_path, capsys, flags):
     """Reports and picture are there, the file twice the same, every plan within the bounds."""
     texts = []
@@ -385,12 +386,13 @@ def test_the_command_on_a_trained_run(trained, tmp_path, capsys, flags):
 
 
 @pytest.mark.slow
-def test_the_command_on_videos(trained, tmp_path, capsys, scene_folder):
+def test_the_command_on_videos(trained, tmp_path, capsys):
     """Clips with annotations, towards their own future and towards a goal clip."""
-    goal = sorted((scene_folder / "videos").iterdir())[0]
+    scenes = V.write_scenes(tmp_path / "scenes", plan_config())
+    goal = sorted((scenes / "videos").iterdir())[0]
     for number, more in enumerate(([], ["--goal", goal])):
         out = tmp_path / str(number)
-        result = command(capsys, trained, "--data_root", scene_folder, "--out", out, "--num_scenes", "2", *more)
+        result = command(capsys, trained, "--data_root", scenes, "--out", out, *more)
         assert result[0] == 0, result
         report = json.loads((out / "plan.json").read_text())
         assert {"plan_believed", "plan_error_steer", "plan_error_accel"} <= report["figures"].keys()

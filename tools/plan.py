@@ -2,20 +2,20 @@
 
     python tools/plan.py runs/x/checkpoints/ckpt_final.pt [--probe lateral=4 | --goal FILE] [--mode point|mean|cvar]
 
-The run must know actions (`--actions steer,accel`). Sequences of actions, one vector per tubelet after NOW, are drawn as
+The run must know actions (`--actions steer,accel`). Sequences of actions, a vector per tubelet after NOW, are drawn as
 training drove them; the model forecasts SOON under each, a cost judges the forecasts, the best ones say where the next
 are drawn. NOW is encoded once, all candidates of an iteration go through the model together.
 
     cost     distance of predicted SOON latents to those of a goal clip, or of a probed quantity to a wanted value
-    mode     point: of the point forecast; mean: of --samples futures, their mean; cvar: mean of the worst --alpha of them
-    scenes   the plan is driven in the simulator, the clip it gives is encoded and judged: its cost less that of the best
-             true actions is the regret. Controls: random actions of training, and doing nothing. Without --goal and
-             --probe the goal is a true future of the scene, at forks left and right in turn
+    mode     point: of the point forecast; mean: over --samples futures; cvar: over the worst share --alpha of them
+    scenes   the plan is driven in the simulator, the clip it gives is encoded and judged: its cost less that of the
+             best true actions is the regret. Controls: random actions of training, and doing nothing. Without --goal
+             and --probe the goal is a true future of the scene, at forks left and right in turn
     videos   a plan cannot be driven: it is held against the true actions, in the model's eyes and as numbers. The goal
              is the clip's own future, or --goal
 
-Written to --out (default: the run's folder / plan): plan.json with every figure, its 95 % bootstrap interval over scenes
-and its controls, and plan.png: what is driven beside what was wanted, the paths from above, the cost per iteration.
+Written to --out (default: the run's folder / plan): plan.json with every figure, its 95 % bootstrap interval over
+scenes and its controls, and plan.png: what is driven beside what was wanted, paths from above, cost per iteration.
 """
 
 import signal
@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +45,8 @@ OTHER_FUTURE = 10**6  # future seed of what a plan cannot choose: it is never on
 PER_CHOICE = 2  # true futures of every branch
 BANK_CLIPS, PROBE_CLIPS, RANDOM_PLANS = 256, 256, 4
 RESAMPLES = 1000  # of the bootstrap
+FLOOR = 0.7  # of the first deviation, at the first round; it falls to 0: few elites narrow the search too early
 ALONG, ACROSS = ("accel", "speed"), ("steer", "yaw_rate")  # signals that drive the car; the first one named does
-FORKS = ("fork", "steered")
 LENGTH = 2.8  # metres between axles, as `steer` of V.scene_labels has it
 
 
@@ -59,8 +59,8 @@ def running(values, step):
 
 
 def reckon(actions, cfg, own):
-    """Where actions [F, A] lead, from the last NOW frame on -> {speed, yaw_rate, heading, s, x: float [1 + n]} for the n
-    frames after it; s along the road and x to its right in metres, both 0 in that frame.
+    """Where actions [F, A] lead, from the last NOW frame on -> {speed, yaw_rate, heading, s, x: float [1 + n]} for it
+    and the n frames after it; s along the road and x to its right in metres, both 0 in that frame.
 
     own: {speed, yaw_rate: [1 + n]} of the car without actions, which hold where no action says otherwise.
     """
@@ -103,24 +103,15 @@ class Driver:
         pose["x"][last:] += path["x"]
         pose["speed"][last + 1 :], pose["yaw_rate"][last + 1 :] = path["speed"][1:], path["yaw_rate"][1:]
         heading = np.concatenate([np.zeros(last), path["heading"]])
-        side = np.sign(path["x"][-1]) * (scene["kind"] in FORKS)  # of the branch whose lane is meant
+        side = np.sign(path["x"][-1]) * (scene["kind"] in V.FORKS)  # of the branch whose lane is meant
         offset = pose["x"] - V.ROADS[scene["lanes"]][3] - side * V.branch_offset(pose["s"] - fork_at)
         turned = dict(heading=heading, cos=np.cos(heading), sin=np.sin(heading), offset=offset)
         return {**idle, **pose, **turned}
 
 
-def clip_actions(labels, cfg):
-    """Labels of a clip, per-frame signals among them -> actions float32 [tubelets, A] in SI units, NaN where unknown."""
-    columns = []
-    for name in cfg.action_names:
-        values = labels.get(name) or [None] * cfg.num_frames
-        columns.append([math.nan if value is None else value for value in values])
-    return np.array(columns, np.float32).T.reshape(-1, cfg.tubelet_t, len(columns)).mean(1)
-
-
 def future_actions(labels, cfg):
-    """As `clip_actions`, of the tubelets after NOW alone -> tensor [F, A]."""
-    return torch.from_numpy(clip_actions(labels, cfg)[cfg.now_frames // cfg.tubelet_t :])
+    """Labels of a clip, per-frame signals among them -> actions of the tubelets after NOW [F, A], NaN where unknown."""
+    return V.action_rows(labels, cfg)[cfg.future_tubelets[0] :]
 
 
 # -- the search
@@ -157,11 +148,11 @@ class Search:
     """How long and how wide is searched. momentum: share of the last mean and deviation that stays; smoothing:
     correlation of the noise from tubelet to tubelet; keep: share of the elites that stand again."""
 
-    iterations: int = 6
+    iterations: int = 8
     population: int = 64
     elites: int = 8
     momentum: float = 0.1
-    smoothing: float = 0.5
+    smoothing: float = 0.3
     keep: float = 0.25
 
 
@@ -184,13 +175,13 @@ def smooth_noise(shape, smoothing, generator):
 
 def cross_entropy(cost, law, search, generator):
     """The sequence of actions with the smallest cost (Rubinstein 1999; smooth noise and standing elites of Pinneri et
-    al. 2020) -> Found.
+    al. 2020; a floor under the deviation that falls to 0, Szita and Lorincz 2006) -> Found.
 
     cost: actions [n, F, A] -> [n], maybe with noise: at the end mean and best candidate are judged anew. UserError for
     a cost that is not finite anywhere.
     """
     candidates, history, best = law.draw(search.population, search.smoothing, generator), [], (math.inf, None)
-    mean, std = law.mean.expand_as(law.bank[0]), law.spread().expand_as(law.bank[0])
+    (mean, std), elites = (row.expand_as(law.bank[0]) for row in (law.mean, law.spread())), candidates[:0]
     for number in range(search.iterations):
         if number:
             shape, kept = (search.population, *mean.shape), elites[: int(search.keep * search.elites)]
@@ -203,6 +194,7 @@ def cross_entropy(cost, law, search, generator):
         elites, stays = candidates[order], search.momentum if number else 0.0
         mean = stays * mean + (1 - stays) * elites.mean(0)
         std = stays * std + (1 - stays) * elites.std(0, unbiased=False)
+        std = torch.maximum(std, FLOOR * (1 - (number + 1) / search.iterations) * law.spread())
         best = min(best, (float(costs[order[0]]), elites[0]), key=lambda pair: pair[0])
         history.append([float(costs[order[0]]), float(costs[order].mean()), float(costs[costs.isfinite()].mean())])
     finalists = torch.stack([mean, best[1]])
@@ -325,9 +317,9 @@ def scene_case(model, wish, args, number):
     context, _, targets = model.see(clips[place][None].to(model.image_mean.device))
     last, pictures = cfg.now_frames + cfg.soon_frames - 1, clips[place].permute(0, 2, 3, 1).numpy()
     if wish is None:
-        side = E.future_of(E.Job(scene_seed, goal, kind), cfg)["choice"] * (kind in FORKS)
+        side = E.future_of(E.Job(scene_seed, goal, kind), cfg)["choice"] * (kind in V.FORKS)
         wish = Wish(wanted_latents(targets[0], args.part, cfg))
-    elif wish.quantity == "lateral" and kind in FORKS:
+    elif wish.quantity == "lateral" and kind in V.FORKS:
         side = int(np.sign(wish.value))
     speed = np.full(1 + cfg.num_frames - cfg.now_frames, labels[0]["speed"][cfg.now_frames - 1])
     own, true = dict(speed=speed, yaw_rate=0 * speed), torch.stack([future_actions(one, cfg) for one in labels])
@@ -342,19 +334,17 @@ def wanted_latents(targets, part, cfg):
     return soon[-cfg.sites :] if part == "end" else soon
 
 
-def video_case(model, wish, args, clip, name):
-    """A clip of a video, (frames [T, 3, H, W], labels) with all signals -> Case; its own future is the goal unless
-    `wish` is given."""
-    (frames, labels), cfg = clip, model.cfg
-    context, _, targets = model.see(frames[None].to(model.image_mean.device))
-    pictures, count = frames.permute(0, 2, 3, 1).numpy(), 1 + cfg.num_frames - cfg.now_frames
-    shown = pictures[cfg.now_frames + cfg.soon_frames - 1]
+def video_case(model, wish, args, frames, actions, speed, video):
+    """A clip of a video, uint8 [T, H, W, 3], with its true actions [F, A] and the speed in NOW (0: unknown) -> Case;
+    its own future is the goal unless `wish` is given."""
+    cfg = model.cfg
+    context, _, targets = model.see(E.as_frames(frames)[None].to(model.image_mean.device))
+    shown, count = frames[cfg.now_frames + cfg.soon_frames - 1], 1 + cfg.num_frames - cfg.now_frames
     if wish is not None:
-        shown = None if wish.goal is None else wish.about["picture"]
+        shown = wish.about.get("picture")
     wish = wish or Wish(wanted_latents(targets[0], args.part, cfg))
-    first = {name: (labels.get(name) or [None] * cfg.num_frames)[cfg.now_frames - 1] or 0.0 for name in ("speed",)}
-    own = dict(speed=np.full(count, first["speed"]), yaw_rate=np.zeros(count))
-    return Case(name, pictures[cfg.now_frames - 1], shown, context, wish, future_actions(labels, cfg)[None], own)
+    own = dict(speed=np.full(count, speed), yaw_rate=np.zeros(count))
+    return Case(video.name, frames[cfg.now_frames - 1], shown, context, wish, actions[None], own)
 
 
 def idle_actions(case, cfg):
@@ -398,22 +388,36 @@ def make_plan(model, case, law, args, number):
 # -- what is there before the search
 
 
-def law_of(model, clips):
-    """Law of labels of training clips, with the model's own statistics. UserError where none has the signals."""
-    cfg, rows = model.cfg, [future_actions(labels, model.cfg) for labels in clips]
+def training_scenes(cfg):
+    """Actions of the first training scenes -> list of [F, A]."""
+    count = min(BANK_CLIPS, cfg.scene_clips) if cfg.scenes == "files" else BANK_CLIPS
+    seeds = (V.scene_seed_at(cfg, index) for index in range(count))
+    return [future_actions(V.scene_truth(scene_seed, 0, cfg)[-1], cfg) for scene_seed in seeds]
+
+
+def training_videos(source, cfg):
+    """Actions of windows of training files, of which no frame is decoded -> list of [F, A]. Files that cannot be read
+    are passed over."""
+    data, rows, names = source.dataset(cfg, "bank"), [], cfg.action_names
+    for index in range(min(BANK_CLIPS, 8 * len(data.videos))):
+        video, (plan, _) = data.videos[next(data.candidates(index))], data.plan_of(index, cfg.height, cfg.width)
+        try:
+            annotation = V.read_annotation(source.root, video)
+            signals = V.timed_signals(annotation, video, V.fit_plan(plan, video, annotation), names)
+        except (V.BadFile, *V.DECODE_ERRORS):
+            continue
+        rows.append(future_actions(signals, cfg))
+    return rows
+
+
+def law_of(model, rows):
+    """Law of training's actions, a list of [F, A], with the model's own statistics; None where none has all signals."""
     rows = [row for row in rows if row.isfinite().all()]
     if not rows:
         return None
     bank = torch.stack(rows)
     low, high = bank.flatten(0, 1).amin(0), bank.flatten(0, 1).amax(0)
     return Law(model.action_mean.cpu(), model.action_std.cpu(), low, high, bank)
-
-
-def training_scenes(cfg):
-    """Labels of the first training scenes, drawn small since labels do not depend on the size -> list."""
-    small = replace(cfg, image_size=(16, 16), scene_size=0)
-    seeds = range(min(BANK_CLIPS, cfg.scene_clips if cfg.scenes == "files" else BANK_CLIPS))
-    return [V.scene(V.scene_seed_at(cfg, index), 0, small)[1] for index in seeds]
 
 
 @torch.no_grad()
@@ -457,20 +461,19 @@ def goal_wish(model, args):
 
 
 def prepare(model, source, args):
-    """-> (Law, Wish or None for each case's own, generator of Cases)."""
-    cfg, root = model.cfg, source and source.root
-    bank = None if source is None else E.VideoClips(source.dataset(cfg, "bank"), BANK_CLIPS)
-    labels = training_scenes(cfg) if source is None else [bank[index][1] for index in range(len(bank))]
-    law, names = law_of(model, labels), ", ".join(cfg.action_names)
+    """-> (Law; Wish, None where each case has its own; generator of Cases)."""
+    cfg, wish = model.cfg, goal_wish(model, args) if args.goal else None
+    law = law_of(model, training_scenes(cfg) if source is None else training_videos(source, cfg))
     if law is None:
-        raise V.UserError(f"data_root {root}: no training file has the signals {names} in an annotation (--data_root)")
-    wish = goal_wish(model, args) if args.goal else None
+        names = ", ".join(cfg.action_names)
+        raise V.UserError(f"data_root {source.root}: no training file has the signals {names} (--data_root)")
     if args.probe:
-        clips = bank
         if source is None:
             kinds = (args.kind, "")  # a half as the run's own mix
             jobs = [E.Job(PROBE_SEED + index, 0, kinds[index % 2]) for index in range(PROBE_CLIPS)]
             clips = E.SceneJobs(jobs, cfg)
+        else:
+            clips = E.VideoClips(source.dataset(cfg, "bank"), PROBE_CLIPS)
         wish = fit_probe(model, clips, *args.probe, args.num_workers)
     if source is None:
         return law, wish, (scene_case(model, wish, args, number) for number in range(args.num_scenes))
@@ -479,20 +482,20 @@ def prepare(model, source, args):
 
 def video_cases(model, source, wish, args):
     """Clips of held-out videos that have all signals -> generator of Cases. UserError where none has."""
-    cfg, found = model.cfg, 0
-    clips = E.VideoClips(source.dataset(cfg, "val"), args.num_scenes)
-    for index in range(len(clips)):
-        frames, labels = clips[index]
-        if labels["file"] < 0:
-            raise E.unreadable(source, "held-out", dict(labels["bad"]))
-        name = clips.dataset.videos[labels["file"]].name
-        if not future_actions(labels, cfg).isfinite().all():
-            V.say(f"note: {name}: no signals {', '.join(cfg.action_names)} for its clip, left out", sys.stderr)
+    cfg, data, found, names = model.cfg, source.dataset(model.cfg, "val"), 0, ", ".join(model.cfg.action_names)
+    for index in range(min(args.num_scenes, 32 * len(data.videos))):
+        frames, number, annotation, bad, _ = data.decode(index, cfg.height, cfg.width)
+        if number < 0:
+            raise E.unreadable(source, "held-out", dict(bad))
+        video, actions = data.videos[number], annotation["actions"][cfg.future_tubelets[0] :]
+        if not actions.isfinite().all():
+            V.say(f"note: {video.name}: its clip has not all of the signals {names}, left out", sys.stderr)
             continue
+        plan = V.fit_plan(data.plan_of(index, cfg.height, cfg.width)[0], video, annotation)
+        speed = V.timed_signals(annotation, video, plan, ("speed",)).get("speed", np.zeros(cfg.num_frames))
         found += 1
-        yield video_case(model, wish, args, (frames, labels), name)
+        yield video_case(model, wish, args, frames, actions, float(np.nan_to_num(speed[cfg.now_frames - 1])), video)
     if not found:
-        names = ", ".join(cfg.action_names)
         raise V.UserError(f"data_root {source.root}: no held-out clip has the signals {names} (--data_root)")
 
 
