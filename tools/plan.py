@@ -321,6 +321,9 @@ def scene_case(model, wish, args, number):
         wish = Wish(wanted_latents(targets[0], args.part, cfg))
     elif wish.quantity == "lateral" and kind in V.FORKS:
         side = int(np.sign(wish.value))
+    if wish.quantity and math.isnan(quantity_of(labels[place], wish.quantity, cfg)):
+        text = f"probe {wish.quantity}: nobody knows it in scenes of kind {kind} (--probe, --kind)"
+        raise V.UserError(text)
     speed = np.full(1 + cfg.num_frames - cfg.now_frames, labels[0]["speed"][cfg.now_frames - 1])
     own, true = dict(speed=speed, yaw_rate=0 * speed), torch.stack([future_actions(one, cfg) for one in labels])
     shown = None if wish.goal is None else wish.about.get("picture", pictures[last])
@@ -441,6 +444,8 @@ def fit_probe(model, clips, name, value, num_workers):
     r2 = E.r2(torch.stack([truth[held], read], 1).double().numpy())
     bar.close(f"probe of {name}: {len(truth)} clips, R2 {r2:.2f} on {int(held.sum())} held out")
     span = [float(truth.min()), float(truth.max())]
+    if not span[0] <= value <= span[1]:
+        V.say(f"note: {name} = {value:g} is wanted; the probe saw {span[0]:.3g} to {span[1]:.3g} only", sys.stderr)
     return Wish(quantity=name, value=value, weights=weights, about={"probe_r2": r2, "seen": span, "clips": len(truth)})
 
 
@@ -554,6 +559,17 @@ def model_figures(plans, cfg):
     return figures
 
 
+def say_figures(figures):
+    """Figures with intervals and controls on standard output; a note where the forecasts do not hang on the actions."""
+    for name, figure in figures.items():
+        interval = "" if figure["interval"] is None else "  95 % {:.3g} to {:.3g}".format(*figure["interval"])
+        beside = ", ".join(f"{control} {value:.3g}" for control, value in figure["controls"].items())
+        V.say(f"{name:<20}{E.short(figure['value']):>10}{interval}  ({beside})")
+    believed = figures["plan_believed"]
+    if believed["value"] and believed["controls"]["random actions"] < 1.01 * believed["value"]:
+        V.say("note: the forecasts hardly change with the actions; this checkpoint has not learned to hear them")
+
+
 def plan_record(plan):
     """One case of plan.json -> dict of plain values."""
     best, record = best_true(plan), {"title": plan.case.title, "wanted_side": plan.case.side}
@@ -570,10 +586,10 @@ def plan_record(plan):
 # -- picture
 
 LOOKS = {  # name -> title, colour, line width
-    "true": ("true futures", P.UNIT["truth"], 1.2),
     "random": ("random actions", P.UNIT["between"], 1.0),
-    "nothing": ("do nothing", P.UNIT["ceiling"], 1.6),
-    "plan": ("plan", P.UNIT["right"], 2.6),
+    "nothing": ("do nothing", P.UNIT["point"], 1.6),
+    "true": ("true futures", P.UNIT["truth"], 1.6),
+    "plan": ("plan", P.UNIT["right"], 2.8),
 }
 
 
@@ -595,11 +611,11 @@ def plot_frames(figure, plan, cfg):
     shown = [(plan.case.now, "NOW", "black"), (plan.case.wanted, "goal, end of SOON", LOOKS["true"][1])]
     if plan.frames:
         own, colour = plan.frames["plan"][0], LOOKS["plan"][1]
-        shown += [(own[middle], "plan driven, middle", colour), (own[last], "plan driven, end", colour)]
-        shown.append((plan.frames["true"][best_true(plan)][last], "best true actions, end", LOOKS["true"][1]))
-        shown.append((plan.frames["random"][0][last], "random actions, end", LOOKS["random"][1]))
-    rows = len(shown) // 2
-    for axes, (picture, title, colour) in zip(figure.subplots(rows, 2, squeeze=False).flat, shown):
+        shown.append((plan.frames["true"][best_true(plan)][last], "best true actions", LOOKS["true"][1]))
+        shown += [(own[middle], "plan, middle of SOON", colour), (own[last], "plan, end of SOON", colour)]
+        shown.append((plan.frames["random"][0][last], "random actions", LOOKS["random"][1]))
+    rows = math.ceil(len(shown) / 3)
+    for axes, (picture, title, colour) in zip(figure.subplots(rows, len(shown) // rows, squeeze=False).flat, shown):
         show_picture(axes, picture, title, colour)
 
 
@@ -630,16 +646,16 @@ def plot_costs(axes, plan):
     axes.axhline(plan.believed["true"][best_true(plan)], color=LOOKS["true"][1], linewidth=1.4, label="best true")
     axes.axhline(plan.believed["nothing"][0], color=LOOKS["nothing"][1], linewidth=1.4, label="do nothing")
     axes.set_xlabel("iteration"), axes.set_title("cost in the model's eyes", fontsize=10)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.12 * max(everyone.max(), plan.believed["nothing"][0], plan.believed["true"].min()))
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_plans(path, plans, caption, cfg):
     """plan.png: up to three cases, one per row."""
     shown = plans[:3]
-    figure = P.new_figure(14, 4.3 * len(shown) + 0.4)
+    figure = P.new_figure(15, 4.2 * len(shown) + 0.4)
     for row, plan in zip(np.atleast_1d(figure.subfigures(len(shown), 1)), shown):
-        frames, charts = row.subfigures(1, 2, width_ratios=(1, 1.35))
+        frames, charts = row.subfigures(1, 2, width_ratios=(1, 1.25))
         plot_frames(frames, plan, cfg)
         above, costs = charts.subplots(1, 2)
         plot_paths(above, plan, cfg)
@@ -748,10 +764,7 @@ def plan_all(args):
         bar.show((number + 1) / args.num_scenes, f"plan: {number + 1}/{args.num_scenes}")
     bar.close(f"plan: {len(plans)} of them, {V.describe_time(bar.seconds)}")
     figures = (regret_figures(plans) if plans[0].driven else {}) | model_figures(plans, cfg)
-    for name, figure in figures.items():
-        interval = "" if figure["interval"] is None else "  95 % {:.3g} to {:.3g}".format(*figure["interval"])
-        beside = ", ".join(f"{control} {value:.3g}" for control, value in figure["controls"].items())
-        V.say(f"{name:<20}{figure['value']:>10.3g}{interval}  ({beside})")
+    say_figures(figures)
     about = {} if wish is None else {key: value for key, value in wish.about.items() if key != "picture"}
     wanted = f"{wish.quantity} = {wish.value:g}" if args.probe else args.goal or "a true future"
     settings = {name: getattr(args, name) for name in ("mode", "samples", "alpha", "part", "kind", "seed")}
@@ -764,7 +777,7 @@ def plan_all(args):
     report["plans"] = [plan_record(plan) for plan in plans]
     paths = [out / "plan.json", out / "plan.png"]
     V.write_report(paths[0], E.without_nan(report))
-    draw_plans(paths[1], plans, f"wanted: {wanted}; mode {args.mode}; {len(plans)} planned from", cfg)
+    draw_plans(paths[1], plans, f"The first of {len(plans)} plans. Wanted: {wanted}; mode {args.mode}.", cfg)
     return paths
 
 
