@@ -74,6 +74,21 @@ def test_plans_stay_within_what_training_saw():
     assert torch.cat(seen).abs().max() <= 2 and found.actions.min() > 1.7
 
 
+def test_plans_stay_within_reach_of_what_was_driven():
+    """Two sequences were driven; the best lies between them, where nobody drove: the plan stops at its reach, in units
+    of the spread. Seen red with the mean of the elites judged as it is."""
+    ones = torch.ones(2)
+    bank = torch.stack([torch.ones(4, 2), -torch.ones(4, 2)])
+    law = L.Law(0 * ones, 0.5 * ones, -ones, ones, bank, 0.4)
+    found = L.cross_entropy(lambda actions: actions.square().sum((1, 2)), law, L.Search(), generator())
+    assert law.apart(found.actions[None]).min() <= 0.4 + 1e-5
+    assert found.actions.abs().mean() == pytest.approx(1 - 0.4 * float(law.spread()[0]), abs=0.02)
+    model = SimpleNamespace(action_mean=0 * ones, action_std=0.5 * ones)
+    drawn = L.law_of(model, list(torch.randn(64, 4, 2, generator=generator())), 2.0)
+    nearest = drawn.apart(drawn.bank).fill_diagonal_(9).amin(1)
+    assert (nearest < drawn.reach / 2).float().mean() == pytest.approx(0.95, abs=0.02)
+
+
 def test_the_seed_decides_and_nothing_else():
     """Equal seeds give equal plans to the bit, others do not; the global generator is neither used nor moved."""
     search, law, state = L.Search(3, 16, 4), toy_law(), torch.get_rng_state()
@@ -233,7 +248,7 @@ def oracle_plans(count, **options):
     model, search = Oracle(cfg), L.Search(2, 10, 3)
     own = dict(mode="point", samples=1, alpha=1.0, part="end", kind="steered", seed=0, search=search)
     args, plans = SimpleNamespace(**{**own, **options}), []
-    law = L.law_of(model, L.training_scenes(cfg)[:16])
+    law = L.law_of(model, L.training_scenes(cfg)[:16], 1.0)
     for number in range(count):
         case = L.scene_case(model, None, args, number)
         model.job = case.job

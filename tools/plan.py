@@ -119,17 +119,30 @@ def future_actions(labels, cfg):
 
 @dataclass
 class Law:
-    """How training drove: mean, std, low, high [A] of its signals in SI units; bank [n, F, A] of sequences it saw."""
+    """How training drove: mean, std, low, high [A] of its signals in SI units; bank [N, F, A] of sequences that it saw;
+    reach: how far from the nearest of these a plan may lie, as root mean square in units of `spread`."""
 
     mean: torch.Tensor
     std: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
     bank: torch.Tensor
+    reach: float = math.inf
+
+    def apart(self, actions):
+        """Distances of sequences [n, F, A] from those of the bank -> [n, N]."""
+        rows, bank = ((these / self.spread()).flatten(1) for these in (actions, self.bank))
+        return torch.cdist(rows, bank) / math.sqrt(bank.shape[1])
 
     def clip(self, actions):
-        """Within what training saw."""
-        return torch.maximum(torch.minimum(actions, self.high), self.low)
+        """Within what training saw: every signal within its bounds, every sequence within reach of one that was driven.
+        Elsewhere a model has learned nothing, and a search finds where it errs in one's favour."""
+        actions = torch.maximum(torch.minimum(actions, self.high), self.low)
+        if not math.isfinite(self.reach):
+            return actions
+        distance, nearest = self.apart(actions).min(1)
+        share, nearest = (self.reach / distance.clamp_min(1e-12)).clamp_max(1)[:, None, None], self.bank[nearest]
+        return nearest + share * (actions - nearest)
 
     def spread(self):
         """Deviation [A] of the first draws: rare signals, as steering is, lie far outside their own deviation."""
@@ -185,8 +198,9 @@ def cross_entropy(cost, law, search, generator):
     for number in range(search.iterations):
         if number:
             shape, kept = (search.population, *mean.shape), elites[: int(search.keep * search.elites)]
-            candidates = law.clip(mean + std * smooth_noise(shape, search.smoothing, generator))
+            candidates = mean + std * smooth_noise(shape, search.smoothing, generator)
             candidates[0], candidates[1 : 1 + len(kept)] = mean, kept[: search.population - 1]
+            candidates = law.clip(candidates)
         costs = cost(candidates)
         if not costs.isfinite().any():
             raise V.UserError("the model's forecasts under actions are not finite: no plan can be told from another")
@@ -197,7 +211,7 @@ def cross_entropy(cost, law, search, generator):
         std = torch.maximum(std, FLOOR * (1 - (number + 1) / search.iterations) * law.spread())
         best = min(best, (float(costs[order[0]]), elites[0]), key=lambda pair: pair[0])
         history.append([float(costs[order[0]]), float(costs[order].mean()), float(costs[costs.isfinite()].mean())])
-    finalists = torch.stack([mean, best[1]])
+    finalists = law.clip(torch.stack([mean, best[1]]))
     costs = cost(finalists)
     return Found(finalists[costs.argmin()], float(costs.min()), history)
 
@@ -413,14 +427,19 @@ def training_videos(source, cfg):
     return rows
 
 
-def law_of(model, rows):
-    """Law of training's actions, a list of [F, A], with the model's own statistics; None where none has all signals."""
+def law_of(model, rows, reach):
+    """Law of training's actions, a list of [F, A], with the model's own statistics; None where none has all signals.
+    reach: 1 is what 95 % of the sequences have to their nearest neighbour; 0 sets no limit."""
     rows = [row for row in rows if row.isfinite().all()]
     if not rows:
         return None
     bank = torch.stack(rows)
     low, high = bank.flatten(0, 1).amin(0), bank.flatten(0, 1).amax(0)
-    return Law(model.action_mean.cpu(), model.action_std.cpu(), low, high, bank)
+    law = Law(model.action_mean.cpu(), model.action_std.cpu(), low, high, bank)
+    if reach and len(bank) > 1:
+        neighbour = law.apart(bank).fill_diagonal_(math.inf).amin(1)
+        law.reach = reach * float(neighbour.quantile(0.95)) or math.inf
+    return law
 
 
 @torch.no_grad()
@@ -468,7 +487,7 @@ def goal_wish(model, args):
 def prepare(model, source, args):
     """-> (Law; Wish, None where each case has its own; generator of Cases)."""
     cfg, wish = model.cfg, goal_wish(model, args) if args.goal else None
-    law = law_of(model, training_scenes(cfg) if source is None else training_videos(source, cfg))
+    law = law_of(model, training_scenes(cfg) if source is None else training_videos(source, cfg), args.reach)
     if law is None:
         names = ", ".join(cfg.action_names)
         raise V.UserError(f"data_root {source.root}: no training file has the signals {names} (--data_root)")
@@ -674,7 +693,13 @@ def draw_plans(path, plans, caption, cfg):
 QUANTITIES = ("lateral", *E.SIGNALS)
 LIMITS = {
     **{"samples": (1, 1024), "iterations": (1, 1000), "population": (2, 10**5), "elites": (1, 10**5)},
-    **{"num_scenes": (1, 10**4), "alpha": (0.001, 1), "momentum": (0, 0.99), "smoothing": (0, 0.99)},
+    **{
+        "num_scenes": (1, 10**4),
+        "alpha": (0.001, 1),
+        "momentum": (0, 0.99),
+        "smoothing": (0, 0.99),
+        "reach": (0, 1000),
+    },
     **{"start": (0, 10**7), "seed": (0, 10**4), "num_workers": (0, 64)},
 }
 
@@ -711,6 +736,8 @@ def parse_arguments(argv):
         flag(f"--{name}", type=int, default=getattr(own, name), help=f"{about} [{getattr(own, name)}]")
     flag("--momentum", type=float, default=own.momentum, help=f"share of the last round that stays [{own.momentum}]")
     flag("--smoothing", type=float, default=own.smoothing, help=f"correlation in time of the noise [{own.smoothing}]")
+    reach = "how far a plan may lie from what training drove, in the distance of neighbours there; 0: anywhere [1]"
+    flag("--reach", type=float, default=1.0, help=reach)
     flag("--num_scenes", type=int, default=16, help="scenes or clips to plan from [16]")
     flag("--data", default="", choices=("", "scenes", "videos"), help="plan from these [what the run learned from]")
     flag("--kind", default="", choices=("", *V.SCENE_KINDS), help="kind of the scenes [a fork that the run knows]")
@@ -767,7 +794,7 @@ def plan_all(args):
     say_figures(figures)
     about = {} if wish is None else {key: value for key, value in wish.about.items() if key != "picture"}
     wanted = f"{wish.quantity} = {wish.value:g}" if args.probe else args.goal or "a true future"
-    settings = {name: getattr(args, name) for name in ("mode", "samples", "alpha", "part", "kind", "seed")}
+    settings = {name: getattr(args, name) for name in ("mode", "samples", "alpha", "part", "kind", "seed", "reach")}
     report = {"checkpoint": str(args.ckpt), "actions": list(cfg.action_names), "wanted": wanted, **about}
     report |= {
         "settings": settings | asdict(args.search),
