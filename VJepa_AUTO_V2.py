@@ -2123,7 +2123,10 @@ def timed_signals(annotation, video, plan, names):
     values = signal_values(annotation, names)
     if not values:
         return {}
-    duration, native_fps = video_timing(video.path, plan)
+    try:
+        duration, native_fps = video_timing(video.path, plan)
+    except DECODE_ERRORS as error:
+        raise BadFile(f"no times for its signals: {one_line(reason_of(error))}") from error
     at = (frame_times(plan, duration, native_fps) - video.begin) * float(annotation.get("fps") or native_fps)
     at = at.astype(int)
     return {name: np.append(row, math.nan)[np.minimum(at, len(row))] for name, row in values.items()}
@@ -3062,10 +3065,8 @@ def scene_labels(scene, future, pose, mover):
     """What is true of a clip -> dict of values and per-frame lists in SI units, None where a thing is not there."""
     side, kind, tau = future["choice"], scene["kind"], pose["tau"]
     forks, accel = kind in FORKS, np.gradient(pose["speed"], pose["times"]) * (tau > 0)  # NOW knows no future
-    moves = {
-        **dict.fromkeys(FORKS, f"fork_{SIDE_NAMES[side]}"),
-        "lane": f"lane_change_{SIDE_NAMES[side]}" if side else "keep",
-    }
+    moves = {"lane": f"lane_change_{SIDE_NAMES[side]}" if side else "keep"}
+    moves |= dict.fromkeys(FORKS, f"fork_{SIDE_NAMES[side]}")
     braked = future["brake_at"] < tau[-1]
     mover_u = mover_depth = [None] * len(tau)
     event = np.full(len(tau), "", object)
@@ -3537,11 +3538,13 @@ class ClipDataset(FileDataset):
         noted = read_annotation(self.data_root, video).items()
         annotation = {"maneuver": video.label or "", **{key: value for key, value in noted if value is not None}}
         plan, *later = (fit_plan(one, video, annotation) for one in (replace(plan, later=()), *plan.later))
+        if self.frame_cache is not None:
+            frames = self.frame_cache.read(video.path, plan, self.watch.note)
+        else:
+            frames = self.read_window(video.path, plan, later)
         if names := self.cfg.action_names:
             annotation["actions"] = action_rows(timed_signals(annotation, video, plan, names), self.cfg)
-        if self.frame_cache is not None:
-            return self.frame_cache.read(video.path, plan, self.watch.note), annotation
-        return self.read_window(video.path, plan, later), annotation
+        return frames, annotation
 
     def read_window(self, path, plan, later):
         """read_frames of a plan -> uint8 [T, H, W, 3]. Where windows of its group follow, the decoder waits at its end,
@@ -5482,7 +5485,8 @@ class Predictor(nn.Module):
 
     A SOON position starts from what the context holds at its site in the last NOW tubelet, so that the trunk learns
     what changes and need not first learn to copy; not so where `soon_start` is mask, as in published predictors.
-    Actions of the SOON tubelets stand beside the positions as tokens, each in the middle of its tubelet.
+    Actions of the SOON tubelets stand beside the positions as tokens, each in the middle of its tubelet, and are added
+    to the positions of that: by attention alone a short run learned nothing of them.
     """
 
     def __init__(self, cfg):
@@ -5507,10 +5511,12 @@ class Predictor(nn.Module):
         seen = self.embed(context)  # [B, K, P]
         if family == SOON and self.from_last:
             holes = holes + seen[:, -self.sites :].repeat(1, mask_idx.shape[1] // self.sites, 1)
-        x, until = torch.cat([seen, holes.to(seen.dtype)], 1), idx.shape[1]
+        parts, until = [seen, holes], idx.shape[1]
         if actions is not None:
-            x = torch.cat([x, self.actions(actions, passive).to(x.dtype)], 1)
+            tokens = self.actions(actions, passive)  # [B, t, P]
+            parts = [seen, holes + tokens.repeat_interleave(self.sites, 1), tokens]
             idx = torch.cat([idx, mask_idx[:, self.sites // 2 :: self.sites]], 1)
+        x = torch.cat([part.to(seen.dtype) for part in parts], 1)
         x = self.position.add(x, idx)  # [B, K + M, P], with actions t more
         return self.out(self.trunk(x, self.position.rope(idx))[:, keep_idx.shape[1] : until])
 
@@ -5624,9 +5630,10 @@ class FlowNet(nn.Module):
         self.blocks = nn.ModuleList(FlowBlock(W, cfg.enc_dim, cfg.flow_heads, joint) for _ in range(cfg.flow_depth))
         self.norm, self.modulate = nn.LayerNorm(W, eps=1e-6, elementwise_affine=False), nn.Linear(W, 2 * W)
         num_signals, (_, _, times), self.actions = len(cfg.action_names), cfg.future_tubelets, None
-        if num_signals:  # all at once and whether there are none, or one by one
-            told = nn.Linear(times * num_signals + 1, W) if joint else ActionTokens(num_signals, times, cfg.enc_dim)
-            self.actions = told
+        if num_signals and joint:
+            self.actions = nn.Linear(times * num_signals + 1, W)  # all at once, and whether there are none
+        elif num_signals:
+            self.actions = ActionTokens(num_signals, times, cfg.enc_dim)
         for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
             # at 0.02 what comes from NOW is a product of small numbers: a short run samples as if it were not there
             nn.init.trunc_normal_(linear.weight, std=linear.in_features**-0.5)
@@ -5897,7 +5904,7 @@ def gather_rows(rows, world_size):
 @torch.no_grad()
 def cache_latents(model, run):
     """Frozen latents of this rank's clips, those after the last step's -> (contexts [n, K, D], futures [n, F, D]), and
-    with actions these, [n, F, A], on the CPU. StoppedTogether on a signal."""
+    with actions these, [n, tubelets, A], on the CPU. StoppedTogether on a signal."""
     cfg, process, size, began = model.cfg, run.process, 4 * model.cfg.batch_size, time.perf_counter()
     num_batches = math.ceil(cfg.flow_fit_clips / (size * process.world_size))
     loader = run.loader("train", run.progress.consumed, num_batches, size)
@@ -5908,7 +5915,7 @@ def cache_latents(model, run):
                 batch = to_device(batch, process.device)
                 parts = [model.context_of(batch), model.future_target(model.targets_of(batch))]
             kinds = (kept, kept, torch.float32)
-            parts += [batch["actions"][:, cfg.future_tubelets[0] :]] if cfg.action_names else []
+            parts += [batch["actions"]] if cfg.action_names else []
             # taken whole: joining pieces in the end would need the memory twice
             cached = cached or [
                 torch.empty((num_batches * size, *part.shape[1:]), dtype=kind) for part, kind in zip(parts, kinds)
@@ -5955,16 +5962,11 @@ def flow_coordinates(model, latents, process, is_fitted):
 
 
 def told_in_fit(fit, step, rng, chosen, actions=None):
-    """Actions [b, F, A] of a fit's chosen clips, and which of these hide them -> entries of its batch."""
+    """Actions of a fit's chosen clips, and which of these hide them -> entries of its batch."""
     if actions is None:
         return {}
     hidden = torch.rand(len(chosen), generator=rng) < fit.cfg.action_drop * (step is not None)
     return {"actions": actions[chosen], "actions_hidden": hidden}
-
-
-def given_in_fit(fit, batch):
-    """What a fit's batch gives the nets of its actions."""
-    return fit.model.given(len(batch["context"]), batch.get("actions"), batch.get("actions_hidden"))
 
 
 class SoonFit(Fit):
@@ -5987,7 +5989,7 @@ class SoonFit(Fit):
 
     def forward(self, batch):
         context = batch["context"].float()
-        loss = l1_loss(self.model.predict_soon(context, given_in_fit(self, batch)), batch["soon"])
+        loss = l1_loss(self.model.predict_soon(context, self.model.given_of(batch, len(context))), batch["soon"])
         return {"loss_total": loss, "loss_soon": loss}, {}, {}
 
 
@@ -6020,7 +6022,7 @@ class FlowFit(Fit):
     def forward(self, batch):
         flow = self.model.flow if torch.is_grad_enabled() else self.model.flow_ema
         y = batch["y"][:, None].expand_as(batch["noise"])
-        projected = flow.project(batch["context"].float(), *given_in_fit(self, batch))
+        projected = flow.project(batch["context"].float(), *self.model.given_of(batch, len(y)))
         loss = velocity_loss(flow, projected, y, batch["noise"], batch["tau"])
         return {"loss_total": loss, "loss_flow": loss}, {}, {}
 
@@ -6464,8 +6466,8 @@ def take_weights(model, cfg, say):
     say(f"weights: encoder of {origin.path} ({origin.what}), {count:.1f} M, {into}")
     say(take_predictor(model, cfg, predictor, origin))
     left_out = f"; left out: {origin.left_out}" * bool(origin.left_out)
-    anew = "outcome head, flow net, read-out and action tokens" if cfg.action_names else ""
-    say(f"weights: {anew or 'outcome head, flow net and read-out'} start anew{left_out}")
+    anew = "flow net, read-out and action tokens" if cfg.action_names else "flow net and read-out"
+    say(f"weights: outcome head, {anew} start anew{left_out}")
     if cfg.num_frames > (seen := origin.cfg.num_frames):
         say(f"note: a clip has {cfg.num_frames} frames, the weights saw at most {seen}")
 
@@ -6755,26 +6757,22 @@ class VJepaAutoV2(World):
         return self.encode_now(self.online.tokenizer(self.normalise(frames[:, : self.cfg.now_frames])))
 
     def given(self, num_clips, actions=None, hidden=None):
-        """Future actions in SI units [B, F, A], NaN in passive clips, and which clips hide theirs [B] -> what nets
-        take: (actions in units of their deviation [B, F, A], 0 in passive clips, those [B]); () in a world without
-        actions. Without `actions` all clips are passive."""
+        """Actions in SI units [B, >= F, A], the last F of which are the future's, NaN in passive clips, and which clips
+        hide theirs [B] -> what nets take: (in units of their deviation [B, F, A], 0 in passive clips, those [B]); () in
+        a world without actions. Without `actions` all clips are passive."""
         if not self.cfg.action_names:
             return ()
+        times = self.cfg.future_tubelets[2]
         if actions is None:
-            actions = self.action_mean.new_full(
-                (num_clips, self.cfg.future_tubelets[2], len(self.action_mean)), math.nan
-            )
-        passive = actions.isnan().flatten(1).any(1)
+            actions = self.action_mean.new_full((num_clips, times, len(self.action_mean)), math.nan)
+        units = ((actions[:, -times:] - self.action_mean) / self.action_std).clamp(-30, 30)  # a sensor's fault is cut
+        passive = units.isnan().flatten(1).any(1)
         passive = passive if hidden is None else passive | hidden
-        units = ((actions - self.action_mean) / self.action_std).clamp(-30, 30)  # a sensor's fault must not drown all
         return units.masked_fill(passive[:, None, None], 0.0), passive
 
-    def given_of(self, batch):
-        """`given` of a batch of clips."""
-        if not self.cfg.action_names:
-            return ()
-        actions = batch["actions"][:, self.cfg.future_tubelets[0] :]
-        return self.given(len(actions), actions, batch["actions_hidden"])
+    def given_of(self, batch, num_clips):
+        """`given` of a batch."""
+        return self.given(num_clips, batch.get("actions"), batch.get("actions_hidden"))
 
     def told(self, num_clips, actions):
         """`given` of actions [B, F, A] in SI units that a caller names, or None. UsageError for others."""
@@ -6873,7 +6871,7 @@ class VJepaAutoV2(World):
         if cfg.lambda_vjepa:
             losses["loss_vjepa"] = self.now_loss(tokens, targets, batch)
         context = self.context_of(batch) if tokens is None else self.encode_now(tokens)  # [B, K, D]
-        given = self.given_of(batch)
+        given = self.given_of(batch, len(targets))
         soon_preds = self.predict_soon(context, given)  # [B, M, D]
         soon_targets = gather_tokens(targets, self.soon_idx.expand(len(targets), -1))
         losses["loss_soon"] = l1_loss(soon_preds, soon_targets)
@@ -6966,7 +6964,9 @@ class VJepaAutoV2(World):
         cfg, context = self.cfg, self.context_of(batch)
         still, soon = targets[:, cfg.now_tokens - cfg.sites :].split((cfg.sites, targets.shape[1] - cfg.now_tokens), 1)
         soon = soon[:, : cfg.soon_tokens]
-        active, passive = (l1_loss(self.predict_soon(context, told), soon) for told in (self.given_of(batch), None))
+        active, passive = (
+            l1_loss(self.predict_soon(context, told), soon) for told in (self.given_of(batch, len(soon)), None)
+        )
         persistence = l1_loss(still.repeat(1, cfg.soon_tokens // cfg.sites, 1), soon)
         return {"soon_action_gain": float((passive - active) / persistence.clamp_min(1e-12))}
 
@@ -7000,8 +7000,7 @@ class VJepaAutoV2(World):
         shares = (f"{name} {value / sum(flops.values()):.0%}" for name, value in flops.items())
         held = sum(size[cfg.shard == "fsdp"] for size in held_bytes(self, self.world_size).values())
         target = "frozen, target as well" if cfg.freeze_encoder else "target = online"
-        told = f"actions: {cfg.actions} of SOON's tubelets to the forecast, of EVENTUALLY's as well to the flow net; "
-        told += f"hidden in {cfg.action_drop:.0%} of the clips"
+        told = f"actions: {cfg.actions}, hidden in {cfg.action_drop:.0%} of the clips"
         target = f"target {sizes['target']:.2f} M, frozen" if cfg.teacher == "frozen" else target
         grid = f"grid {' x '.join(map(str, cfg.grid))} = {cfg.num_tokens} tokens"
         return [

@@ -89,6 +89,9 @@ def random_batch(cfg, num_clips, seed=0, first=0):
     for index in range(first, first + num_clips):
         sample = V.mask_and_noise(cfg, "train", index)
         frames = rng.integers(0, 256, (cfg.num_frames, 3, cfg.height, cfg.width), dtype=np.uint8)
+        if cfg.action_names:
+            told = rng.standard_normal((cfg.num_frames // cfg.tubelet_t, len(cfg.action_names)), dtype=np.float32)
+            sample["actions"] = torch.from_numpy(told)
         sample.update(
             frames=torch.from_numpy(frames),
             file=torch.tensor(index),

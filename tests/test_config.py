@@ -638,6 +638,15 @@ RELATIONS = [
     (dict(FROZEN, teacher="frozen"), "teacher = 'frozen': freeze_encoder leaves nothing to teach (--teacher)"),
     (dict(latents="x", lambda_vjepa=0.0, **UNCROPPED), "latents = 'x': needs a frozen encoder (--freeze_encoder)"),
     (dict(FROZEN, latents="x", **UNCROPPED), "lambda_vjepa = 1.0: must be 0: cached latents know no masks"),
+    (
+        dict(actions="steer,wheel"),
+        "actions = 'steer,wheel': no signal wheel; none, or some of speed,steer,yaw_rate,accel",
+    ),
+    (dict(actions="speed, speed"), "actions = 'speed, speed': names a signal twice (--actions)"),
+    (
+        dict(FROZEN, latents="x", lambda_vjepa=0.0, actions="steer", **UNCROPPED),
+        "actions = 'steer': must be none: cached latents hold no signals (--latents) (--actions)",
+    ),
 ]
 MORE_RELATIONS = [
     (dict(soon_frames=5, num_frames=13), "soon_frames = 5"),
@@ -698,6 +707,7 @@ def test_every_word_has_a_list_or_is_free_text():
     words = {name for name, kind in V.field_types(V.VJepaAutoV2Config).items() if kind is str}
     assert words - set(V.merged(V.VJepaAutoV2Config, "CHOICES")) == {
         "preset",  # one of PRESETS
+        "actions",  # names of signals
         "data_root",
         "frame_cache",
         "video_glob",

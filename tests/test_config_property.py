@@ -73,6 +73,7 @@ TEXTS = {
     "resume": ["auto", "never", "a.pt"],
     "frame_cache": ["auto", "auto", "auto", "auto", "off", "kept"],
     "track": ["", "", "wandb", "tensorboard,wandb", ","],
+    "actions": ["none", "none", "none", "steer", "speed,accel", "yaw_rate, steer"],
     "scene_mix": ["default", "fork_only", "fork=1", "fork=3, brake=0.5", "steady=1e-9"],
 }
 ODD = [

@@ -233,7 +233,13 @@ def test_a_new_loss_touches_the_three_places_that_readme_names(scene_folder, tmp
 def test_a_real_run_logs_only_keys_of_the_tables(scene_folder, tmp_path):
     """Whatever stands in metrics.jsonl has a meaning. Seen red with a key added to validate's result."""
     cfg = small_config(
-        data_root=str(scene_folder), out_dir=str(tmp_path), steps=2, picture=False, lambda_supcon=0.5, val_clips=2
+        data_root=str(scene_folder),
+        out_dir=str(tmp_path),
+        steps=2,
+        picture=False,
+        lambda_supcon=0.5,
+        val_clips=2,
+        actions="speed",
     )
     assert V.train(cfg) == 0
     keys = {key for line in (tmp_path / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}

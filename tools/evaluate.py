@@ -53,7 +53,7 @@ import VJepa_AUTO_V2 as V
 
 EVAL_SEED = 10**16  # scene seeds from here upwards belong to evaluation
 # each has a range of its own
-SETS = ("fit", "forks", "signs", "brake", "steady", "lane", "occluder", "mix", "twins", "rare", "picture")
+SETS = ("fit", "forks", "signs", "brake", "steady", "lane", "occluder", "mix", "twins", "rare", "picture", "steered")
 SAMPLED_NUMBERS = 2**26  # of sampled latents, held at once
 
 
@@ -133,6 +133,13 @@ THRESHOLDS = {
     "surprise_recolour": (0.75, None),
     "surprise_reverse": (0.75, None),
     "surprise_auroc": (0.9, None),
+    "steered_entropy": (None, 0.1),
+    "steered_entropy_passive": (0.8, None),
+    "steered_own": (0.9, None),
+    "steered_flip": (0.9, None),
+    "steered_gain": (0.5, None),
+    "steered_gain_shuffled": (None, 0.0),
+    "steered_forecast": (0.9, None),
 }
 # figure -> what it says, without its verdict
 READINGS = {
@@ -187,6 +194,16 @@ READINGS = {
     "which it must not flag: 0.5 is chance",
     "surprise_auroc_matched": "The same when every clip is measured against another future of its own present, so "
     "that kinds of scenes do not matter",
+    "steered_entropy": "Bits that the branch of sampled futures leaves open at a fork that the own steering decides, "
+    "with the true actions: 0 is right",
+    "steered_entropy_passive": "The same without actions: NOW says nothing, so 1 bit is right",
+    "steered_own": "Share of futures sampled with the true actions that take the branch driven: 1 is right",
+    "steered_flip": "Share of clips whose samples mostly take the branch driven with the true actions, and the other "
+    "one with those of the other branch: 1 is right",
+    "steered_gain": "Energy score on the branch axis, share saved by the true actions against none: 1 is right",
+    "steered_gain_shuffled": "The same with the actions of other scenes, half of which took the other branch: they "
+    "must save nothing",
+    "steered_forecast": "Share of clips whose point forecast, told the true actions, is nearer to the branch driven",
 }
 # control -> figures made to catch it; it must fail at least one of them
 CONTROL_TESTS = {
@@ -197,7 +214,7 @@ CONTROL_TESTS = {
     "shuffled targets": ("calibration_slope", "calibration_ece", "near_real", "between_share", "es_vs_oracle"),
     "mean + noise": ("between_share", "near_real", "es_vs_oracle"),
 }
-SIGNALS = V.SIGNALS  # per-frame signals that probes read at the end of SOON
+SIGNALS = tuple(name for name in V.SIGNALS if name != "accel")  # per-frame signals that probes read at the end of SOON
 
 
 def expectation(limits):
@@ -337,6 +354,12 @@ def real_radii(real, side):
 def binomial_deviation(K):
     """Mean |share - 0.5| of a perfect sampler with K draws at even odds."""
     return sum(math.comb(K, k) * abs(k / K - 0.5) for k in range(K + 1)) / 2**K
+
+
+def binary_entropy(share):
+    """Bits of a choice between two, of shares [n] in 0 to 1 -> [n]."""
+    share = np.clip(share, 1e-12, 1 - 1e-12)
+    return -share * np.log2(share) - (1 - share) * np.log2(1 - share)
 
 
 def calibration(share, odds):
@@ -927,22 +950,19 @@ class SceneJobs(torch.utils.data.Dataset):
 def timed_annotation(annotation, video, plan):
     """Per-frame signals of an annotation at the times of a clip's frames -> dict of lists [T] and the maneuver."""
     labels = {"maneuver": str(annotation.get("maneuver", ""))}
-    signals = [name for name in SIGNALS if isinstance(annotation.get(name), list) and annotation[name]]
-    if not signals:
-        return labels
-    try:
-        plan = V.fit_plan(plan, video, annotation)
-        duration, native_fps = V.video_timing(video.path, plan)
-    except (V.BadFile, *V.DECODE_ERRORS) as error:
-        raise V.UserError(f"annotation of {video.name}: the times of its video cannot be read ({error})") from error
-    times = V.frame_times(plan, duration, native_fps) - video.begin
-    for name in signals:
+    for name in SIGNALS:
         try:
-            values = np.array([math.nan if value is None else float(value) for value in annotation[name]])
+            V.signal_values(annotation, (name,))
         except (TypeError, ValueError) as error:
             raise V.UserError(f"annotation of {video.name}: {name} must be a list of numbers") from error
-        at = np.clip((times * float(annotation.get("fps") or native_fps)).astype(int), 0, len(values) - 1)
-        labels[name] = [None if math.isnan(value) else float(value) for value in values[at]]
+    if not V.signal_values(annotation, SIGNALS):
+        return labels
+    try:
+        signals = V.timed_signals(annotation, video, V.fit_plan(plan, video, annotation), SIGNALS)
+    except (V.BadFile, *V.DECODE_ERRORS) as error:
+        raise V.UserError(f"annotation of {video.name}: the times of its video cannot be read ({error})") from error
+    for name, values in signals.items():
+        labels[name] = [None if math.isnan(value) else float(value) for value in values]
     return labels
 
 
@@ -1060,8 +1080,8 @@ class ResidualNoise(nn.Module):
         super().__init__()
         self.space = space
 
-    def project(self, context):
-        """Nothing of the context is used."""
+    def project(self, context, *given):
+        """Nothing of the context or of actions is used."""
         return None
 
     def forward(self, x_tau, tau, projected):
@@ -1097,8 +1117,15 @@ class Subject:
         return context.float(), targets.float(), point.float()
 
     @torch.no_grad()
-    def sample(self, context, flow, num_samples, num_steps, seed):
-        """SOON latents of contexts [B, K, D] by a flow net, in parts -> generator of (first row, [b, S, M, D])."""
+    def forecast(self, context, actions=None):
+        """Point forecast of SOON [B, M, D] of contexts [B, K, D], told actions [B, F, A] or none."""
+        with V.autocast(self.process):
+            return self.model.forecast(context, actions=actions)[:, : self.cfg.soon_tokens].float()
+
+    @torch.no_grad()
+    def sample(self, context, flow, num_samples, num_steps, seed, actions=None):
+        """SOON latents of contexts [B, K, D], told actions [B, F, A] or none, by a flow net, in parts -> generator of
+        (first row, [b, S, M, D])."""
         cfg, own, num_steps = self.cfg, self.model.flow_ema, 1 if isinstance(flow, ResidualNoise) else num_steps
         size = max(1, SAMPLED_NUMBERS // (num_samples * (cfg.soon_tokens + cfg.flow_chunks) * cfg.enc_dim))
         for first in range(0, len(context), size):
@@ -1107,7 +1134,8 @@ class Subject:
             self.model.flow_ema = flow
             try:
                 with V.autocast(self.process):
-                    futures = self.model.sample_futures(part, num_samples, num_steps, generator)
+                    told = actions if actions is None else actions[first : first + size]
+                    futures = self.model.sample_futures(part, num_samples, num_steps, generator, told)
             finally:
                 self.model.flow_ema = own
             yield first, futures[:, :, : cfg.soon_tokens].float()
@@ -1852,6 +1880,72 @@ def odds_figures(study, shares):
     return figures, curves
 
 
+STEERED_WAYS = ("true", "passive", "other branch", "shuffled")  # actions that samples are told
+
+
+def steered_latents(study):
+    """Held-out steered scenes, each driven to the left, then to the right -> (contexts, reduced SOON latents [2n, R],
+    actions [2n, F, A])."""
+    main, cfg, found = study.main, study.cfg, []
+    seeds = [set_seed(study.seed, "steered", number) for number in range(study.sizes.fork_scenes)]
+    jobs = [
+        Job(s, futures_where(s, cfg, "steered", "choice", side, 1)[0], "steered") for s in seeds for side in (-1, 1)
+    ]
+    for frames, labels in study.stream(SceneJobs(jobs, cfg), "steered forks"):
+        context, targets, _ = main.encode(frames)
+        told = torch.stack([V.action_rows(label, cfg) for label in labels])[:, cfg.future_tubelets[0] :]
+        found.append((context, main.reduce(main.soon(targets)).flatten(1), told.to(context.device)))
+    return [torch.cat(parts) for parts in zip(*found)]
+
+
+def steered_figures(study):
+    """What actions change at forks that the own steering alone decides -> figures."""
+    main, sizes, (context, soon, actions) = study.main, study.sizes, steered_latents(study)
+    number = torch.arange(len(soon), device=soon.device)
+    other = number ^ 1  # the sibling
+    # of the next scene, every second time of its other branch: half of all are right by chance
+    shuffled = ((number + 2) % len(soon)) ^ (number // 2 % 2)
+    left, axis = soon[number - number % 2], soon[number - number % 2 + 1] - soon[number - number % 2]
+    length, own = axis.square().sum(1).clamp_min(1e-12), (number % 2).cpu().numpy()
+    told = dict(zip(STEERED_WAYS, (actions, None, actions[other], actions[shuffled])))
+    place, rows = {}, {}  # 0 = left branch, 1 = right branch
+    for way, given in told.items():
+        parts = []
+        draw = (context, main.model.flow_ema, sizes.num_samples, main.steps, study.seed)
+        for first, samples in main.sample(*draw, given):
+            part = slice(first, first + len(samples))
+            away = main.reduce(samples).flatten(2) - left[part, None]
+            parts.append((away * axis[part, None]).sum(2) / length[part, None])
+        place[way] = torch.cat(parts).double().cpu().numpy()  # [2n, K]
+    point = main.reduce(main.forecast(context, actions)).flatten(1) - left
+    point = ((point * axis).sum(1) / length).cpu().numpy()
+    share = {way: (rows > 0.5).mean(1) for way, rows in place.items()}
+    score = {way: energy_score(rows[..., None], own[:, None].astype(float)) for way, rows in place.items()}
+    entropy = {way: binary_entropy(share[way]) for way in STEERED_WAYS}
+    flipped = ((share["true"] > 0.5) == own) & ((share["other branch"] > 0.5) != own)
+    perfect = float(
+        np.mean(binary_entropy(np.random.default_rng(0).binomial(sizes.num_samples, 0.5, 4000) / sizes.num_samples))
+    )
+    gains = {way: np.stack([score[way], score["passive"]], 1) for way in STEERED_WAYS}
+    rows = {
+        "steered_entropy": (entropy["true"], np.mean, {"shuffled actions": float(entropy["shuffled"].mean())}),
+        "steered_entropy_passive": (entropy["passive"], np.mean, {"perfect sampler": perfect}),
+        "steered_own": (
+            np.abs(1 - own - share["true"]),
+            np.mean,
+            {"passive": np.abs(1 - own - share["passive"]).mean()},
+        ),
+        "steered_flip": (flipped, np.mean, {}),
+        "steered_gain": (gains["true"], saved, {"actions of the other branch": saved(gains["other branch"])}),
+        "steered_gain_shuffled": (gains["shuffled"], saved, {}),
+        "steered_forecast": ((point > 0.5) == own, np.mean, {}),
+    }
+    groups, figures = (number // 2).cpu().numpy(), {}
+    for name, (table, statistic, beside) in rows.items():
+        figures |= measured(name, np.asarray(table, float), statistic, beside, sizes.resamples, groups)
+    return figures
+
+
 def clip_figures(study, meter, fit, test, pixels, fit_tasks, tasks):
     """Figures of mixed test clips of scenes or videos: skill, retrieval, sampling, gauges, probes -> (figures, curves).
 
@@ -1897,6 +1991,8 @@ def scene_evaluation(study):
     if shares["steady"]:
         more, curve = surprise_figures(study, shares)
         figures, curves = figures | more, curves | curve
+    if shares["steered"] and {"steer", "yaw_rate"} & {*cfg.action_names}:
+        figures |= steered_figures(study)
     return figures, curves, {"kind": "scenes", "scene_mix": cfg.scene_mix, "first_seed": EVAL_SEED + seed * 10**12}
 
 
