@@ -3109,7 +3109,7 @@ def scene_labels(scene, future, pose, mover):
     )
 
 
-def scene_truth(scene_seed, future_seed, cfg, kind="", twin=""):
+def scene_truth(scene_seed, future_seed, cfg, kind="", twin="", drive=None):
     """A scene but for its pictures -> (what draw_scene gives, what draw_future gives, pose, mover, labels)."""
     params, passes = draw_scene(scene_seed, cfg, kind), twin == "pass_through"
     fits = params["kind"] == "steady" and (params["plot"] == "barrier" or not passes)
@@ -3122,7 +3122,7 @@ def scene_truth(scene_seed, future_seed, cfg, kind="", twin=""):
     now = times[cfg.now_frames - 1]
     tau = times - now
     broken = (tau > (params["cross_from"] if passes else params["broken_after"] * cfg.soon_frames / fps)) & bool(twin)
-    pose = ego_path(params, future, times, tau, params["speed"] * (now + params["reach"]))
+    pose = (drive or ego_path)(params, future, times, tau, params["speed"] * (now + params["reach"]))
     mover = mover_path(params, future, pose, twin, broken)
     labels = scene_labels(params, future, pose, mover)
     labels |= dict(fps=fps, scene_seed=int(scene_seed), future_seed=int(future_seed), twin=twin)
@@ -3130,16 +3130,17 @@ def scene_truth(scene_seed, future_seed, cfg, kind="", twin=""):
     return params, (future, rng), pose, mover, labels
 
 
-def scene(scene_seed, future_seed, cfg, kind="", twin=""):
+def scene(scene_seed, future_seed, cfg, kind="", twin="", drive=None):
     """Render one built-in driving scene -> (frames uint8 [T, H, W, 3], labels dict with per-frame SI signals).
 
     NOW frames are a function of scene_seed (and a forced `kind`) alone, bit for bit; future_seed draws what happens
     after, with the odds of `scene_odds`. `twin` breaks physics in SOON, for steady scenes only: frames before
     labels["break_frame"] stay as they are without. Square pixels, `scene_size` on the short side where that is set.
+    `drive` takes the place of `ego_path`: how else the own car drives after NOW.
     """
     grow = cfg.scene_size / min(cfg.height, cfg.width) if cfg.scene_size else 1.0
     height, width = (2 * max(round(side * grow / 2), 1) for side in (cfg.height, cfg.width))
-    params, (future, rng), pose, mover, labels = scene_truth(scene_seed, future_seed, cfg, kind, twin)
+    params, (future, rng), pose, mover, labels = scene_truth(scene_seed, future_seed, cfg, kind, twin, drive)
     rows = int(np.ceil(HORIZON * height - 0.5))  # of sky
     parts = (np.random.default_rng([scene_seed, 2]), cfg.now_frames), (rng, cfg.num_frames - cfg.now_frames)
     noise = [source.standard_normal((count, rows, width, 1), dtype=np.float32) for source, count in parts]

@@ -921,11 +921,12 @@ def fork_seeds(seed, name, cfg, odds, count):
     return found
 
 
-def scene_pictures(job, cfg):
+def scene_pictures(job, cfg, drive=None):
     """Render a job in the size that the model sees -> (frames uint8 [T, 3, H, W], labels). Scenes of runs that learned
-    from files are drawn in the files' size and averaged down, as a decoder does; those of runs that rendered as is."""
+    from files are drawn in the files' size and averaged down, as a decoder does; those of runs that rendered as is.
+    drive: as for V.scene."""
     drawn = cfg if cfg.scenes == "files" else replace(cfg, scene_size=0)
-    frames, labels = V.scene(job.scene_seed, job.future_seed, drawn, job.kind, job.twin)
+    frames, labels = V.scene(job.scene_seed, job.future_seed, drawn, job.kind, job.twin, drive)
     clip = as_frames(frames)
     if clip.shape[-2:] != (cfg.height, cfg.width):
         clip = F.interpolate(clip.float(), size=(cfg.height, cfg.width), mode="area").round().byte()

@@ -549,30 +549,31 @@ def pick_scenes(cfg, seed):
     return list(chosen.items())
 
 
-def clip_window(path, start, cfg):
-    """A user's video from `start` s on -> uint8 [T, H, W, 3], T the longest of all, NOW + SOON, NOW that it holds."""
+def clip_window(path, start, cfg, name="clip"):
+    """A user's video from `start` s on -> uint8 [T, H, W, 3], T the longest of all, NOW + SOON, NOW that it holds.
+    `name` is what an error calls it."""
     if not os.path.isfile(path):
-        raise V.UsageError(f"clip {path}: no such file")
+        raise V.UsageError(f"{name} {path}: no such file")
     try:
         V.check_regular(path)
         plan = V.ClipPlan(cfg.num_frames, cfg.clip_fps, cfg.height, cfg.width, 0.0, 1.0, 1.0, 0.5, 0.5, cfg.frame_fps)
         duration, native_fps = V.video_timing(path, plan)
     except (V.BadFile, *V.DECODE_ERRORS) as error:
-        raise V.UserError(f"clip {path}: cannot be opened ({getattr(error, 'strerror', None) or error})") from error
+        raise V.UserError(f"{name} {path}: cannot be opened ({getattr(error, 'strerror', None) or error})") from error
     num_frames, room = cfg.num_frames, 0.0  # without clip_fps the frames are spread over the whole file
     if cfg.clip_fps:
         lengths = (cfg.num_frames, cfg.now_frames + cfg.soon_frames, cfg.now_frames)
         fitting = [length for length in lengths if start + length / cfg.clip_fps <= duration + 0.5 / native_fps]
         if not fitting:
             needed = f"NOW needs {cfg.now_frames / cfg.clip_fps:.2f} s from {start:g} s on (--start)"
-            raise V.UserError(f"clip {path}: {duration:.2f} s long, {needed}")
+            raise V.UserError(f"{name} {path}: {duration:.2f} s long, {needed}")
         num_frames = fitting[0]
         room = duration - num_frames / cfg.clip_fps
     plan = replace(plan, num_frames=num_frames, u_start=min(start / room, 1.0) if room > 0 else 0.0)
     try:
         return V.read_frames(path, plan, cfg.decoder)
     except V.BadFile as error:
-        raise V.UserError(f"clip {path}: {error}") from error
+        raise V.UserError(f"{name} {path}: {error}") from error
 
 
 @torch.no_grad()
