@@ -5957,10 +5957,10 @@ def residual_rows(model, context, future, process, actions=None):
         return model.space.pool(residual)
 
 
-def flow_coordinates(model, latents, process, is_fitted):
+def flow_coordinates(model, contexts, futures, process, is_fitted, *actions):
     """Coordinates y [n, N, k] of all residuals on the CPU, with actions a second time without them [2, n, N, k]; the
     space is fitted to the first 2,048 clips of all ranks unless it was. StoppedTogether on a signal."""
-    size, (contexts, futures, *actions), ys = 4 * model.cfg.batch_size, latents, []
+    size, ys = 4 * model.cfg.batch_size, []
     parts = [slice(begin, begin + size) for begin in range(0, len(contexts), size)]
     ways = (actions, ()) if actions else ((),)
     if not is_fitted:
@@ -6019,8 +6019,8 @@ class FlowFit(Fit):
         latents = before.latents if before else cache_latents(model, run)
         super().__init__(model, "flow", model.cfg.flow_fit_steps, model.cfg.flow_fit_batch, len(latents[0]))
         goes_on = run.progress.after > sum(steps for name, steps in model.phases() if name != "flow")
-        self.contexts, self.actions = latents[0], latents[2:]
-        self.y = flow_coordinates(model, latents, run.process, goes_on)
+        self.contexts, futures, *self.actions = latents
+        self.y = flow_coordinates(model, self.contexts, futures, run.process, goes_on, *self.actions)
         if not goes_on:
             model.flow_ema.load_state_dict(model.flow.state_dict())
         share = f"{float(model.space.explained):.0%} of the residual in {model.cfg.flow_rank} directions"
