@@ -171,7 +171,8 @@ class RunConfig:
     device: str = "auto"  # auto | cuda | mps | cpu
     amp: bool = False  # bf16 autocast where it is no slower (fp16 with a loss scaler on CUDA cards without bf16)
     amp_type: str = "auto"  # auto (as --amp finds best) | bf16 | fp16 (with a loss scaler); with --amp, without a trial
-    compile: bool = False  # torch.compile of the model's forward
+    compile: bool = False  # torch.compile of the model's blocks
+    compile_whole: bool = False  # of the whole forward: 3 % faster, the first step minutes later; not with --shard fsdp
     shard: str = "none"  # none (each process holds all weights) | fsdp (each holds a part of them and of the moments)
     seed: int = 1337  # every sample, mask and noise draw is a pure function of (seed, sample number)
     # -- data
@@ -1498,8 +1499,10 @@ def open_pyav(path):
     import av
 
     options = {"format_whitelist": CONTAINER_WHITELIST, "max_pixels": str(MAX_PIXELS)}
+    # names in another encoding are no reason to refuse a file; from 19 on they never are
+    errors = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
-        return av.open(f"file:{path}", options=options, metadata_errors="ignore")
+        return av.open(f"file:{path}", options=options, **errors)
     except (av.FFmpegError, *DECODE_ERRORS) as error:  # PatchWelcomeError and some others are only FFmpegError
         raise CannotOpen(f"pyav cannot open it ({reason_of(error)})") from error
 
@@ -1807,7 +1810,7 @@ def count_packets(stamp):
 
 def time_line(container, stream, plan, fast=True):
     """-> (TimeLine, its packets from the first key packet on). A transport stream's line covers all its parts."""
-    kind, codec, unit = container.format.name, stream.codec_context, stream.time_base
+    kind, codec, unit = container.format.name, stream.codec_context, Fraction(stream.time_base)
     stamp = file_stamp(container, plan.kept)
     packets, fps = from_key(container.demux(stream)), float(stream.average_rate or stream.guessed_rate or 25)
     if kind in RAW_FORMATS:
@@ -3890,7 +3893,9 @@ def open_data(world, cfg, videos, is_main, barrier, stopping=None):
         maneuvers = list(SCENE_MANEUVERS) if kind == "render" else maneuver_names([*train, *val], root)
     split = dict(held_out=bool(val and train), test=sides.get("test", []))
     split |= {"split_by": videos.split_by} if sides else {}
-    return DataSource(kind, root, train or videos, val or videos, maneuvers, Dataset=Dataset, draw=world.draw, **split)
+    return DataSource(
+        kind, root, train or videos, val or train or videos, maneuvers, Dataset=Dataset, draw=world.draw, **split
+    )
 
 
 def cache_objection(cache, cfg, source, clips):
@@ -4561,12 +4566,12 @@ def part_pass(part, values, dtype):
 def amp_cost(world, cfg, device, dtype):
     """Time of a training pass under autocast over its time in fp32, tried on a typical part of a world.
 
-    A product of 128 x 128 comes first: a CPU without bf16 instructions takes 30 times as long for it, which is known
-    after milliseconds.
+    A product comes first. A CPU without bf16 instructions takes 30 times as long for it, which is known after
+    milliseconds; for a CUDA card it decides: parts as small as a clip's leave the card waiting for the next kernel.
     """
-    square = torch.ones(128, 128, device=device)
+    square = torch.ones(*[2048 if device.type == "cuda" else 128] * 2, device=device)
     plain, half = fastest([partial(torch.mm, matrix, matrix) for matrix in (square, square.to(dtype))], device)
-    if device.type == "cpu" and half > EMULATED * plain:
+    if device.type == "cuda" or device.type == "cpu" and half > EMULATED * plain:
         return half / plain
     part, values = (thing.to(device) for thing in world.typical_part(cfg, device))
     plain, half = fastest([partial(part_pass, part, values, kind) for kind in (None, dtype)], device)
@@ -5151,6 +5156,12 @@ def shard_units(world):
                 units.append(child)
                 inside.update(child.modules())
     return units
+
+
+def compile_world(world):
+    """Compile a world in place: block by block, so that like blocks share what is compiled, or as cfg.compile_whole."""
+    for module in not world.cfg.compile_whole and shard_units(world) or [world]:
+        module.compile(dynamic=False)
 
 
 def held_bytes(world, ranks):
@@ -8244,8 +8255,10 @@ def build_world(world, run, is_new=False):
         alone = "one process holds everything, so nothing is sharded (torchrun starts several)"
         run.log.line(f"note: shard = fsdp: {alone}")
     run.optimizer = run.world.optimizer()
+    if cfg.compile:  # sizes that blocks of a kind are called with; beyond, they would run uncompiled
+        torch._dynamo.config.recompile_limit = 64
     if cfg.compile and not is_cut:
-        run.world.compile(dynamic=False)
+        compile_world(run.world)
     return run.sharded or wrap(run.world, process)
 
 

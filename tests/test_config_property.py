@@ -48,6 +48,7 @@ SMALL = {
     "preset": list(V.merged(V.VJepaAutoV2Config, "PRESETS")),
     "device": ["cpu"],
     "compile": [False],
+    "compile_whole": [False, True],
 }
 SIZES = [
     "patch",

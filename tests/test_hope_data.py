@@ -150,6 +150,8 @@ def test_the_last_ids_are_the_test_part(ten):
         for index in range(40)
     }
     assert drawn == {*range(10, 16)}
+    without = opened(config(ten, val_fraction=0.0))  # training files serve both sides, those of the test part neither
+    assert ids(without.val) == ids(without.train) == [*range(10, 18)] and not without.held_out
     narrow = opened(config(ten, clip_start=12, clip_end=17))
     assert [ids(part) for part in (narrow.train, narrow.val, narrow.test)] == [[12, 13, 14], [15], [16]]
 

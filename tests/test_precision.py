@@ -301,6 +301,32 @@ def test_compiled_training_is_plain_training(fresh_dynamo, backend):
         torch.testing.assert_close(compiled_state[name], state[name], rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.slow
+def test_blocks_are_compiled_once_per_size(fresh_dynamo, monkeypatch):
+    """By default blocks are compiled, and like ones share it: as many graphs as sizes that a kind of block meets, and
+    none after the first step. Seen red with at most four recompilations, after which blocks run uncompiled."""
+    cfg, backend, real = small_config(), CountingBackend(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: real(self, backend=backend, **kw))
+    model, counts = new_model(cfg), []
+    V.compile_world(model)
+    for first in range(3):
+        batch = random_batch(cfg, 2, seed=first, first=2 * first)
+        train_steps(model, lambda step, batch=batch: [batch], 1)
+        counts.append(len(backend.graphs))
+    # encoder: two masks, NOW, the whole clip without gradient; predictor: two masks of one size, and SOON; flow
+    assert counts == [7, 7, 7]
+    assert len(V.shard_units(model)) > 7
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_small_models_get_autocast_on_cuda():
+    """A card that has bf16 uses it, however little work a clip is. Seen red on an H100, which took fp32."""
+    cfg = V.preset_config("small", device="cuda")
+    device = V.choose_device("cuda", 0)
+    assert V.choose_precision(V.VJepaAutoV2, cfg, V.Process(0, 1, device, None))[0] is V.amp_dtype(cfg, device)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
