@@ -1127,8 +1127,8 @@ class Hope(V.World):
         return optimizer
 
     def compile(self, **options):
-        """Block by block, --compile_whole too: a rollout would be unrolled into one graph for minutes, and its blocks see
-        more each time."""
+        """Block by block, --compile_whole too: a rollout would be unrolled into one graph for minutes, and its blocks
+        see more each time."""
         for block in getattr(self.predictor, "blocks", [self.predictor]):
             block.compile(**{**options, "dynamic": None})
 
