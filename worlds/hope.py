@@ -1127,7 +1127,8 @@ class Hope(V.World):
         return optimizer
 
     def compile(self, **options):
-        """Block by block: a rollout would be unrolled into one graph for minutes, and its blocks see more each time."""
+        """Block by block, --compile_whole too: a rollout would be unrolled into one graph for minutes, and its blocks
+        see more each time."""
         for block in getattr(self.predictor, "blocks", [self.predictor]):
             block.compile(**{**options, "dynamic": None})
 
@@ -1229,7 +1230,7 @@ def curve(ratios, title, width=480, height=280):
     from PIL import Image, ImageDraw, ImageFont
 
     image = Image.new("RGB", (width, height), "white")
-    draw, font, left, low = ImageDraw.Draw(image), ImageFont.load_default(12), 48, height - 36
+    draw, font, left, low = ImageDraw.Draw(image), ImageFont.load_default(12), 48, height - 48
     known = {h: ratio for h, ratio in ratios.items() if math.isfinite(ratio)}
     top = max(1.2, *known.values(), 0) if known else 1.2
     x = {h: left + (h - 0.5) * (width - left - 12) / len(ratios) for h in ratios}
