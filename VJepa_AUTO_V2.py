@@ -2112,14 +2112,14 @@ def video_timing(path, plan):
 
 
 def signal_values(annotation, names):
-    """Signals of an annotation that are lists -> {name: float64 [n]}, NaN where one is null."""
+    """Signals of an annotation that are lists -> {name: float64 [n]}, NaN for null."""
     there = [name for name in names if isinstance(annotation.get(name), list) and annotation[name]]
     return {name: np.array([math.nan if v is None else v for v in annotation[name]], np.float64) for name in there}
 
 
 def timed_signals(annotation, video, plan, names):
-    """Signals at the times of a clip's frames, whose plan fits the video -> {name: float64 [T]}: for each frame the
-    value at or before it, NaN where that is null or behind the end of the list. BadFile without times."""
+    """Signals at the times of a clip's frames, whose plan fits the video -> {name: float64 [T]}: the value at or before
+    each, NaN where that is null or behind the list's end. BadFile without times."""
     values = signal_values(annotation, names)
     if not values:
         return {}
@@ -3738,35 +3738,32 @@ SIGNAL_FILES = 512  # files at most whose signals are looked through for their m
 
 
 def action_statistics(data, stopping):
-    """Of the signals in a dataset's files that are its actions -> (means [A], deviations [A], line about them, what is
-    wrong or ""). Mirrored clips count both ways; a signal that never changes has deviation 1. Stopped."""
-    cfg, names, total = data.cfg, data.cfg.action_names, len(data.videos)
-    numbers, parts, lacking = range(0, total, -(-total // SIGNAL_FILES)), {name: [] for name in names}, Counter()
+    """The actions in a dataset's files -> (means [A], deviations [A], a line about them, what is wrong or ""). Mirrored
+    clips count both ways; a signal that never changes has deviation 1. Stopped."""
+    cfg, names, total, complete = data.cfg, data.cfg.action_names, len(data.videos), 0
+    numbers, parts = range(0, total, -(-total // SIGNAL_FILES)), {name: [] for name in names}
     for number in numbers:
         if stopping():
             raise Stopped
-        try:
-            found = data.signals(number)
-        except BadFile:  # counted with its reason when the clip itself is read
-            found = {}
-        found = {name: row[np.isfinite(row)] for name, row in found.items() if np.isfinite(row).any()}
-        for name, row in found.items():
-            row = np.concatenate([row, -row]) if cfg.hflip and name in MIRRORED else row
-            parts[name].append((len(row), row.mean(), row.var()))
-        lacking.update([tuple(name for name in names if name not in found)])
-    complete, means, deviations = lacking.pop((), 0), [], []
-    looked = f"{'' if len(numbers) == total else f'{len(numbers)} of '}{total} training files"
+        with suppress(BadFile):  # counted with its reason when the clip itself is read
+            found = {name: row[np.isfinite(row)] for name, row in data.signals(number).items()}
+            found = {name: row for name, row in found.items() if len(row)}
+            complete += len(found) == len(names)
+            for name, row in found.items():
+                row = np.concatenate([row, -row]) if cfg.hflip and name in MIRRORED else row
+                parts[name].append((len(row), row.mean(), row.var()))
+    looked, means, deviations = f"{len(numbers)} of {total} training files", [], []
     if not complete:
-        missing = ", ".join(lacking.most_common(1)[0][0])
-        return (), (), "", f"none of {looked} has all of these signals in its annotation, {missing} is missing"
+        counts = ", ".join(f"{name} in {len(rows)}" for name, rows in parts.items())
+        return (), (), "", f"no file has them all: {counts} annotations of {looked}"
     for rows in parts.values():
         count, mean, variance = np.array(rows).T
         means.append(np.average(mean, weights=count))
         deviations.append(math.sqrt(np.average(variance + (mean - means[-1]) ** 2, weights=count)))
     deviations = [s if s > 1e-6 * max(abs(m), 1e-3) else 1.0 for m, s in zip(means, deviations)]
     told = ", ".join(f"{name} {m:.4g} +- {s:.4g}" for name, m, s in zip(names, means, deviations))
-    without = f"; {len(numbers) - complete} of them lack one, and train the passive mode" * (complete < len(numbers))
-    return means, deviations, f"actions: {told} in {looked}{without}", ""
+    passive = f"; {len(numbers) - complete} of these lack one, and are passive" * (complete < len(numbers))
+    return means, deviations, f"actions: {told} in {looked}{passive}", ""
 
 
 SAMPLED, SAMPLE_S = 24, 3.0  # files at most that are opened, and seconds, to tell the size of all
@@ -5407,8 +5404,8 @@ class PositionCode(nn.Module):
 
 
 class ActionTokens(nn.Module):
-    """Actions of tubelets [B, t, A], in units of their deviation -> a token for each [B, t, dim] with a code of its
-    time; for a clip of which `passive` [B] is true all start from one learned vector."""
+    """Actions of tubelets [B, t, A], in units of their deviation -> tokens [B, t, dim] with a code of their time; those
+    of a clip that is `passive` [B] start from one learned vector."""
 
     def __init__(self, num_signals, num_tubelets, dim):
         super().__init__()
@@ -5485,8 +5482,8 @@ class Predictor(nn.Module):
 
     A SOON position starts from what the context holds at its site in the last NOW tubelet, so that the trunk learns
     what changes and need not first learn to copy; not so where `soon_start` is mask, as in published predictors.
-    Actions of the SOON tubelets stand beside the positions as tokens, each in the middle of its tubelet, and are added
-    to the positions of that: by attention alone a short run learned nothing of them.
+    Actions of SOON are tokens, each in the middle of its tubelet, and added to the positions of that: by attention
+    alone a short run learned nothing of them.
     """
 
     def __init__(self, cfg):
@@ -5940,10 +5937,10 @@ def residual_rows(model, context, future, process, actions=None):
         return model.space.pool(residual)
 
 
-def flow_coordinates(model, latents, process, is_fitted):
+def flow_coordinates(model, contexts, futures, process, is_fitted, *actions):
     """Coordinates y [n, N, k] of all residuals on the CPU, with actions a second time without them [2, n, N, k]; the
     space is fitted to the first 2,048 clips of all ranks unless it was. StoppedTogether on a signal."""
-    size, (contexts, futures, *actions), ys = 4 * model.cfg.batch_size, latents, []
+    size, ys = 4 * model.cfg.batch_size, []
     parts = [slice(begin, begin + size) for begin in range(0, len(contexts), size)]
     ways = (actions, ()) if actions else ((),)
     if not is_fitted:
@@ -6002,8 +5999,8 @@ class FlowFit(Fit):
         latents = before.latents if before else cache_latents(model, run)
         super().__init__(model, "flow", model.cfg.flow_fit_steps, model.cfg.flow_fit_batch, len(latents[0]))
         goes_on = run.progress.after > sum(steps for name, steps in model.phases() if name != "flow")
-        self.contexts, self.actions = latents[0], latents[2:]
-        self.y = flow_coordinates(model, latents, run.process, goes_on)
+        self.contexts, futures, *self.actions = latents
+        self.y = flow_coordinates(model, self.contexts, futures, run.process, goes_on, *self.actions)
         if not goes_on:
             model.flow_ema.load_state_dict(model.flow.state_dict())
         share = f"{float(model.space.explained):.0%} of the residual in {model.cfg.flow_rank} directions"
@@ -6300,8 +6297,6 @@ def read_pt(path, key):
     encoder, predictor = {}, {}
     for tensors, part, rows in zip((encoder, predictor), (entries[key], state.get("predictor") or {}), tables):
         for name, value in part.items():
-            if ours and name.startswith("actions."):  # they belong to the run's own signals
-                continue
             official = re.sub(r"^(module\.|backbone\.|_orig_mod\.)+", "", name)
             tensors[renamed(official, rows, OURS, OFFICIAL)] = own_tensor(value, name, path)
     if ours:
@@ -6627,8 +6622,7 @@ class VJepaAutoV2(World):
     VAL_KEYS = {
         "flow_spread": "deviation among sampled futures over that of real futures from the forecast; "
         "0 = one mode, 1 = as wide; without actions",
-        "soon_action_gain": "soon_skill with the true actions minus soon_skill without any, on the first batch; "
-        "above 0 = actions help; only with actions",
+        "soon_action_gain": "soon_skill with the true actions minus that without any, first batch; only with actions",
     }
     NO_DECAY, FILES = ("mask_tokens", "queries"), ("futures.png",)
     NETWORKS = ("online", "predictor", "outcome", "flow", "flow_ema", "read_out", "target")
@@ -6687,8 +6681,7 @@ class VJepaAutoV2(World):
 
     @torch.no_grad()
     def take_data(self, run):
-        """Mean and deviation of every signal among the actions, those of rank 0 for all. UsageError where no file has
-        them all."""
+        """Statistics of the actions, those of rank 0 for all. UsageError where no file has them all."""
         if not self.cfg.action_names:
             return
         process, work = run.process, (tuple,)
@@ -6757,9 +6750,8 @@ class VJepaAutoV2(World):
         return self.encode_now(self.online.tokenizer(self.normalise(frames[:, : self.cfg.now_frames])))
 
     def given(self, num_clips, actions=None, hidden=None):
-        """Actions in SI units [B, >= F, A], the last F of which are the future's, NaN in passive clips, and which clips
-        hide theirs [B] -> what nets take: (in units of their deviation [B, F, A], 0 in passive clips, those [B]); () in
-        a world without actions. Without `actions` all clips are passive."""
+        """Actions in SI units [B, >= F, A], NaN in passive clips, and who hides theirs [B] -> what nets are told: (the
+        last F in units of their deviation, 0 in passive clips, these [B]); () in a world without actions."""
         if not self.cfg.action_names:
             return ()
         times = self.cfg.future_tubelets[2]
@@ -6782,7 +6774,7 @@ class VJepaAutoV2(World):
             raise UsageError("actions: this world was trained without (actions = none) and takes none")
         shape = [num_clips, self.cfg.future_tubelets[2], len(self.cfg.action_names)]
         if not torch.is_tensor(actions) or list(actions.shape) != shape or not actions.is_floating_point():
-            wanted = f"floats {shape}: {self.cfg.actions} of every SOON and EVENTUALLY tubelet, in SI units"
+            wanted = f"floats {shape}: {self.cfg.actions} of every SOON and EVENTUALLY tubelet"
             raise UsageError(f"actions: {describe_form(actions)}, must be {wanted}")
         if not actions.isfinite().all():
             raise UsageError("actions: hold NaN or infinity; leave them out for passive futures")
@@ -6836,8 +6828,8 @@ class VJepaAutoV2(World):
         return torch.cat([targets[:, cfg.now_tokens : later], torch.stack(chunks, 1)], 1)
 
     def forecast(self, context, soon_preds=None, actions=None):
-        """Point forecast of a future [B, F, D] from NOW context [B, K, D]: SOON predictions [B, M, D], made here, with
-        `actions` as `sample_futures` takes them, unless given, and a linear read-out of the mean context."""
+        """Point forecast of a future [B, F, D] from NOW context [B, K, D]: SOON predictions [B, M, D], made here unless
+        given, with `actions` as in `sample_futures`, and a linear read-out of the mean context."""
         if soon_preds is None:
             soon_preds = self.predict_soon(context, self.told(len(context), actions))
         chunks = self.read_out(context.mean(1)).reshape(len(context), self.cfg.flow_chunks, -1)
@@ -7059,8 +7051,8 @@ class VJepaAutoV2(World):
     @torch.no_grad()
     def see(self, frames, actions=None):
         """Look at clips, uint8 or normalised, [B, T, 3, H, W], T at least NOW and whole tubelets -> (context of NOW
-        [B, K, D], point forecast of the future [B, F, D], with `actions` as `sample_futures` takes them, targets of all
-        frames there are [B, L, D])."""
+        [B, K, D], point forecast of the future [B, F, D], with `actions` as in `sample_futures`, targets of all frames
+        there are [B, L, D])."""
         context = self.now_context(frames)
         return context, self.forecast(context, actions=actions), self.make_targets(self.normalise(frames))
 

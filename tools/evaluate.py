@@ -133,12 +133,14 @@ THRESHOLDS = {
     "surprise_recolour": (0.75, None),
     "surprise_reverse": (0.75, None),
     "surprise_auroc": (0.9, None),
+}
+STEERED_THRESHOLDS = {  # of a model that knows actions
     "steered_entropy": (None, 0.1),
     "steered_entropy_passive": (0.8, None),
     "steered_own": (0.9, None),
     "steered_flip": (0.9, None),
     "steered_gain": (0.5, None),
-    "steered_gain_shuffled": (None, 0.0),
+    "steered_gain_shuffled": (None, 0.02),
     "steered_forecast": (0.9, None),
 }
 # figure -> what it says, without its verdict
@@ -1942,7 +1944,9 @@ def steered_figures(study):
     }
     groups, figures = (number // 2).cpu().numpy(), {}
     for name, (table, statistic, beside) in rows.items():
-        figures |= measured(name, np.asarray(table, float), statistic, beside, sizes.resamples, groups)
+        figures |= measured(
+            name, np.asarray(table, float), statistic, beside, sizes.resamples, groups, limits=STEERED_THRESHOLDS[name]
+        )
     return figures
 
 
