@@ -732,8 +732,9 @@ def parse_arguments(argv):
     flag("--mode", default="point", choices=("point", "mean", "cvar"), help="what of a forecast is judged [point]")
     flag("--samples", type=int, default=8, help="futures per candidate, in modes mean and cvar [8]")
     flag("--alpha", type=float, default=0.25, help="worst share of the futures that cvar averages [0.25]")
-    for name, about in (("iterations", "rounds of the search"), ("population", "candidates"), ("elites", "best ones")):
-        flag(f"--{name}", type=int, default=getattr(own, name), help=f"{about} [{getattr(own, name)}]")
+    flag("--iterations", type=int, default=own.iterations, help=f"rounds of the search [{own.iterations}]")
+    flag("--population", type=int, default=own.population, help=f"candidates of a round [{own.population}]")
+    flag("--elites", type=int, default=own.elites, help=f"of these, the best that say where to go on [{own.elites}]")
     flag("--momentum", type=float, default=own.momentum, help=f"share of the last round that stays [{own.momentum}]")
     flag("--smoothing", type=float, default=own.smoothing, help=f"correlation in time of the noise [{own.smoothing}]")
     reach = "how far a plan may lie from what training drove, in the distance of neighbours there; 0: anywhere [1]"
