@@ -310,6 +310,18 @@ def test_actions_and_the_first_frame_matter(block, depth, steps):
         assert mine > 0.1 * other and mine > 1e-3, (ours, theirs)
 
 
+def test_writes_alone_carry_the_first_frame():
+    """Without attention over frames and without states, later frames know the first by what was written."""
+    net, rows = predictor(H.HopeBlock), inputs()
+    for block in net.blocks:
+        for level in block.cms.levels:
+            level.gain.data.zero_()
+    assert effects(net, rows)[1] > 0.02  # of the deviation of the predictions
+    for block in net.blocks:
+        block.titans.threshold = float("inf")
+    assert effects(net, rows)[1] == 0
+
+
 def test_counts_at_full_size():
     """Parameters equal those of the system that this one answers to, within a thousandth or two."""
     for preset, wanted in (
