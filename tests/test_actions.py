@@ -477,7 +477,7 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize("name, step", [("", 2), ("soon", 2), ("flow", 3)])
 def test_a_stopped_run_ends_with_the_same_bits(straight, tmp_path, name, step):
     """Stopped in training and in both fits: the statistics come from the checkpoint and all weights are those of a run
-    in one go. Seen red with the hidden clips of a fit drawn without its generator."""
+    in one go. Seen red with the statistics left out of the checkpoint."""
     cfg = run_config(tmp_path, num_workers=1)
     assert run(cfg, lambda phase, done: phase.name == name and done + 1 == step)[0] == V.EXIT_STOPPED
     code, log = run(cfg)
