@@ -2760,6 +2760,7 @@ def kept_sizes(cache, plan, videos):
 TWIN_KINDS = ("teleport", "vanish", "pass_through", "recolour", "reverse")  # physics broken after an instant
 CAMERA_HEIGHT, HORIZON, FOCAL = 1.4, 0.42, 0.9  # metres; share of the height; share of the width (about 58 degrees)
 LANE, DASH = 3.5, 6.0  # metres of a lane, of a dash and of the space after it
+WHEELBASE = 2.8  # metres between the own axles
 BONNET = 0.93  # where the own bonnet begins, share of the height
 # lanes -> paved half width, edge line, dashed line, own lane
 ROADS = {2: (3.9, 3.4, 0.0, LANE / 2), 3: (5.65, 5.25, LANE / 2, 0.0)}
@@ -3099,7 +3100,7 @@ def scene_labels(scene, future, pose, mover):
         brake_time=future["brake_at"] if braked else None,
         speed=pose["speed"].tolist(),
         yaw_rate=pose["yaw_rate"].tolist(),
-        steer=np.arctan(2.8 * pose["yaw_rate"] / np.maximum(pose["speed"], 1)).tolist(),
+        steer=np.arctan(WHEELBASE * pose["yaw_rate"] / np.maximum(pose["speed"], 1)).tolist(),
         lane_offset=pose["offset"].tolist(),
         lead_gap=mover_depth if scene["plot"] == "lead" else [None] * len(tau),
         mover_u=mover_u,
