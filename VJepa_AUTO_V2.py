@@ -3757,10 +3757,11 @@ def action_statistics(data, stopping):
             raise Stopped
         with suppress(BadFile):  # counted with its reason when the clip itself is read
             found = {name: row[np.isfinite(row)] for name, row in data.signals(number).items()}
-            complete += sum(map(bool, map(len, found.values()))) == len(names)
+            found = {name: row for name, row in found.items() if len(row)}
+            complete += len(found) == len(names)
             for name, row in found.items():
                 row = np.concatenate([row, -row]) if cfg.hflip and name in MIRRORED else row
-                parts[name] += [(len(row), row.mean(), row.var())] if len(row) else []
+                parts[name].append((len(row), row.mean(), row.var()))
     looked, means, deviations = f"{len(numbers)} of {total} training files", [], []
     if not complete:
         counts = ", ".join(f"{name} in {len(rows)}" for name, rows in parts.items())
@@ -6998,14 +6999,14 @@ class VJepaAutoV2(World):
         shares = (f"{name} {value / sum(flops.values()):.0%}" for name, value in flops.items())
         held = sum(size[cfg.shard == "fsdp"] for size in held_bytes(self, self.world_size).values())
         target = "frozen, target as well" if cfg.freeze_encoder else "target = online"
-        told = f"actions: {cfg.actions}, hidden in {cfg.action_drop:.0%} of the clips"
+        told = [f"actions: {cfg.actions}, hidden in {cfg.action_drop:.0%} of the clips"] if cfg.action_names else []
         target = f"target {sizes['target']:.2f} M, frozen" if cfg.teacher == "frozen" else target
         grid = f"grid {' x '.join(map(str, cfg.grid))} = {cfg.num_tokens} tokens"
         return [
             f"parameters: {', '.join(f'{name} {sizes[name]:.2f} M' for name in nets)} ({target})",
             f"clip: {cfg.num_frames} frames of {cfg.height} x {cfg.width}, {spread} -> {grid}; "
             f"visible under a mask: {', '.join(visible)}",
-            *([told] if cfg.action_names else []),
+            *told,
             f"step: {clips} clips, {sum(flops.values()) * clips / 1e12:.3g} TFLOP ({', '.join(shares)}); memory about "
             f"{memory_estimate_gb(cfg, held):.1f} GB per process plus the framework",
         ]

@@ -272,7 +272,7 @@ def test_a_model_that_knows_the_simulator_plans_the_wanted_branch():
 
 def made_plan(side, driven, places):
     """A Plan with nothing but driven costs and places."""
-    case = SimpleNamespace(side=side)
+    case = SimpleNamespace(side=side, title=f"scene {side}")
     rows = {name: np.array(values, float) for name, values in driven.items()}
     return L.Plan(case, None, {}, rows, rows, {}, {name: np.array(values) for name, values in places.items()})
 
@@ -291,6 +291,17 @@ def test_regret_by_hand():
     right = figures["plan_right_branch"]
     assert right["value"] == 0.5 and right["n"] == 2 and right["interval"] == [0, 1]
     assert right["controls"] == {"random actions": 0.25, "do nothing": 0, "best true actions": 1}
+
+
+def test_clips_of_one_video_are_no_independent_cases():
+    """Four plans from one video have no interval, from two videos that of two. Seen red without groups."""
+    beliefs = [dict(plan=np.array([value]), true=np.ones(1), random=np.ones(1), nothing=np.ones(1)) for value in (1, 2)]
+    for titles, known in ((["a.mp4"] * 4, False), (["a.mp4", "a.mp4", "b.mp4", "b.mp4"], True)):
+        cases = [SimpleNamespace(title=title, side=0) for title in titles]
+        rows = {name: torch.zeros(1, 4, 2) for name in beliefs[0]}
+        plans = [L.Plan(case, None, rows, beliefs[number // 2], {}, {}, {}) for number, case in enumerate(cases)]
+        figure = L.model_figures(plans, plan_config())["plan_believed"]
+        assert figure["value"] == 1.5 and (figure["interval"] == [1, 2] if known else figure["interval"] is None)
 
 
 def test_quantities_at_the_end_of_soon():
@@ -367,6 +378,8 @@ def test_checkpoints_and_clips_that_cannot_be_planned_with(tmp_path, capsys, sce
         ((good, "--goal", short), "goal", "too short", "12 frames, 6 s", "--start"),
         ((good, "--data_root", bare.parent), "no training file has the signals steer, accel"),
         ((good, "--data_root", bare.parent, "--data", "scenes"), "--data scenes reads no videos"),
+        ((good, "--data_root", bare.parent, "--kind", "lane"), "kind lane: videos have none", "--kind"),
+        ((good, "--data", "videos"), "data_root", "learned from no videos"),
     ]
     for argv, *words in cases:
         _, line = error_line(command(capsys, *argv))

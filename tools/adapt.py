@@ -49,6 +49,7 @@ import torch.nn as nn
 sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 0)]
 
 import evaluate as E
+import futures as P
 
 import VJepa_AUTO_V2 as V
 
@@ -60,6 +61,9 @@ ARMS = ("none", "shuffled", "adapted")
 OUTPUTS = {"attn_out": ("attn.proj", "mixing.proj", "titans.proj"), "mlp_out": ("mlp.fc2",)}
 MEMORY_NORM = {"memory.scale": ("layernorm",), "memory.shift": ("layernorm", "bias")}  # the LayerNorm of a Titan memory
 WORST, BEST = 10, 5  # clips listed by name
+TENSORS = ("features", "actions", "states", "extrinsics")  # of a clip
+STATISTICS = ("mean", "median", "std", "min", "max")
+COLOURS = {"none": "#777777", "shuffled": "#c2410c", "adapted": "#00734f"}
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ class Learner:
     def learn(self, clip, loss_of):
         """`steps` gradient steps on loss_of(), an error of frames already seen; its values before and after are kept,
         with the gradient norms before and after clipping."""
-        first = norms = None
+        losses, norms = [], []
         for _ in range(0 if self.has_failed else self.how.steps):
             with torch.enable_grad():
                 loss = loss_of()
@@ -187,10 +191,11 @@ class Learner:
                 parameter.grad = None if grad is None else grad * scale
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            first, norms = first or float(loss), [*(norms or []), (float(norm), float(norm) * scale)]
+            losses.append(float(loss))
+            norms.append((float(norm), float(norm) * scale))
         if norms:
             with torch.no_grad():
-                self.log.append((first, float(loss_of()), *np.mean(norms, 0)))
+                self.log.append((losses[0], float(loss_of()), *np.mean(norms, 0)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,7 +229,7 @@ def make_clip(world, name, group, content):
     """Tensors of one clip without batch axis -> Clip on the world's device, in fp32."""
     device = next(world.parameters()).device
     most, parts = world.cfg.num_timesteps, {}
-    for key in ("features", "actions", "states", "extrinsics"):
+    for key in TENSORS:
         value = content.get(key)
         parts[key] = None if value is None else value[None, : most + (key == "features")].to(device).float()
     with torch.no_grad():
@@ -232,34 +237,27 @@ def make_clip(world, name, group, content):
     return Clip(name, group, **parts)
 
 
-def spread(num, most):
-    """Numbers of at most `most` of `num` things, evenly spread; 0 = all -> list."""
-    return list(range(num)) if not most or most >= num else np.linspace(0, num - 1, most).round().astype(int).tolist()
-
-
 def dataset_contents(data, num_clips):
-    """Files of a V.FileDataset, evenly spread, in their order -> (name, video, dict of tensors or the
-    reason why not)."""
-    for number in spread(len(data.videos), num_clips + 1 if num_clips else 0):
+    """Files of a V.FileDataset, evenly spread, in their order -> (name, video, dict of tensors or the reason why
+    not)."""
+    for number in P.even_picks(len(data.videos), num_clips + 1 if num_clips else len(data.videos)):
         video = data.videos[number]
-        if video.name in data.quarantine:
-            yield video.name, video.drive, data.quarantine[video.name]
-            continue
+        content = data.quarantine.get(video.name)
         try:
-            yield video.name, video.drive, data.read(number, data.plan(np.random.default_rng(0)))
+            content = content or data.read(number, data.plan(np.random.default_rng(0)))
         except V.BadFile as error:
-            yield video.name, video.drive, str(error)
+            content = str(error)
+        yield video.name, video.drive, content
 
 
 def batch_contents(batches, num_clips):
     """Batches of the world, dicts of tensors [B, ...] -> (name, name, dict of tensors) of their first clips."""
     number = 0
     for batch in batches:
-        tensors = {key: value for key, value in batch.items() if key in ("features", "actions", "states", "extrinsics")}
-        for row in range(len(tensors["features"])):
+        for row in range(len(batch["features"])):
             if num_clips and number > num_clips:
                 return
-            yield f"clip {number}", f"clip {number}", {key: value[row] for key, value in tensors.items()}
+            yield f"clip {number}", f"clip {number}", {key: batch[key][row] for key in TENSORS if key in batch}
             number += 1
 
 
@@ -267,11 +265,10 @@ def clips_of(world, data, num_clips, how, left_out):
     """The clips that can be scored, one by one -> generator of Clip. Others go into left_out, {name: reason}."""
     contents = dataset_contents if isinstance(data, V.FileDataset) else batch_contents
     for name, group, content in contents(data, num_clips):
-        if not isinstance(content, dict):
+        frames = len(content["features"]) if isinstance(content, dict) else 0
+        if not frames:
             left_out[name] = content
-            continue
-        frames = content["features"].shape[0]
-        if frames <= how.seen:
+        elif frames <= how.seen:
             left_out[name] = f"{frames} frames; {how.seen} seen and one to be scored are needed (--seen)"
         elif not all(torch.isfinite(value).all() for value in content.values() if value.is_floating_point()):
             left_out[name] = "holds numbers that are not finite"
@@ -383,33 +380,20 @@ def run_clips(world, clips, how, parameters, bar=None, total=0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def saved_share(rows):
-    """Errors [n, 2] of a reference and of what is held against it -> share of the reference's error that is saved."""
-    return 1 - E.ratio(rows[:, 1].sum(), rows[:, 0].sum())
-
-
 def gain_of(found, reference, arm, resamples, seed):
     """Share of a reference arm's error that an arm saves -> {gain, interval over videos, clips_better: their share}."""
-    rows = np.array([[clip[reference]["error"], clip[arm]["error"]] for clip in found])
-    groups = np.array([clip["group"] for clip in found])
-    interval = E.bootstrap(rows, saved_share, groups, resamples, seed)
-    return {"gain": saved_share(rows), "interval": interval, "clips_better": float((rows[:, 1] < rows[:, 0]).mean())}
-
-
-def per_step(found, arm):
-    """Mean error per scored step over the clips that have it -> list."""
-    longest = max(clip["frames"] for clip in found)
-    table = np.full((len(found), longest), np.nan)
-    for row, clip in zip(table, found):
-        row[: clip["frames"]] = clip[arm]["per_step"]
-    return np.nanmean(table, 0).tolist()
+    rows = np.array([[clip[arm]["error"], clip[reference]["error"]] for clip in found])
+    interval = E.bootstrap(rows, E.saved, np.array([clip["group"] for clip in found]), resamples, seed)
+    return {"gain": E.saved(rows), "interval": interval, "clips_better": float((rows[:, 0] < rows[:, 1]).mean())}
 
 
 def arm_summary(found, arm):
-    """Errors of an arm over clips -> {mean, median, std, min, max, per_step}."""
+    """Errors of an arm over clips -> {mean, median, std, min, max; per_step: means over the clips that have it}."""
     errors = np.array([clip[arm]["error"] for clip in found])
-    statistics = {name: float(getattr(np, name)(errors)) for name in ("mean", "median", "std", "min", "max")}
-    return {**statistics, "per_step": per_step(found, arm)}
+    table = np.full((len(found), max(clip["frames"] for clip in found)), np.nan)
+    for row, clip in zip(table, found):
+        row[: clip["frames"]] = clip[arm]["per_step"]
+    return {name: float(getattr(np, name)(errors)) for name in STATISTICS} | {"per_step": np.nanmean(table, 0).tolist()}
 
 
 def step_summary(found, arm):
@@ -488,8 +472,6 @@ def adaptation_gain(world, data, num_clips=0, resamples=1000, seed=0, bar=None, 
 # 5  Table and picture
 # ---------------------------------------------------------------------------------------------------------------------
 
-COLOURS = {"none": "#777777", "shuffled": "#c2410c", "adapted": "#00734f"}
-
 
 def percent(entry):
     """A gain with its interval as text: +3.1 % [+1.0, +5.2]."""
@@ -506,60 +488,51 @@ def share_line(report):
 
 def print_report(report):
     """The report as a short table."""
-    how, arms = report["how"], report["arms"]
-    V.say(share_line(report))
+    how, arms, steps = report["how"], report["arms"], report["steps"]["adapted"]
+    later = range(len(arms["none"]["per_step"]))
     way = "weights go on from clip to clip" if how["accumulate"] else "weights anew in every clip"
+    V.say(share_line(report))
     V.say(
         f"mode {how['mode']}, {how['steps']} steps of {how['optimizer']} at {how['lr']:g}, {way}; {how['seen']} frames "
-        f"seen, {len(arms['none']['per_step'])} later ones scored, {report['clips']} clips"
+        f"seen, {len(later)} later ones scored, {report['clips']} clips"
     )
-    V.say(f"{'error of later frames':<24}" + "".join(f"{name:>10}" for name in ("mean", "median", "std", "min", "max")))
-    for arm in ARMS:
-        values = (arms[arm][name] for name in ("mean", "median", "std", "min", "max"))
-        V.say(f"{arm:<24}" + "".join(f"{value:>10.5f}" for value in values))
-    V.say(f"{'per step':<24}" + "".join(f"{step:>10}" for step in range(1, 1 + len(arms["none"]["per_step"]))))
-    for arm in ARMS:
-        V.say(f"{arm:<24}" + "".join(f"{value:>10.5f}" for value in arms[arm]["per_step"]))
+    tables = {"error of later frames": {name: [arms[arm][name] for arm in ARMS] for name in STATISTICS}}
+    tables["per step"] = {1 + step: [arms[arm]["per_step"][step] for arm in ARMS] for step in later}
+    for title, columns in tables.items():
+        V.say(f"{title:<24}" + "".join(f"{name:>10}" for name in columns))
+        for arm, values in zip(ARMS, zip(*columns.values())):
+            V.say(f"{arm:<24}" + "".join(f"{value:>10.5f}" for value in values))
     for name, entry in report["gains"].items():
         V.say(f"error saved, {name:<22}{percent(entry):<36}{entry['clips_better']:.0%} of clips better")
-    steps = report["steps"]["adapted"]
     V.say(
         f"steps: gradient norm {steps['grad_norm']:.3g}, after clipping {steps['grad_norm_clipped']:.3g}, weights "
         f"moved by {steps['change']:.2%}; failed {steps['failed']} (shuffled {report['steps']['shuffled']['failed']})"
     )
-    V.say(
-        f"on the seen frames themselves {steps['seen_before']:.5f} -> {steps['seen_after']:.5f}: "
-        "what was learned from, no result"
-    )
+    seen = f"{steps['seen_before']:.5f} -> {steps['seen_after']:.5f}"
+    V.say(f"on the seen frames themselves {seen}: what was learned from, no result")
 
 
 def draw(report, path):
     """adaptation.png: the error per step of the three arms, and the gain of every clip, sorted."""
-    from futures import new_figure, save_figure
-
-    figure = new_figure(11, 4.2)
+    figure = P.new_figure(11, 4.2)
     left, right = figure.subplots(1, 2)
     for arm in ARMS:
         values = report["arms"][arm]["per_step"]
         left.plot(range(1, 1 + len(values)), values, marker="o", color=COLOURS[arm], label=arm)
+        gains = sorted(100 * (1 - E.ratio(clip[arm]["error"], clip["none"]["error"])) for clip in report["per_clip"])
+        if arm != "none":
+            share = 100 * (np.arange(len(gains)) + 0.5) / len(gains)
+            right.plot(share, gains, marker=".", color=COLOURS[arm], label=arm)
     what = "frame after the seen ones" if report["how"]["mode"] == "sequential" else "horizon, frames"
-    left.set_xlabel(what)
-    left.set_ylabel("error")
-    left.set_xticks(range(1, 1 + len(report["arms"]["none"]["per_step"])))
+    left.set(xlabel=what, ylabel="error", xticks=range(1, 1 + len(values)))
     left.set_title(f"Error of later frames, {report['clips']} clips", fontsize=12)
-    left.legend(frameon=False)
-    for arm in ARMS[1:]:
-        gains = [100 * (1 - E.ratio(clip[arm]["error"], clip["none"]["error"])) for clip in report["per_clip"]]
-        share = 100 * (np.arange(len(gains)) + 0.5) / len(gains)
-        right.plot(share, sorted(gains), marker=".", color=COLOURS[arm], label=arm)
     right.axhline(0, color="#999999", linewidth=1, linestyle="--")
-    right.set_xlabel("clips, sorted, %")
-    right.set_ylabel("error saved, %")
+    right.set(xlabel="clips, sorted, %", ylabel="error saved, %")
     right.set_title(f"Adapted over none: {percent(report['gains']['adapted over none'])}", fontsize=12)
-    right.legend(frameon=False)
     for axes in (left, right):
+        axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
+    P.save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -569,28 +542,23 @@ def draw(report, path):
 
 def parse(argv):
     """Command line -> namespace."""
-    path, shown = dict(default="", type=os.path.expanduser), {entry.name: entry.default for entry in fields(How)}
-    parser = V.ArgumentParser(prog="adapt.py", description="Test-time adaptation, scored on later frames.",
-                              allow_abbrev=False)  # fmt: skip
+    path = dict(default="", type=os.path.expanduser)
+    parser = V.ArgumentParser(description="Test-time adaptation, scored on later frames.", allow_abbrev=False)
     flag = parser.add_argument
     flag("ckpt", type=os.path.expanduser, metavar="CHECKPOINT", help="checkpoint of worlds/hope.py")
     flag("--data_root", **path, help="clips to take [those of the run]")
     flag("--side", choices=(*V.SIDES, "all"), default="test", help="which side of them, or all of them [test]")
-    flag("--layers", default="layernorm", help="|".join(PARTS) + ": each with those before it; a+b: exactly these")
-    flag("--mode", default="rollout", help="|".join(MODES))
+    flag("--layers", default=How.layers, help=f"{'|'.join(PARTS)}: each with those before it; a+b: exactly these")
+    flag("--mode", default=How.mode, help=f"{'|'.join(MODES)} [{How.mode}]")
     flag("--accumulate", action="store_true", help="weights go on from clip to clip [anew in every clip]")
-    flag("--optimizer", default="adam", help="|".join(OPTIMIZERS) + " [adam]")
-    numbers = {
-        "lr": (float, "learning rate"),
-        "steps": (int, "gradient steps per clip, or per frame in mode sequential"),
-        "grad_clip": (float, "largest norm of a gradient, 0 = any"),
-        "seen": (int, "first frames of a clip that are known, 0 = half of them"),
-    }
-    for name, (kind, text) in numbers.items():
-        flag(f"--{name}", type=kind, default=shown[name], help=f"{text} [{shown[name]:g}]")
+    flag("--optimizer", default=How.optimizer, help=f"{'|'.join(OPTIMIZERS)} [{How.optimizer}]")
+    flag("--lr", type=float, default=How.lr, help=f"learning rate [{How.lr:g}]")
+    flag("--steps", type=int, default=How.steps, help=f"gradient steps per clip, or frame if sequential [{How.steps}]")
+    flag("--grad_clip", type=float, default=How.grad_clip, help=f"largest norm of a gradient, 0: any [{How.grad_clip}]")
+    flag("--seen", type=int, default=How.seen, help="first frames of a clip that are known, 0: half of them [0]")
     flag("--context", type=int, help="true frames that the rollout over the seen frames starts from [the run's]")
     flag("--num_timesteps", type=int, help="frames of a clip less one, to take shorter clips [the run's]")
-    flag("--num_clips", type=int, default=0, help="clips that are scored, evenly spread; 0 = all [0]")
+    flag("--num_clips", type=int, default=0, help="clips that are scored, evenly spread; 0: all [0]")
     flag("--resamples", type=int, default=1000, help="bootstrap draws [1000]")
     flag("--seed", type=int, default=0, help="of the bootstrap [0]")
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
@@ -627,17 +595,15 @@ def run(argv):
     """Command line: load, adapt, score, write, print -> exit code."""
     args = parse(argv)
     E.need("matplotlib")
-    from futures import output_folder
-
-    names = [entry.name for entry in fields(How)]
-    settings = {name: value for name in names if (value := getattr(args, name)) is not None}
+    settings = {entry.name: getattr(args, entry.name) for entry in fields(How)}
+    settings = {name: value for name, value in settings.items() if value is not None}
     world, cfg, about = open_world(args.ckpt, args.device)
     data, bar = open_side(world, cfg, about, args), E.Bar()
     report = {"checkpoint": str(args.ckpt), "step": about["step"], "side": args.side}
     report |= {"data_root": data.data_root, "predictor": getattr(cfg, "predictor", "")}
     report |= adaptation_gain(world, data, args.num_clips, args.resamples, args.seed, bar, **settings)
     bar.close()
-    report["seconds"], out = round(bar.seconds, 1), output_folder(args, "adaptation")
+    report["seconds"], out = round(bar.seconds, 1), P.output_folder(args, "adaptation")
     V.write_report(out / "adaptation.json", E.without_nan(report))
     draw(report, out / "adaptation.png")
     print_report(report)

@@ -952,16 +952,12 @@ class SceneJobs(torch.utils.data.Dataset):
 def timed_annotation(annotation, video, plan):
     """Per-frame signals of an annotation at the times of a clip's frames -> dict of lists [T] and the maneuver."""
     labels = {"maneuver": str(annotation.get("maneuver", ""))}
-    for name in SIGNALS:
-        try:
-            V.signal_values(annotation, (name,))
-        except (TypeError, ValueError) as error:
-            raise V.UserError(f"annotation of {video.name}: {name} must be a list of numbers") from error
-    if not V.signal_values(annotation, SIGNALS):
-        return labels
     try:
+        V.check_annotation({**annotation})
         signals = V.timed_signals(annotation, video, V.fit_plan(plan, video, annotation), SIGNALS)
-    except (V.BadFile, *V.DECODE_ERRORS) as error:
+    except ValueError as error:
+        raise V.UserError(f"annotation of {video.name}: {error}") from error
+    except V.BadFile as error:
         raise V.UserError(f"annotation of {video.name}: the times of its video cannot be read ({error})") from error
     for name, values in signals.items():
         labels[name] = [None if math.isnan(value) else float(value) for value in values]
@@ -1098,6 +1094,11 @@ def own_precision(cfg, device):
     return process
 
 
+def contexts_at_once(cfg, num_samples):
+    """Contexts of which so many futures each may be held at once."""
+    return max(1, SAMPLED_NUMBERS // (num_samples * (cfg.soon_tokens + cfg.flow_chunks) * cfg.enc_dim))
+
+
 class Subject:
     """A model with the flow nets that sample from it, and linear read-outs of SOON latents fitted on it."""
 
@@ -1129,7 +1130,7 @@ class Subject:
         """SOON latents of contexts [B, K, D], told actions [B, F, A] or none, by a flow net, in parts -> generator of
         (first row, [b, S, M, D])."""
         cfg, own, num_steps = self.cfg, self.model.flow_ema, 1 if isinstance(flow, ResidualNoise) else num_steps
-        size = max(1, SAMPLED_NUMBERS // (num_samples * (cfg.soon_tokens + cfg.flow_chunks) * cfg.enc_dim))
+        size = contexts_at_once(cfg, num_samples)
         for first in range(0, len(context), size):
             part, generator = context[first : first + size], torch.Generator(self.device)
             generator.manual_seed(seed * 1_000_003 + first)
@@ -2453,6 +2454,8 @@ def open_checkpoint(path, device, init_from=""):
 def videos_of(data, data_root):
     """Where videos are: those of a run, {kind, root}, or those given instead -> path. UsageError where it is gone."""
     root = data_root or data["root"]
+    if not root:
+        raise V.UsageError("data_root: this run learned from no videos; say where some are (--data_root)")
     if not os.path.exists(root):
         gone = "" if data_root else ", the run's videos are gone; say where they are (--data_root)"
         raise V.UsageError(f"data_root {root}: no such file or folder{gone}")

@@ -275,8 +275,8 @@ class ModelCost:
     @torch.no_grad()
     def __call__(self, actions):
         cfg, samples = self.model.cfg, 1 if self.mode == "point" else self.samples
-        size = max(1, E.SAMPLED_NUMBERS // (samples * (cfg.soon_tokens + cfg.flow_chunks) * cfg.enc_dim))
-        costs = torch.cat([self.wish.of_latents(self.soon(part), cfg) for part in actions.split(size)])
+        parts = actions.split(E.contexts_at_once(cfg, samples))
+        costs = torch.cat([self.wish.of_latents(self.soon(part), cfg) for part in parts])
         worst = math.ceil(self.alpha * samples) if self.mode == "cvar" else samples
         return costs.topk(worst, 1).values.mean(1).cpu()
 
@@ -348,8 +348,7 @@ def scene_case(model, wish, args, number):
     elif wish.quantity == "lateral" and kind in V.FORKS:
         side = int(np.sign(wish.value))
     if wish and wish.quantity and math.isnan(quantity_of(labels[place], wish.quantity, cfg)):
-        text = f"probe {wish.quantity}: nobody knows it in scenes of kind {kind} (--probe, --kind)"
-        raise V.UserError(text)
+        raise V.UserError(f"probe {wish.quantity}: {kind} scene {number} has none (--probe, --kind)")
     true, speed = torch.stack([future_actions(one, cfg) for one in labels]), labels[0]["speed"][cfg.now_frames - 1]
     about = dict(title=f"{kind} scene {number}", side=side, job=E.Job(scene_seed, OTHER_FUTURE, kind))
     return case_of(model, wish, args.part, clips[place], true, speed, **about)
@@ -526,33 +525,31 @@ def best_true(plan):
     return int(np.argmin((plan.driven or plan.believed)["true"]))
 
 
-def per_case(tables):
-    """{row: values [n, ...]} of every case -> {row: their means [cases]} of plan, random actions and doing nothing."""
-    return {name: np.array([np.mean(table[name]) for table in tables]) for name in ("plan", "random", "nothing")}
-
-
-def compared(name, values, reading, whole=None, **more):
-    """Plans beside random actions and doing nothing, {name: [cases]}: the mean, or the ratio to `whole` [cases] -> the
-    figure. more: other controls."""
-    statistic = np.mean if whole is None else E.mean_ratio
-    rows = values if whole is None else {key: np.stack([row, whole], 1) for key, row in values.items()}
+def compared(name, plans, tables, reading, whole=None, **more):
+    """Plans beside random actions and doing nothing, {row: values} of each case: their mean, or its ratio to `whole`
+    [cases] -> the figure, its interval over scenes or videos. more: other controls."""
+    rows, statistic = {}, np.mean if whole is None else E.mean_ratio
+    for row in ("plan", "random", "nothing"):
+        means = np.array([np.mean(table[row]) for table in tables])
+        rows[row] = means if whole is None else np.stack([means, whole], 1)
     beside = {"random actions": statistic(rows["random"]), "do nothing": statistic(rows["nothing"]), **more}
-    return E.measured(name, rows["plan"], statistic, beside, RESAMPLES, reading=reading)
+    groups = np.array([plan.case.title for plan in plans])
+    return E.measured(name, rows["plan"], statistic, beside, RESAMPLES, groups, reading=reading)
 
 
 def regret_figures(plans):
     """Driven costs of scenes -> figures."""
-    best = np.array([plan.driven["true"].min() for plan in plans])
-    regret = {name: cost - best for name, cost in per_case([plan.driven for plan in plans]).items()}
+    regret = [{name: cost - plan.driven["true"].min() for name, cost in plan.driven.items()} for plan in plans]
+    luck = np.array([row["random"].mean() for row in regret])
     told = "Cost of the driven plan less that of the best true actions of the same scene: 0 is right"
-    figures = compared("plan_regret", regret, told)
+    figures = compared("plan_regret", plans, regret, told)
     told = "The same regret over that of random actions of training: 0 is as good as the best true actions, 1 as luck"
-    figures |= compared("plan_regret_share", regret, told, regret["random"])
+    figures |= compared("plan_regret_share", plans, regret, told, luck)
     if forked := [plan for plan in plans if plan.case.side]:
         sides = [{name: np.sign(row) == plan.case.side for name, row in plan.places.items()} for plan in forked]
         true = np.mean([side["true"][best_true(plan)] for side, plan in zip(sides, forked)])
         told = "Share of scenes in which the driven plan ends on the side of the wanted branch: 1 is right"
-        figures |= compared("plan_right_branch", per_case(sides), told, **{"best true actions": true})
+        figures |= compared("plan_right_branch", forked, sides, told, **{"best true actions": true})
     return figures
 
 
@@ -561,7 +558,7 @@ def model_figures(plans, cfg):
     true = np.array([plan.believed["true"][best_true(plan)] for plan in plans])
     told = "Cost of the plan in the model's eyes over that of the best true actions: far below 1 the search finds "
     told += "sequences that the model likes better than any that leads there"
-    figures = compared("plan_believed", per_case([plan.believed for plan in plans]), told, true)
+    figures = compared("plan_believed", plans, [plan.believed for plan in plans], told, true)
     soon = cfg.soon_frames // cfg.tubelet_t
     for column, name in enumerate(() if plans[0].driven else cfg.action_names):
         apart = []
@@ -569,7 +566,7 @@ def model_figures(plans, cfg):
             off = {row: (actions - rows["true"])[:, :soon, column] for row, actions in rows.items()}
             apart.append({row: values.abs().numpy() for row, values in off.items()})
         told = f"Mean distance of planned and true {name} over SOON, in its unit: 0 is right"
-        figures |= compared(f"plan_error_{name}", per_case(apart), told)
+        figures |= compared(f"plan_error_{name}", plans, apart, told)
     return figures
 
 
