@@ -612,7 +612,7 @@ class FrameBlock(nn.Module):
 
 
 def start_weights(module, by_width):
-    """V.init_weights; `by_width` matrices of a mean gain of 1 instead, for the published 0.02 is meant for wide nets."""
+    """V.init_weights; `by_width` matrices of gain 1 instead: the published 0.02 is meant for wide nets."""
     V.init_weights(module)
     for layer in module.modules() if by_width else ():
         if isinstance(layer, nn.Linear):
