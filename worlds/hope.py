@@ -58,7 +58,7 @@ SLOWER = "0:teacher=1.0;15:teacher=0.7;25:teacher=0.5"
 # Two cores: clips as tools/make_pushes.py makes them
 TINY = dict(
     feature_map="pushes", feature_dim=48, grid_high=4, grid_wide=4, num_timesteps=8, action_dim=2, pred_dim=96,
-    pred_depth=3, num_heads=4, drop_path=0.0, residual=True, rollout_steps=2,
+    pred_depth=3, num_heads=4, drop_path=0.0, residual=True, rollout_steps=2, loss_form="l2",
     curriculum="0s:rollout=2;500s:rollout=4;1000s:rollout=8",
     batch_size=16, steps=1500, lr=3e-3, warmup_steps=100, num_workers=1, log_every=100, val_every=500, ckpt_every=500,
 )
