@@ -1,17 +1,21 @@
 """Train all rivals of worlds/hope.py at equal compute on the same latents, and write down which predicts best.
 
-    python tools/rivals.py --out records/rivals --ckpt RUN/checkpoints/ckpt_final.pt [--minutes 60] [--device cpu]
+    python tools/rivals.py --out records/rivals [--minutes 60] [--device cpu]       trains an encoder itself
+    python tools/rivals.py --out DIR --ckpt RUN/checkpoints/ckpt_final.pt           with the encoder of a checkpoint
     python tools/rivals.py --out DIR --data_root FOLDERS [--shift ice=FOLDERS2]     latents that are there already
 
-With --ckpt, built-in scenes that its run never saw go through its target encoder with their true actions (by
-tools/cache_latents.py --layout hope), three times: as they are, and further ones as other colours (palette) and another
-camera show them. Each rival then trains by the real command of worlds/hope.py, once per seed, and is scored on the test
-part of the clips, which no run has seen, and on the shifted ones. Flags that are not named here go to worlds/hope.py.
+Built-in scenes that no run has seen, of kinds whose futures hang on the driver (--scene_mix), go through the target
+encoder of a checkpoint with their true actions (by tools/cache_latents.py --layout hope), three times: as they are, and
+further ones as other colours (palette) and another camera show them. Without --ckpt the preset tiny trains it first,
+for --encoder_steps steps. Each rival then trains by the real command of worlds/hope.py, once per seed, and is scored on
+the test part of the clips, which no run has seen, and on the shifted ones. Flags that are not named here go to
+worlds/hope.py.
 
 Equal compute: --match flop (default) gives each the floating-point operations that --steps steps of the first rival
 that learns take, counted on a real step in each part of the curriculum, whose three parts are thirds of its run with
-rollouts of 2, 4 and all frames; --match seconds the time of such steps, measured here; --match steps the same steps.
---steps 0 takes as many as fill two thirds of --minutes by that measurement. All three are reported.
+rollouts of 2, 4 and all frames; --match seconds the time of such steps, measured here, with as many processes at once
+as will train; --match steps the same steps. --steps 0 takes as many as fill two thirds of what is left of --minutes by
+that measurement. All three are reported.
 
 Written under --out, whole or not at all: rivals.json and rivals.md. Folders, runs and single evaluations stay in
 --work (runs/<name of --out>); the same command goes on from what is finished there, and after --minutes ends with a
@@ -54,7 +58,13 @@ RIVALS = {  # name -> flags of its run
 }
 ARMS = ("true", "shuffled", "zero", "still")  # actions of a rollout; the first frame repeated
 SHIFTS = ("palette", "camera")
-FILL = 2 / 3  # share of --minutes that training may take by the first measurement
+ENCODER = (  # NOW and SOON of the preset tiny; the flow net is as small as it can be
+    *("--preset", "tiny", "--scenes", "render", "--lambda_flow", "0", "--lambda_eventually", "0", "--flow_dim", "32"),
+    *("--flow_depth", "1", "--flow_heads", "2", "--flow_rank", "4", "--flow_chunks", "1", "--flow_joint_max", "16"),
+    *("--no-picture", "--val_every", "0"),
+)
+FILL = 2 / 3  # share of what is left of --minutes that training may take by the measurement
+MEASURED_S = 2.0  # seconds of steps that are measured in each part of the curriculum
 GRACE_S = 60.0  # a run that is told to stop saves within
 
 
@@ -77,6 +87,7 @@ def run_all(commands, num_at_once, deadline):
     the deadline (time.monotonic) passes; none goes on behind us."""
     waiting, active = list(commands.items()), {}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment.setdefault("OMP_NUM_THREADS", str(max(V.usable_cores() // max(min(num_at_once, len(commands)), 1), 1)))
     try:
         while waiting or active:
             while waiting and len(active) < num_at_once:
@@ -106,10 +117,22 @@ def run_all(commands, num_at_once, deadline):
 # -- latents
 
 
+def make_encoder(args, deadline):
+    """Where a checkpoint that encodes lies; trained here if none was given."""
+    place = args.work / "encoder"
+    path = place / "checkpoints" / "ckpt_final.pt"
+    if not path.is_file():
+        command = ["VJepa_AUTO_V2.py", *ENCODER, "--scene_mix", args.scene_mix, "--steps", args.encoder_steps]
+        command += ["--warmup_steps", args.encoder_steps // 10, "--device", args.device, "--out_dir", place]
+        run_all({"encoder": (command, args.work / "encoder.log")}, 1, deadline)
+    return path
+
+
 def cache_clips(args, deadline):
     """Encode the scenes in all views -> {name: folder}, `plain` first."""
     if args.data_root:
         return {"plain": args.data_root, **args.shifts}
+    ckpt = args.ckpt or make_encoder(args, deadline)
     folders = {view: args.work / "latents" / view for view in ("plain", *SHIFTS)}
     commands = {}
     for number, (view, folder) in enumerate(folders.items()):
@@ -117,11 +140,11 @@ def cache_clips(args, deadline):
             continue
         folder.parent.mkdir(parents=True, exist_ok=True)
         clips, kind = args.shift_clips if number else args.clips, "plain" if number == 0 else view
-        command = ["tools/cache_latents.py", "--layout", "hope", "--out", folder, "--ckpt", args.ckpt, "--view", kind]
+        command = ["tools/cache_latents.py", "--layout", "hope", "--out", folder, "--ckpt", ckpt, "--view", kind]
         command += ["--signals", args.signals, "--scene_clips", max(clips, 4), "--device", args.device, "--no-states"]
-        command += ["--num_workers", min(V.usable_cores(), 8)]
+        command += ["--num_workers", min(V.usable_cores(), 8), "--clip_latents", args.clip_latents]
         command += ["--seed", args.scene_seed + (number > 0)]  # shifted scenes are others than those that train
-        command += ["--scene_mix", args.scene_mix] if args.scene_mix else []
+        command += ["--scene_mix", args.scene_mix]
         commands[f"latents, {view}"] = (command, args.work / f"latents_{view}.log")
     run_all(commands, args.jobs, deadline)
     return folders
@@ -187,55 +210,96 @@ class Products(V.Ledger):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def measure(args, name, sizes, folder):
-    """A rival's parameters, FLOP and seconds of a step -> dict, means over the parts of the curriculum. Counted on a
-    real forward and backward pass; element-wise work is not counted."""
+def open_steps(args, name, sizes, folder, num_clips, device):
+    """A rival and a batch of num_clips, 0 = its own -> (model, batch without its step, clips of a real batch)."""
     world, cfg = open_rival(args, name, sizes, folder)
-    device = V.choose_device(cfg.device, 0)
     torch.manual_seed(0)
-    model, data = world(cfg).to(device).train(), source_of(world, cfg, folder).dataset(cfg, "train")
-    samples = V.collate([data[index] for index in range(cfg.batch_size)])
+    source = source_of(world, cfg, folder)
+    model, data = world(cfg).to(device).train(), source.dataset(cfg, "train")
+    samples = V.collate([data[index] for index in range(num_clips or cfg.batch_size)])
     batch = V.to_device({key: value for key, value in samples.items() if key != "bad"}, device)
-    flop, seconds = [], []
-    for step in range(3):
-        times, told = [], {**batch, "step": torch.tensor(step)}
+    return model, batch, cfg.batch_size
+
+
+def one_step(model, batch, step):
+    """Forward and backward pass of a part of the curriculum."""
+    model({**batch, "step": torch.tensor(step)})[0]["loss_total"].backward()
+
+
+def count(args, name, sizes, folder):
+    """A rival's parameters and FLOP of a step, mean over the parts of the curriculum -> dict. Counted on real passes of
+    two clips on the CPU; element-wise work is not counted."""
+    model, batch, size = open_steps(args, name, sizes, folder, 2, torch.device("cpu"))
+    flop, learning = [], sum(parameter.numel() for parameter in model.trained().values())
+    for step in range(3 if learning else 0):
         with Products() as counter:
-            model(told)[0]["loss_total"].backward()
-        for _ in range(2):
-            began = time.perf_counter()
-            model(told)[0]["loss_total"].backward()
+            one_step(model, batch, step)
+        flop.append(counter.flop * size / 2)
+    return dict(parameters=learning, flop=statistics.fmean(flop) if flop else 0.0)
+
+
+def measure(args, name, sizes, folder):
+    """Seconds of a rival's step on the device that trains, mean over the parts of the curriculum."""
+    device, seconds = V.choose_device(args.device, 0), []
+    model, batch, _ = open_steps(args, name, sizes, folder, 0, device)
+    for step in range(3):
+        one_step(model, batch, step)  # kernels are chosen, memory is taken
+        began, steps = time.perf_counter(), 0
+        while not steps or time.perf_counter() - began < MEASURED_S:
+            one_step(model, batch, step)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-        flop.append(counter.flop)
-        seconds.append(min(times))
-    learning = sum(parameter.numel() for parameter in model.trained().values())
-    return dict(parameters=learning, flop=statistics.fmean(flop), seconds=statistics.fmean(seconds))
+            steps += 1
+        seconds.append((time.perf_counter() - began) / steps)
+    return statistics.fmean(seconds)
 
 
-def make_plan(args, sizes, folder):
+def measure_all(args, argv, names, deadline):
+    """Seconds of a step of these rivals, measured while as many processes work as will train -> {rival: seconds}."""
+    paths = {(name, seed): args.work / f"seconds_{name}_{seed}" for seed in args.seeds for name in names}
+    if args.jobs == 1:
+        paths = {pair: path for pair, path in paths.items() if pair[1] == args.seeds[0]}
+    commands = {}
+    for (name, seed), path in paths.items():
+        command = ["tools/rivals.py", *argv, "--measure", name, "--evaluate", path.name]
+        commands[f"steps of {name}, {seed}"] = command, args.work / f"{name}_{seed}.log"
+    run_all(commands, args.jobs, deadline)
+    found = {pair: float(path.read_text()) for pair, path in paths.items()}
+    return {name: statistics.fmean(value for pair, value in found.items() if pair[0] == name) for name in names}
+
+
+def steps_of(args, plan, seconds_left):
+    """{rival: {parameters, flop, seconds}} -> the same with the steps that each takes."""
+    learning = [name for name, row in plan.items() if row["parameters"]]
+    unit = {name: dict(flop=row["flop"], seconds=row["seconds"], steps=1)[args.match] for name, row in plan.items()}
+    first = unit[learning[0]] if learning else 1
+    each = [plan[name]["seconds"] * first / unit[name] for name in learning]  # for a step of the first one
+    if not args.steps and learning:
+        wall = max(max(each), sum(each) * len(args.seeds) / args.jobs)
+        args.steps = max(int(FILL * seconds_left / wall), 3)
+    for name, row in plan.items():
+        row["steps"] = max(round(args.steps * first / unit[name]), 3) if row["parameters"] else 1
+    return plan
+
+
+def make_plan(args, argv, sizes, folder, deadline):
     """How many steps each rival gets -> {rival: {parameters, flop, seconds, steps}}, kept in plan.json. UserError where
     that was made with other settings."""
     path, asked = args.work / "plan.json", {"sizes": sizes, "match": args.match, "steps": args.steps}
     asked |= {"rivals": {name: list(flags) for name, flags in args.rivals.items()}, "flags": args.flags}
     asked |= {"ckpt": str(args.ckpt or ""), "data_root": str(folder), "device": args.device}
-    asked |= {"test_fraction": args.test_fraction}
+    asked |= {"test_fraction": args.test_fraction, "scene_mix": args.scene_mix, "signals": args.signals}
     if path.is_file():
         known = V.parse_json(V.read_text(path, 2**24))
         other = [name for name in asked if known["asked"].get(name) != json.loads(json.dumps(asked[name]))]
         if other:
             raise V.UserError(f"work {args.work}: holds rivals of other {', '.join(other)}; use another --work")
         return known["plan"]
-    plan = {name: measure(args, name, sizes, folder) for name in args.rivals}
-    learning = [name for name, row in plan.items() if row["parameters"]]
-    unit = {
-        name: {"flop": row["flop"], "seconds": row["seconds"], "steps": 1}[args.match] for name, row in plan.items()
-    }
-    first = unit[learning[0]] if learning else 1
-    seconds_each = sum(plan[name]["seconds"] * first / unit[name] for name in learning)  # for a step of the first one
-    steps = args.steps or max(int(FILL * 60 * args.minutes * args.jobs / (seconds_each * len(args.seeds))), 3)
+    plan = {name: count(args, name, sizes, folder) for name in args.rivals}
+    seconds = measure_all(args, argv, [name for name, row in plan.items() if row["parameters"]], deadline)
     for name, row in plan.items():
-        row["steps"] = max(round(steps * first / unit[name]), 3) if row["parameters"] else 1
+        row["seconds"] = seconds.get(name, 0.0)
+    plan = steps_of(args, plan, deadline - time.monotonic())
     V.write_atomic(path, lambda handle: handle.write(json.dumps({"asked": asked, "plan": plan}, indent=1).encode()))
     return plan
 
@@ -245,7 +309,8 @@ def tell_plan(args, plan):
     for name, row in plan.items():
         total = f"{row['steps'] * row['flop']:.3g} FLOP, about {row['steps'] * row['seconds'] / 60:.3g} min per seed"
         V.say(f"{name}: {row['parameters']:,} parameters, {row['steps']} steps, {total}")
-    whole = sum(row["steps"] * row["seconds"] for row in plan.values()) * len(args.seeds) / args.jobs / 60
+    each = [row["steps"] * row["seconds"] / 60 for row in plan.values()]
+    whole = max(max(each), sum(each) * len(args.seeds) / args.jobs)
     if whole > args.minutes:
         V.say(f"WARNING: training takes about {whole:.0f} min, and --minutes is {args.minutes:g}", sys.stderr)
 
@@ -356,7 +421,8 @@ def evaluate(args, place, folders):
             data.videos = list(dict.fromkeys([*source.train, *source.val, *source.test]))
         clips = clips_of(data)
         scores = {arm: errors.tolist() for arm, errors in score(model, clips).items()}
-        found[view] = {"clips": list(clips), "errors": scores, "adaptation": adapt_to(args, model, data)}
+        gain = {"why": "no shift"} if view == "plain" else adapt_to(args, model, data)
+        found[view] = {"clips": list(clips), "errors": scores, "adaptation": gain}
     text = json.dumps({"asked": asked_of(args, place, folders), "views": found})
     V.write_atomic(place / "rivals.json", lambda handle: handle.write(text.encode()))
 
@@ -367,6 +433,10 @@ def evaluate_all(args, argv, plan, folders, deadline):
     for name, row in plan.items():
         for place in (args.work / f"{name}_{seed}" for seed in seeds_of(args, row)):
             if known_scores(args, place, folders) is None:
+                if args.jobs == 1:  # a process of its own takes seconds to begin
+                    check_time(deadline, f"{place.name} is evaluated")
+                    evaluate(args, place, folders)
+                    continue
                 command = ["tools/rivals.py", *argv, "--evaluate", place.name]
                 commands[f"{place.name}, evaluation"] = command, args.work / f"{place.name}.log"
     run_all(commands, args.jobs, deadline)
