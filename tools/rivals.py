@@ -14,7 +14,7 @@ worlds/hope.py.
 Equal compute: --match flop (default) gives each the floating-point operations that --steps steps of the first rival
 that learns take, counted on a real step in each part of the curriculum, whose three parts are thirds of its run with
 rollouts of 2, 4 and all frames; --match seconds the time of such steps, measured here, with as many processes at once
-as will train; --match steps the same steps. --steps 0 takes as many as fill two thirds of what is left of --minutes by
+as will train; --match steps the same steps. --steps 0 takes as many as fill 60 % of what is left of --minutes by
 that measurement. All three are reported.
 
 Written under --out, whole or not at all: rivals.json and rivals.md. Folders, runs and single evaluations stay in
@@ -63,7 +63,7 @@ ENCODER = (  # NOW and SOON of the preset tiny; the flow net is as small as it c
     *("--flow_depth", "1", "--flow_heads", "2", "--flow_rank", "4", "--flow_chunks", "1", "--flow_joint_max", "16"),
     *("--no-picture", "--val_every", "0"),
 )
-FILL = 2 / 3  # share of what is left of --minutes that training may take by the measurement
+FILL = 0.6  # share of what is left of --minutes that training may take by the measurement
 MEASURED_S = 2.0  # seconds of steps that are measured in each part of the curriculum
 GRACE_S = 60.0  # a run that is told to stop saves within
 
@@ -433,10 +433,6 @@ def evaluate_all(args, argv, plan, folders, deadline):
     for name, row in plan.items():
         for place in (args.work / f"{name}_{seed}" for seed in seeds_of(args, row)):
             if known_scores(args, place, folders) is None:
-                if args.jobs == 1:  # a process of its own takes seconds to begin
-                    check_time(deadline, f"{place.name} is evaluated")
-                    evaluate(args, place, folders)
-                    continue
                 command = ["tools/rivals.py", *argv, "--evaluate", place.name]
                 commands[f"{place.name}, evaluation"] = command, args.work / f"{place.name}.log"
     run_all(commands, args.jobs, deadline)
@@ -596,16 +592,19 @@ def parse(argv):
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flag("--match", choices=("flop", "seconds", "steps"), default="flop", help="what is equal [flop]")
     flag("--minutes", type=float, default=60.0, help="longest time of the whole command [60]")
-    flag("--jobs", type=int, default=1, help="runs at a time [1]")
+    flag("--jobs", type=int, default=0, help="runs at a time; 0 = one per core [0]")
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    flag("--signals", default="steer,accel", help="actions of the scenes")
-    flag("--scene_mix", default="", help="kinds of scenes [those of the checkpoint]")
+    flag("--signals", default="steer,accel,speed", help="actions of the scenes")
+    flag("--scene_mix", default="steered=4,lane=1,brake=1", help="kinds of scenes [steered=4,lane=1,brake=1]")
     flag("--evaluate", default="", help=argparse.SUPPRESS)  # a run in --work, by a process of its own
+    flag("--measure", default="", help=argparse.SUPPRESS)  # a rival, into the file of --work that --evaluate names
     flag("--adapt_layers", default="layernorm+bias", help="what adaptation changes, as in tools/adapt.py")
     for name, kind, default, text in (
         ("steps", int, 0, "steps of the first rival that learns; 0 = what --minutes allows"),
-        ("clips", int, 600, "scenes that are encoded to train, validate and test"),
-        ("shift_clips", int, 48, "scenes of each shift"),
+        ("encoder_steps", int, 300, "steps of the encoder, without --ckpt"),
+        ("clips", int, 1500, "scenes that are encoded to train, validate and test"),
+        ("clip_latents", int, 7, "latents of a clip, one more than frames to predict"),
+        ("shift_clips", int, 64, "scenes of each shift"),
         ("scene_seed", int, 7, "of the scenes"),
         ("test_fraction", float, 0.15, "share of the clips that no run sees"),
         ("adapt_lr", float, 5e-4, "learning rate of adaptation"),
@@ -623,19 +622,20 @@ def check(args):
     chosen = dict(text.partition("=")[::2] for text in args.rivals)
     unknown = [name for name, preset in chosen.items() if not preset and name not in RIVALS]
     for wrong, what in (
-        (bool(args.ckpt) == bool(args.data_root), "one of --ckpt and --data_root must be given"),
+        (args.ckpt and args.data_root, "ckpt and data_root: one of them at most (--ckpt, --data_root)"),
         (args.ckpt and not args.ckpt.is_file(), f"ckpt {args.ckpt}: no such checkpoint (--ckpt)"),
         (args.data_root and not args.data_root.is_dir(), f"data_root {args.data_root}: no folder (--data_root)"),
         (args.shift and not args.data_root, "shift: goes with --data_root; scenes have their own (--shift)"),
         (unknown, f"rivals: {', '.join(unknown)} is none of {', '.join(RIVALS)}; NAME=PRESET adds one (--rivals)"),
         (len(set(args.seeds)) < len(args.seeds), "seeds: one stands there twice (--seeds)"),
         (not 0 < args.minutes <= 10**5, f"minutes = {args.minutes:g}: must be above 0 (--minutes)"),
-        (args.jobs < 1 or args.steps < 0, "jobs must be at least 1, steps 0 or above (--jobs, --steps)"),
+        (min(args.jobs, args.steps) < 0, "jobs and steps must be 0 or above (--jobs, --steps)"),
         (not 0 < args.test_fraction < 0.9, "test_fraction: must lie between 0 and 0.9 (--test_fraction)"),
     ):
         if wrong:
             raise V.UsageError(what)
     args.rivals = {name: ["--preset", preset] if preset else list(RIVALS[name]) for name, preset in chosen.items()}
+    args.jobs = args.jobs or min(V.usable_cores(), len(args.rivals) * len(args.seeds))
     args.shifts = {name: Path(folder) for name, folder in named(args.shift, "shift").items()}
     A.parts_of(args.adapt_layers)
     return args
@@ -647,11 +647,14 @@ def start(argv):
     deadline = time.monotonic() + 60 * args.minutes
     args.work.mkdir(parents=True, exist_ok=True)
     folders = cache_clips(args, deadline)
+    sizes = sizes_of(Path(folders["plain"]), args.feature_map)
+    if args.measure:
+        (args.work / args.evaluate).write_text(str(measure(args, args.measure, sizes, folders["plain"])))
+        return
     if args.evaluate:
         evaluate(args, args.work / args.evaluate, folders)
         return
-    sizes = sizes_of(Path(folders["plain"]), args.feature_map)
-    plan = make_plan(args, sizes, folders["plain"])
+    plan = make_plan(args, argv, sizes, folders["plain"], deadline)
     tell_plan(args, plan)
     train_all(args, plan, sizes, folders["plain"], deadline)
     evaluate_all(args, argv, plan, folders, deadline)
