@@ -85,7 +85,12 @@ def test_shares_and_their_intervals():
     low, high = R.figure(np.ones((1, 400)), noise)["interval"]
     assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / math.sqrt(400), rel=0.15)
     assert R.percent({"value": -1e-5, "interval": [-1e-5, 0.0]}) == "+0.0% [+0.0%, +0.0%]"
-    assert R.adaptation_figure([{"why": "no layers"}]) == {"why": "no layers"} and R.percent({"why": ""}) == "none"
+    assert R.adaptation_figure([{"why": "no layers"}]) == {"why": "no layers"} and R.percent(None) == "none"
+    part = {"none": [1.0, 1.0], "shuffled": [1.2, 1.2], "adapted": [0.9, 0.9]}
+    gains = {name: entry["value"] for name, entry in R.adaptation_figure([part]).items()}
+    assert gains == pytest.approx({"adapted": 0.1, "shuffled": -0.2, "over_shuffled": 0.25})
+    above, across = {"interval": [0.1, 0.2]}, {"interval": [-0.1, 0.2]}
+    assert R.sure({"a": above, "b": across, "c": None, "d": above}) == "a, d" and R.sure({"b": across}) == "none"
 
 
 def test_curriculum_in_thirds():
@@ -198,7 +203,7 @@ def test_the_whole_command(pushes, tmp_path, capsys):
     assert identity["plain"]["clips"] == 4 and identity["ice"]["clips"] == 4  # all of ice, the test part of base
     assert convlstm["plain"]["still"] == pytest.approx(identity["plain"]["still"], abs=1e-5)
     assert len(convlstm["plain"]["saved_all"]["seeds"]) == 1 and len(convlstm["plain"]["error"]) == 4
-    assert "why" in identity["ice"]["adaptation"] and "value" in convlstm["ice"]["adaptation"]["over_none"]
+    assert "why" in identity["ice"]["adaptation"] and "value" in convlstm["ice"]["adaptation"]["adapted"]
     table = (tmp_path / "out" / "rivals.md").read_text()
     assert "| convlstm |" in table and "Better than identity at every horizon" in told
     place = tmp_path / "work" / "convlstm_0"

@@ -464,12 +464,13 @@ def figure(reference, other):
 
 
 def adaptation_figure(parts):
-    """What adaptation saved under a shift, of each seed -> {over none, over shuffled} or {why}."""
+    """What adaptation saved under a shift, of each seed -> {adapted, shuffled: over none, over_shuffled} or {why}."""
     for part in parts:
         if "why" in part:
             return part
-    errors = {arm: [part[arm] for part in parts] for arm in A.ARMS}
-    return {f"over_{arm}": figure(errors[arm], errors["adapted"]) for arm in ("none", "shuffled")}
+    none, shuffled, adapted = ([part[arm] for part in parts] for arm in A.ARMS)
+    pairs = {"adapted": (none, adapted), "shuffled": (none, shuffled), "over_shuffled": (shuffled, adapted)}
+    return {name: figure(*pair) for name, pair in pairs.items()}
 
 
 def figures_of(runs):
@@ -501,49 +502,69 @@ def compare(args, evaluations):
 
 
 def percent(entry):
-    """A share with its interval as text."""
-    if "why" in entry:
+    """A share with its interval as text, none where there is no such figure."""
+    if not entry:
         return "none"
     value, low, high = (round(number, 3) + 0.0 for number in (entry["value"], *entry["interval"]))  # no -0
     return f"{value:+.1%} [{low:+.1%}, {high:+.1%}]"
 
 
+def table(heads, rows):
+    """Texts -> lines of a table."""
+    return ["", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))]
+
+
+def sure(entries):
+    """{name: figure or None} -> the names whose whole interval is above 0, as text."""
+    return ", ".join(name for name, entry in entries.items() if entry and entry["interval"][0] > 0) or "none"
+
+
+def verdict(report):
+    """Sentences that follow from the figures."""
+    rivals, lines = report["rivals"], []
+    below = [name for name, row in rivals.items() if all(each["value"] > 0 for each in row["plain"]["saved"])]
+    whole = [name for name in below if all(each["interval"][0] > 0 for each in rivals[name]["plain"]["saved"])]
+    told = f"Better than identity at every horizon: {', '.join(below) or 'none'}"
+    lines.append(f"{told}; with the whole interval: {', '.join(whole) or 'none'}.")
+    best = max((row["plain"]["saved_all"]["value"], name) for name, row in rivals.items())[1]
+    lines.append(f"Least error over all horizons: {best}, surely below {sure(report['pairs'][best])}.")
+    for arm, what in (("shuffled", "those of another clip"), ("zero", "zeros")):
+        gains = {name: row["plain"][f"actions_over_{arm}"] for name, row in rivals.items()}
+        lines.append(f"True actions surely save error beside {what}: {sure(gains)}.")
+    for view in report["shifts"]:
+        for kind, what in (("adapted", "none"), ("over_shuffled", "adaptation to shuffled targets")):
+            gains = {name: row[view]["adaptation"].get(kind) for name, row in rivals.items()}
+            lines.append(f"Under {view}, adaptation surely saves error beside {what}: {sure(gains)}.")
+    return ["", *(f"* {line}" for line in lines)]
+
+
 def markdown(report):
     """The report as tables."""
     rivals, settings = report["rivals"], report["settings"]
-    frames = len(next(iter(rivals.values()))["plain"]["error"])
+    plain = next(iter(rivals.values()))["plain"]
+    frames = len(plain["error"])
     picked = sorted({1, 2, 4, frames // 2, frames} & set(range(1, frames + 1)))
-    clips = next(iter(rivals.values()))["plain"]["clips"]
     lines = [
-        f"Rivals at equal {settings['match']}, {len(settings['seeds'])} seeds, {clips} test clips, {frames} frames on "
-        "own guesses from one. Shares of an error that are saved, with 95 % intervals over seeds and clips.",
-        "",
-        "| rival | parameters | steps | FLOP | seconds | " + " | ".join(f"over identity, {h}" for h in picked) + " |",
-        "|---|" + "---|" * (4 + len(picked)),
+        f"Rivals at equal {settings['match']}, {len(settings['seeds'])} seeds, {plain['clips']} test clips, {frames} "
+        "frames on own guesses from one. Shares of an error that are saved, with 95 % intervals over seeds and clips."
     ]
+    rows = []
     for name, row in rivals.items():
-        cost = f"{row['parameters']:,} | {row['steps']} | {row['flop']:.2g} | {row['seconds']:.0f}"
-        shares = " | ".join(percent(row["plain"]["saved"][h - 1]) for h in picked)
-        lines.append(f"| {name} | {cost} | {shares} |")
-    shifts = [view for view in next(iter(rivals.values())) if view in report["shifts"]]
-    heads = [*(f"{view}: {what}" for view in shifts for what in ("over identity", "adapted", "against shuffled")), ""]
-    lines += ["", "| rival | true actions over shuffled | over none | " + " | ".join(heads).rstrip(), "|---|---|---|"]
-    lines[-1] += "---|" * (3 * len(shifts))
-    for name, row in rivals.items():
-        cells = [percent(row["plain"][f"actions_over_{arm}"]) for arm in ("shuffled", "zero")]
-        for view in shifts:
-            gain = row[view]["adaptation"]
-            both = [gain, gain] if "why" in gain else [gain["over_none"], gain["over_shuffled"]]
-            cells += [percent(row[view]["saved_all"]), *map(percent, both)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    below = [name for name, row in rivals.items() if all(each["value"] > 0 for each in row["plain"]["saved"])]
-    sure = [name for name in below if all(each["interval"][0] > 0 for each in rivals[name]["plain"]["saved"])]
-    told = f"Better than identity at every horizon: {', '.join(below) or 'none'}"
-    lines += ["", f"{told}; with the whole interval: {', '.join(sure) or 'none'}."]
-    best = max((row["plain"]["saved_all"]["value"], name) for name, row in rivals.items())[1]
-    beaten = [name for name, entry in report["pairs"][best].items() if entry["interval"][0] > 0]
-    lines += [f"Least error over all horizons: {best}, surely below {', '.join(beaten) or 'none'}.", ""]
-    return "\n".join([*lines, f"Times on {report['machine']}.", ""])
+        cost = [name, f"{row['parameters']:,}", str(row["steps"]), f"{row['flop']:.2g}", f"{row['seconds']:.0f}"]
+        rows.append([*cost, *(percent(row["plain"]["saved"][h - 1]) for h in picked)])
+    heads = ["rival", "parameters", "steps", "FLOP", "seconds", *(f"over identity, {h}" for h in picked)]
+    lines += table(heads, rows)
+    kinds = ("saved_all", "actions_over_shuffled", "actions_over_zero")
+    rows = [[name, *(percent(row["plain"][kind]) for kind in kinds)] for name, row in rivals.items()]
+    lines += table(["rival", "over identity, all frames", "true actions over shuffled", "over zeros"], rows)
+    for view in report["shifts"]:
+        rows = []
+        for name, row in rivals.items():
+            gains = (row[view]["adaptation"].get(kind) for kind in ("adapted", "shuffled", "over_shuffled"))
+            rows.append([name, percent(row[view]["saved_all"]), *map(percent, gains)])
+        told = ("over identity", "adapted over none", "shuffled targets over none", "adapted over shuffled")
+        lines += table([f"under {view}", *told], rows)
+    return "\n".join([*lines, *verdict(report), "", f"Times on {report['machine']}.", ""])
 
 
 def make_report(args, plan, sizes, folders):
