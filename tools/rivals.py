@@ -64,7 +64,7 @@ ENCODER = (  # NOW and SOON of the preset tiny; the flow net is as small as it c
     *("--no-picture", "--val_every", "0"),
 )
 FILL = 0.6  # share of what is left of --minutes that training may take by the measurement
-MEASURED_S = 2.0  # seconds of steps that are measured in each part of the curriculum
+MEASURED_S = 3.0  # seconds of steps that are measured in each part of the curriculum
 GRACE_S = 60.0  # a run that is told to stop saves within
 
 
@@ -256,9 +256,8 @@ def measure(args, name, sizes, folder):
 
 def measure_all(args, argv, names, deadline):
     """Seconds of a step of these rivals, measured while as many processes work as will train -> {rival: seconds}."""
-    paths = {(name, seed): args.work / f"seconds_{name}_{seed}" for seed in args.seeds for name in names}
-    if args.jobs == 1:
-        paths = {pair: path for pair, path in paths.items() if pair[1] == args.seeds[0]}
+    seeds = args.seeds[: max(args.jobs // max(len(names), 1), 1)]
+    paths = {(name, seed): args.work / f"seconds_{name}_{seed}" for seed in seeds for name in names}
     commands = {}
     for (name, seed), path in paths.items():
         command = ["tools/rivals.py", *argv, "--measure", name, "--evaluate", path.name]
