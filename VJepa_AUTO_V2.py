@@ -2132,16 +2132,16 @@ def timed_signals(annotation, video, plan, names):
         duration, native_fps = video_timing(video.path, plan)
     except DECODE_ERRORS as error:
         raise BadFile(f"no times for its signals: {one_line(reason_of(error))}") from error
-    at = (frame_times(plan, duration, native_fps) - video.begin) * float(annotation.get("fps") or native_fps)
-    at = at.astype(int)
+    times = frame_times(plan, duration, native_fps) - video.begin
+    at = (times * float(annotation.get("fps") or native_fps)).astype(int)
     return {name: np.append(row, math.nan)[np.minimum(at, len(row))] for name, row in values.items()}
 
 
 def action_rows(signals, cfg):
     """{name: values of T frames} -> means over tubelets, float32 [tubelets, A], NaN for signals that are absent."""
-    absent = np.full(cfg.num_frames, math.nan)
-    rows = np.stack([np.asarray(signals.get(name, absent), np.float64) for name in cfg.action_names], 1)
-    return torch.from_numpy(rows.reshape(-1, cfg.tubelet_t, rows.shape[1]).mean(1).astype(np.float32))
+    absent = [math.nan] * cfg.num_frames
+    rows = torch.tensor(np.array([signals.get(name, absent) for name in cfg.action_names], np.float64))
+    return rows.unflatten(1, (-1, cfg.tubelet_t)).mean(2).T.float()
 
 
 def open_picture(path):
@@ -2760,6 +2760,7 @@ def kept_sizes(cache, plan, videos):
 TWIN_KINDS = ("teleport", "vanish", "pass_through", "recolour", "reverse")  # physics broken after an instant
 CAMERA_HEIGHT, HORIZON, FOCAL = 1.4, 0.42, 0.9  # metres; share of the height; share of the width (about 58 degrees)
 LANE, DASH = 3.5, 6.0  # metres of a lane, of a dash and of the space after it
+WHEELBASE = 2.8  # metres between the own axles
 BONNET = 0.93  # where the own bonnet begins, share of the height
 # lanes -> paved half width, edge line, dashed line, own lane
 ROADS = {2: (3.9, 3.4, 0.0, LANE / 2), 3: (5.65, 5.25, LANE / 2, 0.0)}
@@ -3070,8 +3071,8 @@ def scene_labels(scene, future, pose, mover):
     """What is true of a clip -> dict of values and per-frame lists in SI units, None where a thing is not there."""
     side, kind, tau = future["choice"], scene["kind"], pose["tau"]
     forks, accel = kind in FORKS, np.gradient(pose["speed"], pose["times"]) * (tau > 0)  # NOW knows no future
-    moves = {"lane": f"lane_change_{SIDE_NAMES[side]}" if side else "keep"}
-    moves |= dict.fromkeys(FORKS, f"fork_{SIDE_NAMES[side]}")
+    lane = f"lane_change_{SIDE_NAMES[side]}" if side else "keep"
+    moves = {"lane": lane, **dict.fromkeys(FORKS, f"fork_{SIDE_NAMES[side]}")}
     braked = future["brake_at"] < tau[-1]
     mover_u = mover_depth = [None] * len(tau)
     event = np.full(len(tau), "", object)
@@ -3099,7 +3100,7 @@ def scene_labels(scene, future, pose, mover):
         brake_time=future["brake_at"] if braked else None,
         speed=pose["speed"].tolist(),
         yaw_rate=pose["yaw_rate"].tolist(),
-        steer=np.arctan(2.8 * pose["yaw_rate"] / np.maximum(pose["speed"], 1)).tolist(),
+        steer=np.arctan(WHEELBASE * pose["yaw_rate"] / np.maximum(pose["speed"], 1)).tolist(),
         lane_offset=pose["offset"].tolist(),
         lead_gap=mover_depth if scene["plot"] == "lead" else [None] * len(tau),
         mover_u=mover_u,
@@ -3601,8 +3602,9 @@ class ClipDataset(FileDataset):
         frames = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))  # [T, 3, H, W]
         found = {"frames": frames, "maneuver": torch.tensor(maneuver)}
         if names := self.cfg.action_names:
+            rows = annotation["actions"] if "actions" in annotation else action_rows(annotation, self.cfg)
             signs = torch.tensor([-1.0 if flip and name in MIRRORED else 1.0 for name in names])
-            found["actions"] = signs * annotation.get("actions", action_rows({}, self.cfg))  # [tubelets, A]
+            found["actions"] = signs * rows  # [tubelets, A]
         return found, number, bad
 
     def signals(self, number):
@@ -3634,8 +3636,6 @@ class SceneDataset(ClipDataset):
     def decode(self, index, height, width):
         cfg = replace(self.cfg, image_size=(height, width), scene_size=0)
         frames, labels = scene(scene_seed_at(cfg, index, self.stream), 0, cfg)
-        if cfg.action_names:
-            labels["actions"] = action_rows(labels, cfg)
         flip = bool(cfg.hflip and self.stream == "train" and sample_rng(cfg.seed, self.stream, index, 2).random() < 0.5)
         return (frames[:, :, ::-1] if flip else frames), index % len(self.videos), labels, [], flip
 
@@ -3748,8 +3748,8 @@ SIGNAL_FILES = 512  # files at most whose signals are looked through for their m
 
 
 def action_statistics(data, stopping):
-    """The actions in a dataset's files -> (means [A], deviations [A], a line about them, what is wrong or ""). Mirrored
-    clips count both ways; a signal that never changes has deviation 1. Stopped."""
+    """The actions in a dataset's files -> (means [A], deviations [A], a line about them); where no file has them all,
+    empty and why. Mirrored clips count both ways; a signal that never changes has deviation 1. Stopped."""
     cfg, names, total, complete = data.cfg, data.cfg.action_names, len(data.videos), 0
     numbers, parts = range(0, total, -(-total // SIGNAL_FILES)), {name: [] for name in names}
     for number in numbers:
@@ -3757,23 +3757,21 @@ def action_statistics(data, stopping):
             raise Stopped
         with suppress(BadFile):  # counted with its reason when the clip itself is read
             found = {name: row[np.isfinite(row)] for name, row in data.signals(number).items()}
-            found = {name: row for name, row in found.items() if len(row)}
-            complete += len(found) == len(names)
+            complete += sum(map(bool, map(len, found.values()))) == len(names)
             for name, row in found.items():
                 row = np.concatenate([row, -row]) if cfg.hflip and name in MIRRORED else row
-                parts[name].append((len(row), row.mean(), row.var()))
+                parts[name] += [(len(row), row.mean(), row.var())] if len(row) else []
     looked, means, deviations = f"{len(numbers)} of {total} training files", [], []
     if not complete:
         counts = ", ".join(f"{name} in {len(rows)}" for name, rows in parts.items())
-        return (), (), "", f"no file has them all: {counts} annotations of {looked}"
-    for rows in parts.values():
-        count, mean, variance = np.array(rows).T
+        return (), (), f"no file has them all: {counts} annotations of {looked}"
+    for count, mean, variance in (np.array(rows).T for rows in parts.values()):
         means.append(np.average(mean, weights=count))
         deviations.append(math.sqrt(np.average(variance + (mean - means[-1]) ** 2, weights=count)))
     deviations = [s if s > 1e-6 * max(abs(m), 1e-3) else 1.0 for m, s in zip(means, deviations)]
     told = ", ".join(f"{name} {m:.4g} +- {s:.4g}" for name, m, s in zip(names, means, deviations))
     passive = f"; {len(numbers) - complete} of these lack one, and are passive" * (complete < len(numbers))
-    return means, deviations, f"actions: {told} in {looked}{passive}", ""
+    return means, deviations, f"actions: {told} in {looked}{passive}"
 
 
 SAMPLED, SAMPLE_S = 24, 3.0  # files at most that are opened, and seconds, to tell the size of all
@@ -5646,11 +5644,9 @@ class FlowNet(nn.Module):
         self.whole = nn.Sequential(nn.Linear(whole, W), nn.SiLU(), nn.Linear(W, W)) if joint else None
         self.blocks = nn.ModuleList(FlowBlock(W, cfg.enc_dim, cfg.flow_heads, joint) for _ in range(cfg.flow_depth))
         self.norm, self.modulate = nn.LayerNorm(W, eps=1e-6, elementwise_affine=False), nn.Linear(W, 2 * W)
-        num_signals, (_, _, times), self.actions = len(cfg.action_names), cfg.future_tubelets, None
-        if num_signals and joint:
-            self.actions = nn.Linear(times * num_signals + 1, W)  # all at once, and whether there are none
-        elif num_signals:
-            self.actions = ActionTokens(num_signals, times, cfg.enc_dim)
+        A, (_, _, times), self.actions = len(cfg.action_names), cfg.future_tubelets, None
+        if A:  # joint: all at once, and whether there are none
+            self.actions = nn.Linear(times * A + 1, W) if joint else ActionTokens(A, times, cfg.enc_dim)
         for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
             # at 0.02 what comes from NOW is a product of small numbers: a short run samples as if it were not there
             nn.init.trunc_normal_(linear.weight, std=linear.in_features**-0.5)
@@ -5931,12 +5927,9 @@ def cache_latents(model, run):
             with autocast(process):
                 batch = to_device(batch, process.device)
                 parts = [model.context_of(batch), model.future_target(model.targets_of(batch))]
-            kinds = (kept, kept, torch.float32)
-            parts += [batch["actions"]] if cfg.action_names else []
+            parts = [part.to(kept) for part in parts] + ([batch["actions"]] if cfg.action_names else [])
             # taken whole: joining pieces in the end would need the memory twice
-            cached = cached or [
-                torch.empty((num_batches * size, *part.shape[1:]), dtype=kind) for part, kind in zip(parts, kinds)
-            ]
+            cached = cached or [torch.empty((num_batches * size, *part.shape[1:]), dtype=part.dtype) for part in parts]
             for whole, part in zip(cached, parts):
                 whole[number * size : (number + 1) * size] = part
             run.log.bar(number + 1, num_batches, what, f"{what}: batch")
@@ -5946,8 +5939,8 @@ def cache_latents(model, run):
 
 
 @torch.no_grad()
-def residual_rows(model, context, future, process, actions=None):
-    """What the forecast, with actions or without, leaves open of cached futures [n, F, D] -> rows of the space
+def residual_rows(model, process, context, future, actions=None):
+    """What the forecast, passive without actions, leaves open of cached futures [n, F, D] -> rows of the space
     [n, N, span] on the device."""
     context = context.to(process.device).float()
     with autocast(process):
@@ -5957,25 +5950,22 @@ def residual_rows(model, context, future, process, actions=None):
         return model.space.pool(residual)
 
 
-def flow_coordinates(model, contexts, futures, process, is_fitted, *actions):
-    """Coordinates y [n, N, k] of all residuals on the CPU, with actions a second time without them [2, n, N, k]; the
-    space is fitted to the first 2,048 clips of all ranks unless it was. StoppedTogether on a signal."""
-    size, ys = 4 * model.cfg.batch_size, []
-    parts = [slice(begin, begin + size) for begin in range(0, len(contexts), size)]
-    ways = (actions, ()) if actions else ((),)
+def flow_coordinates(model, latents, process, is_fitted):
+    """Coordinates y [n, N, k] of all residuals of cache_latents on the CPU, with actions [2, n, N, k]: told them, then
+    passive; the space is fitted to the first 2,048 clips of all ranks unless it was. StoppedTogether on a signal."""
+    size, ways, ys = 4 * model.cfg.batch_size, (latents, latents[:2])[: len(latents) - 1], []
+    parts = [slice(begin, begin + size) for begin in range(0, len(latents[0]), size)]
     if not is_fitted:
         few = itertools.product(ways, parts[: math.ceil(2048 / (size * process.world_size))])
-        rows = [
-            residual_rows(model, contexts[part], futures[part], process, *(a[part] for a in way)) for way, part in few
-        ]
+        rows = [residual_rows(model, process, *(whole[part] for whole in way)) for way, part in few]
         model.space.fit(model.gather(torch.cat(rows)))
         model.agree_on_space()
     for way, part in itertools.product(ways, parts):
         process.stop_together()
-        rows = residual_rows(model, contexts[part], futures[part], process, *(a[part] for a in way))
+        rows = residual_rows(model, process, *(whole[part] for whole in way))
         with full_precision(rows):
             ys.append(model.space.encode(rows).cpu())
-    return torch.cat(ys).unflatten(0, (2, -1)) if actions else torch.cat(ys)
+    return torch.cat(ys).unflatten(0, (2, -1)) if len(ways) > 1 else torch.cat(ys)
 
 
 def told_in_fit(fit, step, rng, chosen, actions=None):
@@ -6005,8 +5995,8 @@ class SoonFit(Fit):
         return {"context": contexts[chosen], "soon": futures[chosen, : self.cfg.soon_tokens], **told}
 
     def forward(self, batch):
-        context = batch["context"].float()
-        loss = l1_loss(self.model.predict_soon(context, self.model.given_of(batch, len(context))), batch["soon"])
+        preds = self.model.predict_soon(batch["context"].float(), self.model.given_of(batch))
+        loss = l1_loss(preds, batch["soon"])
         return {"loss_total": loss, "loss_soon": loss}, {}, {}
 
 
@@ -6019,8 +6009,8 @@ class FlowFit(Fit):
         latents = before.latents if before else cache_latents(model, run)
         super().__init__(model, "flow", model.cfg.flow_fit_steps, model.cfg.flow_fit_batch, len(latents[0]))
         goes_on = run.progress.after > sum(steps for name, steps in model.phases() if name != "flow")
-        self.contexts, futures, *self.actions = latents
-        self.y = flow_coordinates(model, self.contexts, futures, run.process, goes_on, *self.actions)
+        self.contexts, _, *self.actions = latents
+        self.y = flow_coordinates(model, latents, run.process, goes_on)
         if not goes_on:
             model.flow_ema.load_state_dict(model.flow.state_dict())
         share = f"{float(model.space.explained):.0%} of the residual in {model.cfg.flow_rank} directions"
@@ -6039,7 +6029,7 @@ class FlowFit(Fit):
     def forward(self, batch):
         flow = self.model.flow if torch.is_grad_enabled() else self.model.flow_ema
         y = batch["y"][:, None].expand_as(batch["noise"])
-        projected = flow.project(batch["context"].float(), *self.model.given_of(batch, len(y)))
+        projected = flow.project(batch["context"].float(), *self.model.given_of(batch))
         loss = velocity_loss(flow, projected, y, batch["noise"], batch["tau"])
         return {"loss_total": loss, "loss_flow": loss}, {}, {}
 
@@ -6481,8 +6471,8 @@ def take_weights(model, cfg, say):
     say(f"weights: encoder of {origin.path} ({origin.what}), {count:.1f} M, {into}")
     say(take_predictor(model, cfg, predictor, origin))
     left_out = f"; left out: {origin.left_out}" * bool(origin.left_out)
-    anew = "flow net, read-out and action tokens" if cfg.action_names else "flow net and read-out"
-    say(f"weights: outcome head, {anew} start anew{left_out}")
+    anew = ", action tokens" * bool(cfg.action_names)
+    say(f"weights: outcome head{anew}, flow net and read-out start anew{left_out}")
     if cfg.num_frames > (seen := origin.cfg.num_frames):
         say(f"note: a clip has {cfg.num_frames} frames, the weights saw at most {seen}")
 
@@ -6707,9 +6697,9 @@ class VJepaAutoV2(World):
         process, work = run.process, (tuple,)
         if process.is_main:
             work = action_statistics, run.source.dataset(self.cfg, "train"), process.stop.asked
-        mean, std, told, wrong = process.collect(process.together(*work))[0]
-        if wrong:
-            raise UsageError(f"config: {refusal(self.cfg, 'actions', wrong)}")
+        mean, std, told = process.collect(process.together(*work))[0]
+        if not mean:
+            raise UsageError(f"config: {refusal(self.cfg, 'actions', told)}")
         self.action_mean.copy_(torch.tensor(mean)), self.action_std.copy_(torch.tensor(std))
         run.log.line(told)
 
@@ -6777,14 +6767,15 @@ class VJepaAutoV2(World):
         times = self.cfg.future_tubelets[2]
         if actions is None:
             actions = self.action_mean.new_full((num_clips, times, len(self.action_mean)), math.nan)
-        units = ((actions[:, -times:] - self.action_mean) / self.action_std).clamp(-30, 30)  # a sensor's fault is cut
+        actions = actions[:, -times:].to(self.action_mean.device)
+        units = ((actions - self.action_mean) / self.action_std).clamp(-30, 30)  # a sensor's fault is cut
         passive = units.isnan().flatten(1).any(1)
         passive = passive if hidden is None else passive | hidden
         return units.masked_fill(passive[:, None, None], 0.0), passive
 
-    def given_of(self, batch, num_clips):
-        """`given` of a batch."""
-        return self.given(num_clips, batch.get("actions"), batch.get("actions_hidden"))
+    def given_of(self, batch):
+        """`given` of a batch, which holds `actions` wherever the world knows any."""
+        return self.given(0, batch.get("actions"), batch.get("actions_hidden"))
 
     def told(self, num_clips, actions):
         """`given` of actions [B, F, A] in SI units that a caller names, or None. UsageError for others."""
@@ -6883,13 +6874,15 @@ class VJepaAutoV2(World):
         if cfg.lambda_vjepa:
             losses["loss_vjepa"] = self.now_loss(tokens, targets, batch)
         context = self.context_of(batch) if tokens is None else self.encode_now(tokens)  # [B, K, D]
-        given = self.given_of(batch, len(targets))
+        given = self.given_of(batch)
         soon_preds = self.predict_soon(context, given)  # [B, M, D]
         soon_targets = gather_tokens(targets, self.soon_idx.expand(len(targets), -1))
         losses["loss_soon"] = l1_loss(soon_preds, soon_targets)
         still = targets[:, cfg.now_tokens - cfg.sites : cfg.now_tokens]  # [B, h*w, D], as if nothing moved
         gauges["persistence"] = l1_loss(still.repeat(1, cfg.soon_tokens // cfg.sites, 1), soon_targets)
-        gauges |= {"passive_share": given[1].float().mean()} if given else {}
+        if given:
+            gauges["passive_share"] = given[1].float().mean()
+            carry["soon"] = torch.stack([losses["loss_soon"].detach(), gauges["persistence"]])
         outcome = self.outcome(context)  # [B, D]
         losses["loss_eventually"], gauges["outcome_top1"] = self.eventually_loss(outcome, carry["key"])
         if cfg.lambda_flow:
@@ -6963,24 +6956,17 @@ class VJepaAutoV2(World):
         return {**momentum, "flow_explained": float(self.space.explained)}
 
     def held_out(self, batch, carry):
-        gain = self.action_gain(batch, carry["targets"]) if self.cfg.action_names else {}
-        if not self.cfg.lambda_flow:
-            return {"flow_spread": 0.0, **gain}
-        context = self.context_of(batch)
-        samples = self.sample_futures(context, 8, generator=torch.Generator(context.device).manual_seed(0))
-        residual = self.future_target(carry["targets"]) - self.forecast(context)
-        return {"flow_spread": float(samples.std(1).square().mean().sqrt() / residual.square().mean().sqrt()), **gain}
-
-    def action_gain(self, batch, targets):
-        """What the true actions of clips save of SOON's error, as a share of that of a still world."""
-        cfg, context = self.cfg, self.context_of(batch)
-        still, soon = targets[:, cfg.now_tokens - cfg.sites :].split((cfg.sites, targets.shape[1] - cfg.now_tokens), 1)
-        soon = soon[:, : cfg.soon_tokens]
-        active, passive = (
-            l1_loss(self.predict_soon(context, told), soon) for told in (self.given_of(batch, len(soon)), None)
-        )
-        persistence = l1_loss(still.repeat(1, cfg.soon_tokens // cfg.sites, 1), soon)
-        return {"soon_action_gain": float((passive - active) / persistence.clamp_min(1e-12))}
+        cfg, found = self.cfg, {"flow_spread": 0.0}
+        context, future = self.context_of(batch), self.future_target(carry["targets"])
+        if cfg.lambda_flow:
+            samples = self.sample_futures(context, 8, generator=torch.Generator(context.device).manual_seed(0))
+            residual = future - self.forecast(context)
+            found["flow_spread"] = float(samples.std(1).square().mean().sqrt() / residual.square().mean().sqrt())
+        if cfg.action_names:
+            told, still = carry["soon"]
+            passive = l1_loss(self.predict_soon(context), future[:, : cfg.soon_tokens])
+            found["soon_action_gain"] = float(saved_share(told, still) - saved_share(passive, still))
+        return found
 
     def verdict(self, values):
         return verdict(values, self.cfg)

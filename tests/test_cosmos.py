@@ -759,7 +759,7 @@ def test_a_resnet_learns_with_the_statistics_it_came_with(filled_hub, monkeypatc
 
     cfg = config(encoder="resnet50", image_size=64)
     monkeypatch.setattr(V, "wrap", lambda world, process: world)  # DDP needs a second process
-    run = V.Run(cfg, cpu_process(world_size=2), None, None)
+    run = V.Run(cfg, cpu_process(world_size=2), None, None, V.DataSource("render", "", [], [], [], True))
     model = V.build_world(Cosmos, run)
     net = models.resnet50().eval()
     net.load_state_dict(torch.load(filled_hub / "resnet50-11ad3fa6.pth", weights_only=True))

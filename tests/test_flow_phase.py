@@ -177,7 +177,7 @@ def test_cached_pairs_are_what_the_loss_would_see(tmp_path):
     source = V.open_data(V.VJepaAutoV2, cfg, [], True, lambda: None)
     run = phase_run(model, source, consumed=5)
     contexts, futures = V.cache_latents(model, run)
-    y = V.flow_coordinates(model, contexts, futures, process, False)
+    y = V.flow_coordinates(model, (contexts, futures), process, False)
     assert contexts.shape == (16, cfg.now_tokens, cfg.enc_dim) and y.shape == (
         16,
         1,

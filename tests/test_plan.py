@@ -192,7 +192,7 @@ def test_actions_lead_where_they_should():
     assert path["speed"][1:] == pytest.approx(10 + 2 * seconds[1:] - 0.5)  # half a frame until the first action holds
     assert path["heading"][1:] == pytest.approx(0.1 * seconds[1:] - 0.025)
     assert path["s"][-1] == pytest.approx(10 * seconds[-1] + seconds[-1] ** 2, abs=2) and path["x"][-1] > 1
-    steer = np.arctan(0.1 * L.LENGTH / path["speed"][1:].reshape(-1, cfg.tubelet_t).mean(1))
+    steer = np.arctan(0.1 * V.WHEELBASE / path["speed"][1:].reshape(-1, cfg.tubelet_t).mean(1))
     told = np.stack([steer, actions[:, 1]], 1)
     assert L.reckon(told, plan_config(), own)["x"] == pytest.approx(path["x"], abs=0.05)
     alone = L.reckon(actions[:, :1], plan_config(actions="yaw_rate"), {**own, "speed": own["speed"] + 5})

@@ -71,13 +71,15 @@ COLOURS = {
 # -- what the decoder learns from
 
 
+def running(values, step):
+    """Integral of values [n] over steps of `step`, 0 at the first -> [n]."""
+    return np.concatenate([[0], np.cumsum((values[1:] + values[:-1]) / 2 * step)])
+
+
 def lateral_path(labels):
     """Metres to the right of straight on, from speed and yaw rate of a scene's labels -> float [T]."""
-    step = 1 / labels["fps"]
-    yaw_rate, speed = np.array(labels["yaw_rate"]), np.array(labels["speed"])
-    heading = np.concatenate([[0], np.cumsum((yaw_rate[1:] + yaw_rate[:-1]) / 2 * step)])
-    sideways = speed * np.tan(heading)
-    return np.concatenate([[0], np.cumsum((sideways[1:] + sideways[:-1]) / 2 * step)])
+    step, speed = 1 / labels["fps"], np.array(labels["speed"])
+    return running(speed * np.tan(running(np.array(labels["yaw_rate"]), step)), step)
 
 
 def tubelet_means(values, cfg):

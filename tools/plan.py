@@ -4,7 +4,7 @@
 
 The run must know actions (`--actions steer,accel`). Sequences of actions, a vector per tubelet after NOW, are drawn as
 training drove them; the model forecasts SOON under each, a cost judges the forecasts, the best ones say where the next
-are drawn. NOW is encoded once, all candidates of an iteration go through the model together.
+are drawn.
 
     cost     distance of predicted SOON latents to those of a goal clip, or of a probed quantity to a wanted value
     mode     point: of the point forecast; mean: over --samples futures; cvar: over the worst share --alpha of them
@@ -14,8 +14,7 @@ are drawn. NOW is encoded once, all candidates of an iteration go through the mo
     videos   a plan cannot be driven: it is held against the true actions, in the model's eyes and as numbers. The goal
              is the clip's own future, or --goal
 
-Written to --out (default: the run's folder / plan): plan.json with every figure, its 95 % bootstrap interval over
-scenes and its controls, and plan.png: what is driven beside what was wanted, paths from above, cost per iteration.
+Written to --out (default: the run's folder / plan): plan.json with all figures and plan.png (docs/planning.md).
 """
 
 import signal
@@ -47,15 +46,9 @@ BANK_CLIPS, PROBE_CLIPS, RANDOM_PLANS = 256, 256, 4
 RESAMPLES = 1000  # of the bootstrap
 FLOOR = 0.7  # of the first deviation, at the first round; it falls to 0: few elites narrow the search too early
 ALONG, ACROSS = ("accel", "speed"), ("steer", "yaw_rate")  # signals that drive the car; the first one named does
-LENGTH = 2.8  # metres between axles, as `steer` of V.scene_labels has it
 
 
 # -- where actions lead
-
-
-def running(values, step):
-    """Integral of values [n] over steps of `step`, 0 at the first -> [n]."""
-    return np.concatenate([[0], np.cumsum((values[1:] + values[:-1]) / 2 * step)])
 
 
 def reckon(actions, cfg, own):
@@ -69,17 +62,17 @@ def reckon(actions, cfg, own):
     given = dict(zip(cfg.action_names, frames.T))
     along = next((name for name in cfg.action_names if name in ALONG), "")
     if along == "accel":
-        speed = speed[0] + running(np.concatenate([[0], given["accel"]]), step)
+        speed = speed[0] + P.running(np.concatenate([[0], given["accel"]]), step)
     elif along == "speed":
         speed = np.concatenate([speed[:1], given["speed"]])
     speed = np.maximum(speed, 0)
     across = next((name for name in cfg.action_names if name in ACROSS), "")
     if across:
         turn = given[across]
-        turn = turn if across == "yaw_rate" else np.tan(np.clip(turn, -1, 1)) * np.maximum(speed[1:], 1) / LENGTH
+        turn = turn if across == "yaw_rate" else np.tan(np.clip(turn, -1, 1)) * np.maximum(speed[1:], 1) / V.WHEELBASE
         yaw_rate = np.concatenate([yaw_rate[:1], turn])
-    heading = np.clip(running(yaw_rate, step), -1.2, 1.2)
-    moved = dict(s=running(speed, step), x=running(speed * np.tan(heading), step))
+    heading = np.clip(P.running(yaw_rate, step), -1.2, 1.2)
+    moved = dict(s=P.running(speed, step), x=P.running(speed * np.tan(heading), step))
     return dict(speed=speed, yaw_rate=yaw_rate, heading=heading, **moved)
 
 
@@ -221,10 +214,11 @@ def cross_entropy(cost, law, search, generator):
 
 @dataclass
 class Wish:
-    """What is wanted of SOON. goal [m, D]: latents, of its last tubelet or of all; else a quantity with its probe's
-    weights [features + 1] and a value."""
+    """What is wanted of SOON. goal [m, D]: latents, of its last tubelet or of all, and their picture uint8 [H, W, 3];
+    else a value of a quantity, with its probe's weights [features + 1] and what is said about it."""
 
     goal: torch.Tensor | None = None
+    picture: np.ndarray | None = None
     quantity: str = ""
     value: float = 0.0
     weights: torch.Tensor | None = None
@@ -297,7 +291,6 @@ class Case:
 
     title: str
     now: np.ndarray  # uint8 [H, W, 3], the last NOW frame
-    wanted: np.ndarray | None  # the goal at the end of SOON
     context: torch.Tensor
     wish: Wish
     true: torch.Tensor
@@ -320,54 +313,57 @@ class Plan:
     places: dict
 
 
-def scene_case(model, wish, args, number):
-    """Built-in scene `number` of a seed, whose goal is a true future unless `wish` is given -> Case."""
-    cfg, kind, scene_seed = model.cfg, args.kind, PLAN_SEED + 10**6 * args.seed + number
-    groups = [E.futures_where(scene_seed, cfg, kind, "choice", side, PER_CHOICE) for side in (-1, 0, 1)]
-    groups = [seeds for seeds in groups if seeds]
-    goal, side = groups[number % len(groups)][0], 0
-    clips, labels = zip(*(E.scene_pictures(E.Job(scene_seed, s, kind), cfg) for seeds in groups for s in seeds))
-    place = [seed for seeds in groups for seed in seeds].index(goal)
-    context, _, targets = model.see(clips[place][None].to(model.image_mean.device))
-    last, pictures = cfg.now_frames + cfg.soon_frames - 1, clips[place].permute(0, 2, 3, 1).numpy()
-    if wish is None:
-        side = E.future_of(E.Job(scene_seed, goal, kind), cfg)["choice"] * (kind in V.FORKS)
-        wish = Wish(wanted_latents(targets[0], args.part, cfg))
-    elif wish.quantity == "lateral" and kind in V.FORKS:
-        side = int(np.sign(wish.value))
-    if wish.quantity and math.isnan(quantity_of(labels[place], wish.quantity, cfg)):
-        text = f"probe {wish.quantity}: nobody knows it in scenes of kind {kind} (--probe, --kind)"
-        raise V.UserError(text)
-    speed = np.full(1 + cfg.num_frames - cfg.now_frames, labels[0]["speed"][cfg.now_frames - 1])
-    own, true = dict(speed=speed, yaw_rate=0 * speed), torch.stack([future_actions(one, cfg) for one in labels])
-    shown = None if wish.goal is None else wish.about.get("picture", pictures[last])
-    job, title = E.Job(scene_seed, OTHER_FUTURE, kind), f"{kind} scene {number}"
-    return Case(title, pictures[cfg.now_frames - 1], shown, context, wish, true, own, side, job)
-
-
 def wanted_latents(targets, part, cfg):
     """Targets [L, D] of a clip -> those of SOON that are wanted [m, D]: its last tubelet or all."""
     soon = targets[cfg.now_tokens : cfg.now_tokens + cfg.soon_tokens].float()
     return soon[-cfg.sites :] if part == "end" else soon
 
 
-def video_case(model, wish, args, frames, actions, speed, video):
-    """A clip of a video, uint8 [T, H, W, 3], with its true actions [F, A] and the speed in NOW (0: unknown) -> Case;
-    its own future is the goal unless `wish` is given."""
-    cfg = model.cfg
-    context, _, targets = model.see(E.as_frames(frames)[None].to(model.image_mean.device))
-    shown, count = frames[cfg.now_frames + cfg.soon_frames - 1], 1 + cfg.num_frames - cfg.now_frames
-    if wish is not None:
-        shown = wish.about.get("picture")
-    wish = wish or Wish(wanted_latents(targets[0], args.part, cfg))
-    own = dict(speed=np.full(count, speed), yaw_rate=np.zeros(count))
-    return Case(video.name, frames[cfg.now_frames - 1], shown, context, wish, actions[None], own)
+def own_goal(targets, frames, part, cfg):
+    """SOON of a clip, its targets [L, D] and frames uint8 [T, H, W, 3] -> Wish."""
+    return Wish(wanted_latents(targets, part, cfg), frames[cfg.now_frames + cfg.soon_frames - 1])
+
+
+def case_of(model, wish, part, clip, actions, speed, title, **of_scene):
+    """A clip uint8 [T, 3, H, W], actions [n, F, A] of true futures, the speed in NOW -> Case; its own SOON is the goal
+    unless `wish` is given."""
+    cfg, frames = model.cfg, clip.permute(0, 2, 3, 1).numpy()
+    context, _, targets = model.see(clip[None].to(model.image_mean.device))
+    own = dict.fromkeys(("speed", "yaw_rate"), np.zeros(1 + cfg.num_frames - cfg.now_frames))
+    own["speed"] = own["speed"] + speed
+    wish = wish or own_goal(targets[0], frames, part, cfg)
+    return Case(title, frames[cfg.now_frames - 1], context, wish, actions, own, **of_scene)
+
+
+def scene_case(model, wish, args, number):
+    """Built-in scene `number` of a seed, whose goal is a true future unless `wish` is given -> Case."""
+    cfg, kind, scene_seed = model.cfg, args.kind, PLAN_SEED + 10**6 * args.seed + number
+    groups = [E.futures_where(scene_seed, cfg, kind, "choice", side, PER_CHOICE) for side in (-1, 0, 1)]
+    groups = [[E.Job(scene_seed, seed, kind) for seed in seeds] for seeds in groups if seeds]
+    jobs = sum(groups, [])
+    clips, labels = zip(*(E.scene_pictures(job, cfg) for job in jobs))
+    place, side = jobs.index(groups[number % len(groups)][0]), 0
+    if wish is None:
+        side = labels[place]["branch"]
+    elif wish.quantity == "lateral" and kind in V.FORKS:
+        side = int(np.sign(wish.value))
+    if wish and wish.quantity and math.isnan(quantity_of(labels[place], wish.quantity, cfg)):
+        text = f"probe {wish.quantity}: nobody knows it in scenes of kind {kind} (--probe, --kind)"
+        raise V.UserError(text)
+    true, speed = torch.stack([future_actions(one, cfg) for one in labels]), labels[0]["speed"][cfg.now_frames - 1]
+    about = dict(title=f"{kind} scene {number}", side=side, job=E.Job(scene_seed, OTHER_FUTURE, kind))
+    return case_of(model, wish, args.part, clips[place], true, speed, **about)
 
 
 def idle_actions(case, cfg):
     """Doing nothing -> [1, F, A]: no steering, no acceleration, the speed of the last NOW frame."""
     still = [float(case.own["speed"][0]) if name == "speed" else 0.0 for name in cfg.action_names]
     return torch.tensor(still).expand_as(case.true[:1]).contiguous()
+
+
+def targets_of(model, clips):
+    """Frames uint8 [B, T, 3, H, W] -> targets [B, L, D] in fp32."""
+    return model.make_targets(model.normalise(clips.to(model.image_mean.device))).float()
 
 
 @torch.no_grad()
@@ -377,8 +373,8 @@ def drive(model, case, actions):
     cfg, costs, frames, places = model.cfg, [], [], []
     for one in actions:
         clip, labels = E.scene_pictures(case.job, cfg, Driver(one.double().numpy(), cfg))
-        targets = model.make_targets(model.normalise(clip[None].to(model.image_mean.device)))[0].float()
-        costs.append(case.wish.of_clip(wanted_latents(targets, "whole", cfg), labels, cfg))
+        soon = wanted_latents(targets_of(model, clip[None])[0], "whole", cfg)
+        costs.append(case.wish.of_clip(soon, labels, cfg))
         frames.append(clip.permute(0, 2, 3, 1).numpy())
         places.append(quantity_of(labels, "lateral", cfg))
     return np.array(costs), frames, np.array(places)
@@ -421,7 +417,7 @@ def training_videos(source, cfg):
         try:
             annotation = V.read_annotation(source.root, video)
             signals = V.timed_signals(annotation, video, V.fit_plan(plan, video, annotation), names)
-        except (V.BadFile, *V.DECODE_ERRORS):
+        except V.BadFile:  # training named it
             continue
         rows.append(future_actions(signals, cfg))
     return rows
@@ -448,7 +444,7 @@ def fit_probe(model, clips, name, value, num_workers):
     labels), and tested on the rest. UserError where too few know the quantity."""
     cfg, features, truth, bar = model.cfg, [], [], E.Bar()
     for frames, labels in E.open_loader(clips, len(clips), 16, num_workers, E.collate_clips):
-        targets = model.make_targets(model.normalise(frames.to(model.image_mean.device))).float().cpu()
+        targets = targets_of(model, frames).cpu()
         soon = targets[:, cfg.now_tokens : cfg.now_tokens + cfg.soon_tokens]
         features.append(P.probe_features(soon, cfg)[:, -1])
         truth += [quantity_of(label, name, cfg) for label in labels]
@@ -479,9 +475,8 @@ def goal_wish(model, args):
             f"{args.start:g} s on (--goal, --start)"
         )
     with torch.no_grad():
-        targets = model.make_targets(model.normalise(E.as_frames(frames)[None].to(model.image_mean.device)))[0]
-    picture = frames[cfg.now_frames + cfg.soon_frames - 1]
-    return Wish(wanted_latents(targets, args.part, cfg), about={"picture": picture})
+        targets = targets_of(model, E.as_frames(frames)[None])[0]
+    return own_goal(targets, frames, args.part, cfg)
 
 
 def prepare(model, source, args):
@@ -517,8 +512,8 @@ def video_cases(model, source, wish, args):
             continue
         plan = V.fit_plan(data.plan_of(index, cfg.height, cfg.width)[0], video, annotation)
         speed = V.timed_signals(annotation, video, plan, ("speed",)).get("speed", np.zeros(cfg.num_frames))
-        found += 1
-        yield video_case(model, wish, args, frames, actions, float(np.nan_to_num(speed[cfg.now_frames - 1])), video)
+        speed, found = np.nan_to_num(speed[cfg.now_frames - 1]), found + 1
+        yield case_of(model, wish, args.part, E.as_frames(frames), actions[None], speed, video.name)
     if not found:
         raise V.UserError(f"data_root {source.root}: no held-out clip has the signals {names} (--data_root)")
 
@@ -531,50 +526,50 @@ def best_true(plan):
     return int(np.argmin((plan.driven or plan.believed)["true"]))
 
 
+def per_case(tables):
+    """{row: values [n, ...]} of every case -> {row: their means [cases]} of plan, random actions and doing nothing."""
+    return {name: np.array([np.mean(table[name]) for table in tables]) for name in ("plan", "random", "nothing")}
+
+
+def compared(name, values, reading, whole=None, **more):
+    """Plans beside random actions and doing nothing, {name: [cases]}: the mean, or the ratio to `whole` [cases] -> the
+    figure. more: other controls."""
+    statistic = np.mean if whole is None else E.mean_ratio
+    rows = values if whole is None else {key: np.stack([row, whole], 1) for key, row in values.items()}
+    beside = {"random actions": statistic(rows["random"]), "do nothing": statistic(rows["nothing"]), **more}
+    return E.measured(name, rows["plan"], statistic, beside, RESAMPLES, reading=reading)
+
+
 def regret_figures(plans):
     """Driven costs of scenes -> figures."""
-    costs = {name: np.array([plan.driven[name].mean() for plan in plans]) for name in ("plan", "random", "nothing")}
     best = np.array([plan.driven["true"].min() for plan in plans])
-    regret = {name: cost - best for name, cost in costs.items()}
-    told = dict(reading="Cost of the driven plan less that of the best true actions of the same scene: 0 is right")
-    beside = {"random actions": regret["random"].mean(), "do nothing": regret["nothing"].mean()}
-    figures = E.measured("plan_regret", regret["plan"], np.mean, beside, RESAMPLES, **told)
-    share = "The same regret over that of random actions of training: 0 is as good as the best true actions, 1 as luck"
-    beside = {"random actions": 1.0, "do nothing": E.ratio(regret["nothing"].sum(), regret["random"].sum())}
-    rows = np.stack([regret["plan"], regret["random"]], 1)
-    figures |= E.measured("plan_regret_share", rows, E.mean_ratio, beside, RESAMPLES, reading=share)
-    forked = [plan for plan in plans if plan.case.side]
-    if forked:
-        sides = {name: [(np.sign(p.places[name]) == p.case.side).mean() for p in forked] for name in costs}
-        true = np.mean([np.sign(plan.places["true"][best_true(plan)]) == plan.case.side for plan in forked])
-        beside = {"random actions": np.mean(sides["random"]), "do nothing": np.mean(sides["nothing"])}
-        beside["best true actions"] = true
-        told = dict(
-            reading="Share of scenes in which the driven plan ends on the side of the wanted branch: 1 is right"
-        )
-        figures |= E.measured("plan_right_branch", np.array(sides["plan"]), np.mean, beside, RESAMPLES, **told)
+    regret = {name: cost - best for name, cost in per_case([plan.driven for plan in plans]).items()}
+    told = "Cost of the driven plan less that of the best true actions of the same scene: 0 is right"
+    figures = compared("plan_regret", regret, told)
+    told = "The same regret over that of random actions of training: 0 is as good as the best true actions, 1 as luck"
+    figures |= compared("plan_regret_share", regret, told, regret["random"])
+    if forked := [plan for plan in plans if plan.case.side]:
+        sides = [{name: np.sign(row) == plan.case.side for name, row in plan.places.items()} for plan in forked]
+        true = np.mean([side["true"][best_true(plan)] for side, plan in zip(sides, forked)])
+        told = "Share of scenes in which the driven plan ends on the side of the wanted branch: 1 is right"
+        figures |= compared("plan_right_branch", per_case(sides), told, **{"best true actions": true})
     return figures
 
 
 def model_figures(plans, cfg):
     """What can be said without driving -> figures: costs in the model's eyes and, for videos, actions against true."""
-    costs = {name: np.array([plan.believed[name].mean() for plan in plans]) for name in ("plan", "random", "nothing")}
     true = np.array([plan.believed["true"][best_true(plan)] for plan in plans])
-    reading = "Cost of the plan in the model's eyes over that of the best true actions: far below 1 the search finds "
-    reading += "sequences that the model likes better than any that leads there"
-    beside = {"random actions": E.ratio(costs["random"].sum(), true.sum())}
-    beside["do nothing"] = E.ratio(costs["nothing"].sum(), true.sum())
-    rows = np.stack([costs["plan"], true], 1)
-    figures = E.measured("plan_believed", rows, E.mean_ratio, beside, RESAMPLES, reading=reading)
+    told = "Cost of the plan in the model's eyes over that of the best true actions: far below 1 the search finds "
+    told += "sequences that the model likes better than any that leads there"
+    figures = compared("plan_believed", per_case([plan.believed for plan in plans]), told, true)
     soon = cfg.soon_frames // cfg.tubelet_t
     for column, name in enumerate(() if plans[0].driven else cfg.action_names):
-        errors = {}
-        for row in ("plan", "random", "nothing"):
-            apart = [(p.rows[row] - p.rows["true"])[:, :soon, column].abs().mean() for p in plans]
-            errors[row] = np.array([float(value) for value in apart])
-        beside = {"random actions": errors["random"].mean(), "do nothing": errors["nothing"].mean()}
-        reading = f"Mean distance of planned and true {name} over SOON, in its unit: 0 is right"
-        figures |= E.measured(f"plan_error_{name}", errors["plan"], np.mean, beside, RESAMPLES, reading=reading)
+        apart = []
+        for rows in (plan.rows for plan in plans):
+            off = {row: (actions - rows["true"])[:, :soon, column] for row, actions in rows.items()}
+            apart.append({row: values.abs().numpy() for row, values in off.items()})
+        told = f"Mean distance of planned and true {name} over SOON, in its unit: 0 is right"
+        figures |= compared(f"plan_error_{name}", per_case(apart), told)
     return figures
 
 
@@ -591,15 +586,15 @@ def say_figures(figures):
 
 def plan_record(plan):
     """One case of plan.json -> dict of plain values."""
-    best, record = best_true(plan), {"title": plan.case.title, "wanted_side": plan.case.side}
-    if plan.case.job is not None:
+    record = {"title": plan.case.title, "wanted_side": plan.case.side}
+    if plan.driven:
         record |= {"scene_seed": plan.case.job.scene_seed, "kind": plan.case.job.kind}
         record |= {"driven_cost": {name: cost.tolist() for name, cost in plan.driven.items()}}
         record |= {"regret": plan.driven["plan"][0] - plan.driven["true"].min()}
         record |= {"lateral_m": {name: place.tolist() for name, place in plan.places.items()}}
     record |= {"model_cost": {name: cost.tolist() for name, cost in plan.believed.items()}}
-    record |= {"actions": plan.found.actions.tolist(), "best_true_actions": plan.rows["true"][best].tolist()}
-    return record | {"history": plan.found.history}
+    best, history = plan.rows["true"][best_true(plan)].tolist(), plan.found.history
+    return record | {"actions": plan.found.actions.tolist(), "best_true_actions": best, "history": history}
 
 
 # -- picture
@@ -612,30 +607,25 @@ LOOKS = {  # name -> title, colour, line width
 }
 
 
-def show_picture(axes, picture, title, colour="black"):
-    """A frame with its title; an empty place without one."""
-    axes.set_xticks([]), axes.set_yticks([])
-    axes.set_title(title, fontsize=9, color=colour, pad=3)
-    if picture is None:
-        axes.axis("off")
-    else:
-        axes.imshow(picture)
-        for spine in axes.spines.values():
-            spine.set_color(colour), spine.set_linewidth(2)
-
-
 def plot_frames(figure, plan, cfg):
     """NOW, the goal, and what plan, best true actions and random ones lead to."""
     middle, last = cfg.now_frames + cfg.soon_frames // 2 - 1, cfg.now_frames + cfg.soon_frames - 1
-    shown = [(plan.case.now, "NOW", "black"), (plan.case.wanted, "goal, end of SOON", LOOKS["true"][1])]
+    shown = [(plan.case.now, "NOW", ""), (plan.case.wish.picture, "goal, end of SOON", "true")]
     if plan.frames:
-        own, colour = plan.frames["plan"][0], LOOKS["plan"][1]
-        shown.append((plan.frames["true"][best_true(plan)][last], "best true actions", LOOKS["true"][1]))
-        shown += [(own[middle], "plan, middle of SOON", colour), (own[last], "plan, end of SOON", colour)]
-        shown.append((plan.frames["random"][0][last], "random actions", LOOKS["random"][1]))
+        own, best = plan.frames["plan"][0], plan.frames["true"][best_true(plan)]
+        shown += [(best[last], "best true actions", "true"), (own[middle], "plan, middle of SOON", "plan")]
+        shown += [(own[last], "plan, end of SOON", "plan")]
+        shown += [(plan.frames["random"][0][last], "random actions", "random")]
     rows = math.ceil(len(shown) / 3)
-    for axes, (picture, title, colour) in zip(figure.subplots(rows, len(shown) // rows, squeeze=False).flat, shown):
-        show_picture(axes, picture, title, colour)
+    for axes, (picture, title, name) in zip(figure.subplots(rows, len(shown) // rows, squeeze=False).flat, shown):
+        colour = LOOKS[name][1] if name else "black"
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(title, fontsize=9, color=colour, pad=3)
+        axes.spines[:].set(color=colour, linewidth=2)
+        if picture is None:  # a probed quantity has none
+            axes.axis("off")
+        else:
+            axes.imshow(picture)
 
 
 def plot_paths(axes, plan, cfg):
@@ -647,26 +637,22 @@ def plot_paths(axes, plan, cfg):
             label = title if number == 0 else None
             axes.plot(path["x"][:end], path["s"][:end], color=colour, linewidth=width, label=label)
     axes.plot([0], [0], "s", color="black")
-    low, high = axes.get_xlim()
-    reach = max(-low, high, 2.0)
-    axes.set_xlim(-reach, reach)
-    axes.set_xlabel("metres to the right"), axes.set_ylabel("metres ahead")
-    axes.spines[["top", "right"]].set_visible(False)
+    reach = max(2.0, *np.abs(axes.get_xlim()))
+    axes.set(xlim=(-reach, reach), xlabel="metres to the right", ylabel="metres ahead")
     axes.set_title("from above, to the end of SOON", fontsize=10)
 
 
 def plot_costs(axes, plan):
     """Cost in the model's eyes over the iterations, with that of the best true actions and of doing nothing."""
     best, elites, everyone = np.array(plan.found.history).T
-    steps, colour = np.arange(1, len(best) + 1), LOOKS["plan"][1]
-    axes.plot(steps, everyone, color=colour, linewidth=1, linestyle=":", label="all candidates")
-    axes.plot(steps, elites, color=colour, linewidth=1.4, linestyle="--", label="elites")
-    axes.plot(steps, best, color=colour, linewidth=2.4, marker="o", markersize=3, label="best")
-    axes.axhline(plan.believed["true"][best_true(plan)], color=LOOKS["true"][1], linewidth=1.4, label="best true")
-    axes.axhline(plan.believed["nothing"][0], color=LOOKS["nothing"][1], linewidth=1.4, label="do nothing")
-    axes.set_xlabel("iteration"), axes.set_title("cost in the model's eyes", fontsize=10)
-    axes.set_ylim(0, 1.12 * max(everyone.max(), plan.believed["nothing"][0], plan.believed["true"].min()))
-    axes.spines[["top", "right"]].set_visible(False)
+    true, nothing = plan.believed["true"][best_true(plan)], plan.believed["nothing"][0]
+    looks = (("all candidates", everyone, ":", 1), ("elites", elites, "--", 1.4), ("best", best, ".-", 2.4))
+    for label, values, style, width in looks:
+        axes.plot(np.arange(1, len(best) + 1), values, style, color=LOOKS["plan"][1], linewidth=width, label=label)
+    for label, level, name in (("best true", true, "true"), ("do nothing", nothing, "nothing")):
+        axes.axhline(level, color=LOOKS[name][1], linewidth=1.4, label=label)
+    axes.set(xlabel="iteration", ylim=(0, 1.12 * max(everyone.max(), nothing, true)))
+    axes.set_title("cost in the model's eyes", fontsize=10)
 
 
 def draw_plans(path, plans, caption, cfg):
@@ -679,10 +665,12 @@ def draw_plans(path, plans, caption, cfg):
         above, costs = charts.subplots(1, 2)
         plot_paths(above, plan, cfg)
         plot_costs(costs, plan)
+        for axes in (above, costs):
+            axes.spines[["top", "right"]].set_visible(False)
+            if plan is shown[0]:
+                axes.legend(frameon=False, fontsize=8)
         wanted = {-1: ", wanted: left", 1: ", wanted: right"}.get(plan.case.side, "")
         row.suptitle(plan.case.title + wanted, fontsize=12)
-        if plan is shown[0]:
-            above.legend(frameon=False, fontsize=8), costs.legend(frameon=False, fontsize=8)
     figure.supxlabel(caption, fontsize=10)
     P.save_figure(figure, path)
 
@@ -691,17 +679,20 @@ def draw_plans(path, plans, caption, cfg):
 
 
 QUANTITIES = ("lateral", *E.SIGNALS)
-LIMITS = {
-    **{"samples": (1, 1024), "iterations": (1, 1000), "population": (2, 10**5), "elites": (1, 10**5)},
-    **{
-        "num_scenes": (1, 10**4),
-        "alpha": (0.001, 1),
-        "momentum": (0, 0.99),
-        "smoothing": (0, 0.99),
-        "reach": (0, 1000),
-    },
-    **{"start": (0, 10**7), "seed": (0, 10**4), "num_workers": (0, 64)},
-}
+NUMBERS = (  # flag, its default, smallest and largest value, what it says
+    ("--samples", 8, (1, 1024), "futures per candidate, in modes mean and cvar"),
+    ("--alpha", 0.25, (0.001, 1), "worst share of the futures that cvar averages"),
+    ("--iterations", Search.iterations, (1, 1000), "rounds of the search"),
+    ("--population", Search.population, (2, 10**5), "candidates of a round"),
+    ("--elites", Search.elites, (1, 10**5), "of these, the best that say where to go on"),
+    ("--momentum", Search.momentum, (0, 0.99), "share of the last round that stays"),
+    ("--smoothing", Search.smoothing, (0, 0.99), "correlation in time of the noise"),
+    ("--reach", 1.0, (0, 1000), "how far from what training drove, in the distance of neighbours there; 0: anywhere"),
+    ("--start", 0.0, (0, 10**7), "where the goal's window begins, in seconds"),
+    ("--num_scenes", 16, (1, 10**4), "scenes or clips to plan from"),
+    ("--num_workers", 2, (0, 64), "processes that draw clips for the probe"),
+    ("--seed", 0, (0, 10**4), "scenes, candidates and noise"),
+)
 
 
 def parse_probe(text):
@@ -722,33 +713,22 @@ def parse_probe(text):
 def parse_arguments(argv):
     """Flags -> namespace, with `search` and `probe` in their own forms. UsageError in one line."""
     parser = V.ArgumentParser(description="Plan actions with a trained world model.", allow_abbrev=False)
-    path, flag, own = dict(default="", type=os.path.expanduser), parser.add_argument, Search()
+    path, flag = dict(default="", type=os.path.expanduser), parser.add_argument
     flag("ckpt", metavar="CHECKPOINT", type=os.path.expanduser, help="checkpoint of a run that knows actions")
     flag("--out", **path, help="output folder [the run's folder / plan]")
     flag("--goal", **path, help="video whose SOON is wanted, a whole clip long")
-    flag("--start", type=float, default=0.0, help="where the goal's window begins, in seconds [0]")
     flag("--probe", default="", help=f"QUANTITY=VALUE wanted at the end of SOON: {', '.join(QUANTITIES)}")
     flag("--part", default="end", choices=("end", "whole"), help="of SOON that must be like the goal [end]")
     flag("--mode", default="point", choices=("point", "mean", "cvar"), help="what of a forecast is judged [point]")
-    flag("--samples", type=int, default=8, help="futures per candidate, in modes mean and cvar [8]")
-    flag("--alpha", type=float, default=0.25, help="worst share of the futures that cvar averages [0.25]")
-    flag("--iterations", type=int, default=own.iterations, help=f"rounds of the search [{own.iterations}]")
-    flag("--population", type=int, default=own.population, help=f"candidates of a round [{own.population}]")
-    flag("--elites", type=int, default=own.elites, help=f"of these, the best that say where to go on [{own.elites}]")
-    flag("--momentum", type=float, default=own.momentum, help=f"share of the last round that stays [{own.momentum}]")
-    flag("--smoothing", type=float, default=own.smoothing, help=f"correlation in time of the noise [{own.smoothing}]")
-    reach = "how far a plan may lie from what training drove, in the distance of neighbours there; 0: anywhere [1]"
-    flag("--reach", type=float, default=1.0, help=reach)
-    flag("--num_scenes", type=int, default=16, help="scenes or clips to plan from [16]")
     flag("--data", default="", choices=("", "scenes", "videos"), help="plan from these [what the run learned from]")
     flag("--kind", default="", choices=("", *V.SCENE_KINDS), help="kind of the scenes [a fork that the run knows]")
     flag("--data_root", **path, help="videos to plan from, with signals in annotations [the run's own]")
     flag("--init_from", **path, help="where the frozen weights of the run are, if they were moved")
-    flag("--num_workers", type=int, default=2, help="processes that draw clips for the probe [2]")
     flag("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    flag("--seed", type=int, default=0, help="scenes, candidates and noise [0]")
+    for name, default, _, text in NUMBERS:
+        flag(name, type=type(default), default=default, help=f"{text} [{default:g}]")
     args = parser.parse_args(argv)
-    E.check_limits(args, LIMITS)
+    E.check_limits(args, {name[2:]: limits for name, _, limits, _ in NUMBERS})
     if args.elites > args.population:
         text = f"elites = {args.elites}: must be at most population = {args.population} (--elites, --population)"
         raise V.UsageError(text)
@@ -772,12 +752,16 @@ def open_run(args):
         raise V.UserError(f"ckpt {args.ckpt}: trained with lambda_flow 0, it samples no futures; {cure}")
     kind = "videos" if args.data_root or about["data"]["kind"] == "videos" else "scenes"
     if (args.data or kind) == "videos":
+        if args.kind:
+            raise V.UsageError(
+                f"kind {args.kind}: videos have none; leave it out, or plan from scenes (--kind, --data)"
+            )
         source, model.cfg = E.open_videos(cfg, E.videos_of(about["data"], args.data_root))
         return model, source
     if args.data_root:
         raise V.UsageError("data_root: --data scenes reads no videos; leave one of the two out")
     shares = dict(zip(V.SCENE_KINDS, V.mix_shares(cfg.scene_mix)))
-    known = [kind for kind in ("steered", "fork", "lane") if shares.get(kind)]
+    known = [kind for kind in ("steered", "fork", "lane") if shares[kind]]
     args.kind = args.kind or (known or ["fork"])[0]
     return model, None
 
@@ -793,16 +777,12 @@ def plan_all(args):
     bar.close(f"plan: {len(plans)} of them, {V.describe_time(bar.seconds)}")
     figures = (regret_figures(plans) if plans[0].driven else {}) | model_figures(plans, cfg)
     say_figures(figures)
-    about = {} if wish is None else {key: value for key, value in wish.about.items() if key != "picture"}
+    about = {} if wish is None else wish.about
     wanted = f"{wish.quantity} = {wish.value:g}" if args.probe else args.goal or "a true future"
     settings = {name: getattr(args, name) for name in ("mode", "samples", "alpha", "part", "kind", "seed", "reach")}
     report = {"checkpoint": str(args.ckpt), "actions": list(cfg.action_names), "wanted": wanted, **about}
-    report |= {
-        "settings": settings | asdict(args.search),
-        "figures": figures,
-        "bounds": [law.low.tolist(), law.high.tolist()],
-    }
-    report["plans"] = [plan_record(plan) for plan in plans]
+    report |= {"settings": settings | asdict(args.search), "figures": figures}
+    report |= {"bounds": [law.low.tolist(), law.high.tolist()], "plans": [plan_record(plan) for plan in plans]}
     paths = [out / "plan.json", out / "plan.png"]
     V.write_report(paths[0], E.without_nan(report))
     draw_plans(paths[1], plans, f"The first of {len(plans)} plans. Wanted: {wanted}; mode {args.mode}.", cfg)
