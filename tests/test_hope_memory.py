@@ -93,7 +93,7 @@ def test_memories_equal_a_loop_with_autograd(modifies, chunk, clip):
     """Values and meta-gradients are those of the first-order definition; a clip of 0.05 does cut."""
     torch.manual_seed(0)
     titans = H.Titans(DIM, HEADS, 2 * DIM, chunk, clip=clip, modifies=modifies)
-    H.start_weights(titans)
+    H.start_weights(titans, True)
     x, rope = torch.randn(B, T, N + 2, DIM), rope_of(predictor(H.HopeBlock), T)
     weights = torch.randn(B, T, N + 2, DIM)
     sides = []

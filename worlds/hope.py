@@ -58,9 +58,9 @@ SLOWER = "0:teacher=1.0;15:teacher=0.7;25:teacher=0.5"
 # Two cores: clips as tools/make_pushes.py makes them
 TINY = dict(
     feature_map="pushes", feature_dim=48, grid_high=4, grid_wide=4, num_timesteps=8, action_dim=2, pred_dim=96,
-    pred_depth=3, num_heads=4, drop_path=0.0, residual=True, rollout_steps=2,
+    pred_depth=3, num_heads=4, drop_path=0.0, residual=True, rollout_steps=2, loss_form="l2",
     curriculum="0s:rollout=2;500s:rollout=4;1000s:rollout=8",
-    batch_size=16, steps=1500, lr=1e-3, warmup_steps=100, num_workers=1, log_every=100, val_every=500, ckpt_every=500,
+    batch_size=16, steps=1500, lr=3e-3, warmup_steps=100, num_workers=1, log_every=100, val_every=500, ckpt_every=500,
 )
 # what an entry of a curriculum may set -> the field whose value holds until then
 STAGE_FIELDS = {
@@ -158,7 +158,7 @@ class HopeConfig(V.RunConfig):
     surprise: float = 0.0  # a clip whose surprise is not above this keeps its memories as they are
     memory_lr: float = 0.5  # learning rate of Titan memories, as a share of the others'
     drop_path: float = 0.1  # share of samples that skip the last block in training, less in those before
-    residual: bool = False  # guesses are changes of the last frame, none at the start; convlstm's always are
+    residual: bool = False  # guesses are changes of the last frame, none at the start; docs/hope.md
     normalise_actions: bool = True  # actions, states, extrinsics by mean and deviation over the training clips
     grad_checkpoint: bool = False  # compute blocks twice, keep less in memory
     init_from: str = ""  # .pt of V-JEPA 2-AC, or a checkpoint of this world: the predictor begins with its weights
@@ -611,6 +611,14 @@ class FrameBlock(nn.Module):
         return x + drop_path(self.mlp(self.norm2(x)), self.share, self.training), past
 
 
+def start_weights(module, by_width):
+    """V.init_weights; `by_width` matrices of gain 1 instead: the published 0.02 is meant for wide nets."""
+    V.init_weights(module)
+    for layer in module.modules() if by_width else ():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
+
+
 class FrameTokens(nn.Module):
     """What ac_vit and the memories share: frames and what is done at each as tokens, M of a frame, and back.
 
@@ -629,7 +637,7 @@ class FrameTokens(nn.Module):
         if A > 1:
             self.extrinsics_encoder = nn.Linear(A - 1, P).requires_grad_(cfg.use_extrinsics)
         self.norm, self.out = nn.LayerNorm(P, eps=1e-6), nn.Linear(P, D)
-        V.init_weights(self)
+        start_weights(self, cfg.residual)
         sites = V.grid_positions((1, cfg.grid_high, cfg.grid_wide)).double()  # [N, 3]
         sites[:, 2] *= cfg.grid_high / cfg.grid_wide
         places = torch.cat([sites.new_zeros(self.num_beside, 3), sites]).repeat(cfg.num_timesteps, 1)  # [T M, 3]
@@ -644,7 +652,7 @@ class FrameTokens(nn.Module):
         if cfg.residual:
             nn.init.zeros_(self.out.weight)
         if cfg.normalise_actions:
-            size = 0.02 * math.sqrt(cfg.feature_dim / 2)
+            size = math.sqrt(0.5) * (1.0 if cfg.residual else 0.02 * math.sqrt(cfg.feature_dim))
             for name, layer in self.named_children():
                 if name.endswith("_encoder"):
                     nn.init.trunc_normal_(layer.weight, std=size * layer.in_features**-0.5, a=-9, b=9)
@@ -700,7 +708,7 @@ class AcVit(FrameTokens):
         shares = np.linspace(0, cfg.drop_path, cfg.pred_depth)
         sizes = cfg.pred_dim, cfg.num_heads, cfg.mlp_ratio
         self.blocks = nn.ModuleList(FrameBlock(*sizes, float(share)) for share in shares)
-        V.init_weights(self.blocks)
+        start_weights(self.blocks, cfg.residual)
         for number, block in enumerate(self.blocks, 1):
             for last in (block.attn.proj, block.mlp.fc2):  # the residual stream keeps its scale with depth
                 last.weight.data.div_(math.sqrt(2.0 * number))
@@ -962,19 +970,6 @@ class HybridBlock(HopeBlock):
         super().__init__(dim, num_heads, titan_hidden, cms_levels, **kept, modifies=False)
 
 
-def start_weights(module):
-    """The start of all but the memories: V.init_weights for linear layers, and a mean gain of 1 where tokens mix.
-
-    The rule of 0.02 would make mixing and query a hundredth of the residual stream in a narrow net.
-    """
-    V.init_weights(module)
-    for child in module.modules():
-        if isinstance(child, (FrameMixing, Titans)):
-            for layer in child.children():
-                if isinstance(layer, nn.Linear):
-                    nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
-
-
 class Memories(FrameTokens):
     """Blocks of memories over the tokens of frames, `hope` or `hybrid`."""
 
@@ -984,7 +979,12 @@ class Memories(FrameTokens):
         sizes = dict(titan_hidden=cfg.titan_hidden, chunk=cfg.chunk, threshold=cfg.surprise)
         shares = np.linspace(0, cfg.drop_path, cfg.pred_depth).tolist()
         self.blocks = nn.ModuleList(block(cfg.pred_dim, cfg.num_heads, drop_path=share, **sizes) for share in shares)
-        start_weights(self)
+        start_weights(self, cfg.residual)
+        for part in self.modules():  # mixing and query would be a hundredth of the residual stream in a narrow net
+            if isinstance(part, (FrameMixing, Titans)):
+                for layer in part.children():
+                    if isinstance(layer, nn.Linear):
+                        nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
         self.start_ends(cfg)
 
 
