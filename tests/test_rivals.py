@@ -134,8 +134,8 @@ def test_equal_flop(pushes, tmp_path, monkeypatch):
 def test_steps_that_fill_the_time():
     """Two rivals with two seeds at equal seconds, one at a time: a quarter of the training's time each; with all four
     at once the slowest one takes all of it."""
-    args = Namespace(match="seconds", steps=0, seeds=[5, 6], jobs=1)
-    seconds_left = 60 / R.FILL
+    args = Namespace(match="seconds", steps=0, seeds=[5, 6], jobs=1, device="cpu")
+    seconds_left = 60 / R.FILL[True]
     for jobs, steps in ((1, 30), (4, 120)):
         plan = {name: dict(parameters=1, flop=1, seconds=value) for name, value in (("slow", 0.5), ("half", 0.25))}
         args.jobs, args.steps = jobs, 0
