@@ -98,6 +98,7 @@ def test_curriculum_in_thirds():
     assert R.curriculum(90, 3) == "0s:rollout=2;30s:rollout=3;60s:rollout=3"
 
 
+@pytest.mark.slow
 def test_equal_flop(pushes, tmp_path, monkeypatch):
     """Steps times FLOP agree; what learns nothing takes one step; a plan is kept, and one of other settings refused.
     FLOP are those of the batch: twice as many clips, twice as many. Seen red with steps * unit / first."""
