@@ -6768,7 +6768,8 @@ class VJepaAutoV2(World):
         times = self.cfg.future_tubelets[2]
         if actions is None:
             actions = self.action_mean.new_full((num_clips, times, len(self.action_mean)), math.nan)
-        units = ((actions[:, -times:] - self.action_mean) / self.action_std).clamp(-30, 30)  # a sensor's fault is cut
+        actions = actions[:, -times:].to(self.action_mean.device)
+        units = ((actions - self.action_mean) / self.action_std).clamp(-30, 30)  # a sensor's fault is cut
         passive = units.isnan().flatten(1).any(1)
         passive = passive if hidden is None else passive | hidden
         return units.masked_fill(passive[:, None, None], 0.0), passive

@@ -1,5 +1,6 @@
 """Shared pieces of the tests: the script on the import path, a tiny config, small videos made on the fly."""
 
+import gc
 import importlib.util
 import os
 import signal
@@ -118,6 +119,12 @@ def group_members(group):
     return members
 
 
+def pytest_collection_finish():
+    """What the imports made stays for ever: the garbage collector need not walk over it again, nor forks copy it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
     """A run that died in a test must not keep the handlers of the next one."""
@@ -161,6 +168,15 @@ def one_measure_of_speed():
     patch.setattr(V, "measure_speed", measured)
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_wait_for_the_disk():
+    """What fsync adds is seen only when the power fails: here it takes an open file and no time (7 ms each, in some
+    thousand writes). That and when it is called, tests/test_faults.py checks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: os.fstat(number) and None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -178,13 +178,6 @@ FREE = {
 }
 
 
-def test_wrong_insides_are_bad_checkpoints(run):
-    """A draw of one in 170 wrong values at every place. Seen red with 17 kinds of error (AttributeError, TypeError,
-    KeyError, ...)."""
-    refused, taken = check_wrong_states(run, 0.006)
-    assert refused > 15 and not [where for where, _ in taken if where[0] not in FREE], taken
-
-
 class HandedOver:
     """Writing and reading of checkpoints without a file between them: nine tenths of a wrong state's time go there."""
 
@@ -198,6 +191,15 @@ class HandedOver:
 
     def load(self, path, **more):
         return copy.deepcopy(self.state)
+
+
+def test_wrong_insides_are_bad_checkpoints(run, monkeypatch):
+    """A draw of one in 100 wrong values at every place, handed over as they are: those below go by way of files. Seen
+    red with 17 kinds of error (AttributeError, TypeError, KeyError, ...)."""
+    state = V.load_checkpoint(run[0] / "checkpoints/ckpt_2.pt")
+    HandedOver(monkeypatch).save(state, "")
+    refused, taken = check_wrong_states(run, 0.01)
+    assert refused > 25 and not [where for where, _ in taken if where[0] not in FREE], taken
 
 
 @pytest.mark.faults

@@ -228,7 +228,7 @@ def test_encode_decode_round_trip(mode):
 def test_coordinates_have_unit_mean_variance_and_the_true_shape(mode):
     """Fresh rows of the same Gaussian: mean 0, mean variance 1, one scale; `gaussian` draws the same covariance."""
     space, cfg = space_of(**mode)
-    fresh, _ = feed(space, 400, 64 if cfg.flow_joint else 8, rank=8)
+    fresh, _ = feed(space, 200, 64 if cfg.flow_joint else 8, rank=8)
     rows = fresh(4000)
     y = space.encode(rows).flatten(0, 1)
     # the statistics forget over 100 updates of 64 rows: relative error sqrt(2 / 12800) = 1.3 % per entry, five of them

@@ -107,9 +107,9 @@ def stopped_run(cfg, owner, name, call):
     "owner, name, call, left",
     [
         (V, "cache_latents", 1, ["ckpt_3.pt"]),
-        (V.SoonFit, "batch", 3, ["ckpt_3.pt", "ckpt_6.pt"]),
+        pytest.param(V.SoonFit, "batch", 3, ["ckpt_3.pt", "ckpt_6.pt"], marks=pytest.mark.slow),
         (V.SoonFit, "batch", 5, ["ckpt_3.pt", "ckpt_8.pt"]),
-        (V, "flow_coordinates", 1, ["ckpt_3.pt", "ckpt_8.pt"]),
+        pytest.param(V, "flow_coordinates", 1, ["ckpt_3.pt", "ckpt_8.pt"], marks=pytest.mark.slow),
         (V.FlowFit, "batch", 2, ["ckpt_10.pt", "ckpt_3.pt", "ckpt_8.pt"]),
         (V.FlowFit, "batch", 6, ["ckpt_14.pt", "ckpt_3.pt", "ckpt_8.pt"]),
     ],

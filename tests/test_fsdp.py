@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint
-import torch.distributed.fsdp  # before ranks are forked
 import torch.multiprocessing as mp
 from conftest import ROOT, SHALLOW, SMALL, V, small_config
 
@@ -94,7 +92,8 @@ def run_ranks(world_size, folder, *jobs):
     folder.mkdir(exist_ok=True)
     for name, *_ in jobs:  # what every rank would do by itself
         world_of(name)
-    importlib.import_module("torch._dynamo")
+    for name in ("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"):
+        importlib.import_module(name)
     start = mp.get_context("fork").Process  # spawned, each would import torch anew, which takes longer than its runs
     ranks = [start(target=run_rank, args=(rank, world_size, ports, jobs, str(folder))) for rank in range(world_size)]
     for each in ranks:

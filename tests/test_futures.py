@@ -39,19 +39,13 @@ def video(path, seconds, fps=10, size=(32, 48)):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A run of built-in scenes with a decoder of a few steps beside its checkpoint -> (checkpoint, output folder,
-    stdout's last lines)."""
-    folder = tmp_path_factory.mktemp("run")
-    path, few = save_run(folder, scene_config()), pytest.MonkeyPatch()
-    few.setattr(P, "FAN_SCENES", 2)
-    few.setattr(P, "FAN_SAMPLES", 5)
-    few.setattr(P, "JUDGE_CLIPS", 8)
-    few.setattr(P, "POOL_CLIPS", 24)
-    code = P.main(
-        ["--ckpt", str(path), "--minutes", "0.01", "--num_samples", "3", "--num_workers", "0", "--device", "cpu"]
-    )
-    few.undo()
-    assert code == 0
+    """A run of built-in scenes with a decoder of a few steps beside its checkpoint -> checkpoint."""
+    path = save_run(tmp_path_factory.mktemp("run"), scene_config())
+    with pytest.MonkeyPatch.context() as few:
+        few.setattr(P, "JUDGE_CLIPS", 8)
+        few.setattr(P, "POOL_CLIPS", 24)
+        model, *where = P.open_run(P.parse_arguments(["--ckpt", str(path), "--device", "cpu"]))
+        P.get_decoder(model, *where, 0.01, 0, None, 0)
     return path
 
 
@@ -130,7 +124,7 @@ def test_training_pairs_tubelets_with_their_own_frames():
     frames = (255 * bright).byte().repeat_interleave(2, 1)[:, :, None, None, None].expand(-1, -1, 3, 8, 16)
     pool = P.Pool(frames, latents.half(), torch.zeros(0), torch.zeros(0), torch.zeros(0))
     torch.manual_seed(0)
-    decoder, _ = P.train_decoder(P.PixelDecoder(cfg, 16), pool, cfg, 1e9, max_steps=100)
+    decoder, _ = P.train_decoder(P.PixelDecoder(cfg, 16), pool, cfg, 1e9, max_steps=60)
     seen = P.decode_soon(decoder, pool.soon(cfg)[1], cfg).mean((2, 3, 4)) / 255
     assert (
         np.abs(seen - bright[:, 2:].repeat_interleave(2, 1).numpy()).mean() < 0.08
@@ -397,15 +391,8 @@ def test_everything_is_written(run_folder, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(P, "FAN_SCENES", 2)
     monkeypatch.setattr(P, "FAN_SAMPLES", 5)
-    before = run_folder.parent.parent
-    assert {path.name for path in (before / "futures").iterdir()} == {
-        "rollout.mp4",
-        "frames.png",
-        "frames_2.png",
-        "frames_3.png",
-        "latents.png",
-        "fan.png",
-    }
+    own = P.output_folder(P.parse_arguments(["--ckpt", str(run_folder)]), "futures")
+    assert own == run_folder.parent.parent / "futures" and own.is_dir()
     code, out, _ = command(
         capsys, "--ckpt", run_folder, "--out", tmp_path / "new" / "folder", "--minutes", "0.005", "--num_samples", "5"
     )
@@ -414,7 +401,7 @@ def test_everything_is_written(run_folder, tmp_path, capsys, monkeypatch):
         tmp_path / "new" / "folder" / name
         for name in ("rollout.mp4", "frames.png", "frames_2.png", "frames_3.png", "latents.png", "fan.png")
     ]
-    assert out.splitlines()[-6:] == list(map(str, paths))
+    assert out.splitlines()[-6:] == list(map(str, paths)) and {*paths} == {*(tmp_path / "new" / "folder").iterdir()}
     cfg = scene_config()
     size = P.panel_size(cfg, 104)
     assert Image.open(paths[1]).size == (

@@ -144,7 +144,13 @@ def test_ac_vit_is_the_published_predictor(use_extrinsics, tmp_path):
     """Its released layout loads, and outputs are those that its own code gave, for a grid that is no square. Seen red
     with rotary frequencies in pairs, with columns that are not stretched, and with an action that is not rotated in
     time."""
-    cfg = config(num_timesteps=3, action_dim=3, use_extrinsics=use_extrinsics, init_from=str(tmp_path / "ac.pt"))
+    cfg = config(
+        num_timesteps=3,
+        action_dim=3,
+        use_extrinsics=use_extrinsics,
+        init_from=str(tmp_path / "ac.pt"),
+        normalise_actions=False,
+    )
     world, lines = Hope(cfg).eval(), []
     names = {f"module.{name}": value for name, value in published_weights(world).items()}
     torch.save({"encoder": {}, "predictor": names, "epoch": 1}, tmp_path / "ac.pt")
@@ -226,6 +232,50 @@ def test_the_convlstm_is_a_cell_by_hand():
         wanted.append(x[t] + net.out.weight[:, :, 0, 0] @ hidden + net.out.bias)
     found = net(x[None, :, None], a[None], a[None])[0, :, 0]
     assert torch.allclose(found, torch.stack(wanted), atol=1e-12)
+
+
+@pytest.mark.parametrize("predictor", LEARNING)
+def test_residual_predictors_begin_as_identity(predictor):
+    """Teacher, rollout and jump give the last frame; gradients reach the output layer. convlstm always does."""
+    world = Hope(config(predictor=predictor, residual=predictor != "convlstm")).train()
+    clip = clip_of(world.cfg)
+    rows, z = seen(clip), world.normalise(clip["features"])
+    assert torch.allclose(world.predict(*rows), z[:, :-1], atol=1e-5)
+    assert torch.allclose(world.rollout(*rows), z[:, :1].expand(-1, 4, -1, -1), atol=1e-5)
+    if predictor != "convlstm":
+        assert torch.allclose(world.jump(*rows, times=torch.tensor([1, 3])), z[:, 0], atol=1e-5)
+        assert (Hope(config(predictor=predictor)).predict(*rows) - z[:, :-1]).abs().mean() > 0.1
+    world(batch_of(world.cfg))[0]["loss_total"].backward()
+    assert world.predictor.out.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("predictor", LEARNING)
+def test_actions_count_by_their_statistics(predictor):
+    """Actions, states and extrinsics in other units are the same to a world whose statistics are in these; unknown
+    states of a rollout are the mean one. Without the field they enter as they are."""
+    world = new_world(predictor=predictor, use_extrinsics=True)
+    rows = seen(clip_of(world.cfg))
+    before = world.predict(*rows), world.rollout(*rows)
+    for name in ("actions", "states", "extrinsics"):
+        getattr(world, f"{name}_mean").fill_(5.0), getattr(world, f"{name}_std").fill_(0.01)
+    units = rows[:1] + [0.01 * row + 5.0 for row in rows[1:]]
+    assert torch.allclose(world.predict(*units), before[0], atol=1e-3)  # 5 + 0.01 x loses four digits
+    assert torch.allclose(world.rollout(*units), before[1], atol=1e-3)
+    assert (world.predict(*rows) - before[0]).abs().max() > 0.1
+    raw = Hope(config(predictor=predictor, use_extrinsics=True, normalise_actions=False))
+    assert not [name for name, _ in raw.named_buffers() if name.endswith(("_mean", "_std"))]
+
+
+def test_tokens_of_actions_are_as_large_as_those_of_patches():
+    """With normalised actions, half of it bias: so the first norm leaves how strong an action is."""
+    torch.manual_seed(0)
+    net = Hope(config(feature_dim=64, pred_dim=96, num_heads=8)).predictor
+    tokens = net.frame_tokens(torch.randn(64, 4, 6, 64), torch.randn(64, 4, 2), torch.randn(64, 4, 2)).detach()
+    action, state, patch = (
+        part.square().mean().sqrt() for part in (tokens[:, :, 0], tokens[:, :, 1], tokens[:, :, 2:])
+    )
+    assert 0.7 < action / patch < 1.4 and 0.7 < state / patch < 1.4, (action, state, patch)
+    assert net.action_encoder.bias.detach().square().mean().sqrt() > 0.4 * action
 
 
 # -- rollouts and jumps -----------------------------------------------------------------------------------------------
@@ -439,8 +489,12 @@ def test_a_curriculum_that_cannot_be_is_one_line(text, why):
         (dict(context_frames=5), "context_frames = 5: must not exceed num_timesteps = 4"),
         (dict(rollout_steps=5), "rollout_steps = 5: a rollout of 5 frames exceeds"),
         (dict(num_heads=3), "pred_dim = 28: must be divisible by 3 heads"),
-        (dict(num_heads=7), "with 6 numbers or more for each"),
+        (dict(num_heads=7), "an even number of 6 or more for each"),
+        (dict(num_heads=4), "an even number of 6 or more for each"),
         (dict(predictor="convlstm", lambda_jump=1.0), "convlstm knows no such place"),
+        (dict(predictor="hope", chunk=4), "chunk = 4: must be below 4, the frames of the longest pass"),
+        (dict(predictor="hybrid", curriculum="0:teacher=0,rollout=1"), "chunk = 1: must be below 1, the frames"),
+        (dict(predictor="hope", lambda_teacher=0, lambda_rollout=0, lambda_jump=1), "memories that nothing is read"),
         (dict(use_extrinsics=True, action_dim=1), "action_dim = 1: must be at least 2 with use_extrinsics"),
         (dict(clip_start=5, clip_end=5), "clip_end = 5: must exceed clip_start = 5"),
         (dict(predictor="identity", init_from="x.pt"), "init_from = 'x.pt': identity has no weights"),
@@ -497,7 +551,7 @@ def test_the_flat_schedule():
 def test_weights_that_do_not_fit_are_one_line(tmp_path):
     """Other sizes by the names of their fields, what is absent, what is no weights."""
     path = tmp_path / "ac.pt"
-    world = Hope(config(init_from=str(path)))
+    world = Hope(config(init_from=str(path), normalise_actions=False))
     assert "no such file" in told(world.take_weights, print)
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
     assert "git lfs pull" in told(world.take_weights, print)
@@ -515,6 +569,10 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path):
     assert "does not fit: no predictor_norm.bias" in told(world.take_weights, print)
     torch.save({"predictor": {**published_weights(world), "state_encoder.bias": torch.full((28,), torch.nan)}}, path)
     assert "state_encoder.bias holds NaN" in told(world.take_weights, print)
+    torch.save({"predictor": published_weights(world)}, path)
+    for field in ("residual", "normalise_actions"):
+        other = Hope(replace(world.cfg, **{field: True}))
+        assert f"were learned without {field} (--no-{field})" in told(other.take_weights, print)
     torch.save({"predictor": {"x": print}}, path)
     assert "cannot be read as weights" in told(world.take_weights, print)
 
@@ -587,10 +645,18 @@ def test_a_run_stopped_at_any_part_ends_like_one_that_was_not(clips, tmp_path, m
     assert (one / "horizons.png").stat().st_size > 1000 and "picture: " in output and "error / identity's" in output
     last = facts(one)[-1]
     assert {"val_ratio_1", "val_ratio_4", "val_rollout_ratio", "val_action_gain", "val_ratio"} <= last.keys()
+    actions = np.stack([np.load(clips / f"clip_{n:05d}/actions_states/actions.npy") for n in range(10)]).reshape(-1, 2)
+    assert torch.allclose(first["actions_mean"], torch.from_numpy(actions.mean(0)), atol=1e-6)
+    assert torch.allclose(first["actions_std"], torch.from_numpy(actions.std(0)), atol=1e-6)
+    assert first["states_mean"].tolist() == [0, 0] and first["states_std"].tolist() == [1, 1]  # absent: zeros
+    assert (two / "train.log").read_text().count(" in 10 training clips, normalised by that") == 2  # not on resume
     world, lines = Hope(config(init_from=str(one / "checkpoints" / "ckpt_final.pt"))), []
     world.take_weights(lines.append)
     assert "weights: predictor of" in lines[0] and "(checkpoint of a run)" in lines[0]
     assert all(torch.equal(first[name], value) for name, value in world.state_dict().items())
+    world.take_data(None)  # its statistics stay
+    raw = Hope(replace(world.cfg, normalise_actions=False))
+    assert "weights were learned with normalise_actions (--normalise_actions)" in told(raw.take_weights, print)
     world, cfg = V.load_model(one / "checkpoints" / "ckpt_final.pt", world=Hope)
     assert world.predict(*seen(clip_of(cfg))).shape == (2, 4, 6, 5) and not world.training
 

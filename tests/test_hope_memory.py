@@ -20,12 +20,13 @@ class Transformer(nn.Module):
 
     def __init__(self, dim, num_heads, **_):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), H.PastAttention(dim, num_heads, 0.0)
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), H.FrameAttention(dim, num_heads, 0.0)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), V.MLP(dim, 4 * dim)
 
-    def forward(self, x, rope=None):
-        x = x + self.attn(self.norm1(x), rope)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x, rope=None, past=None):
+        y, past = self.attn(self.norm1(x), rope, past)
+        x = x + y
+        return x + self.mlp(self.norm2(x)), past
 
 
 def predictor(block, depth=2, seed=0, num_timesteps=T, **sizes):
@@ -92,11 +93,11 @@ def test_memories_equal_a_loop_with_autograd(modifies, chunk, clip):
     """Values and meta-gradients are those of the first-order definition; a clip of 0.05 does cut."""
     torch.manual_seed(0)
     titans = H.Titans(DIM, HEADS, 2 * DIM, chunk, clip=clip, modifies=modifies)
-    H.start_weights(titans)
+    H.start_weights(titans, True)
     x, rope = torch.randn(B, T, N + 2, DIM), rope_of(predictor(H.HopeBlock), T)
     weights = torch.randn(B, T, N + 2, DIM)
     sides = []
-    for out in (titans(x, rope), torch.stack([by_loop(titans, clip_, rope) for clip_ in x])):
+    for out in (titans(x, rope)[0], torch.stack([by_loop(titans, clip_, rope) for clip_ in x])):
         sides.append((out, torch.autograd.grad((out * weights).sum(), list(titans.parameters()))))
     (ours, our_grads), (plain, plain_grads) = sides
     assert torch.allclose(ours, plain, atol=1e-5)
@@ -113,7 +114,7 @@ def test_chunks():
     for chunk in (1, 2, T, T + 3):
         torch.manual_seed(1)
         titans = H.Titans(DIM, HEADS, 2 * DIM, chunk)
-        outs[chunk] = titans(x)
+        outs[chunk], _ = titans(x)
     still = titans.proj(titans.memory.read(titans.memory.start(B), titans.query(x.flatten(1, 2)))[:, 0])
     assert (outs[1] - outs[2]).abs().max() > 1e-3
     assert torch.equal(outs[T], still.view_as(x)) and torch.equal(outs[T + 3], outs[T])
@@ -128,18 +129,18 @@ def test_surprise_gate_is_per_clip(modifies):
     gated, by_chunk = [], {}
     for chunk in (1, T):
         titans.chunk = chunk
-        by_chunk[chunk] = titans(x)
+        by_chunk[chunk], _ = titans(x)
     titans.chunk, surprises = 1, []
     for threshold in (0.0, float("inf")):
         titans.threshold = threshold
-        gated.append(titans(x))
+        gated.append(titans(x)[0])
     assert torch.equal(gated[0], by_chunk[1]) and torch.equal(gated[1], by_chunk[T])
     for row in x:
         k, v, *_ = titans.pairs(titans.pair_memory.start(1) if modifies else None, row[:1].flatten(0, 1)[None])
         said = titans.memory.read(titans.memory.start(1), titans.query(row[:1]))[:, 0]
         surprises.append((v - said).square().mean(2).sqrt().mean().item())
     titans.threshold, low = sum(surprises) / 2, min(range(2), key=surprises.__getitem__)
-    out = titans(x)
+    out, _ = titans(x)
     assert torch.equal(out[low, 1], by_chunk[T][low, 1])  # frame 1 reads what frame 0 wrote
     assert (out[1 - low, 1] - by_chunk[T][1 - low, 1]).abs().max() > 1e-4
 
@@ -165,7 +166,7 @@ def test_levels_run_at_their_periods():
     hidden = torch.randn(B, 20, 3, 8)
     for period, moves in ((1, range(19)), (4, (0, 4, 8, 12, 16)), (16, (0, 16))):
         level = H.Level(8, period, 1.0)
-        states = level.states(hidden)
+        states, _ = level.states(hidden)
         changed = (states[:, 1:] != states[:, :-1]).flatten(2).any(2).all(0)
         assert changed.nonzero().flatten().tolist() == list(moves)
         assert torch.equal(states[:, 0], torch.zeros_like(states[:, 0]))
@@ -180,12 +181,12 @@ def test_the_slow_level_matters():
     level, x = H.Level(DIM, 16, 2.0), torch.randn(B, 8, 3, DIM)
     other = x.clone()
     other[:, 0] = torch.randn(B, 3, DIM)
-    out = level(x)
-    effect = (out - level(other)).abs().mean((0, 2, 3))
+    out, _ = level(x)
+    effect = (out - level(other)[0]).abs().mean((0, 2, 3))
     assert (effect[1:] > 0.02 * out.std()).all(), effect / out.std()
     other = x.clone()
     other[:, 1:7] = torch.randn(B, 6, 3, DIM)
-    assert torch.equal(level(other)[:, 7], out[:, 7])
+    assert torch.equal(level(other)[0][:, 7], out[:, 7])
     out.square().sum().backward()
     assert all(p.grad.abs().max() > 0 for p in level.parameters())
 
@@ -238,6 +239,23 @@ def test_calls_do_not_remember(block):
     assert torch.equal(net(*rows), first)
     shorter = net(*(row[:, :2] for row in rows))
     assert torch.allclose(shorter, first[:, :2], atol=1e-6)
+
+
+@pytest.mark.parametrize("block, chunk", [(H.HopeBlock, 1), (H.HopeBlock, 2), (H.HybridBlock, 3)])
+def test_a_clip_in_pieces_is_the_whole(block, chunk):
+    """What a call passes on, fast weights, the open chunk, states, keys, is all that later frames need: values and
+    gradients. Seen red without the open chunk, with states that begin anew, with places in time that do."""
+    net, rows, found = predictor(block, num_timesteps=7, chunk=chunk), inputs(frames=7), []
+    pieces, past = [], None
+    for begin, end in ((0, 1), (1, 3), (3, 4), (4, 7)):
+        guesses, past = net.advance(*(row[:, begin:end] for row in rows), past=past)
+        pieces.append(guesses)
+    learns, weights = [p for p in net.parameters() if p.requires_grad], torch.randn_like(rows[0])
+    for out in (net(*rows), torch.cat(pieces, 1)):
+        found.append((out.detach(), torch.autograd.grad((out * weights).sum(), learns)))
+    (whole, wanted), (joined, grads) = found
+    assert torch.allclose(whole, joined, atol=1e-5)
+    assert all((a - b).norm() <= 1e-3 * a.norm() + 1e-5 for a, b in zip(wanted, grads))
 
 
 def test_checkpointing_gives_the_same_gradients():

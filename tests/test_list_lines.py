@@ -14,7 +14,7 @@ from test_videos import coded_frames, frame_numbers, names_of, touch
 
 PLAN = V.ClipPlan(8, 4.0, 64, 64, 0.0, 1.0, 1.0, 0.5, 0.5)
 EPISODES = (0, 37, 60, 61, 140, 400)  # first frames in a file of 400
-HEVC = ("libx265", {"x265-params": "log-level=none:keyint=90"})
+HEVC = ("libx265", {"x265-params": "log-level=none:keyint=90:pools=none:frame-threads=1"})
 AV1 = ("libsvtav1", {"preset": "8", "crf": "5"})
 
 

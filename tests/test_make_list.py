@@ -27,7 +27,11 @@ ENCODERS = {"h264": "libx264", "av1": "libsvtav1", "hevc": "libx265"}
 OPTIONS = {
     "libx264": {"preset": "ultrafast", "crf": "20", "g": "10"},
     "libsvtav1": {"preset": "10", "crf": "20", "g": "2", "svtav1-params": "lp=1"},  # faster ones lose frames,
-    "libx265": {"preset": "ultrafast", "crf": "20", "x265-params": "log-level=none:keyint=10:pools=1"},
+    "libx265": {
+        "preset": "ultrafast",
+        "crf": "20",
+        "x265-params": "log-level=none:keyint=10:pools=none:frame-threads=1",
+    },
 }
 
 

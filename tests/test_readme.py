@@ -13,6 +13,7 @@ from conftest import ROOT, SCRIPT, V, small_config
 
 sys.path.insert(0, str(ROOT / "tools"))
 
+import adapt  # noqa: E402
 import readme_tables  # noqa: E402
 
 # Flags of torchrun, pip and srun that a README may show, and --field, which stands for any of ours.
@@ -121,6 +122,7 @@ def test_every_flag_of_a_page_exists(name):
     )
     known = {flag for world in worlds for action in V.build_parser(world)._actions for flag in action.option_strings}
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tools").glob("*.py"))
+    known |= {f"--{field.name}" for field in fields(adapt.How)}  # made in a loop
     known |= FOREIGN_FLAGS | set(re.findall(r"""["'](--[a-z][\w-]*)["']""", sources))
     text = re.sub(r"<!--.*?-->|^#SBATCH.*$|^trap .*$", "", page(name), flags=re.MULTILINE)
     used = {flag.rstrip("_-") for flag in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text)}

@@ -85,7 +85,12 @@ def test_shares_and_their_intervals():
     low, high = R.figure(np.ones((1, 400)), noise)["interval"]
     assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / math.sqrt(400), rel=0.15)
     assert R.percent({"value": -1e-5, "interval": [-1e-5, 0.0]}) == "+0.0% [+0.0%, +0.0%]"
-    assert R.adaptation_figure([{"why": "no layers"}]) == {"why": "no layers"} and R.percent({"why": ""}) == "none"
+    assert R.adaptation_figure([{"why": "no layers"}]) == {"why": "no layers"} and R.percent(None) == "none"
+    part = {"none": [1.0, 1.0], "shuffled": [1.2, 1.2], "adapted": [0.9, 0.9]}
+    gains = {name: entry["value"] for name, entry in R.adaptation_figure([part]).items()}
+    assert gains == pytest.approx({"adapted": 0.1, "shuffled": -0.2, "over_shuffled": 0.25})
+    above, across = {"interval": [0.1, 0.2]}, {"interval": [-0.1, 0.2]}
+    assert R.sure({"a": above, "b": across, "c": None, "d": above}) == "a, d" and R.sure({"b": across}) == "none"
 
 
 def test_curriculum_in_thirds():
@@ -93,38 +98,50 @@ def test_curriculum_in_thirds():
     assert R.curriculum(90, 3) == "0s:rollout=2;30s:rollout=3;60s:rollout=3"
 
 
+@pytest.mark.slow
 def test_equal_flop(pushes, tmp_path, monkeypatch):
     """Steps times FLOP agree; what learns nothing takes one step; a plan is kept, and one of other settings refused.
     FLOP are those of the batch: twice as many clips, twice as many. Seen red with steps * unit / first."""
-    args = parsed(tmp_path, f"--data_root={pushes[0]}", "--rivals=identity", *SMALL)
+    args = parsed(tmp_path, f"--data_root={pushes[0]}", "--rivals=identity", "--jobs=1", *SMALL)
     args.work.mkdir()
     sizes = R.sizes_of(pushes[0], "")
     assert sizes == dict(feature_map="pushes", feature_dim=6, grid_high=2, grid_wide=2, num_timesteps=4, action_dim=2)
-    rows = {"identity": R.measure(args, "identity", sizes, pushes[0])}
+    rows = {"identity": R.count(args, "identity", sizes, pushes[0])}
     assert rows["identity"]["flop"] == rows["identity"]["parameters"] == 0
     args.rivals["ac_vit"] = R.RIVALS["ac_vit"]
-    rows["ac_vit"] = R.measure(args, "ac_vit", sizes, pushes[0])
+    rows["ac_vit"] = R.count(args, "ac_vit", sizes, pushes[0])
+    model, batch, size = R.open_steps(args, "ac_vit", sizes, pushes[0], 4, torch.device("cpu"))
+    with R.Products() as counter:  # four clips, where batches hold two and two are counted
+        R.one_step(model, batch, 0)
     args.flags = [*args.flags, "--batch_size=4"]
-    twice = R.measure(args, "ac_vit", sizes, pushes[0])["flop"]
+    twice = R.count(args, "ac_vit", sizes, pushes[0])["flop"]
+    assert size == 2 and len(batch["features"]) == 4 and counter.flop > 0
     assert rows["ac_vit"]["flop"] > 0 and twice == pytest.approx(2 * rows["ac_vit"]["flop"])
     rows["half"] = {**rows["ac_vit"], "flop": rows["ac_vit"]["flop"] / 2}
     args.rivals["half"], args.steps = args.rivals["ac_vit"], 40
-    monkeypatch.setattr(R, "measure", lambda args, name, *_: dict(rows[name]))
-    plan = R.make_plan(args, sizes, pushes[0])
+    seconds = {"ac_vit": 0.5, "half": 0.25}
+    monkeypatch.setattr(R, "count", lambda args, name, *_: dict(rows[name]))
+    monkeypatch.setattr(R, "measure_all", lambda args, argv, names, deadline: {name: seconds[name] for name in names})
+    plan = R.make_plan(args, [], sizes, pushes[0], math.inf)
     assert {name: row["steps"] for name, row in plan.items()} == {"identity": 1, "ac_vit": 40, "half": 80}
-    for name, seconds in (("ac_vit", 0.5), ("half", 0.25)):
-        rows[name]["seconds"] = seconds
-    changes = dict(work=tmp_path, match="seconds", steps=0, seeds=[5, 6], minutes=1.5)
-    other = Namespace(**{**vars(args), **changes})  # 60 s of training for two rivals with two seeds: 15 s each
-    assert {name: row["steps"] for name, row in R.make_plan(other, sizes, pushes[0]).items()} == {
-        "identity": 1,
-        "ac_vit": 30,
-        "half": 60,
-    }
-    assert R.make_plan(args, sizes, pushes[0]) == plan
+    assert {name: row["seconds"] for name, row in plan.items()} == {"identity": 0, **seconds}
+    args.steps = 40
+    assert R.make_plan(args, [], sizes, pushes[0], math.inf) == plan
     args.steps = 41
     with pytest.raises(V.UserError, match="holds rivals of other steps; use another --work"):
-        R.make_plan(args, sizes, pushes[0])
+        R.make_plan(args, [], sizes, pushes[0], math.inf)
+
+
+def test_steps_that_fill_the_time():
+    """Two rivals with two seeds at equal seconds, one at a time: a quarter of the training's time each; with all four
+    at once the slowest one takes all of it."""
+    args = Namespace(match="seconds", steps=0, seeds=[5, 6], jobs=1, device="cpu")
+    seconds_left = 60 / R.FILL[True]
+    for jobs, steps in ((1, 30), (4, 120)):
+        plan = {name: dict(parameters=1, flop=1, seconds=value) for name, value in (("slow", 0.5), ("half", 0.25))}
+        args.jobs, args.steps = jobs, 0
+        plan = R.steps_of(args, plan, seconds_left + 1e-6)
+        assert {name: row["steps"] for name, row in plan.items()} == {"slow": steps, "half": 2 * steps}
 
 
 def test_no_process_goes_on(tmp_path):
@@ -142,7 +159,7 @@ def test_no_process_goes_on(tmp_path):
 @pytest.mark.parametrize(
     "flags, reason",
     [
-        ([], "one of --ckpt and --data_root must be given"),
+        (["--ckpt=/none.pt", "--data_root=."], "ckpt and data_root: one of them at most"),
         (["--ckpt=/none.pt"], "ckpt /none.pt: no such checkpoint"),
         (["--data_root=/none"], "data_root /none: no folder"),
         (["--data_root=.", "--rivals", "lstm"], "rivals: lstm is none of identity, convlstm, ac_vit, hope, hybrid"),
@@ -187,7 +204,7 @@ def test_the_whole_command(pushes, tmp_path, capsys):
     assert identity["plain"]["clips"] == 4 and identity["ice"]["clips"] == 4  # all of ice, the test part of base
     assert convlstm["plain"]["still"] == pytest.approx(identity["plain"]["still"], abs=1e-5)
     assert len(convlstm["plain"]["saved_all"]["seeds"]) == 1 and len(convlstm["plain"]["error"]) == 4
-    assert "why" in identity["ice"]["adaptation"] and "value" in convlstm["ice"]["adaptation"]["over_none"]
+    assert "why" in identity["ice"]["adaptation"] and "value" in convlstm["ice"]["adaptation"]["adapted"]
     table = (tmp_path / "out" / "rivals.md").read_text()
     assert "| convlstm |" in table and "Better than identity at every horizon" in told
     place = tmp_path / "work" / "convlstm_0"

@@ -30,7 +30,7 @@ def toy(tmp_path_factory):
     """The toy world in a folder of its own -> its file."""
     path = tmp_path_factory.mktemp("project") / "worlds" / "toy.py"
     path.parent.mkdir()
-    shutil.copy(TOY, path)
+    path.write_text(f"{TOY.read_text()}# a text of its own: another test may have imported that one in this process\n")
     return path
 
 

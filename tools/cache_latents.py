@@ -47,6 +47,7 @@ import re
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -247,9 +248,11 @@ def open_cache(out, about, parts=("clips",)):
         raise V.UsageError(f"out {out}: holds something else than a cache; use another folder (--out)")
     for folder in (out, *(out / part for part in parts)):
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".*.tmp"):  # of processes that were killed, anywhere
-            if time.time() - stale.stat().st_mtime > STALE_S:
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
+        for left in folder.glob(".*.tmp"):  # of processes that were killed, anywhere
+            if time.time() - left.stat().st_mtime > STALE_S:
+                for stale in (*left.glob("*/*.npy"), *left.glob("*"), left):
+                    with suppress(OSError):  # a folder in which somebody else keeps something stays
+                        stale.rmdir() if stale.is_dir() else stale.unlink(missing_ok=True)
     put(path, json.dumps(about, indent=1).encode())
 
 

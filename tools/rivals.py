@@ -1,17 +1,21 @@
 """Train all rivals of worlds/hope.py at equal compute on the same latents, and write down which predicts best.
 
-    python tools/rivals.py --out records/rivals --ckpt RUN/checkpoints/ckpt_final.pt [--minutes 60] [--device cpu]
+    python tools/rivals.py --out records/rivals [--minutes 60] [--device cpu]       trains an encoder itself
+    python tools/rivals.py --out DIR --ckpt RUN/checkpoints/ckpt_final.pt           with the encoder of a checkpoint
     python tools/rivals.py --out DIR --data_root FOLDERS [--shift ice=FOLDERS2]     latents that are there already
 
-With --ckpt, built-in scenes that its run never saw go through its target encoder with their true actions (by
-tools/cache_latents.py --layout hope), three times: as they are, and further ones as other colours (palette) and another
-camera show them. Each rival then trains by the real command of worlds/hope.py, once per seed, and is scored on the test
-part of the clips, which no run has seen, and on the shifted ones. Flags that are not named here go to worlds/hope.py.
+Built-in scenes that no run has seen, of kinds whose futures hang on the driver (--scene_mix), go through the target
+encoder of a checkpoint with their true actions (by tools/cache_latents.py --layout hope), three times: as they are, and
+further ones as other colours (palette) and another camera show them. Without --ckpt the preset tiny trains it first,
+for --encoder_steps steps. Each rival then trains by the real command of worlds/hope.py, once per seed, and is scored on
+the test part of the clips, which no run has seen, and on the shifted ones. Flags that are not named here go to
+worlds/hope.py.
 
 Equal compute: --match flop (default) gives each the floating-point operations that --steps steps of the first rival
 that learns take, counted on a real step in each part of the curriculum, whose three parts are thirds of its run with
-rollouts of 2, 4 and all frames; --match seconds the time of such steps, measured here; --match steps the same steps.
---steps 0 takes as many as fill two thirds of --minutes by that measurement. All three are reported.
+rollouts of 2, 4 and all frames; --match seconds the time of such steps, measured here, with as many processes at once
+as will train; --match steps the same steps. --steps 0 takes as many as fill 70 % of what is left of --minutes by
+that measurement, 50 % on a GPU. All three are reported.
 
 Written under --out, whole or not at all: rivals.json and rivals.md. Folders, runs and single evaluations stay in
 --work (runs/<name of --out>); the same command goes on from what is finished there, and after --minutes ends with a
@@ -54,7 +58,15 @@ RIVALS = {  # name -> flags of its run
 }
 ARMS = ("true", "shuffled", "zero", "still")  # actions of a rollout; the first frame repeated
 SHIFTS = ("palette", "camera")
-FILL = 2 / 3  # share of --minutes that training may take by the first measurement
+ENCODER = (  # NOW and SOON of the preset tiny; the flow net is as small as it can be
+    *("--preset", "tiny", "--scenes", "render", "--lambda_flow", "0", "--lambda_eventually", "0", "--flow_dim", "32"),
+    *("--flow_depth", "1", "--flow_heads", "2", "--flow_rank", "4", "--flow_chunks", "1", "--flow_joint_max", "16"),
+    *("--no-picture", "--val_every", "0"),
+)
+# share of what is left of --minutes that training may take as measured: on a GPU, where steps wait for kernels to
+# be started, adaptation to single clips takes as long as to batches
+FILL = {True: 0.7, False: 0.5}
+MEASURED_S = 3.0  # seconds of steps that are measured in each part of the curriculum
 GRACE_S = 60.0  # a run that is told to stop saves within
 
 
@@ -77,6 +89,7 @@ def run_all(commands, num_at_once, deadline):
     the deadline (time.monotonic) passes; none goes on behind us."""
     waiting, active = list(commands.items()), {}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment.setdefault("OMP_NUM_THREADS", str(max(V.usable_cores() // max(min(num_at_once, len(commands)), 1), 1)))
     try:
         while waiting or active:
             while waiting and len(active) < num_at_once:
@@ -106,10 +119,22 @@ def run_all(commands, num_at_once, deadline):
 # -- latents
 
 
+def make_encoder(args, deadline):
+    """Where a checkpoint that encodes lies; trained here if none was given."""
+    place = args.work / "encoder"
+    path = place / "checkpoints" / "ckpt_final.pt"
+    if not path.is_file():
+        command = ["VJepa_AUTO_V2.py", *ENCODER, "--scene_mix", args.scene_mix, "--steps", args.encoder_steps]
+        command += ["--warmup_steps", args.encoder_steps // 10, "--device", args.device, "--out_dir", place]
+        run_all({"encoder": (command, args.work / "encoder.log")}, 1, deadline)
+    return path
+
+
 def cache_clips(args, deadline):
     """Encode the scenes in all views -> {name: folder}, `plain` first."""
     if args.data_root:
         return {"plain": args.data_root, **args.shifts}
+    ckpt = args.ckpt or make_encoder(args, deadline)
     folders = {view: args.work / "latents" / view for view in ("plain", *SHIFTS)}
     commands = {}
     for number, (view, folder) in enumerate(folders.items()):
@@ -117,11 +142,11 @@ def cache_clips(args, deadline):
             continue
         folder.parent.mkdir(parents=True, exist_ok=True)
         clips, kind = args.shift_clips if number else args.clips, "plain" if number == 0 else view
-        command = ["tools/cache_latents.py", "--layout", "hope", "--out", folder, "--ckpt", args.ckpt, "--view", kind]
+        command = ["tools/cache_latents.py", "--layout", "hope", "--out", folder, "--ckpt", ckpt, "--view", kind]
         command += ["--signals", args.signals, "--scene_clips", max(clips, 4), "--device", args.device, "--no-states"]
-        command += ["--num_workers", min(V.usable_cores(), 8)]
+        command += ["--num_workers", min(V.usable_cores(), 8), "--clip_latents", args.clip_latents]
         command += ["--seed", args.scene_seed + (number > 0)]  # shifted scenes are others than those that train
-        command += ["--scene_mix", args.scene_mix] if args.scene_mix else []
+        command += ["--scene_mix", args.scene_mix]
         commands[f"latents, {view}"] = (command, args.work / f"latents_{view}.log")
     run_all(commands, args.jobs, deadline)
     return folders
@@ -187,55 +212,95 @@ class Products(V.Ledger):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def measure(args, name, sizes, folder):
-    """A rival's parameters, FLOP and seconds of a step -> dict, means over the parts of the curriculum. Counted on a
-    real forward and backward pass; element-wise work is not counted."""
+def open_steps(args, name, sizes, folder, num_clips, device):
+    """A rival and a batch of num_clips, 0 = its own -> (model, batch without its step, clips of a real batch)."""
     world, cfg = open_rival(args, name, sizes, folder)
-    device = V.choose_device(cfg.device, 0)
     torch.manual_seed(0)
-    model, data = world(cfg).to(device).train(), source_of(world, cfg, folder).dataset(cfg, "train")
-    samples = V.collate([data[index] for index in range(cfg.batch_size)])
+    source = source_of(world, cfg, folder)
+    model, data = world(cfg).to(device).train(), source.dataset(cfg, "train")
+    samples = V.collate([data[index] for index in range(num_clips or cfg.batch_size)])
     batch = V.to_device({key: value for key, value in samples.items() if key != "bad"}, device)
-    flop, seconds = [], []
-    for step in range(3):
-        times, told = [], {**batch, "step": torch.tensor(step)}
+    return model, batch, cfg.batch_size
+
+
+def one_step(model, batch, step):
+    """Forward and backward pass of a part of the curriculum."""
+    model({**batch, "step": torch.tensor(step)})[0]["loss_total"].backward()
+
+
+def count(args, name, sizes, folder):
+    """A rival's parameters and FLOP of a step, mean over the parts of the curriculum -> dict. Counted on real passes of
+    two clips on the CPU; element-wise work is not counted."""
+    model, batch, size = open_steps(args, name, sizes, folder, 2, torch.device("cpu"))
+    flop, learning = [], sum(parameter.numel() for parameter in model.trained().values())
+    for step in range(3 if learning else 0):
         with Products() as counter:
-            model(told)[0]["loss_total"].backward()
-        for _ in range(2):
-            began = time.perf_counter()
-            model(told)[0]["loss_total"].backward()
+            one_step(model, batch, step)
+        flop.append(counter.flop * size / 2)
+    return dict(parameters=learning, flop=statistics.fmean(flop) if flop else 0.0)
+
+
+def measure(args, name, sizes, folder):
+    """Seconds of a rival's step on the device that trains, mean over the parts of the curriculum."""
+    device, seconds = V.choose_device(args.device, 0), []
+    model, batch, _ = open_steps(args, name, sizes, folder, 0, device)
+    for step in range(3):
+        one_step(model, batch, step)  # kernels are chosen, memory is taken
+        began, steps = time.perf_counter(), 0
+        while not steps or time.perf_counter() - began < MEASURED_S:
+            one_step(model, batch, step)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-        flop.append(counter.flop)
-        seconds.append(min(times))
-    learning = sum(parameter.numel() for parameter in model.trained().values())
-    return dict(parameters=learning, flop=statistics.fmean(flop), seconds=statistics.fmean(seconds))
+            steps += 1
+        seconds.append((time.perf_counter() - began) / steps)
+    return statistics.fmean(seconds)
 
 
-def make_plan(args, sizes, folder):
+def measure_all(args, argv, names, deadline):
+    """Seconds of a step of these rivals, measured while as many processes work as will train -> {rival: seconds}."""
+    seeds = args.seeds[: max(args.jobs // max(len(names), 1), 1)]
+    paths = {(name, seed): args.work / f"seconds_{name}_{seed}" for seed in seeds for name in names}
+    commands = {}
+    for (name, seed), path in paths.items():
+        command = ["tools/rivals.py", *argv, "--measure", name, "--evaluate", path.name]
+        commands[f"steps of {name}, {seed}"] = command, args.work / f"{name}_{seed}.log"
+    run_all(commands, args.jobs, deadline)
+    found = {pair: float(path.read_text()) for pair, path in paths.items()}
+    return {name: statistics.fmean(value for pair, value in found.items() if pair[0] == name) for name in names}
+
+
+def steps_of(args, plan, seconds_left):
+    """{rival: {parameters, flop, seconds}} -> the same with the steps that each takes."""
+    learning = [name for name, row in plan.items() if row["parameters"]]
+    unit = {name: dict(flop=row["flop"], seconds=row["seconds"], steps=1)[args.match] for name, row in plan.items()}
+    first = unit[learning[0]] if learning else 1
+    each = [plan[name]["seconds"] * first / unit[name] for name in learning]  # for a step of the first one
+    if not args.steps and learning:
+        wall = max(max(each), sum(each) * len(args.seeds) / args.jobs)
+        args.steps = max(int(FILL[args.device == "cpu"] * seconds_left / wall), 3)
+    for name, row in plan.items():
+        row["steps"] = max(round(args.steps * first / unit[name]), 3) if row["parameters"] else 1
+    return plan
+
+
+def make_plan(args, argv, sizes, folder, deadline):
     """How many steps each rival gets -> {rival: {parameters, flop, seconds, steps}}, kept in plan.json. UserError where
     that was made with other settings."""
     path, asked = args.work / "plan.json", {"sizes": sizes, "match": args.match, "steps": args.steps}
     asked |= {"rivals": {name: list(flags) for name, flags in args.rivals.items()}, "flags": args.flags}
     asked |= {"ckpt": str(args.ckpt or ""), "data_root": str(folder), "device": args.device}
-    asked |= {"test_fraction": args.test_fraction}
+    asked |= {"test_fraction": args.test_fraction, "scene_mix": args.scene_mix, "signals": args.signals}
     if path.is_file():
         known = V.parse_json(V.read_text(path, 2**24))
         other = [name for name in asked if known["asked"].get(name) != json.loads(json.dumps(asked[name]))]
         if other:
             raise V.UserError(f"work {args.work}: holds rivals of other {', '.join(other)}; use another --work")
         return known["plan"]
-    plan = {name: measure(args, name, sizes, folder) for name in args.rivals}
-    learning = [name for name, row in plan.items() if row["parameters"]]
-    unit = {
-        name: {"flop": row["flop"], "seconds": row["seconds"], "steps": 1}[args.match] for name, row in plan.items()
-    }
-    first = unit[learning[0]] if learning else 1
-    seconds_each = sum(plan[name]["seconds"] * first / unit[name] for name in learning)  # for a step of the first one
-    steps = args.steps or max(int(FILL * 60 * args.minutes * args.jobs / (seconds_each * len(args.seeds))), 3)
+    plan = {name: count(args, name, sizes, folder) for name in args.rivals}
+    seconds = measure_all(args, argv, [name for name, row in plan.items() if row["parameters"]], deadline)
     for name, row in plan.items():
-        row["steps"] = max(round(steps * first / unit[name]), 3) if row["parameters"] else 1
+        row["seconds"] = seconds.get(name, 0.0)
+    plan = steps_of(args, plan, deadline - time.monotonic())
     V.write_atomic(path, lambda handle: handle.write(json.dumps({"asked": asked, "plan": plan}, indent=1).encode()))
     return plan
 
@@ -245,7 +310,8 @@ def tell_plan(args, plan):
     for name, row in plan.items():
         total = f"{row['steps'] * row['flop']:.3g} FLOP, about {row['steps'] * row['seconds'] / 60:.3g} min per seed"
         V.say(f"{name}: {row['parameters']:,} parameters, {row['steps']} steps, {total}")
-    whole = sum(row["steps"] * row["seconds"] for row in plan.values()) * len(args.seeds) / args.jobs / 60
+    each = [row["steps"] * row["seconds"] / 60 for row in plan.values()]
+    whole = max(max(each), sum(each) * len(args.seeds) / args.jobs)
     if whole > args.minutes:
         V.say(f"WARNING: training takes about {whole:.0f} min, and --minutes is {args.minutes:g}", sys.stderr)
 
@@ -356,7 +422,8 @@ def evaluate(args, place, folders):
             data.videos = list(dict.fromkeys([*source.train, *source.val, *source.test]))
         clips = clips_of(data)
         scores = {arm: errors.tolist() for arm, errors in score(model, clips).items()}
-        found[view] = {"clips": list(clips), "errors": scores, "adaptation": adapt_to(args, model, data)}
+        gain = {"why": "no shift"} if view == "plain" else adapt_to(args, model, data)
+        found[view] = {"clips": list(clips), "errors": scores, "adaptation": gain}
     text = json.dumps({"asked": asked_of(args, place, folders), "views": found})
     V.write_atomic(place / "rivals.json", lambda handle: handle.write(text.encode()))
 
@@ -398,12 +465,13 @@ def figure(reference, other):
 
 
 def adaptation_figure(parts):
-    """What adaptation saved under a shift, of each seed -> {over none, over shuffled} or {why}."""
+    """What adaptation saved under a shift, of each seed -> {adapted, shuffled: over none, over_shuffled} or {why}."""
     for part in parts:
         if "why" in part:
             return part
-    errors = {arm: [part[arm] for part in parts] for arm in A.ARMS}
-    return {f"over_{arm}": figure(errors[arm], errors["adapted"]) for arm in ("none", "shuffled")}
+    none, shuffled, adapted = ([part[arm] for part in parts] for arm in A.ARMS)
+    pairs = {"adapted": (none, adapted), "shuffled": (none, shuffled), "over_shuffled": (shuffled, adapted)}
+    return {name: figure(*pair) for name, pair in pairs.items()}
 
 
 def figures_of(runs):
@@ -435,49 +503,69 @@ def compare(args, evaluations):
 
 
 def percent(entry):
-    """A share with its interval as text."""
-    if "why" in entry:
+    """A share with its interval as text, none where there is no such figure."""
+    if not entry:
         return "none"
     value, low, high = (round(number, 3) + 0.0 for number in (entry["value"], *entry["interval"]))  # no -0
     return f"{value:+.1%} [{low:+.1%}, {high:+.1%}]"
 
 
+def table(heads, rows):
+    """Texts -> lines of a table."""
+    return ["", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))]
+
+
+def sure(entries):
+    """{name: figure or None} -> the names whose whole interval is above 0, as text."""
+    return ", ".join(name for name, entry in entries.items() if entry and entry["interval"][0] > 0) or "none"
+
+
+def verdict(report):
+    """Sentences that follow from the figures."""
+    rivals, lines = report["rivals"], []
+    below = [name for name, row in rivals.items() if all(each["value"] > 0 for each in row["plain"]["saved"])]
+    whole = [name for name in below if all(each["interval"][0] > 0 for each in rivals[name]["plain"]["saved"])]
+    told = f"Better than identity at every horizon: {', '.join(below) or 'none'}"
+    lines.append(f"{told}; with the whole interval: {', '.join(whole) or 'none'}.")
+    best = max((row["plain"]["saved_all"]["value"], name) for name, row in rivals.items())[1]
+    lines.append(f"Least error over all horizons: {best}, surely below {sure(report['pairs'][best])}.")
+    for arm, what in (("shuffled", "those of another clip"), ("zero", "zeros")):
+        gains = {name: row["plain"][f"actions_over_{arm}"] for name, row in rivals.items()}
+        lines.append(f"True actions surely save error beside {what}: {sure(gains)}.")
+    for view in report["shifts"]:
+        for kind, what in (("adapted", "none"), ("over_shuffled", "adaptation to shuffled targets")):
+            gains = {name: row[view]["adaptation"].get(kind) for name, row in rivals.items()}
+            lines.append(f"Under {view}, adaptation surely saves error beside {what}: {sure(gains)}.")
+    return ["", *(f"* {line}" for line in lines)]
+
+
 def markdown(report):
     """The report as tables."""
     rivals, settings = report["rivals"], report["settings"]
-    frames = len(next(iter(rivals.values()))["plain"]["error"])
+    plain = next(iter(rivals.values()))["plain"]
+    frames = len(plain["error"])
     picked = sorted({1, 2, 4, frames // 2, frames} & set(range(1, frames + 1)))
-    clips = next(iter(rivals.values()))["plain"]["clips"]
     lines = [
-        f"Rivals at equal {settings['match']}, {len(settings['seeds'])} seeds, {clips} test clips, {frames} frames on "
-        "own guesses from one. Shares of an error that are saved, with 95 % intervals over seeds and clips.",
-        "",
-        "| rival | parameters | steps | FLOP | seconds | " + " | ".join(f"over identity, {h}" for h in picked) + " |",
-        "|---|" + "---|" * (4 + len(picked)),
+        f"Rivals at equal {settings['match']}, {len(settings['seeds'])} seeds, {plain['clips']} test clips, {frames} "
+        "frames on own guesses from one. Shares of an error that are saved, with 95 % intervals over seeds and clips."
     ]
+    rows = []
     for name, row in rivals.items():
-        cost = f"{row['parameters']:,} | {row['steps']} | {row['flop']:.2g} | {row['seconds']:.0f}"
-        shares = " | ".join(percent(row["plain"]["saved"][h - 1]) for h in picked)
-        lines.append(f"| {name} | {cost} | {shares} |")
-    shifts = [view for view in next(iter(rivals.values())) if view in report["shifts"]]
-    heads = [*(f"{view}: {what}" for view in shifts for what in ("over identity", "adapted", "against shuffled")), ""]
-    lines += ["", "| rival | true actions over shuffled | over none | " + " | ".join(heads).rstrip(), "|---|---|---|"]
-    lines[-1] += "---|" * (3 * len(shifts))
-    for name, row in rivals.items():
-        cells = [percent(row["plain"][f"actions_over_{arm}"]) for arm in ("shuffled", "zero")]
-        for view in shifts:
-            gain = row[view]["adaptation"]
-            both = [gain, gain] if "why" in gain else [gain["over_none"], gain["over_shuffled"]]
-            cells += [percent(row[view]["saved_all"]), *map(percent, both)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    below = [name for name, row in rivals.items() if all(each["value"] > 0 for each in row["plain"]["saved"])]
-    sure = [name for name in below if all(each["interval"][0] > 0 for each in rivals[name]["plain"]["saved"])]
-    told = f"Better than identity at every horizon: {', '.join(below) or 'none'}"
-    lines += ["", f"{told}; with the whole interval: {', '.join(sure) or 'none'}."]
-    best = max((row["plain"]["saved_all"]["value"], name) for name, row in rivals.items())[1]
-    beaten = [name for name, entry in report["pairs"][best].items() if entry["interval"][0] > 0]
-    lines += [f"Least error over all horizons: {best}, surely below {', '.join(beaten) or 'none'}.", ""]
-    return "\n".join([*lines, f"Times on {report['machine']}.", ""])
+        cost = [name, f"{row['parameters']:,}", str(row["steps"]), f"{row['flop']:.2g}", f"{row['seconds']:.0f}"]
+        rows.append([*cost, *(percent(row["plain"]["saved"][h - 1]) for h in picked)])
+    heads = ["rival", "parameters", "steps", "FLOP", "seconds", *(f"over identity, {h}" for h in picked)]
+    lines += table(heads, rows)
+    kinds = ("saved_all", "actions_over_shuffled", "actions_over_zero")
+    rows = [[name, *(percent(row["plain"][kind]) for kind in kinds)] for name, row in rivals.items()]
+    lines += table(["rival", "over identity, all frames", "true actions over shuffled", "over zeros"], rows)
+    for view in report["shifts"]:
+        rows = []
+        for name, row in rivals.items():
+            gains = (row[view]["adaptation"].get(kind) for kind in ("adapted", "shuffled", "over_shuffled"))
+            rows.append([name, percent(row[view]["saved_all"]), *map(percent, gains)])
+        told = ("over identity", "adapted over none", "shuffled targets over none", "adapted over shuffled")
+        lines += table([f"under {view}", *told], rows)
+    return "\n".join([*lines, *verdict(report), "", f"Times on {report['machine']}.", ""])
 
 
 def make_report(args, plan, sizes, folders):
@@ -526,16 +614,19 @@ def parse(argv):
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flag("--match", choices=("flop", "seconds", "steps"), default="flop", help="what is equal [flop]")
     flag("--minutes", type=float, default=60.0, help="longest time of the whole command [60]")
-    flag("--jobs", type=int, default=1, help="runs at a time [1]")
+    flag("--jobs", type=int, default=0, help="runs at a time; 0 = one per core [0]")
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    flag("--signals", default="steer,accel", help="actions of the scenes")
-    flag("--scene_mix", default="", help="kinds of scenes [those of the checkpoint]")
+    flag("--signals", default="steer,accel,speed", help="actions of the scenes")
+    flag("--scene_mix", default="steered=4,lane=1,brake=1", help="kinds of scenes [steered=4,lane=1,brake=1]")
     flag("--evaluate", default="", help=argparse.SUPPRESS)  # a run in --work, by a process of its own
+    flag("--measure", default="", help=argparse.SUPPRESS)  # a rival, into the file of --work that --evaluate names
     flag("--adapt_layers", default="layernorm+bias", help="what adaptation changes, as in tools/adapt.py")
     for name, kind, default, text in (
         ("steps", int, 0, "steps of the first rival that learns; 0 = what --minutes allows"),
-        ("clips", int, 600, "scenes that are encoded to train, validate and test"),
-        ("shift_clips", int, 48, "scenes of each shift"),
+        ("encoder_steps", int, 300, "steps of the encoder, without --ckpt"),
+        ("clips", int, 1500, "scenes that are encoded to train, validate and test"),
+        ("clip_latents", int, 7, "latents of a clip, one more than frames to predict"),
+        ("shift_clips", int, 64, "scenes of each shift"),
         ("scene_seed", int, 7, "of the scenes"),
         ("test_fraction", float, 0.15, "share of the clips that no run sees"),
         ("adapt_lr", float, 5e-4, "learning rate of adaptation"),
@@ -553,19 +644,21 @@ def check(args):
     chosen = dict(text.partition("=")[::2] for text in args.rivals)
     unknown = [name for name, preset in chosen.items() if not preset and name not in RIVALS]
     for wrong, what in (
-        (bool(args.ckpt) == bool(args.data_root), "one of --ckpt and --data_root must be given"),
+        (args.ckpt and args.data_root, "ckpt and data_root: one of them at most (--ckpt, --data_root)"),
         (args.ckpt and not args.ckpt.is_file(), f"ckpt {args.ckpt}: no such checkpoint (--ckpt)"),
         (args.data_root and not args.data_root.is_dir(), f"data_root {args.data_root}: no folder (--data_root)"),
         (args.shift and not args.data_root, "shift: goes with --data_root; scenes have their own (--shift)"),
         (unknown, f"rivals: {', '.join(unknown)} is none of {', '.join(RIVALS)}; NAME=PRESET adds one (--rivals)"),
         (len(set(args.seeds)) < len(args.seeds), "seeds: one stands there twice (--seeds)"),
         (not 0 < args.minutes <= 10**5, f"minutes = {args.minutes:g}: must be above 0 (--minutes)"),
-        (args.jobs < 1 or args.steps < 0, "jobs must be at least 1, steps 0 or above (--jobs, --steps)"),
+        (min(args.jobs, args.steps) < 0, "jobs and steps must be 0 or above (--jobs, --steps)"),
         (not 0 < args.test_fraction < 0.9, "test_fraction: must lie between 0 and 0.9 (--test_fraction)"),
     ):
         if wrong:
             raise V.UsageError(what)
     args.rivals = {name: ["--preset", preset] if preset else list(RIVALS[name]) for name, preset in chosen.items()}
+    args.device = V.choose_device(args.device, 0).type
+    args.jobs = args.jobs or min(V.usable_cores(), len(args.rivals) * len(args.seeds))
     args.shifts = {name: Path(folder) for name, folder in named(args.shift, "shift").items()}
     A.parts_of(args.adapt_layers)
     return args
@@ -577,11 +670,14 @@ def start(argv):
     deadline = time.monotonic() + 60 * args.minutes
     args.work.mkdir(parents=True, exist_ok=True)
     folders = cache_clips(args, deadline)
+    sizes = sizes_of(Path(folders["plain"]), args.feature_map)
+    if args.measure:
+        (args.work / args.evaluate).write_text(str(measure(args, args.measure, sizes, folders["plain"])))
+        return
     if args.evaluate:
         evaluate(args, args.work / args.evaluate, folders)
         return
-    sizes = sizes_of(Path(folders["plain"]), args.feature_map)
-    plan = make_plan(args, sizes, folders["plain"])
+    plan = make_plan(args, argv, sizes, folders["plain"], deadline)
     tell_plan(args, plan)
     train_all(args, plan, sizes, folders["plain"], deadline)
     evaluate_all(args, argv, plan, folders, deadline)

@@ -34,6 +34,7 @@ import os
 import re
 import sys
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -57,8 +58,9 @@ SLOWER = "0:teacher=1.0;15:teacher=0.7;25:teacher=0.5"
 # Two cores: clips as tools/make_pushes.py makes them
 TINY = dict(
     feature_map="pushes", feature_dim=48, grid_high=4, grid_wide=4, num_timesteps=8, action_dim=2, pred_dim=96,
-    pred_depth=3, num_heads=4, drop_path=0.0, rollout_steps=2, curriculum="0s:rollout=2;500s:rollout=4;1000s:rollout=8",
-    batch_size=16, steps=1500, lr=1e-3, warmup_steps=100, num_workers=1, log_every=100, val_every=500, ckpt_every=500,
+    pred_depth=3, num_heads=4, drop_path=0.0, residual=True, rollout_steps=2, loss_form="l2",
+    curriculum="0s:rollout=2;500s:rollout=4;1000s:rollout=8",
+    batch_size=16, steps=1500, lr=3e-3, warmup_steps=100, num_workers=1, log_every=100, val_every=500, ckpt_every=500,
 )
 # what an entry of a curriculum may set -> the field whose value holds until then
 STAGE_FIELDS = {
@@ -156,6 +158,8 @@ class HopeConfig(V.RunConfig):
     surprise: float = 0.0  # a clip whose surprise is not above this keeps its memories as they are
     memory_lr: float = 0.5  # learning rate of Titan memories, as a share of the others'
     drop_path: float = 0.1  # share of samples that skip the last block in training, less in those before
+    residual: bool = False  # guesses are changes of the last frame, none at the start; docs/hope.md
+    normalise_actions: bool = True  # actions, states, extrinsics by mean and deviation over the training clips
     grad_checkpoint: bool = False  # compute blocks twice, keep less in memory
     init_from: str = ""  # .pt of V-JEPA 2-AC, or a checkpoint of this world: the predictor begins with its weights
     # -- losses
@@ -178,7 +182,8 @@ class HopeConfig(V.RunConfig):
     PRESETS = {
         "vjepa2_ac": dict(ORIGINAL),
         "vjepa2_ac_vitg": dict(
-            feature_map="vjepa2_vitg16", feature_dim=1408, pred_dim=1024, batch_size=8, known_states=True
+            feature_map="vjepa2_vitg16", feature_dim=1408, pred_dim=1024, batch_size=8, known_states=True,
+            normalise_actions=False,
         ),
         "baseline_convlstm": dict(ORIGINAL, predictor="convlstm", pred_dim=256),
         "hope_param_matched": dict(ORIGINAL, predictor="hope", pred_depth=6, curriculum=SLOWER),
@@ -205,6 +210,7 @@ class HopeConfig(V.RunConfig):
     MUST_MATCH = (
         "feature_dim", "grid_high", "grid_wide", "num_timesteps", "action_dim", "use_extrinsics", "predictor",
         "pred_dim", "pred_depth", "num_heads", "mlp_ratio", "titan_hidden", "chunk", "surprise", "normalise",
+        "residual", "normalise_actions",
     )
 
     @property
@@ -230,6 +236,11 @@ class HopeConfig(V.RunConfig):
         *_, last = (pair for pair in enumerate(self.stages()) if pair[1].begin <= (step if pair[1].by_step else epoch))
         return last
 
+    def longest_pass(self, stage):
+        """Frames of the longest pass through the predictor in a part of the curriculum."""
+        rolled = (self.context_frames + stage.rollout - 1) * (stage.lambda_rollout > 0)
+        return max(self.num_timesteps * (stage.teacher > 0), rolled, 1)
+
     def rules(self):
         problem, most, stages = "", self.num_timesteps - self.context_frames + 1, []
         try:
@@ -241,8 +252,12 @@ class HopeConfig(V.RunConfig):
         idle = any(not (stage.teacher or stage.lambda_rollout or stage.lambda_jump) for stage in stages)
         named = "curriculum" if self.curriculum else "rollout_steps"
         attends = self.predictor in ("ac_vit", "hope", "hybrid")
-        heads = f"must be divisible by {self.num_heads} heads, with 6 numbers or more for each"
-        uneven = attends and (self.pred_dim % self.num_heads or self.pred_dim // self.num_heads < 6)
+        heads = f"must be divisible by {self.num_heads} heads, an even number of 6 or more for each"
+        wide = self.pred_dim // self.num_heads
+        uneven = attends and (self.pred_dim % self.num_heads or wide < 6 or wide % 2)
+        # frames of the shortest part's longest pass: a memory learns by what is read behind its writes
+        passes = min((self.longest_pass(stage) for stage in stages), default=0)
+        unread = self.predictor in ("hope", "hybrid") and stages and self.chunk >= passes
         blind = "moves the place in time of a frame, and convlstm knows no such place: must be 0"
         return [*super().rules(), *V.broken(
             (problem, "curriculum", problem),
@@ -252,6 +267,8 @@ class HopeConfig(V.RunConfig):
             (jumps and jumped > self.num_timesteps, "jump_frames", f"must not exceed num_timesteps, {jumped} asked"),
             (idle, "lambda_teacher", "some loss must have a weight, in every part of the curriculum"),
             (uneven, "pred_dim", heads),
+            (unread, "chunk", f"must be below {passes}, the frames of the longest pass in some part of the training: "
+             "memories that nothing is read behind learn nothing"),
             (self.predictor == "convlstm" and jumps, "lambda_jump", blind),
             (self.use_extrinsics and self.action_dim < 2, "action_dim", "must be at least 2 with use_extrinsics"),
             (0 <= self.clip_end <= max(self.clip_start, 0), "clip_end", f"must exceed clip_start = {self.clip_start}"),
@@ -265,6 +282,7 @@ HORIZONS = 16  # most frames of a rollout whose errors are logged one by one
 EDGE, START = 0.085, 0.176  # schedule flat: share of the steps that rise, and that fall; share of the peak it begins at
 
 LOOKED_AT = 32  # clips whose headers are read for the start-up lines
+MEASURED = 512  # clips at most whose actions and states are read for their mean and deviation
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -464,10 +482,13 @@ class FeatureClips(V.FileDataset):
         first = int(plan * (frames - count + 1))
         each = head[0][0] // frames  # rows of the file in a frame
         values = read_rows(video.path, "features", head, first * each, count * each)
-        clip = {
-            "features": torch.from_numpy(values.reshape(count, -1, cfg.feature_dim)),
-            "actions": self.read_beside(video, "actions.npy", frames, first, cfg.action_dim),
-        }
+        features = torch.from_numpy(values.reshape(count, -1, cfg.feature_dim))
+        return {"features": features, **self.read_told(video, frames, first)}
+
+    def read_told(self, video, frames, first):
+        """Actions, states and extrinsics of the steps from latent `first` on -> {name: [T, width]}."""
+        cfg = self.cfg
+        clip = {"actions": self.read_beside(video, "actions.npy", frames, first, cfg.action_dim)}
         if os.path.lexists(os.path.join(beside_map(video.path), "states.npy")):
             clip["states"] = self.read_beside(video, "states.npy", frames, first, cfg.action_dim)
         else:
@@ -475,6 +496,22 @@ class FeatureClips(V.FileDataset):
         if cfg.use_extrinsics:
             clip["extrinsics"] = self.read_beside(video, "extrinsics.npy", frames, first, cfg.action_dim - 1)
         return clip
+
+    def statistics(self, stopping):
+        """Means and deviations of what is told beside the frames, over the first steps of at most MEASURED clips ->
+        ({name: (mean, deviation)}, each [width], how many clips). What never changes has deviation 1. Stopped."""
+        rows = []
+        for video in self.videos[:: -(-len(self.videos) // MEASURED)]:
+            if stopping():
+                raise V.Stopped
+            with suppress(V.BadFile):  # counted with its reason when the clip itself is read
+                rows.append(self.read_told(video, frames_in(self.cfg, npy_head(video.path, "features")[0]), 0))
+        found = {}
+        for name in rows[0] if rows else ():
+            values = torch.cat([row[name] for row in rows]).double()
+            mean, std = values.mean(0), values.std(0, correction=0)
+            found[name] = mean, torch.where(std > 1e-6 * mean.abs().clamp(min=1e-3), std, 1.0)
+        return found, len(rows)
 
     def blank(self):
         cfg = self.cfg
@@ -574,6 +611,14 @@ class FrameBlock(nn.Module):
         return x + drop_path(self.mlp(self.norm2(x)), self.share, self.training), past
 
 
+def start_weights(module, by_width):
+    """V.init_weights; `by_width` matrices of gain 1 instead: the published 0.02 is meant for wide nets."""
+    V.init_weights(module)
+    for layer in module.modules() if by_width else ():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
+
+
 class FrameTokens(nn.Module):
     """What ac_vit and the memories share: frames and what is done at each as tokens, M of a frame, and back.
 
@@ -587,17 +632,31 @@ class FrameTokens(nn.Module):
         P, D, A = cfg.pred_dim, cfg.feature_dim, cfg.action_dim
         self.uses_extrinsics, self.grad_checkpoint = cfg.use_extrinsics, cfg.grad_checkpoint
         self.num_timesteps, self.num_beside = cfg.num_timesteps, cfg.tokens - cfg.patches
+        self.residual = cfg.residual
         self.embed, self.action_encoder, self.state_encoder = nn.Linear(D, P), nn.Linear(A, P), nn.Linear(A, P)
         if A > 1:
             self.extrinsics_encoder = nn.Linear(A - 1, P).requires_grad_(cfg.use_extrinsics)
         self.norm, self.out = nn.LayerNorm(P, eps=1e-6), nn.Linear(P, D)
-        V.init_weights(self)
+        start_weights(self, cfg.residual)
         sites = V.grid_positions((1, cfg.grid_high, cfg.grid_wide)).double()  # [N, 3]
         sites[:, 2] *= cfg.grid_high / cfg.grid_wide
         places = torch.cat([sites.new_zeros(self.num_beside, 3), sites]).repeat(cfg.num_timesteps, 1)  # [T M, 3]
         places[:, 0] = torch.arange(cfg.num_timesteps).repeat_interleave(cfg.tokens)
         for name, table in zip(("cos", "sin"), V.rope_table(places, P // cfg.num_heads)):
             self.register_buffer(name, table.unflatten(0, (-1, cfg.tokens)), persistent=False)  # [T, M, hd]
+
+    def start_ends(self, cfg):
+        """The start of what differs from the published form: no change of a frame where `residual`; with
+        normalise_actions tokens of actions as large as those of patches, half of it a bias. Without that the first norm
+        would leave an action's direction alone, not how strong it is."""
+        if cfg.residual:
+            nn.init.zeros_(self.out.weight)
+        if cfg.normalise_actions:
+            size = math.sqrt(0.5) * (1.0 if cfg.residual else 0.02 * math.sqrt(cfg.feature_dim))
+            for name, layer in self.named_children():
+                if name.endswith("_encoder"):
+                    nn.init.trunc_normal_(layer.weight, std=size * layer.in_features**-0.5, a=-9, b=9)
+                    nn.init.trunc_normal_(layer.bias, std=size, a=-9, b=9)
 
     def rope(self, first, count, times=None):
         """(cos, sin) of the tokens of `count` frames from number `first` on, each [count M, hd]; of one frame of each
@@ -616,15 +675,29 @@ class FrameTokens(nn.Module):
         x = self.embed(features)  # [B, T, N, P]
         return torch.cat([torch.stack(beside, 2).to(x.dtype), x], 2)
 
-    def guesses(self, x):
-        """Tokens [B, T, M, P] -> guesses [B, T, N, D]."""
-        return self.out(self.norm(x[:, :, self.num_beside :]))
+    def guesses(self, x, features):
+        """Tokens [B, T, M, P] -> guesses [B, T, N, D], changes of the frames [B, T, N, D] where `residual`."""
+        guess = self.out(self.norm(x[:, :, self.num_beside :]))
+        return features + guess if self.residual else guess
 
     def call(self, block, *inputs):
         """A block on its inputs, computed twice where that is asked for."""
         if self.grad_checkpoint and self.training and torch.is_grad_enabled():
             return V.checkpoint_activations(block, *inputs, use_reentrant=False)
         return block(*inputs)
+
+    def advance(self, features, actions, states, extrinsics=None, past=None, times=None):
+        """As forward, `past` what an earlier call gave, None at the beginning -> (guesses, past)."""
+        first, pasts = past or (0, [None] * len(self.blocks))
+        x, rope = self.frame_tokens(features, actions, states, extrinsics), self.rope(first, features.shape[1], times)
+        kept = []
+        for block, before in zip(self.blocks, pasts):
+            x, now = self.call(block, x, rope, before)
+            kept.append(now)
+        return self.guesses(x, features), (first + features.shape[1], kept)
+
+    def forward(self, features, actions, states, extrinsics=None, times=None):
+        return self.advance(features, actions, states, extrinsics, None, times)[0]
 
 
 class AcVit(FrameTokens):
@@ -635,23 +708,11 @@ class AcVit(FrameTokens):
         shares = np.linspace(0, cfg.drop_path, cfg.pred_depth)
         sizes = cfg.pred_dim, cfg.num_heads, cfg.mlp_ratio
         self.blocks = nn.ModuleList(FrameBlock(*sizes, float(share)) for share in shares)
-        V.init_weights(self.blocks)
+        start_weights(self.blocks, cfg.residual)
         for number, block in enumerate(self.blocks, 1):
             for last in (block.attn.proj, block.mlp.fc2):  # the residual stream keeps its scale with depth
                 last.weight.data.div_(math.sqrt(2.0 * number))
-
-    def advance(self, features, actions, states, extrinsics=None, past=None, times=None):
-        """As forward, `past` what an earlier call gave, None at the beginning -> (guesses, past)."""
-        first, pasts = past or (0, [None] * len(self.blocks))
-        x, rope = self.frame_tokens(features, actions, states, extrinsics), self.rope(first, features.shape[1], times)
-        kept = []
-        for block, before in zip(self.blocks, pasts):
-            x, now = self.call(block, x, rope, before)
-            kept.append(now)
-        return self.guesses(x), (first + features.shape[1], kept)
-
-    def forward(self, features, actions, states, extrinsics=None, times=None):
-        return self.advance(features, actions, states, extrinsics, None, times)[0]
+        self.start_ends(cfg)
 
 
 # -- memories: weights that a clip reads and rewrites while it passes
@@ -669,8 +730,8 @@ LEARNING, KEEPING = -1.0, 4.0  # where eta and alpha start, before softplus and 
 
 
 def turn(x, rope, num_heads):
-    """Rotate the channels of each head by position. x [B, L, dim], rope (cos, sin) [L, dim / num_heads] or None."""
-    if rope is None:
+    """Rotate the channels of each head by position. x [B, L, dim], rope (cos, sin) [L, dim / num_heads] or nothing."""
+    if not rope:
         return x
     heads = x.unflatten(2, (num_heads, -1)).transpose(1, 2)  # [B, nh, L, hd]
     return V.rotate(heads, *rope).transpose(1, 2).flatten(2)
@@ -760,6 +821,9 @@ class Titans(nn.Module):
             self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.eta, self.alpha = (nn.Parameter(torch.full((dim,), start)) for start in (LEARNING, KEEPING))
 
+    def memories(self):
+        return [self.memory, self.pair_memory] if self.modifies else [self.memory]
+
     def pairs(self, fast, y):
         """What a chunk y [B, n, dim] is written with: k, v [B, n, dim], eta, alpha [B, dim]."""
         if self.modifies:
@@ -768,25 +832,33 @@ class Titans(nn.Module):
         k, v = (F.layer_norm(part(y), y.shape[-1:], eps=1e-6) for part in (self.key, self.value))
         return k, v, *(row.expand(y.shape[0], -1) for row in (F.softplus(self.eta), self.alpha.sigmoid()))
 
-    def forward(self, x, rope=None):
-        batch, frames, per_frame = x.shape[:3]
-        memories, said = [self.memory] + ([self.pair_memory] if self.modifies else []), []
+    def written(self, fast, y, said, *rope):
+        """Fast weights -> those behind a chunk y that was told `said`, both [B, n, dim]."""
+        k, v, eta, alpha = self.pairs(fast[-1], y)
+        k = turn(k, rope, self.num_heads)
+        surprise = (v - said).detach().square().mean(2).sqrt().mean(1)  # [B]
+        opened = (surprise > self.threshold)[:, None]
+        keep = (alpha - eta * k.square().mean(1) / k.shape[2]).clamp(0.0, 1.0)
+        rates = torch.where(opened, eta, 0.0), torch.where(opened, keep, 1.0)
+        return [memory.write(own, k, v, *rates, surprise) for memory, own in zip(self.memories(), fast)]
+
+    def forward(self, x, rope=None, past=None):
+        """`past`: fast weights and the chunk that they have not taken in, None before the first frame -> (x, the
+        same behind these frames)."""
+        said, (fast, chunk) = [], past or ([memory.start(len(x)) for memory in self.memories()], None)
         with torch.autocast(x.device.type, enabled=False):
             y = x.float().flatten(1, 2)  # [B, T * M, dim]
-            q, fast = turn(self.query(y), rope, self.num_heads), [memory.start(batch) for memory in memories]
-            for begin in range(0, frames, self.chunk):
-                part = slice(begin * per_frame, (begin + self.chunk) * per_frame)
-                said.append(self.memory.read(fast[0], q[:, part])[:, 0])
-                if begin + self.chunk >= frames:
-                    break  # nobody reads a write behind the last chunk
-                k, v, eta, alpha = self.pairs(fast[-1], y[:, part])
-                k = turn(k, rope and tuple(code[part] for code in rope), self.num_heads)
-                surprise = (v - said[-1]).detach().square().mean(2).sqrt().mean(1)  # [B]
-                opened = (surprise > self.threshold)[:, None]
-                keep = (alpha - eta * k.square().mean(1) / k.shape[2]).clamp(0.0, 1.0)
-                rates = torch.where(opened, eta, 0.0), torch.where(opened, keep, 1.0)
-                fast = [memory.write(own, k, v, *rates, surprise) for memory, own in zip(memories, fast)]
-        return self.proj(torch.cat(said, 1)).view_as(x)
+            q = turn(self.query(y), rope, self.num_heads)
+            begin, whole = 0, self.chunk * x.shape[2]  # tokens of a chunk
+            while begin < y.shape[1]:
+                if chunk and chunk[0].shape[1] == whole:  # written when somebody reads it
+                    fast, chunk = self.written(fast, *chunk), None
+                end = begin + whole - (chunk[0].shape[1] if chunk else 0)
+                said.append(self.memory.read(fast[0], q[:, begin:end])[:, 0])
+                now = y[:, begin:end], said[-1], *(code[..., begin:end, :] for code in rope or ())
+                chunk = tuple(torch.cat(pair, -2) for pair in zip(chunk, now)) if chunk else now
+                begin = end
+        return self.proj(torch.cat(said, 1)).view_as(x), (fast, chunk)
 
 
 class Level(nn.Module):
@@ -806,32 +878,40 @@ class Level(nn.Module):
         self.rate = nn.Parameter(torch.zeros(hidden))  # before the sigmoid: 0.5
         self.gain = nn.Parameter(torch.linspace(-1.0, 1.0, hidden))  # from the change to the mean
 
-    def states(self, hidden):
-        """hidden [B, T, M, H] -> the state that each frame reads, like it."""
-        state, read, begin = torch.zeros_like(hidden[:, 0]), [], 0
+    def states(self, hidden, past=None):
+        """hidden [B, T, M, H], `past` what an earlier call gave -> (the state that each frame reads, like hidden; past:
+        state, sum and number of the frames since it moved, frames so far)."""
+        state, total, count, first = past or (torch.zeros_like(hidden[:, 0]), 0.0, 0, 0)
+        read, begin = [], 0
         for frame in range(hidden.shape[1]):
             read.append(state)
-            if frame % self.period == 0:
-                state = state + self.rate.sigmoid() * (hidden[:, begin : frame + 1].mean(1) - state)
-                begin = frame + 1
-        return torch.stack(read, 1)
+            count += 1
+            if (first + frame) % self.period == 0:
+                mean = (total + hidden[:, begin : frame + 1].sum(1)) / count
+                state, total, count, begin = state + self.rate.sigmoid() * (mean - state), 0.0, 0, frame + 1
+        total = total + hidden[:, begin:].sum(1) if count else total
+        return torch.stack(read, 1), (state, total, count, first + len(read))
 
-    def forward(self, x):
+    def forward(self, x, past=None):
         hidden = self.mlp.fc1(self.norm(x))
-        return self.mlp.fc2(F.gelu(hidden + self.gain * self.states(hidden)))
+        state, past = self.states(hidden, past)
+        return self.mlp.fc2(F.gelu(hidden + self.gain * state)), past
 
 
 class ContinuumMemory(nn.Module):
-    """A cascade of residual levels, fast to slow, given as (period, ratio). [B, T, M, dim] -> like it."""
+    """A cascade of residual levels, fast to slow, given as (period, ratio). [B, T, M, dim] -> like it, and its past."""
 
     def __init__(self, dim, levels, drop_path=0.0):
         super().__init__()
         self.levels, self.drop_path = nn.ModuleList(Level(dim, *level) for level in levels), drop_path
 
-    def forward(self, x):
-        for level in self.levels:
-            x = x + drop_path(level(x), self.drop_path, self.training)
-        return x
+    def forward(self, x, past=None):
+        kept = []
+        for level, before in zip(self.levels, past or [None] * len(self.levels)):
+            y, now = level(x, before)
+            x = x + drop_path(y, self.drop_path, self.training)
+            kept.append(now)
+        return x, kept
 
 
 class FrameMixing(nn.Module):
@@ -847,24 +927,18 @@ class FrameMixing(nn.Module):
         width = self.heads * (dim // num_heads)
         self.qkv, self.proj = nn.Linear(dim, 3 * width), nn.Linear(width, dim)
 
-    def forward(self, x, rope=None):
-        batch, frames, per_frame = x.shape[:3]
+    def forward(self, x, rope=None, past=None):
+        """-> (x, None): there is no past."""
+        frames, per_frame = x.shape[1:3]
         q, k, v = V.split_heads(self.qkv(x.flatten(1, 2)), 3, self.heads)  # each [B, nh, T * M, hd]
         if rope is not None:
             q, k = V.rotate(q, *rope), V.rotate(k, *rope)
         q, k, v = (part.unflatten(2, (frames, per_frame)).transpose(1, 2).flatten(0, 1) for part in (q, k, v))
-        return self.proj(V.attend(q, k, v).transpose(1, 2).flatten(2)).view_as(x)  # attended [B * T, nh, M, hd]
-
-
-class PastAttention(FrameAttention):
-    """FrameAttention from the first frame on, without what it remembers: [B, T, M, dim] -> the same."""
-
-    def forward(self, x, rope=None):
-        return super().forward(x, rope)[0]
+        return self.proj(V.attend(q, k, v).transpose(1, 2).flatten(2)).view_as(x), None  # attended [B T, nh, M, hd]
 
 
 class HopeBlock(nn.Module):
-    """Mixing within a frame, five self-modifying memories, continuum memory: x [B, T, M, dim] -> like it.
+    """Mixing within a frame, five self-modifying memories, continuum memory: x [B, T, M, dim] -> like it, and its past.
 
     `titan_hidden` is the hidden width of a Titan memory over dim, `drop_path` the share of clips that skip a branch.
     """
@@ -874,34 +948,26 @@ class HopeBlock(nn.Module):
     ):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.mixing = FrameMixing(dim, num_heads) if modifies else PastAttention(dim, num_heads, 0.0)
+        self.mixing = FrameMixing(dim, num_heads) if modifies else FrameAttention(dim, num_heads, 0.0)
         self.titans = Titans(dim, num_heads, int(dim * titan_hidden), chunk, threshold, modifies=modifies)
         self.cms, self.drop_path = ContinuumMemory(dim, cms_levels, drop_path), drop_path
 
-    def forward(self, x, rope=None):
-        x = x + drop_path(self.mixing(self.norm1(x), rope), self.drop_path, self.training)
-        x = x + drop_path(self.titans(self.norm2(x), rope), self.drop_path, self.training)
-        return self.cms(x)
+    def forward(self, x, rope=None, past=None):
+        """`past` what an earlier call gave, None before the first frame -> (x, the same behind these frames)."""
+        mixed, titans, cms = past or (None, None, None)
+        y, mixed = self.mixing(self.norm1(x), rope, mixed)
+        x = x + drop_path(y, self.drop_path, self.training)
+        y, titans = self.titans(self.norm2(x), rope, titans)
+        x, cms = self.cms(x + drop_path(y, self.drop_path, self.training), cms)
+        return x, (mixed, titans, cms)
 
 
 class HybridBlock(HopeBlock):
-    """Attention over all frames so far, one Titan memory, continuum memory: x [B, T, M, dim] -> like it."""
+    """Attention over all frames so far, one Titan memory, continuum memory: x [B, T, M, dim] -> like it, and its
+    past."""
 
     def __init__(self, dim, num_heads, titan_hidden=2.0, cms_levels=HYBRID_PERIODS, **kept):
         super().__init__(dim, num_heads, titan_hidden, cms_levels, **kept, modifies=False)
-
-
-def start_weights(module):
-    """The start of all but the memories: V.init_weights for linear layers, and a mean gain of 1 where tokens mix.
-
-    The rule of 0.02 would make mixing and query a hundredth of the residual stream in a narrow net.
-    """
-    V.init_weights(module)
-    for child in module.modules():
-        if isinstance(child, (FrameMixing, Titans)):
-            for layer in child.children():
-                if isinstance(layer, nn.Linear):
-                    nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
 
 
 class Memories(FrameTokens):
@@ -913,13 +979,13 @@ class Memories(FrameTokens):
         sizes = dict(titan_hidden=cfg.titan_hidden, chunk=cfg.chunk, threshold=cfg.surprise)
         shares = np.linspace(0, cfg.drop_path, cfg.pred_depth).tolist()
         self.blocks = nn.ModuleList(block(cfg.pred_dim, cfg.num_heads, drop_path=share, **sizes) for share in shares)
-        start_weights(self)
-
-    def forward(self, features, actions, states, extrinsics=None, times=None):
-        x, rope = self.frame_tokens(features, actions, states, extrinsics), self.rope(0, features.shape[1], times)
-        for block in self.blocks:
-            x = self.call(block, x, rope)
-        return self.guesses(x)
+        start_weights(self, cfg.residual)
+        for part in self.modules():  # mixing and query would be a hundredth of the residual stream in a narrow net
+            if isinstance(part, (FrameMixing, Titans)):
+                for layer in part.children():
+                    if isinstance(layer, nn.Linear):
+                        nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
+        self.start_ends(cfg)
 
 
 PREDICTORS = {"ac_vit": AcVit, "convlstm": ConvLSTM, "identity": Identity, "hope": Memories, "hybrid": Memories}
@@ -936,7 +1002,7 @@ PUBLISHED = (
 
 def read_predictor(path):
     """The predictor of a published .pt of V-JEPA 2-AC, or of a checkpoint of this world -> ({published name: fp32
-    tensor}, what the file is). UsageError."""
+    tensor}, what the file is, the config that it was learned by). UsageError. Statistics of a checkpoint come along."""
     try:
         if not os.path.isfile(path):
             raise V.UsageError("no such file")
@@ -950,11 +1016,12 @@ def read_predictor(path):
         tensors = {}
         for name, value in part.items():
             name = re.sub(r"^(module\.|backbone\.|_orig_mod\.)+", "", str(name))
-            if ours and not name.startswith("predictor."):
+            if ours and not name.startswith("predictor.") and not name.endswith(("_mean", "_std")):
                 continue
             name = V.renamed(name.removeprefix("predictor."), PUBLISHED, 1, 0) if ours else name
             tensors[name] = V.own_tensor(value, name, path)
-        return tensors, "checkpoint of a run" if ours else "published .pt"
+        learned = state.get("cfg") if ours else None
+        return tensors, "checkpoint of a run" if ours else "published .pt", learned or {}
     except V.UsageError as error:
         text = str(error)
         raise V.UsageError(f"init_from {text if path in text else f'{path}: {text}'} (--init_from)") from error
@@ -1004,7 +1071,13 @@ class Hope(V.World):
 
     def __init__(self, cfg, rank=0, world_size=1):
         super().__init__(cfg, rank, world_size)
-        self.predictor = PREDICTORS[cfg.predictor](cfg)
+        self.predictor, self.measured = PREDICTORS[cfg.predictor](cfg), False
+        widths = {"actions": cfg.action_dim, "states": cfg.action_dim, "extrinsics": cfg.action_dim - 1}
+        if not cfg.use_extrinsics:
+            del widths["extrinsics"]
+        for name, width in widths.items() if cfg.normalise_actions else ():
+            self.register_buffer(f"{name}_mean", torch.zeros(width))
+            self.register_buffer(f"{name}_std", torch.ones(width))
 
     @staticmethod
     def draw(cfg, stream, index):
@@ -1017,32 +1090,40 @@ class Hope(V.World):
         features = features.float()
         return F.layer_norm(features, features.shape[-1:], eps=1e-6) if self.cfg.normalise else features
 
+    def scaled(self, actions, states, extrinsics=None):
+        """What a predictor is told beside the frames -> list of the same by the statistics of the training clips, where
+        the config says so."""
+        parts = {"actions": actions, "states": states} | ({} if extrinsics is None else {"extrinsics": extrinsics})
+        if not self.cfg.normalise_actions:
+            return list(parts.values())
+        return [(part - getattr(self, f"{n}_mean")) / getattr(self, f"{n}_std") for n, part in parts.items()]
+
     def predict(self, features, actions, states, extrinsics=None):
         """Frames [B, T, N, D], actions and states [B, T, A] -> [B, T, N, D], slot t = frame t + 1, normalised."""
-        return self.normalise(self.predictor(self.normalise(features), actions, states, extrinsics))
+        return self.normalise(self.predictor(self.normalise(features), *self.scaled(actions, states, extrinsics)))
 
     def jump(self, features, actions, states, extrinsics=None, times=None):
         """From frame 0, action and state 0 in one pass to frame times + 1, times [B] int64 -> [B, N, D]."""
-        first = [part[:, :1] for part in (self.normalise(features[:, :1]), actions, states)]
-        beside = None if extrinsics is None else extrinsics[:, :1]
-        return self.normalise(self.predictor(*first, beside, times=times))[:, 0]
+        beside = pick(self.scaled(actions, states, extrinsics), 0, 1)
+        return self.normalise(self.predictor(self.normalise(features[:, :1]), *beside, times=times))[:, 0]
 
     def rollout(self, features, actions, states, extrinsics=None, context=1, steps=None):
         """From the first `context` frames on own guesses, each with the action of its time -> [B, steps, N, D], by
         default as far as actions reach. What features hold behind the context is not looked at, nor, unless they are
-        known_states, are states and extrinsics: a ball's speed tells what became of it. There states are 0, and
-        extrinsics stay."""
+        known_states, are states and extrinsics: a ball's speed tells what became of it. There states are 0, with
+        normalise_actions their mean, and extrinsics stay."""
         steps = actions.shape[1] - context + 1 if steps is None else steps
         if not 1 <= context <= features.shape[1] or not 1 <= steps <= actions.shape[1] - context + 1:
             had = f"{features.shape[1]} frames and {actions.shape[1]} actions"
             raise ValueError(f"a rollout of {steps} frames from {context} needs more than {had}")
         seen, guesses, past, first = self.normalise(features[:, :context]), [], None, 0
+        beside = self.scaled(actions, states, extrinsics)
         if not self.cfg.known_states:
-            states = torch.cat([states[:, :context], torch.zeros_like(states[:, context:])], 1)
-            if extrinsics is not None:
-                held = extrinsics[:, context - 1 : context].expand_as(extrinsics[:, context:])
-                extrinsics = torch.cat([extrinsics[:, :context], held], 1)
-        beside = (actions, states) if extrinsics is None else (actions, states, extrinsics)
+            _, states, *poses = beside
+            beside[1] = torch.cat([states[:, :context], torch.zeros_like(states[:, context:])], 1)
+            for pose in poses:
+                held = pose[:, context - 1 : context].expand_as(pose[:, context:])
+                beside[2] = torch.cat([pose[:, :context], held], 1)
         for end in range(context, context + steps):
             if hasattr(self.predictor, "advance"):
                 preds, past = self.predictor.advance(seen, *pick(beside, first, end), past=past)
@@ -1173,12 +1254,37 @@ class Hope(V.World):
         cfg = self.cfg
         if not cfg.init_from:
             return
-        tensors, what = read_predictor(cfg.init_from)
-        odd = other_sizes(cfg, tensors) or V.fill(self.predictor, tensors, PUBLISHED)
+        tensors, what, learned = read_predictor(cfg.init_from)
+        measured = {name: tensors.pop(name) for name in [*tensors] if name.endswith(("_mean", "_std"))}
+        odd = other_sizes(cfg, tensors)
+        for name in ("residual", "normalise_actions"):
+            if getattr(cfg, name) != learned.get(name, False):
+                switch = f"--{'no-' * getattr(cfg, name)}{name}"
+                odd = odd or f"its weights were learned {'without' if getattr(cfg, name) else 'with'} {name} ({switch})"
+        odd = odd or V.fill(self.predictor, tensors, PUBLISHED)
         if odd:
             raise V.UsageError(f"init_from {cfg.init_from}: does not fit: {odd}")
         heads = f", taken to have {cfg.num_heads} heads, which a .pt does not say" * (what == "published .pt")
+        for name, value in measured.items():  # what the weights know, whatever the new clips hold
+            getattr(self, name).copy_(value)
+        self.measured = bool(measured)
         say(f"weights: predictor of {cfg.init_from} ({what}), {len(tensors)} tensors{heads}")
+
+    def take_data(self, run):
+        """Mean and deviation of actions, states and extrinsics in the training clips, those of rank 0 for all; where
+        weights of a run came in, its own stay. UsageError where no clip can be read."""
+        if not self.cfg.normalise_actions or self.measured:
+            return
+        process, work = run.process, (tuple,)
+        if process.is_main:
+            work = run.source.dataset(self.cfg, "train").statistics, process.stop.asked
+        found, count = process.collect(process.together(*work))[0]
+        if not found:
+            raise V.UsageError(f"data_root {self.cfg.data_root}: no training clip's actions can be read")
+        for name, (mean, std) in found.items():
+            getattr(self, f"{name}_mean").copy_(mean), getattr(self, f"{name}_std").copy_(std)
+            pairs = ", ".join(f"{m:.3g} +- {s:.3g}" for m, s in zip(mean.tolist()[:8], std.tolist()))
+            run.log.line(f"{name}: {pairs}{', ...' * (len(mean) > 8)} in {count} training clips, normalised by that")
 
     def describe(self):
         cfg = self.cfg
