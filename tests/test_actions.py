@@ -6,6 +6,7 @@ import math
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -337,6 +338,41 @@ def test_every_parameter_gets_a_gradient(batch, hidden, changes):
     losses["loss_total"].backward()
     assert not [name for name, value in model.trained().items() if value.grad is None]
     assert float(gauges["passive_share"]) == hidden
+
+
+def test_a_sensors_fault_is_cut():
+    model, told = new_model(active()), torch.full((1, 4, 2), 1e6)
+    assert model.given(1, told)[0].eq(30).all() and model.given(1, -told)[0].eq(-30).all()
+
+
+def test_the_gain_of_actions_is_that_of_soon_skill(batch):
+    """By hand, of the same clips with and without. Seen red with the two exchanged."""
+    cfg = active()
+    model, shown = awake(cfg), with_draws(cfg, batch, actions_hidden=torch.zeros(4, dtype=torch.bool))
+    with torch.no_grad():
+        told, gauges, carry = model(shown)
+        passive, _, _ = model({**shown, "actions_hidden": torch.ones(4, dtype=torch.bool)})
+        gain = model.held_out(shown, carry)["soon_action_gain"]
+    saved = float((passive["loss_soon"] - told["loss_soon"]) / gauges["persistence"])
+    assert abs(gain) > 1e-4 and gain == pytest.approx(saved, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_flow_fit_learns_what_its_own_actions_leave_open(batch):
+    """Coordinates of a clip are those of the forecast that was told its actions, or of the passive one where the step
+    hides them. Seen red with the two exchanged."""
+    cfg = active(flow_fit_clips=4, flow_fit_batch=64, action_drop=0.5)
+    model = awake(cfg)
+    run = new_phase(model, source=V.open_data(V.VJepaAutoV2, cfg, [], True, None)).run
+    run.log = V.RunLog(cfg, False)
+    with torch.no_grad():
+        latents = model.now_context(batch["frames"]), model.future_target(model.targets_of(batch)), batch["actions"]
+    learned = V.FlowFit(model, run, SimpleNamespace(latents=latents)).batch(1)
+    ways = [model.space.encode(V.residual_rows(model, run.process, *some)) for some in (latents, latents[:2])]
+    assert (ways[0] - ways[1]).abs().amax() > 1e-3 and 10 < learned["actions_hidden"].sum() < 54
+    for context, y, hidden in zip(learned["context"], learned["y"], learned["actions_hidden"].long()):
+        clip = int((latents[0] - context).abs().amax((1, 2)).argmin())
+        torch.testing.assert_close(y, ways[hidden][clip], rtol=1e-4, atol=1e-4)
 
 
 # -- Python API

@@ -116,6 +116,7 @@ def test_where_nothing_drifts_there_is_nothing_to_gain():
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("mode", ["rollout", "teacher"])
 def test_scored_frames_reach_no_weight_and_no_prediction(mode, accumulate):
+    """Seen red with targets one frame later."""
     world, seen = new_world(), FAST["seen"]
     calls, batch = world.predictor.calls, made(world, num=3)
     figures(world, batch, mode=mode, steps=3, accumulate=accumulate)
@@ -178,6 +179,7 @@ def test_a_clip_that_was_scored_helps_later_ones_in_accumulate_mode_only():
 
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_the_world_comes_back_bit_by_bit(accumulate, monkeypatch):
+    """Seen red with the checkpoint's weights not put back."""
     world = new_world()
     batch, before = made(world, num=3), {name: value.clone() for name, value in world.state_dict().items()}
     figures(world, batch, accumulate=accumulate)
@@ -190,6 +192,7 @@ def test_the_world_comes_back_bit_by_bit(accumulate, monkeypatch):
 
 
 def test_steps_are_those_of_adam_on_a_clipped_gradient():
+    """Seen red without clipping."""
     world = new_world()
     batch = made(world, num=2)
     report = figures(world, batch, steps=3, lr=0.01, grad_clip=0.1)

@@ -294,13 +294,16 @@ def test_regret_by_hand():
 
 
 def test_clips_of_one_video_are_no_independent_cases():
-    """Four plans from one video have no interval, from two videos that of two. Seen red without groups."""
+    """Four plans from one video have no interval, from two videos that of two; their actions by hand against the true
+    ones. Seen red without groups, and with a sum for the difference."""
     beliefs = [dict(plan=np.array([value]), true=np.ones(1), random=np.ones(1), nothing=np.ones(1)) for value in (1, 2)]
     for titles, known in ((["a.mp4"] * 4, False), (["a.mp4", "a.mp4", "b.mp4", "b.mp4"], True)):
         cases = [SimpleNamespace(title=title, side=0) for title in titles]
-        rows = {name: torch.zeros(1, 4, 2) for name in beliefs[0]}
+        rows = {name: torch.full((1, 4, 2), value) for name, value in zip(beliefs[0], (3.0, 1.0, 7.0, -2.0))}
         plans = [L.Plan(case, None, rows, beliefs[number // 2], {}, {}, {}) for number, case in enumerate(cases)]
-        figure = L.model_figures(plans, plan_config())["plan_believed"]
+        figures = L.model_figures(plans, plan_config())
+        figure, error = figures["plan_believed"], figures["plan_error_accel"]
+        assert error["value"] == 2 and error["controls"] == {"random actions": 6, "do nothing": 3}
         assert figure["value"] == 1.5 and (figure["interval"] == [1, 2] if known else figure["interval"] is None)
 
 
