@@ -172,8 +172,8 @@ def one_measure_of_speed():
 
 @pytest.fixture(autouse=True, scope="session")
 def no_wait_for_the_disk():
-    """What fsync adds is seen only when the power fails: here it takes an open file and no time (7 ms each, in some
-    thousand writes). That and when it is called, tests/test_faults.py checks."""
+    """What fsync adds is seen only when the power fails: in this process it wants an open file and takes no time.
+    tests/test_faults.py checks that it is called, and when; processes of their own call the real one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda number: os.fstat(number) and None)
         yield

@@ -919,6 +919,7 @@ def run_config(split, out_dir, **overrides):
     return small_frames(5, 6, **{**base, **overrides})
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_equal_to_the_bit(split, tmp_path, monkeypatch):
     """4 steps against 2 and 2, with dropout, augmentation, some frames painted and a plateau that has fallen: records,
     weights and the state of the schedule. Seen red with the plateau in plain numbers."""

@@ -126,6 +126,7 @@ def test_a_stop_in_the_phase_costs_nothing(whole, tmp_path, owner, name, call, l
     assert phase_facts(whole) == phase_facts(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_other_fits_than_before_come_anew(whole, tmp_path, capsys):
     """More steps of the flow: what SOON learned stays. Fewer of SOON after a stop inside its fit: both fits begin anew,
     with the bits of a run that was never stopped. Seen red: SOON's optimizer went into the flow net's fit."""

@@ -25,7 +25,6 @@ import argparse
 import io
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -129,10 +128,9 @@ def write_clip(args, number):
         for part, ending, content in (("videos", "mp4", video.getvalue()), ("annotations", "json", json.dumps(noted))):
             (args.out / part).mkdir(exist_ok=True)
             V.write_new(args.out / part / f"{folder.name}.{ending}", content.encode() if part[0] == "a" else content)
-    made = args.out / f".{folder.name}.tmp"
-    shutil.rmtree(made, ignore_errors=True)  # of a command that was killed
+    made = args.out / f".{folder.name}.tmp"  # may be there, of a command that was killed: all its files come anew
     for part in ("feature_maps", "actions_states"):
-        (made / part).mkdir(parents=True)
+        (made / part).mkdir(parents=True, exist_ok=True)
     np.save(made / "feature_maps" / "pushes.npy", project(frames, args.patch, args.dim))
     np.save(made / "actions_states" / "actions.npy", pushes)
     np.save(made / "actions_states" / "states.npy", speeds)
