@@ -55,13 +55,15 @@ ORIGINAL = dict(
     curriculum="0:teacher=1.0;7:teacher=0.7;11:teacher=0.3", val_epochs=1, num_workers=8,
 )
 SLOWER = "0:teacher=1.0;15:teacher=0.7;25:teacher=0.5"
-# Two cores: clips as tools/make_pushes.py makes them
+# Two cores: clips of tools/make_pushes.py. By l2, for under l1 nearly all patches stand still and actions come late
 TINY = dict(
     feature_map="pushes", feature_dim=48, grid_high=4, grid_wide=4, num_timesteps=8, action_dim=2, pred_dim=96,
     pred_depth=3, num_heads=4, drop_path=0.0, residual=True, rollout_steps=2, loss_form="l2",
     curriculum="0s:rollout=2;500s:rollout=4;1000s:rollout=8",
     batch_size=16, steps=1500, lr=3e-3, warmup_steps=100, num_workers=1, log_every=100, val_every=500, ckpt_every=500,
 )
+# a step of memories takes four times as long
+SHORT = dict(TINY, steps=660, curriculum="0s:rollout=2;220s:rollout=4;440s:rollout=8", val_every=220, ckpt_every=220)
 # what an entry of a curriculum may set -> the field whose value holds until then
 STAGE_FIELDS = {
     "rollout": "rollout_steps", "jump": "jump_frames", "teacher": "lambda_teacher", "lambda_rollout": "lambda_rollout",
@@ -191,9 +193,9 @@ class HopeConfig(V.RunConfig):
         "hope_hybrid": dict(ORIGINAL, predictor="hybrid", pred_depth=12, curriculum=SLOWER),
         "vjepa2_ac_tiny": dict(TINY),
         "baseline_convlstm_tiny": dict(TINY, predictor="convlstm", pred_dim=68),
-        "hope_param_matched_tiny": dict(TINY, predictor="hope", pred_dim=56, pred_depth=2, titan_hidden=2.5),
-        "hope_depth_matched_tiny": dict(TINY, predictor="hope", pred_depth=3),
-        "hope_hybrid_tiny": dict(TINY, predictor="hybrid", pred_dim=80, pred_depth=2),
+        "hope_param_matched_tiny": dict(SHORT, predictor="hope", pred_dim=56, pred_depth=2, titan_hidden=2.5),
+        "hope_depth_matched_tiny": dict(SHORT, predictor="hope", pred_depth=3),
+        "hope_hybrid_tiny": dict(SHORT, predictor="hybrid", pred_dim=80, pred_depth=2),
     }
     RANGES = {
         "feature_dim": (1, 65536), "grid_high": (1, 1024), "grid_wide": (1, 1024), "num_timesteps": (1, 1000),
@@ -255,7 +257,7 @@ class HopeConfig(V.RunConfig):
         heads = f"must be divisible by {self.num_heads} heads, an even number of 6 or more for each"
         wide = self.pred_dim // self.num_heads
         uneven = attends and (self.pred_dim % self.num_heads or wide < 6 or wide % 2)
-        # frames of the shortest part's longest pass: a memory learns by what is read behind its writes
+        # a memory learns by what is read behind its writes
         passes = min((self.longest_pass(stage) for stage in stages), default=0)
         unread = self.predictor in ("hope", "hybrid") and stages and self.chunk >= passes
         blind = "moves the place in time of a frame, and convlstm knows no such place: must be 0"
@@ -498,8 +500,8 @@ class FeatureClips(V.FileDataset):
         return clip
 
     def statistics(self, stopping):
-        """Means and deviations of what is told beside the frames, over the first steps of at most MEASURED clips ->
-        ({name: (mean, deviation)}, each [width], how many clips). What never changes has deviation 1. Stopped."""
+        """Of what is told beside the frames, over the first steps of at most MEASURED clips -> ({name: (mean,
+        deviation)}, each [width], how many clips). What never changes has deviation 1. Stopped."""
         rows = []
         for video in self.videos[:: -(-len(self.videos) // MEASURED)]:
             if stopping():
@@ -646,9 +648,8 @@ class FrameTokens(nn.Module):
             self.register_buffer(name, table.unflatten(0, (-1, cfg.tokens)), persistent=False)  # [T, M, hd]
 
     def start_ends(self, cfg):
-        """The start of what differs from the published form: no change of a frame where `residual`; with
-        normalise_actions tokens of actions as large as those of patches, half of it a bias. Without that the first norm
-        would leave an action's direction alone, not how strong it is."""
+        """What differs from the published start: no change of a frame where `residual`; with normalise_actions tokens
+        of actions as large as of patches, half of it bias, without which a norm would hide how strong an action is."""
         if cfg.residual:
             nn.init.zeros_(self.out.weight)
         if cfg.normalise_actions:
@@ -1002,7 +1003,7 @@ PUBLISHED = (
 
 def read_predictor(path):
     """The predictor of a published .pt of V-JEPA 2-AC, or of a checkpoint of this world -> ({published name: fp32
-    tensor}, what the file is, the config that it was learned by). UsageError. Statistics of a checkpoint come along."""
+    tensor}, what the file is, the config that it was learned by). UsageError."""
     try:
         if not os.path.isfile(path):
             raise V.UsageError("no such file")
@@ -1091,8 +1092,7 @@ class Hope(V.World):
         return F.layer_norm(features, features.shape[-1:], eps=1e-6) if self.cfg.normalise else features
 
     def scaled(self, actions, states, extrinsics=None):
-        """What a predictor is told beside the frames -> list of the same by the statistics of the training clips, where
-        the config says so."""
+        """What is told beside the frames -> list of it, normalised where the config says so."""
         parts = {"actions": actions, "states": states} | ({} if extrinsics is None else {"extrinsics": extrinsics})
         if not self.cfg.normalise_actions:
             return list(parts.values())
@@ -1258,9 +1258,9 @@ class Hope(V.World):
         measured = {name: tensors.pop(name) for name in [*tensors] if name.endswith(("_mean", "_std"))}
         odd = other_sizes(cfg, tensors)
         for name in ("residual", "normalise_actions"):
-            if getattr(cfg, name) != learned.get(name, False):
-                switch = f"--{'no-' * getattr(cfg, name)}{name}"
-                odd = odd or f"its weights were learned {'without' if getattr(cfg, name) else 'with'} {name} ({switch})"
+            if (asked := getattr(cfg, name)) != learned.get(name, False):
+                told = f"{'without' if asked else 'with'} {name} (--{'no-' * asked}{name})"
+                odd = odd or f"its weights were learned {told}"
         odd = odd or V.fill(self.predictor, tensors, PUBLISHED)
         if odd:
             raise V.UsageError(f"init_from {cfg.init_from}: does not fit: {odd}")
@@ -1271,8 +1271,8 @@ class Hope(V.World):
         say(f"weights: predictor of {cfg.init_from} ({what}), {len(tensors)} tensors{heads}")
 
     def take_data(self, run):
-        """Mean and deviation of actions, states and extrinsics in the training clips, those of rank 0 for all; where
-        weights of a run came in, its own stay. UsageError where no clip can be read."""
+        """Statistics of actions, states and extrinsics in the training clips, those of rank 0 for all; those of
+        init_from stay. UsageError where no clip can be read."""
         if not self.cfg.normalise_actions or self.measured:
             return
         process, work = run.process, (tuple,)
