@@ -1182,6 +1182,9 @@ def check_annotation(annotation):
         annotation["maneuver"] = label
     for name in SIGNALS:
         values = annotation.get(name) if isinstance(annotation.get(name), list) else []
+        if name == "accel" and list in map(type, values):  # the axes of a sensor, which nothing here reads
+            del annotation[name]
+            continue
         if not set(map(type, values)) <= {int, float, bool, type(None)}:
             raise ValueError(f"{name} must be a list of numbers, null where it is unknown")
         if not all(abs(value) < 1e30 for value in values if value is not None):

@@ -575,3 +575,10 @@ def test_videos_without_the_signals_end_the_run(scene_folder, tmp_path):
         run(run_config(tmp_path / "no", actions="steer", **plain))
     code, log = run(run_config(tmp_path / "some", actions="speed", **plain))
     assert code == V.EXIT_OK and "of these lack one, and are passive" in log
+
+
+def test_axes_of_a_sensor_are_no_accel():
+    """Vectors called accel were never read and refuse no file; the signal is then unknown. Seen red as a bad file."""
+    annotation = {"accel": [[0.1, 0.0, 9.8], [0.2, 0.0, 9.8]], "speed": [1.0, 2.0]}
+    V.check_annotation(annotation)
+    assert annotation == {"speed": [1.0, 2.0]}
