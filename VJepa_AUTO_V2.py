@@ -6964,7 +6964,7 @@ class VJepaAutoV2(World):
         context, future = self.context_of(batch), self.future_target(carry["targets"])
         if cfg.lambda_flow:
             samples = self.sample_futures(context, 8, generator=torch.Generator(context.device).manual_seed(0))
-            residual = future - self.forecast(context)
+            residual = (future - self.forecast(context)).detach()
             found["flow_spread"] = float(samples.std(1).square().mean().sqrt() / residual.square().mean().sqrt())
         if cfg.action_names:
             told, still = carry["soon"]
