@@ -123,6 +123,8 @@ ODD = [
 ]
 TOO_LARGE = {
     "mlp_ratio": 8,
+    "lr": 1,  # weights of 1e308 are no fault of the loop
+    "flow_lr": 1,
     "num_frames": 64,
     "enc_dim": 64,
     "pred_dim": 64,
