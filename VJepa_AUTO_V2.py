@@ -7188,13 +7188,14 @@ def place_shards(folder, path, is_new=False):
 
 
 def note_written(path, source, sha256, shards=None):
-    """Put on record that a run wrote the file `source`, about to be named `path`; what still has that name stays on
-    record. Its new shards are named first: should the run be killed in between, `source` shows that they are orphans.
-    """
+    """Put on record that a run wrote the file `source`, about to be named `path`; what has that name until then stays
+    on record, not what another run was about to give it when it was killed. Its new shards are named first: should the
+    run be killed in between, `source` shows that they are orphans."""
     if shards is not None:
         place_shards(shards, path, is_new=True)
     record = written_record(path.parent)
-    record[path.name] = [[*size_and_time(source), sha256], *record.get(path.name, [])[:1]]
+    there = [entry for entry in record.get(path.name, []) if entry[:2] == size_and_time(path)]
+    record[path.name] = [[*size_and_time(source), sha256], *there[:1]]
     write_atomic(path.parent / WRITTEN, lambda handle: handle.write(json.dumps(record).encode()))
 
 

@@ -210,6 +210,26 @@ def test_kill_while_saving(tmp_path):
     )
 
 
+def test_two_kills_before_the_new_name(tmp_path, monkeypatch):
+    """Twice in a row a run is killed between the word on a checkpoint and its name: the one that is there is still
+    known as whole, and the next one takes its place. Seen red: it counted as damaged."""
+    cfg, real = small_config(), os.replace
+    V.save_checkpoint(small_state(3), tmp_path, cfg, True)
+
+    def killed(source, target):
+        if str(target).endswith("ckpt_final.pt"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    for step in (6, 9):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", killed)
+            V.save_checkpoint(small_state(step), tmp_path, cfg, True)
+        assert newest_step(tmp_path) == [3]
+    V.save_checkpoint(small_state(12), tmp_path, cfg, True)
+    assert newest_step(tmp_path) == [12] and not list((tmp_path / "checkpoints").glob("previous_*"))
+
+
 def content_places(path):
     """(offset, size) of what the members of a checkpoint's archive hold; between them lie names, sizes and padding."""
     whole = path.read_bytes()
