@@ -522,12 +522,12 @@ def sure(entries):
 
 def verdict(report):
     """Sentences that follow from the figures."""
-    rivals, lines = report["rivals"], []
+    rivals, lines = {name: row for name, row in report["rivals"].items() if row["parameters"]}, []
     below = [name for name, row in rivals.items() if all(each["value"] > 0 for each in row["plain"]["saved"])]
     whole = [name for name in below if all(each["interval"][0] > 0 for each in rivals[name]["plain"]["saved"])]
     told = f"Better than identity at every horizon: {', '.join(below) or 'none'}"
     lines.append(f"{told}; with the whole interval: {', '.join(whole) or 'none'}.")
-    best = max((row["plain"]["saved_all"]["value"], name) for name, row in rivals.items())[1]
+    best = max((row["plain"]["saved_all"]["value"], name) for name, row in report["rivals"].items())[1]
     lines.append(f"Least error over all horizons: {best}, surely below {sure(report['pairs'][best])}.")
     for arm, what in (("shuffled", "those of another clip"), ("zero", "zeros")):
         gains = {name: row["plain"][f"actions_over_{arm}"] for name, row in rivals.items()}
@@ -551,7 +551,8 @@ def markdown(report):
     ]
     rows = []
     for name, row in rivals.items():
-        cost = [name, f"{row['parameters']:,}", str(row["steps"]), f"{row['flop']:.2g}", f"{row['seconds']:.0f}"]
+        took = "-" if math.isnan(row["seconds"]) else f"{row['seconds']:.0f}"  # one step tells no time
+        cost = [name, f"{row['parameters']:,}", str(row["steps"]), f"{row['flop']:.2g}", took]
         rows.append([*cost, *(percent(row["plain"]["saved"][h - 1]) for h in picked)])
     heads = ["rival", "parameters", "steps", "FLOP", "seconds", *(f"over identity, {h}" for h in picked)]
     lines += table(heads, rows)
