@@ -5,10 +5,8 @@ import contextlib
 import io
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -18,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT, V
-from training import cpu_process, new_state, stop_after_update, train_steps
+from training import cpu_process, new_state, run_file, stop_after_update, train_steps
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -978,19 +976,6 @@ def run_here(*argv):
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         code = V.main([*FLAGS, *map(str, argv)], world=Cosmos)
     return code, output.getvalue()
-
-
-def run_file(*argv, cwd=ROOT):
-    """A Python file in a process of its own, as typed -> all that it printed."""
-    result = subprocess.run(
-        [sys.executable, *map(str, argv)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
 
 
 def test_a_run_ends_with_a_picture_and_a_verdict(split, tmp_path):

@@ -4,8 +4,6 @@ weights from elsewhere, whole runs and their resume. The memories and the clips 
 import contextlib
 import io
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, V
-from training import stop_after_update
+from training import run_file, stop_after_update
 
 WORLD = ROOT / "worlds" / "hope.py"
 Hope = V.import_world(WORLD, "Hope")
@@ -707,19 +705,6 @@ def test_checkpointed_blocks_give_the_same_gradients():
         world(batch_of(world.cfg))[0]["loss_total"].backward()
         grads.append([p.grad for p in world.trained().values()])
     assert all(torch.equal(*pair) for pair in zip(*grads))
-
-
-def run_file(*argv):
-    """A Python file in a process of its own, as typed -> all that it printed."""
-    result = subprocess.run(
-        [sys.executable, *map(str, argv)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
 
 
 @pytest.mark.slow

@@ -1,12 +1,28 @@
-"""What several test files need: a seeded model, a CPU process, and training steps exactly as the loop takes them."""
+"""What several test files need: a seeded model, a CPU process, training steps exactly as the loop takes them,
+and files run as typed."""
 
 import os
 import signal
+import subprocess
+import sys
 
 import torch
-from conftest import V
+from conftest import ROOT, V
 
 torch.set_num_threads(1)  # two threads of these tiny products wait for each other longer than they compute
+
+
+def run_file(*argv, cwd=ROOT):
+    """A Python file in a process of its own, as typed -> all that it printed."""
+    result = subprocess.run(
+        [sys.executable, *map(str, argv)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
 
 
 def new_model(cfg, seed=0, rank=0, world_size=1):

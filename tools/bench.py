@@ -74,9 +74,11 @@ def new_phase(cfg, process):
 
 
 def take_step(phase, batch, step):
-    """A step as the loop takes it, the look at whether it is finite included."""
+    """A step with all that the loop asks of other ranks in it."""
+    process = phase.run.process
+    process.any(False, False)
     _, carries, finite = V.take_step(phase, [batch] * phase.cfg.grad_accum, step)
-    phase.run.process.any(not finite)
+    process.any(not finite, False)
     V.apply_step(phase, carries, step)
     phase.optimizer.zero_grad(set_to_none=True)
 

@@ -30,10 +30,11 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import torch
 import torch.distributed as dist
+from bench import new_phase, take_step
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import VJepa_AUTO_V2 as V
@@ -43,26 +44,6 @@ COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "all_gather_object")
 
 
 # -- measured: two processes
-
-
-def new_phase(cfg, process):
-    """Training of a fresh world as the loop has it -> V.Phase."""
-    source = V.DataSource("render", "", [], [], [], True, V.ClipDataset, V.VJepaAutoV2.draw)
-    run = V.Run(cfg, process, None, None, source)
-    torch.manual_seed(cfg.seed)
-    run.world = V.VJepaAutoV2(cfg, process.rank, process.world_size).train()
-    run.optimizer, run.scaler = run.world.optimizer(), torch.amp.GradScaler("cpu", enabled=False)
-    return V.Phase(run, run.world, V.wrap(run.world, process), run.optimizer)
-
-
-def take_step(phase, batch, step):
-    """A step with all that the loop asks of other ranks in it."""
-    process = phase.run.process
-    process.any(False, False)
-    _, carries, finite = V.take_step(phase, [batch] * phase.cfg.grad_accum, step)
-    process.any(not finite, False)
-    V.apply_step(phase, carries, step)
-    phase.optimizer.zero_grad(set_to_none=True)
 
 
 def timed(phase, batch, steps):
