@@ -5525,27 +5525,30 @@ class Encoder(nn.Module):
         self.position = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads)
         self.trunk = Trunk(cfg, cfg.enc_dim, cfg.enc_depth)
 
-    def encode(self, pieces, keep_idx, grid=None, starts=()):
+    def encode(self, pieces, keep_idx):
         """What the tokenizer cut, [B, L, C * dt * p * p], and keep_idx [B, K] -> context [B, K, D]; other pieces are
-        never seen. `grid`: (t, h, w) of the pieces, by default the config's. `starts`: places in K where windows
-        begin, beside the first, whose tokens see no others."""
-        position = self.position if grid is None else self.position.at(grid)
-        x = position.add(self.tokenizer.embed(gather_tokens(pieces, keep_idx)), keep_idx)  # [B, K, D]
+        never seen."""
+        return self.follow(self.tokenizer.embed(gather_tokens(pieces, keep_idx)), keep_idx, self.position)
+
+    def follow(self, tokens, idx, position, starts=()):
+        """Tokens [B, K, D] at positions idx [B, K] of a code -> [B, K, D]. `starts`: places in K where windows begin,
+        beside the first, whose tokens see no others."""
+        x = position.add(tokens, idx)
         if not starts:
-            return self.trunk(x, position.rope(keep_idx))
-        parts = zip(x.tensor_split(starts, 1), keep_idx.tensor_split(starts, 1))
-        return torch.cat([self.trunk(part, position.rope(idx)) for part, idx in parts], 1)
+            return self.trunk(x, position.rope(idx))
+        parts = zip(x.tensor_split(starts, 1), idx.tensor_split(starts, 1))
+        return torch.cat([self.trunk(part, position.rope(places)) for part, places in parts], 1)
 
     def forward(self, clip, starts=()):
         """Whole clip [B, T, C, H, W] of any length and size in whole tubelets and patches -> [B, L, D]; `starts` are
-        the tubelets at which windows begin, see `encode`."""
+        the tubelets at which windows begin, see `follow`."""
         sizes, units = (clip.shape[1], *clip.shape[3:]), self.tokenizer.proj.weight.shape[2:]
         if any(size % unit for size, unit in zip(sizes, units)):
             raise UsageError(f"a clip of {' x '.join(map(str, sizes))} is cut in pieces of {list(units)}")
-        pieces, grid = self.tokenizer.cut(clip), tuple(size // unit for size, unit in zip(sizes, units))
-        everything = torch.arange(pieces.shape[1], device=pieces.device).expand(len(pieces), -1)
+        tokens, grid = self.tokenizer(clip), tuple(size // unit for size, unit in zip(sizes, units))  # [B, L, D]
+        everything = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         starts = tuple(start * grid[1] * grid[2] for start in starts if start < grid[0])
-        return self.encode(pieces, everything, grid, starts)
+        return self.follow(tokens, everything, self.position.at(grid), starts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
