@@ -364,7 +364,7 @@ class VJepaAutoV2Config(ClipConfig):
     # -- objective
     freeze_encoder: bool = False  # the encoder of init_from learns nothing: NOW's and the target encoder in one
     teacher: str = "ema"  # ema (the target follows the encoder) | frozen (it is that of init_from, of any width)
-    target_windows: int = 0  # EVENTUALLY in so many windows that see only themselves in the target; 0 = all see all
+    target_window: int = 0  # EVENTUALLY tubelets that see each other in the target encoder, no others; 0 = all see all
     ema_momentum: float = 0.996  # target encoder momentum
     ema_momentum_end: float = 0.0  # momentum at the last step, linear in between; 0 = constant
     short_num_blocks: int = 8  # blocks of a short-range mask
@@ -463,7 +463,7 @@ class VJepaAutoV2Config(ClipConfig):
         "ema_momentum_end": (0, 1), "short_num_blocks": (1, 1000), "short_scale": (0.001, 1),
         "long_num_blocks": (1, 1000), "long_scale": (0.001, 1), "aspect_min": (0.05, 20), "aspect_max": (0.05, 20),
         "short_visible": (0, 0.99), "long_visible": (0, 0.99), "mask_draws": (1, 64), "pred_share": (0.001, 1),
-        "target_windows": (0, 100000), "lambda_vjepa": (0, 10**6),
+        "target_window": (0, 100000), "lambda_vjepa": (0, 10**6),
         "lambda_soon": (0, 10**6), "lambda_eventually": (0, 10**6), "lambda_flow": (0, 10**6),
         "lambda_supcon": (0, 10**6), "supcon_temperature": (1e-4, None), "outcome_queries": (1, 65536),
         "outcome_temperature": (1e-4, None), "outcome_queue": (0, 10**7), "flow_dim": (2, 65536),
@@ -478,11 +478,14 @@ class VJepaAutoV2Config(ClipConfig):
         "flow_rest": ("mean", "gaussian"), "teacher": ("ema", "frozen"), "pred_attention": ("full", "context", "cross"),
         "mask_families": ("both", "one"),
     }
+    BEFORE = dict(  # what a run had before these were fields
+        pred_attention="full", target_window=0, mask_families="both", pred_share=1.0,
+    )
     MUST_MATCH = (
         "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim", "pred_depth", "num_heads",
         "mlp_ratio", "pred_heads", "pred_mlp_ratio", "pos_embed", "soon_start", "outcome_queries", "outcome_queue",
         "outcome_target", "flow_dim", "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max",
-        "flow_pool", "freeze_encoder", "teacher", "actions", "pred_attention", "target_windows",
+        "flow_pool", "freeze_encoder", "teacher", "actions", "pred_attention", "target_window",
     )
 
     @property
@@ -527,7 +530,7 @@ class VJepaAutoV2Config(ClipConfig):
     def window_starts(self) -> tuple:
         """First tubelets of the target's windows but the first, which is NOW and SOON; () where all see all."""
         (now, soon, _), later = self.future_tubelets, self.eventually_tubelets
-        count = min(self.target_windows, later)
+        count = math.ceil(later / self.target_window) if self.target_window else 0
         return tuple(now + soon + later * number // count for number in range(count))
 
     @property
@@ -884,8 +887,9 @@ def config_error(path, why):
     return UsageError(f"config {one_line(path)}: {why}")
 
 
-def parse_config(path):
-    """One JSON or YAML file -> its mapping, keys unchecked. UsageError says in one line why it cannot be read."""
+def parse_config(path, Config):
+    """One JSON or YAML file -> its mapping, keys unchecked; fields that a run's own config.json lacks are as they were
+    before they were fields. UsageError says in one line why it cannot be read."""
     is_yaml = path.suffix in (".yaml", ".yml")
     if is_yaml and importlib.util.find_spec("yaml") is None:
         raise config_error(path, "YAML needs pyyaml (pip install pyyaml), or write the file as JSON")
@@ -898,6 +902,7 @@ def parse_config(path):
         raise config_error(path, f"not valid {'YAML' if is_yaml else 'JSON'} ({one_line(error)})") from error
     if isinstance(data, dict) and "versions" in data:  # a run's own config.json
         data = data.get("config", data)
+        data = {**merged(Config, "BEFORE"), **data} if isinstance(data, dict) else data
     if not isinstance(data, dict):
         raise config_error(path, f"must hold a mapping of fields, not {type(data).__name__}")
     return data
@@ -922,7 +927,7 @@ def read_config_file(path, Config, seen=None):
     if path in seen:
         return seen[path]
     seen[path] = None
-    data, types, values = parse_config(path), field_types(Config), {}
+    data, types, values = parse_config(path, Config), field_types(Config), {}
     parents = data.pop("inherits", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
@@ -6406,8 +6411,11 @@ def trunk_sizes(tensors, blocks):
 
 
 def config_of(Config, values):
-    """A dict of values, those of a checkpoint say -> Config, without those that it has no field for."""
-    known = {name: value for name, value in values.items() if name in field_types(Config)}
+    """A dict of values, those of a checkpoint say -> Config, without those that it has no field for; fields that are
+    younger than the values are as they were before."""
+    known = {
+        name: value for name, value in {**merged(Config, "BEFORE"), **values}.items() if name in field_types(Config)
+    }
     return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 
@@ -7743,7 +7751,8 @@ def newest_checkpoint(out_dir, tell, world=None, init_from=""):
 def check_same_run(state, cfg, path):
     """UsageError naming the fields in which a checkpoint and this config cannot be the same run. Whether a loss has
     weight decides which parameters learn."""
-    earlier = {**asdict(type(cfg)()), **state["cfg"]}  # a field that the checkpoint's version lacked had its default
+    # a field that the checkpoint's version lacked had its default, or what stood for it
+    earlier = {**asdict(type(cfg)()), **merged(type(cfg), "BEFORE"), **state["cfg"]}
     plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), earlier))
     names = [name for cls in reversed(type(cfg).__mro__) for name in vars(cls).get("MUST_MATCH", ())]
     different = [name for name in names if plain[name] != saved.get(name)]

@@ -154,7 +154,7 @@ def test_one_family_per_clip_is_both_on_halves(num_clips):
 def test_windows_of_the_target_are_encoded_by_themselves(pos_embed):
     """Each as the encoder says of its tokens alone, at their own places. Seen red with windows a tubelet early, and
     with rotary places that begin anew."""
-    cfg = small_config(pos_embed=pos_embed, eventually_frames=10, num_frames=18, target_windows=2)
+    cfg = small_config(pos_embed=pos_embed, eventually_frames=10, num_frames=18, target_window=3)
     assert cfg.window_starts == (4, 6)
     model = new_model(cfg)
     stirred(model.target)
@@ -166,13 +166,13 @@ def test_windows_of_the_target_are_encoded_by_themselves(pos_embed):
     short = model.make_targets(clip[:, :10])  # a clip that ends earlier: the last window is cut
     torch.testing.assert_close(short[:, : 4 * cfg.sites], targets[:, : 4 * cfg.sites], **CLOSE)
     assert short.shape[1] == 5 * cfg.sites
-    model.cfg = replace(cfg, target_windows=0)
+    model.cfg = replace(cfg, target_window=0)
     assert (model.make_targets(clip) - targets).abs().max() > 0.1
 
 
 def test_a_window_sees_no_other():
     """SOON's targets know nothing of EVENTUALLY, nor one window of the next."""
-    cfg = small_config(eventually_frames=8, num_frames=16, target_windows=2)
+    cfg = small_config(eventually_frames=8, num_frames=16, target_window=2)
     model = new_model(cfg)
     stirred(model.target)
     clip = torch.randn(1, cfg.num_frames, 3, cfg.height, cfg.width)
@@ -182,9 +182,12 @@ def test_a_window_sees_no_other():
     assert (moved[:6] == 0).all() and (moved[6:] > 0).all()
 
 
-def test_at_most_a_window_per_tubelet():
-    assert small_config(target_windows=4, eventually_frames=4).window_starts == (4, 5)
-    assert small_config(target_windows=0).window_starts == ()
+def test_windows_are_as_equal_as_can_be():
+    assert small_config(target_window=8).window_starts == (4,)  # two tubelets of EVENTUALLY: one window
+    assert small_config(target_window=1).window_starts == (4, 5)
+    assert small_config(target_window=4, eventually_frames=12, num_frames=20).window_starts == (4, 7)
+    assert small_config(target_window=0).window_starts == ()
+    assert V.VJepaAutoV2Config(target_window=8).window_starts == (10, 18, 26, 34)
 
 
 def test_visible_pixels_alone_are_tokenised():
