@@ -3737,7 +3737,7 @@ def list_latents(world, cfg):
             cache = parse_json(read_text(about, 2**24))
             forms = cache["tensors"].items()
             zeros = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms}
-            here, then = latent_settings(world, cfg), cache["settings"]
+            here, then = latent_settings(world, cfg), {**merged(world.Config, "BEFORE"), **cache["settings"]}
             other = [f"{name} = {then.get(name)} (here {here[name]})" for name in here if then.get(name) != here[name]]
     except (*DECODE_ERRORS, TypeError, csv.Error) as error:
         told = f"{what}: no {index.name} or cache.json that can be read ({reason_of(error)})"
@@ -6726,7 +6726,9 @@ class VJepaAutoV2(World):
         "flow_grad_norm": "gradient norm of the flow net before clipping",
         "flow_explained": "share of the residual's variance inside the flow's directions",
     }
-    latent_fields = (*ClipConfig.MUST_MATCH, "clip_fps", "eventually_frames", "tubelet_t", "patch", "num_heads")
+    latent_fields = (
+        *ClipConfig.MUST_MATCH, "clip_fps", "eventually_frames", "tubelet_t", "patch", "num_heads", "target_window",
+    )  # fmt: skip
     VAL_KEYS = {
         "flow_spread": "deviation among sampled futures over that of real futures from the forecast; "
         "0 = one mode, 1 = as wide; without actions",
