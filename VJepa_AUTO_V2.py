@@ -378,6 +378,7 @@ class VJepaAutoV2Config(ClipConfig):
     mask_draws: int = 1  # mask draws per family and clip for one target pass
     mask_families: str = "both"  # short and long masks of every clip: both | half of a batch has each: one
     pred_share: float = 1.0  # share of a mask's tokens that is predicted, drawn anew for every clip
+    eventually_stride: int = 1  # of so many EVENTUALLY tubelets on end a training clip holds one, drawn anew
     lambda_vjepa: float = 1.0  # weight of NOW
     lambda_soon: float = 1.0  # weight of SOON
     lambda_eventually: float = 0.25  # weight of EVENTUALLY
@@ -463,7 +464,7 @@ class VJepaAutoV2Config(ClipConfig):
         "ema_momentum_end": (0, 1), "short_num_blocks": (1, 1000), "short_scale": (0.001, 1),
         "long_num_blocks": (1, 1000), "long_scale": (0.001, 1), "aspect_min": (0.05, 20), "aspect_max": (0.05, 20),
         "short_visible": (0, 0.99), "long_visible": (0, 0.99), "mask_draws": (1, 64), "pred_share": (0.001, 1),
-        "target_window": (0, 100000), "lambda_vjepa": (0, 10**6),
+        "target_window": (0, 100000), "eventually_stride": (1, 100000), "lambda_vjepa": (0, 10**6),
         "lambda_soon": (0, 10**6), "lambda_eventually": (0, 10**6), "lambda_flow": (0, 10**6),
         "lambda_supcon": (0, 10**6), "supcon_temperature": (1e-4, None), "outcome_queries": (1, 65536),
         "outcome_temperature": (1e-4, None), "outcome_queue": (0, 10**7), "flow_dim": (2, 65536),
@@ -479,7 +480,7 @@ class VJepaAutoV2Config(ClipConfig):
         "mask_families": ("both", "one"),
     }
     BEFORE = dict(  # what a run had before these were fields
-        pred_attention="full", target_window=0, mask_families="both", pred_share=1.0,
+        pred_attention="full", target_window=0, mask_families="both", pred_share=1.0, eventually_stride=1,
     )
     MUST_MATCH = (
         "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim", "pred_depth", "num_heads",
@@ -532,6 +533,14 @@ class VJepaAutoV2Config(ClipConfig):
         (now, soon, _), later = self.future_tubelets, self.eventually_tubelets
         count = math.ceil(later / self.target_window) if self.target_window else 0
         return tuple(now + soon + later * number // count for number in range(count))
+
+    @property
+    def stretches(self) -> list:
+        """Ranges of EVENTUALLY tubelets of which a training clip holds one each; none reaches over a window."""
+        now, soon, _ = self.future_tubelets
+        starts, step = self.window_starts or (now + soon,), self.eventually_stride
+        ends = *starts[1:], self.grid[0]
+        return [range(at, min(at + step, end)) for start, end in zip(starts, ends) for at in range(start, end, step)]
 
     @property
     def flow_joint(self) -> bool:
@@ -3367,9 +3376,9 @@ def shifted_tau(normal, shift):
 
 
 def mask_and_noise(cfg, stream, index):
-    """What VJepaAutoV2 draws for a sample: masks [R, K], [R, M] per family, of whose
-    M hidden tokens those that are predicted, flow noise [R, N, k] and tau [R]; with
-    actions, whether they are hidden."""
+    """What VJepaAutoV2 draws for a sample: masks [R, K], [R, M] per family, of whose M hidden tokens those that are
+    predicted, the tubelets [t] that a training clip holds unless all, flow noise [R, N, k] and tau [R]; with actions,
+    whether they are hidden."""
     rng, drawn = sample_rng(cfg.seed, stream, index, 3), {}
     for family in MASK_FAMILIES:
         keep, mask = zip(*(sample_mask(rng, cfg, family) for _ in range(cfg.mask_draws)))
@@ -3378,6 +3387,12 @@ def mask_and_noise(cfg, stream, index):
     drawn["noise"] = rng.standard_normal((cfg.flow_draws, cfg.flow_tokens, cfg.flow_rank), dtype=np.float32)
     if cfg.action_names:
         drawn["actions_hidden"] = np.array(stream == "train" and rng.random() < cfg.action_drop)
+    if cfg.eventually_stride > 1 and stream == "train":
+        seen = range(sum(cfg.future_tubelets[:2]))
+        drawn["tubelets"] = np.array([*seen, *(rng.choice(part) for part in cfg.stretches)])
+        for name in (f"{kind}_{family}" for kind in ("keep", "mask") for family in MASK_FAMILIES):
+            rows = drawn[name]
+            drawn[name] = rows[np.isin(rows // cfg.sites, drawn["tubelets"])].reshape(len(rows), -1)
     if cfg.pred_share < 1:
         for family in MASK_FAMILIES:
             drawn[f"mask_{family}"] = np.stack(
@@ -5530,10 +5545,10 @@ class Encoder(nn.Module):
         self.position = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads)
         self.trunk = Trunk(cfg, cfg.enc_dim, cfg.enc_depth)
 
-    def encode(self, pieces, keep_idx):
+    def encode(self, pieces, keep_idx, starts=()):
         """What the tokenizer cut, [B, L, C * dt * p * p], and keep_idx [B, K] -> context [B, K, D]; other pieces are
-        never seen."""
-        return self.follow(self.tokenizer.embed(gather_tokens(pieces, keep_idx)), keep_idx, self.position)
+        never seen. `starts` as in `follow`."""
+        return self.follow(self.tokenizer.embed(gather_tokens(pieces, keep_idx)), keep_idx, self.position, starts)
 
     def follow(self, tokens, idx, position, starts=()):
         """Tokens [B, K, D] at positions idx [B, K] of a code -> [B, K, D]. `starts`: places in K where windows begin,
@@ -6625,6 +6640,12 @@ def block_flops(num_tokens, dim, mlp_ratio):
     return 2 * num_tokens * dim * dim * (4 + 2 * mlp_ratio) + 4 * num_tokens**2 * dim
 
 
+def held_places(cfg):
+    """Which of the tubelets that a training clip holds stands for each of the clip's -> [t] numbers."""
+    seen = sum(cfg.future_tubelets[:2])
+    return [*range(seen), *(seen + number for number, part in enumerate(cfg.stretches) for _ in part)]
+
+
 def predictor_flops(cfg, num_seen, num_holes):
     """Forward FLOP of one predictor block on so many tokens of a context and predicted ones."""
     P, ratio = cfg.pred_dim, cfg.pred_mlp_ratio or cfg.mlp_ratio
@@ -6637,8 +6658,9 @@ def predictor_flops(cfg, num_seen, num_holes):
 def now_passes(cfg):
     """Forward passes of NOW -> [(passes per clip, tokens seen, tokens predicted)], one of each mask family."""
     share = cfg.mask_draws / (1 if cfg.mask_families == "both" or cfg.batch_size == 1 else len(MASK_FAMILIES))
-    kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES if cfg.lambda_vjepa]
-    return [(share, num_kept, share_of(cfg.num_tokens - num_kept, cfg.pred_share)) for num_kept in kept]
+    held = sum(cfg.future_tubelets[:2]) + len(cfg.stretches)  # tubelets
+    kept = [family_visible(cfg, family) * held for family in MASK_FAMILIES if cfg.lambda_vjepa]
+    return [(share, num_kept, share_of(cfg.sites * held - num_kept, cfg.pred_share)) for num_kept in kept]
 
 
 def flops_per_clip(cfg, teacher=None):
@@ -6655,9 +6677,10 @@ def flops_per_clip(cfg, teacher=None):
     mixing = RN * 2 * W * W * 6 + 4 * K * W * D + 4 * RN * (K + cfg.flow_tokens) * W
     flow = cfg.flow_depth * (RN * 2 * W * W * 8 + mixing * (not cfg.flow_joint)) + 2 * K * D * W * cfg.flow_joint
     again = 4 if cfg.grad_checkpoint else 3
-    windows = np.diff([0, *cfg.window_starts, cfg.grid[0]]) * cfg.sites
-    target = sum(block_flops(int(n), teacher.enc_dim, teacher.mlp_ratio) for n in windows) * teacher.enc_depth
-    target += cfg.num_tokens * piece * teacher.enc_dim
+    bounds = [0, *cfg.window_starts, cfg.grid[0]]
+    windows = [cfg.sites * len({held_places(cfg)[t] for t in range(*pair)}) for pair in itertools.pairwise(bounds)]
+    target = sum(block_flops(n, teacher.enc_dim, teacher.mlp_ratio) for n in windows) * teacher.enc_depth
+    target += sum(windows) * piece * teacher.enc_dim
     return {
         "online": (1 if cfg.freeze_encoder else again) * online * (not cfg.latents),
         "target": target * (not cfg.latents),
@@ -6763,6 +6786,7 @@ class VJepaAutoV2(World):
             image_std=torch.tensor(IMAGE_STD).view(1, 1, 3, 1, 1),
             now_idx=torch.arange(cfg.now_tokens),
             soon_idx=torch.arange(cfg.now_tokens, cfg.now_tokens + cfg.soon_tokens),
+            held=torch.tensor(held_places(cfg)),
         )
         for name, value in fixed.items():
             self.register_buffer(name, value, persistent=False)
@@ -6816,12 +6840,21 @@ class VJepaAutoV2(World):
         return (frames.float() / 255 - self.image_mean) / self.image_std
 
     @torch.no_grad()
-    def make_targets(self, clip):
-        """clip [B, T, C, H, W] -> targets [B, L, D]: target encoder on the whole clip, LayerNorm without affine."""
-        targets = self.target(clip, self.cfg.window_starts)
+    def make_targets(self, clip, tubelets=None):
+        """clip [B, T, C, H, W] -> targets [B, L, D]: target encoder on the whole clip, LayerNorm without affine. With
+        `tubelets` [B, t] on these alone: one of each stretch of EVENTUALLY, whose targets stand for all of it."""
+        cfg = self.cfg
+        if tubelets is None:
+            targets = self.target(clip, cfg.window_starts)
+        else:
+            sites, begins = torch.arange(cfg.sites, device=tubelets.device), [part.start for part in cfg.stretches]
+            idx = (tubelets[:, :, None] * cfg.sites + sites).flatten(1)
+            starts = tuple((sum(cfg.future_tubelets[:2]) + begins.index(at)) * cfg.sites for at in cfg.window_starts)
+            targets = self.target.encode(self.target.tokenizer.cut(clip), idx, starts)
         if hasattr(self, "target_map"):
             targets = layer_norm(targets) @ self.target_map
-        return layer_norm(targets)
+        targets = layer_norm(targets)
+        return targets if tubelets is None else targets.unflatten(1, (-1, cfg.sites))[:, self.held].flatten(1, 2)
 
     @torch.no_grad()
     def latents(self, batch):
@@ -6849,7 +6882,9 @@ class VJepaAutoV2(World):
 
     def targets_of(self, batch):
         """Targets of a batch of clips [B, L, D], or of their latents [B, L', D]."""
-        return batch["targets"].float() if "targets" in batch else self.make_targets(self.normalise(batch["frames"]))
+        if "targets" in batch:
+            return batch["targets"].float()
+        return self.make_targets(self.normalise(batch["frames"]), batch.get("tubelets"))
 
     def encode_now(self, pieces):
         """What the tokenizer cut of a clip, [B, >= NOW, C * dt * p * p] -> context of NOW alone [B, K, D]."""

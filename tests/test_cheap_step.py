@@ -217,3 +217,49 @@ def test_flop_of_the_cheap_forms_by_hand():
     assert [times for times, _, _ in V.now_passes(one)] == [0.5, 0.5]
     assert all(few == round((cfg.num_tokens - seen) / 4) for _, seen, few in V.now_passes(one))
     assert [times for times, _, _ in V.now_passes(replace(one, batch_size=1))] == [1, 1]
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_targets_of_some_tubelets_are_those_of_a_clip_of_these(window):
+    """At their own places, each standing for its stretch. Seen red with the places of tubelets on end."""
+    cfg = small_config(eventually_frames=16, num_frames=24, eventually_stride=3, target_window=window)
+    assert [list(part) for part in cfg.stretches] == ([[4, 5, 6], [7], [8, 9, 10], [11]] if window else
+                                                      [[4, 5, 6], [7, 8, 9], [10, 11]])  # fmt: skip
+    model, batch = new_model(cfg), random_batch(cfg, 2)
+    stirred(model.target)
+    held = batch["tubelets"]
+    assert held.shape == (2, 4 + len(cfg.stretches))
+    targets = model.targets_of(batch).unflatten(1, (12, -1))
+    pieces = model.target.tokenizer.cut(model.normalise(batch["frames"]))
+    places = (held[:, :, None] * cfg.sites + torch.arange(cfg.sites)).split([4, 2, 2] if window else [7], 1)
+    encoded = torch.cat([V.layer_norm(model.target.encode(pieces, part.flatten(1))) for part in places], 1)
+    for place, values in enumerate(encoded.unflatten(1, (-1, cfg.sites)).unbind(1)):
+        for stands_for in [place] if place < 4 else cfg.stretches[place - 4]:
+            torch.testing.assert_close(targets[:, stands_for], values, **CLOSE)
+
+
+def test_masks_keep_to_the_tubelets_that_are_there():
+    """Training clips alone; every tubelet of a stretch is drawn; masks hide the same sites as without. Seen red with
+    the first tubelet of each stretch."""
+    cfg, found = small_config(eventually_frames=12, num_frames=20, eventually_stride=3, pred_share=0.5), set()
+    plain = replace(cfg, eventually_stride=1, pred_share=1.0)
+    for index in range(40):
+        few, whole = V.mask_and_noise(cfg, "train", index), V.mask_and_noise(plain, "train", index)
+        found |= set(few["tubelets"][4:].tolist())
+        for family in V.MASK_FAMILIES:
+            for kind in ("keep", "mask"):
+                places = few[f"{kind}_{family}"][0]
+                assert set((places // cfg.sites).tolist()) <= set(few["tubelets"].tolist())
+                assert set(places.tolist()) <= set(whole[f"{kind}_{family}"][0].tolist())
+            assert len(few[f"keep_{family}"][0]) == V.family_visible(cfg, family) * 6
+    assert found == set(range(4, 10))
+    assert "tubelets" not in V.mask_and_noise(cfg, "val", 0) | V.mask_and_noise(plain, "train", 0)
+
+
+def test_a_stride_of_one_is_the_plain_form():
+    """All tubelets, drawn by the same code: targets and losses are the plain ones."""
+    cfg = small_config(target_window=1)
+    model, batch = new_model(cfg), random_batch(cfg, 2)
+    everything = torch.arange(cfg.grid[0]).expand(2, -1)
+    clip = model.normalise(batch["frames"])
+    torch.testing.assert_close(model.make_targets(clip, everything), model.make_targets(clip), **CLOSE)
