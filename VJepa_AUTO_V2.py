@@ -6696,8 +6696,11 @@ def memory_estimate_gb(cfg, held):
     told = cfg.future_tubelets[1] * bool(cfg.action_names)
     passes, read = [*now_passes(cfg), (1, cfg.now_tokens + told, cfg.soon_tokens)], cfg.pred_attention != "cross"
     filled = sum(times * (seen * (1 if read else 0.2) + holes) for times, seen, holes in passes)
-    per_value = 5 if cfg.grad_checkpoint else 53 if cfg.amp else 70
+    per_value = 53 if cfg.amp else 70
     values = kept * cfg.enc_dim * cfg.enc_depth + filled * cfg.pred_dim * cfg.pred_depth
+    values *= 0.1 if cfg.grad_checkpoint else 1  # the flow net never recomputes
+    learns = cfg.lambda_flow and not cfg.flow_fit_clips
+    values += cfg.flow_draws * cfg.flow_tokens * cfg.flow_dim * cfg.flow_depth * bool(learns)
     return (held + cfg.batch_size * values * per_value) / 1e9
 
 
