@@ -2253,6 +2253,11 @@ def read_frames(path, plan, decoder):
     raise BadFile("; ".join(reasons))
 
 
+def usable_cores():
+    """Cores that this process may use: a job or a container may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class HeldSignals:
     """Context around a fork: signals with a handler are held back and raised again at its end. Python drops the
     exception of a handler (Ctrl-C) in a fork hook, and nobody ends a process whose start was cut off."""
@@ -3222,23 +3227,60 @@ def scenes_folder(folder, cfg):
             return Path(candidate), setting, False
 
 
+def scene_stands(folder, name):
+    """Whether a scene has been written whole."""
+    return all(os.path.lexists(folder / part) for part in (f"videos/{name}.mp4", f"annotations/{name}.json"))
+
+
+def help_writing(watch, end, folder, cfg, jobs):
+    """Life of a process that helps `write_scenes`: writes (index, name) from the last one on, until the other end of
+    `watch` is closed."""
+    end.close()
+    for number in STOP_SIGNALS:  # the main process hears them, and closes its end
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError):  # the main process meets it as well
+        for index, name in reversed(jobs):
+            if watch.poll():
+                break
+            if not scene_stands(folder, name):
+                write_scene(folder, name, cfg, scene_seed_at(cfg, index))
+    os._exit(0)
+
+
 def write_scenes(folder, cfg, stopping=None):
-    """Write the `scene_clips` scenes that are absent as mp4 with annotations -> the folder, another one than `folder`
-    where that holds anything else. Nothing is deleted. `stopping()` is asked before every scene: Stopped."""
+    """Write the `scene_clips` scenes that are absent as mp4 with annotations, on all cores where they are many -> the
+    folder, another one than `folder` where that holds anything else. Nothing is deleted. `stopping()` is asked before
+    every scene: Stopped."""
     folder, setting, taken = scenes_folder(folder, cfg)
     if not taken:
         folder.mkdir(parents=True, exist_ok=True)
         write_new(folder / "scenes.json", setting.encode())  # first: from here on the folder is known for what it is
-    done = set()
     for part in ("videos", "annotations"):
         (folder / part).mkdir(exist_ok=True)
-        done |= {f"{part}/{name}" for name in os.listdir(folder / part)}
-    for index, name in enumerate(scene_names(cfg)):
-        if {f"videos/{name}.mp4", f"annotations/{name}.json"} <= done:
-            continue
-        if stopping is not None and stopping():
-            raise Stopped(f"{index} of {cfg.scene_clips} scenes are written; the same command goes on from there")
-        write_scene(folder, name, cfg, scene_seed_at(cfg, index))
+    jobs = [job for job in enumerate(scene_names(cfg)) if not scene_stands(folder, job[1])]
+    helpers, (watch, end) = (
+        min(usable_cores() - 1, cfg.num_workers, len(jobs) // 32),
+        multiprocessing.Pipe(duplex=False),
+    )
+    apart = multiprocessing.get_context("fork").Process
+    shares = [(watch, end, folder, cfg, jobs[number::helpers]) for number in range(helpers)]
+    processes = [apart(target=help_writing, args=share, daemon=True) for share in shares]
+    try:
+        with HeldSignals(), suppress(OSError):  # a limit on processes: with fewer, or alone
+            for process in processes:
+                process.start()
+        for index, name in jobs:
+            if scene_stands(folder, name):  # by a helper
+                continue
+            if stopping is not None and stopping():
+                raise Stopped(f"{index} of {cfg.scene_clips} scenes are written; the same command goes on from there")
+            write_scene(folder, name, cfg, scene_seed_at(cfg, index))
+    finally:
+        end.close()
+        watch.close()
+        for process in processes:
+            if process.pid is not None:
+                process.join()
     return folder
 
 
@@ -4611,11 +4653,6 @@ def read_count(name, default, least, most):
         rule = f"must be a whole number from {least} to {most}; torchrun sets it for every process"
         raise UsageError(f"environment: {name} = {shown(text)} {rule}")
     return int(text)
-
-
-def usable_cores():
-    """Cores that this process may use: a job or a container may have fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def restart_count():
