@@ -5761,6 +5761,8 @@ class FutureSpace(nn.Module):
             self.register_buffer(name, torch.zeros(shape))
         self.variance.fill_(1.0)
         self.scale.fill_(1.0)
+        # what the CPU knows without waiting for the device: `updates` as of a version of it, whether k directions stand
+        self.count, self.version, self.is_full = 0.0, None, False
 
     def pool(self, residual):
         """Residual [B, F, D], in units of its channels' deviation, as rows of the space -> [B, N, span]."""
@@ -5807,16 +5809,43 @@ class FutureSpace(nn.Module):
     @torch.no_grad()
     def absorb(self, rows, square):
         """Take in one step's rows [n, N, span] of all ranks, or None, and the mean squared residual [D]."""
+        if self.version != self.updates._version:  # a checkpoint was loaded
+            self.count, self.is_full = float(self.updates), False
         self.updates += 1
-        self.variance.lerp_(square.clamp_min(1e-6), max(1.0 / float(self.updates), 0.01))
-        if rows is None or self.updates < 2:
+        self.count, self.version = self.count + 1, self.updates._version
+        self.variance.lerp_(square.clamp_min(1e-6), max(1.0 / self.count, 0.01))
+        if rows is None or self.count < 2:
             return  # the first step only sets the scale; its rows were made without one
-        rate = max(1.0 / (float(self.updates) - 1), 0.01)
+        rate = max(1.0 / (self.count - 1), 0.01)
         self.mean.lerp_(rows.mean(0), rate)
         centred = (rows - self.mean).flatten(0, 1)
         centred = centred[:: max(1, len(centred) // 256)]  # enough rows for the directions at a bounded cost
         self.measure(centred, rate)  # of futures that are not yet absorbed
-        self.follow(centred, rate)
+        self.is_full = self.is_full or float(self.basis.square().sum()) > self.rank - 0.5
+        (self.iterate if self.is_full else self.follow)(centred, rate)
+
+    def iterate(self, centred, rate):
+        """What `follow` does, by two rounds of subspace iteration from the present directions, all k of which stand:
+        nothing but products and triangular solves, for which the CPU does not wait, as it does for eigenvalues."""
+        k = self.rank
+        corner, side, old = self.basis.T @ self.basis, centred @ self.basis, (1 - rate) * self.covariance.double()
+        gram = torch.cat([torch.cat([corner, side.T], 1), torch.cat([side, centred @ centred.T], 1)]).double()
+        # directions are sums of old ones and rows, weights w [k + n, k]; the forgetting covariance takes w to pull @ w
+        pull = torch.cat([old @ gram[:k], rate / len(centred) * gram[k:]])
+        start = w = torch.eye(len(gram), k, dtype=gram.dtype, device=gram.device)
+        least = (1e-6 * torch.linalg.matrix_norm(old)).clamp_min(1e-30)  # directions without variance stay as they are
+        for _ in range(2):
+            w = pull @ w + least * w
+            lower = torch.linalg.cholesky_ex(w.T @ gram @ w)[0]
+            w = torch.linalg.solve_triangular(lower, w.T, upper=False).T
+        turn = w.T @ gram @ start  # nearly orthogonal: ten Newton-Schulz rounds give what an SVD would
+        for _ in range(10):
+            turn = 1.5 * turn - 0.5 * turn @ turn.T @ turn
+        w = w @ turn
+        covariance = w.T @ gram @ (pull @ w)
+        self.basis.copy_(torch.addmm(centred.T @ w[k:].float(), self.basis, w[:k].float()))
+        self.covariance.copy_((covariance + covariance.T) / 2)
+        self.scale.copy_(self.covariance.trace().div(k).clamp_min(1e-12).sqrt())
 
     def follow(self, centred, rate):
         """Incremental PCA with forgetting: refresh basis and covariance from centred rows [n, span]."""
@@ -6977,8 +7006,9 @@ class VJepaAutoV2(World):
 
     def agree_on_space(self):
         """Rank 0's directions for all ranks: young ones hang on rounding."""
-        for value in self.space.buffers() if self.world_size > 1 else ():
-            dist.broadcast(value, 0)
+        for name, value in self.space.named_buffers() if self.world_size > 1 else ():
+            if name != "updates":  # as on every rank; written to, it would be read again, with a wait for the device
+                dist.broadcast(value, 0)
 
     def look(self, batch, carry):
         targets, clips = carry["targets"], batch["context" if "context" in batch else "frames"]
