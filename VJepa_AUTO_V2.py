@@ -5833,13 +5833,13 @@ class FutureSpace(nn.Module):
         # directions are sums of old ones and rows, weights w [k + n, k]; the forgetting covariance takes w to pull @ w
         pull = torch.cat([old @ gram[:k], rate / len(centred) * gram[k:]])
         start = w = torch.eye(len(gram), k, dtype=gram.dtype, device=gram.device)
-        least = (1e-6 * torch.linalg.matrix_norm(old)).clamp_min(1e-30)  # directions without variance stay as they are
+        least = (1e-6 * pull.trace()).clamp_min(1e-30)  # of all variance: directions with less stay as they are
         for _ in range(2):
             w = pull @ w + least * w
             lower = torch.linalg.cholesky_ex(w.T @ gram @ w)[0]
             w = torch.linalg.solve_triangular(lower, w.T, upper=False).T
-        turn = w.T @ gram @ start  # nearly orthogonal: ten Newton-Schulz rounds give what an SVD would
-        for _ in range(10):
+        turn = w.T @ gram @ start  # nearly orthogonal: Newton-Schulz rounds give what an SVD would
+        for _ in range(15):
             turn = 1.5 * turn - 0.5 * turn @ turn.T @ turn
         w = w @ turn
         covariance = w.T @ gram @ (pull @ w)
