@@ -5840,7 +5840,7 @@ class FutureSpace(nn.Module):
             w = torch.linalg.solve_triangular(lower, w.T, upper=False).T
         turn = w.T @ gram @ start  # nearly orthogonal: Newton-Schulz rounds give what an SVD would
         for _ in range(15):
-            turn = 1.5 * turn - 0.5 * turn @ turn.T @ turn
+            turn = torch.addmm(turn, turn @ turn.T, turn, beta=1.5, alpha=-0.5)
         w = w @ turn
         covariance = w.T @ gram @ (pull @ w)
         self.basis.copy_(torch.addmm(centred.T @ w[k:].float(), self.basis, w[:k].float()))
