@@ -2280,6 +2280,11 @@ def read_frames(path, plan, decoder):
     raise BadFile("; ".join(reasons))
 
 
+def usable_cores():
+    """Cores that this process may use: a job or a container may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class HeldSignals:
     """Context around a fork: signals with a handler are held back and raised again at its end. Python drops the
     exception of a handler (Ctrl-C) in a fork hook, and nobody ends a process whose start was cut off."""
@@ -3016,14 +3021,20 @@ def thing_list(scene, future, pose, mover):
     return things
 
 
+def colour_first(colour):
+    """A colour, or one number for its three, as float32 that spreads over images [3, T, H, W]."""
+    return np.float32(colour).reshape(-1, 1, 1, 1)
+
+
 def paint_view(scene, pose, height, width, top):
-    """Sky with drifting clouds; from row `top`, the horizon, grass, roads and markings -> float32 [T, H, W, 3]."""
+    """Sky with drifting clouds; from row `top`, the horizon, grass, roads and markings -> float32 [3, T, H, W]. Colours
+    come first, as NumPy is slow along an axis of three."""
     v = (np.arange(top, dtype=np.float32) + 0.5) / height / HORIZON  # 0 above, 1 at the horizon
     u = ((np.arange(width, dtype=np.float32) + 0.5) / width - 0.5) / FOCAL
     drift = (3 * u[None] + 2 * pose["heading"][:, None] + 0.1 * pose["times"][:, None]).astype(np.float32)  # [T, W]
     bands = sum(np.sin((k + 1) * drift + np.float32(scene["clouds"][k])) for k in range(3))[:, None]
     bands = bands * np.sin(6 * (1 - v))[:, None]
-    sky = scene["sky"].astype(np.float32) + 50 * v[:, None, None] + 12 * bands[..., None]
+    sky = colour_first(scene["sky"]) + 50 * v[:, None] + 12 * bands
     paved, edge_at, line_at, _ = ROADS[scene["lanes"]]
     rows = np.arange(top, height, dtype=np.float32)
     # metres ahead of each row, [rows, 1]
@@ -3045,10 +3056,10 @@ def paint_view(scene, pose, height, width, top):
     dash = np.clip(np.sin((ground_s + scene["phase"]) * np.float32(np.pi / DASH)) * 4 + 0.5, 0, 1) * near
     line = np.clip((0.13 - np.abs(side - line_at)) * sharp + 0.5, 0, 1) * thin * dash
     texture = 8 * np.sin(ground_s * 1.3) * np.sin(ground_x * 0.9) * near
-    ground = texture[..., None] + scene["ground"].astype(np.float32)
+    ground = texture + colour_first(scene["ground"])
     for alpha, colour in ((road, scene["asphalt"]), (edge, 225.0), (line, 235.0)):
-        ground += alpha[..., None] * (np.float32(colour) - ground)
-    return np.concatenate([sky, ground], 1)
+        ground += alpha * (colour_first(colour) - ground)
+    return np.concatenate([sky, ground], 2)
 
 
 def seen_from(pose, s, x):
@@ -3066,8 +3077,8 @@ def cover(near, far, size):
 
 
 def draw_things(image, things, pose):
-    """Paint all parts of all things on every frame, far ones first, soft edges. image [T, H, W, 3] changes in place."""
-    T, height, width, _ = image.shape
+    """Paint all parts of all things on every frame, far ones first, soft edges. image [3, T, H, W] changes in place."""
+    _, T, height, width = image.shape
     parts = np.array([part for _, _, rows, _ in things for part in rows], np.float32)  # [P, 7]
     owner = np.repeat(np.arange(len(things)), [len(rows) for _, _, rows, _ in things])
     depth, across = np.stack([seen_from(pose, s, x) for s, x, _, _ in things], 2)  # [T, things]
@@ -3079,22 +3090,22 @@ def draw_things(image, things, pose):
     (x0, x1, cover_x), (y0, y1, cover_y) = cover(left, right, width), cover(high, low, height)
     visible = shown[:, owner] & (x1 > x0) & (y1 > y0)
     order = np.argsort(-depth[:, owner], axis=1, kind="stable")
-    for frame, picture in enumerate(image):
+    colours = parts[:, 4:, None, None]
+    for frame in range(T):
         for part in order[frame][visible[frame, order[frame]]]:
             ys, xs = slice(y0[frame, part], y1[frame, part]), slice(x0[frame, part], x1[frame, part])
-            alpha = (cover_y[frame, part, ys, None] * cover_x[frame, part, None, xs])[..., None]
-            spot = picture[ys, xs]
-            spot += alpha * (parts[part, 4:] - spot)
+            spot = image[:, frame, ys, xs]
+            spot += cover_y[frame, part, ys, None] * cover_x[frame, part, xs] * (colours[part] - spot)
 
 
 def draw_bonnet(image, scene):
-    """Own bonnet with two indicator lamps at the lower edge of image [T, H, W, 3], which changes in place."""
-    bonnet = image[:, int(BONNET * image.shape[1]) :]
-    bonnet[:] = (38, 40, 46)
-    lamp = max(2, image.shape[2] // 8)
+    """Own bonnet with two indicator lamps at the lower edge of image [3, T, H, W], which changes in place."""
+    bonnet = image[:, :, int(BONNET * image.shape[2]) :]
+    bonnet[:] = colour_first((38, 40, 46))
+    lamp = max(2, image.shape[3] // 8)
     for name, columns in (("left", slice(lamp)), ("right", slice(-lamp, None))):
         lit = scene["kind"] == "lane" and scene["indicator"] == name
-        bonnet[:, :, columns] = (70, 255, 90) if lit else (18, 20, 24)
+        bonnet[..., columns] = colour_first((70, 255, 90) if lit else (18, 20, 24))
 
 
 def scene_labels(scene, future, pose, mover):
@@ -3174,12 +3185,12 @@ def scene(scene_seed, future_seed, cfg, kind="", twin="", drive=None):
     params, (future, rng), pose, mover, labels = scene_truth(scene_seed, future_seed, cfg, kind, twin, drive)
     rows = int(np.ceil(HORIZON * height - 0.5))  # of sky
     parts = (np.random.default_rng([scene_seed, 2]), cfg.now_frames), (rng, cfg.num_frames - cfg.now_frames)
-    noise = [source.standard_normal((count, rows, width, 1), dtype=np.float32) for source, count in parts]
+    noise = [source.standard_normal((count, rows, width), dtype=np.float32) for source, count in parts]
     image = paint_view(params, pose, height, width, rows)
-    image[:, :rows] += 4 * np.concatenate(noise)
+    image[:, :, :rows] += 4 * np.concatenate(noise)
     draw_things(image, thing_list(params, future, pose, mover), pose)
     draw_bonnet(image, params)
-    return np.clip(image, 0, 255).astype(np.uint8), labels
+    return np.ascontiguousarray(np.clip(image, 0, 255).astype(np.uint8).transpose(1, 2, 3, 0)), labels
 
 
 def siblings(scene_seed, num, cfg, kind=""):
@@ -3249,23 +3260,60 @@ def scenes_folder(folder, cfg):
             return Path(candidate), setting, False
 
 
+def scene_stands(folder, name):
+    """Whether a scene has been written whole."""
+    return all(os.path.lexists(folder / part) for part in (f"videos/{name}.mp4", f"annotations/{name}.json"))
+
+
+def help_writing(watch, end, folder, cfg, jobs):
+    """Life of a process that helps `write_scenes`: writes (index, name) from the last one on, until the other end of
+    `watch` is closed."""
+    end.close()
+    for number in STOP_SIGNALS:  # the main process hears them, and closes its end
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError):  # the main process meets it as well
+        for index, name in reversed(jobs):
+            if watch.poll():
+                break
+            if not scene_stands(folder, name):
+                write_scene(folder, name, cfg, scene_seed_at(cfg, index))
+    os._exit(0)
+
+
 def write_scenes(folder, cfg, stopping=None):
-    """Write the `scene_clips` scenes that are absent as mp4 with annotations -> the folder, another one than `folder`
-    where that holds anything else. Nothing is deleted. `stopping()` is asked before every scene: Stopped."""
+    """Write the `scene_clips` scenes that are absent as mp4 with annotations, on all cores where they are many -> the
+    folder, another one than `folder` where that holds anything else. Nothing is deleted. `stopping()` is asked before
+    every scene: Stopped."""
     folder, setting, taken = scenes_folder(folder, cfg)
     if not taken:
         folder.mkdir(parents=True, exist_ok=True)
         write_new(folder / "scenes.json", setting.encode())  # first: from here on the folder is known for what it is
-    done = set()
     for part in ("videos", "annotations"):
         (folder / part).mkdir(exist_ok=True)
-        done |= {f"{part}/{name}" for name in os.listdir(folder / part)}
-    for index, name in enumerate(scene_names(cfg)):
-        if {f"videos/{name}.mp4", f"annotations/{name}.json"} <= done:
-            continue
-        if stopping is not None and stopping():
-            raise Stopped(f"{index} of {cfg.scene_clips} scenes are written; the same command goes on from there")
-        write_scene(folder, name, cfg, scene_seed_at(cfg, index))
+    jobs = [job for job in enumerate(scene_names(cfg)) if not scene_stands(folder, job[1])]
+    helpers, (watch, end) = (
+        min(usable_cores() - 1, cfg.num_workers, len(jobs) // 32),
+        multiprocessing.Pipe(duplex=False),
+    )
+    apart = multiprocessing.get_context("fork").Process
+    shares = [(watch, end, folder, cfg, jobs[number::helpers]) for number in range(helpers)]
+    processes = [apart(target=help_writing, args=share, daemon=True) for share in shares]
+    try:
+        with HeldSignals(), suppress(OSError):  # a limit on processes: with fewer, or alone
+            for process in processes:
+                process.start()
+        for index, name in jobs:
+            if scene_stands(folder, name):  # by a helper
+                continue
+            if stopping is not None and stopping():
+                raise Stopped(f"{index} of {cfg.scene_clips} scenes are written; the same command goes on from there")
+            write_scene(folder, name, cfg, scene_seed_at(cfg, index))
+    finally:
+        end.close()
+        watch.close()
+        for process in processes:
+            if process.pid is not None:
+                process.join()
     return folder
 
 
@@ -4662,11 +4710,6 @@ def read_count(name, default, least, most):
     return int(text)
 
 
-def usable_cores():
-    """Cores that this process may use: a job or a container may have fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def restart_count():
     """How often torchrun has started this run again."""
     return read_count("TORCHELASTIC_RESTART_COUNT", 0, 0, 10**9 - 1)
@@ -5809,6 +5852,8 @@ class FutureSpace(nn.Module):
             self.register_buffer(name, torch.zeros(shape))
         self.variance.fill_(1.0)
         self.scale.fill_(1.0)
+        # what the CPU knows without waiting for the device: `updates` as of a version of it, whether k directions stand
+        self.count, self.version, self.is_full = 0.0, None, False
 
     def pool(self, residual):
         """Residual [B, F, D], in units of its channels' deviation, as rows of the space -> [B, N, span]."""
@@ -5855,16 +5900,43 @@ class FutureSpace(nn.Module):
     @torch.no_grad()
     def absorb(self, rows, square):
         """Take in one step's rows [n, N, span] of all ranks, or None, and the mean squared residual [D]."""
+        if self.version != self.updates._version:  # a checkpoint was loaded
+            self.count, self.is_full = float(self.updates), False
         self.updates += 1
-        self.variance.lerp_(square.clamp_min(1e-6), max(1.0 / float(self.updates), 0.01))
-        if rows is None or self.updates < 2:
+        self.count, self.version = self.count + 1, self.updates._version
+        self.variance.lerp_(square.clamp_min(1e-6), max(1.0 / self.count, 0.01))
+        if rows is None or self.count < 2:
             return  # the first step only sets the scale; its rows were made without one
-        rate = max(1.0 / (float(self.updates) - 1), 0.01)
+        rate = max(1.0 / (self.count - 1), 0.01)
         self.mean.lerp_(rows.mean(0), rate)
         centred = (rows - self.mean).flatten(0, 1)
         centred = centred[:: max(1, len(centred) // 256)]  # enough rows for the directions at a bounded cost
         self.measure(centred, rate)  # of futures that are not yet absorbed
-        self.follow(centred, rate)
+        self.is_full = self.is_full or float(self.basis.square().sum()) > self.rank - 0.5
+        (self.iterate if self.is_full else self.follow)(centred, rate)
+
+    def iterate(self, centred, rate):
+        """What `follow` does, by two rounds of subspace iteration from the present directions, all k of which stand:
+        nothing but products and triangular solves, for which the CPU does not wait, as it does for eigenvalues."""
+        k = self.rank
+        corner, side, old = self.basis.T @ self.basis, centred @ self.basis, (1 - rate) * self.covariance.double()
+        gram = torch.cat([torch.cat([corner, side.T], 1), torch.cat([side, centred @ centred.T], 1)]).double()
+        # directions are sums of old ones and rows, weights w [k + n, k]; the forgetting covariance takes w to pull @ w
+        pull = torch.cat([old @ gram[:k], rate / len(centred) * gram[k:]])
+        start = w = torch.eye(len(gram), k, dtype=gram.dtype, device=gram.device)
+        least = (1e-6 * pull.trace()).clamp_min(1e-30)  # of all variance: directions with less stay as they are
+        for _ in range(2):
+            w = pull @ w + least * w
+            lower = torch.linalg.cholesky_ex(w.T @ gram @ w)[0]
+            w = torch.linalg.solve_triangular(lower, w.T, upper=False).T
+        turn = w.T @ gram @ start  # nearly orthogonal: Newton-Schulz rounds give what an SVD would
+        for _ in range(15):
+            turn = torch.addmm(turn, turn @ turn.T, turn, beta=1.5, alpha=-0.5)
+        w = w @ turn
+        covariance = w.T @ gram @ (pull @ w)
+        self.basis.copy_(torch.addmm(centred.T @ w[k:].float(), self.basis, w[:k].float()))
+        self.covariance.copy_((covariance + covariance.T) / 2)
+        self.scale.copy_(self.covariance.trace().div(k).clamp_min(1e-12).sqrt())
 
     def follow(self, centred, rate):
         """Incremental PCA with forgetting: refresh basis and covariance from centred rows [n, span]."""
@@ -7070,8 +7142,9 @@ class VJepaAutoV2(World):
 
     def agree_on_space(self):
         """Rank 0's directions for all ranks: young ones hang on rounding."""
-        for value in self.space.buffers() if self.world_size > 1 else ():
-            dist.broadcast(value, 0)
+        for name, value in self.space.named_buffers() if self.world_size > 1 else ():
+            if name != "updates":  # as on every rank; written to, it would be read again, with a wait for the device
+                dist.broadcast(value, 0)
 
     def look(self, batch, carry):
         targets, clips = carry["targets"], batch["context" if "context" in batch else "frames"]

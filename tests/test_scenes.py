@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import math
+import multiprocessing
+import os
+import time
 from functools import cache
 
 import numpy as np
@@ -415,6 +418,33 @@ def test_write_scenes_once_per_setting(tmp_path):
     assert V.write_scenes(folder, other) == place and V.write_scenes(folder, cfg) == folder
     again = {name: data for name, (data, _) in contents(place).items() if not name.endswith(".tmp")}
     assert again == {name: data for name, (data, _) in after.items()} and contents(folder) == before
+
+
+def helped(folder, own):
+    """Wait until more scenes stand than this process wrote itself."""
+    deadline = time.monotonic() + 20
+    while len(list((folder / "helped/annotations").glob("*.json"))) <= own:
+        assert time.monotonic() < deadline, "no helper wrote anything"
+        time.sleep(0.01)
+    return True
+
+
+def test_scenes_that_helpers_write_are_the_same(tmp_path, monkeypatch):
+    """Two helpers and the process itself write the bytes of one process; a stop ends them between two scenes, and the
+    next call goes on. Seen red with helpers that drew a scene of another index."""
+    cfg, asked, pids = V.replace(TINY, scene_clips=64, num_workers=2), [], []
+    real = V.write_scene
+    monkeypatch.setattr(V, "write_scene", lambda *args: pids.append(os.getpid()) or real(*args))
+    monkeypatch.setattr(V, "usable_cores", lambda: 1)
+    V.write_scenes(tmp_path / "alone", cfg)
+    assert len(pids) == 64
+    monkeypatch.setattr(V, "usable_cores", lambda: 8)
+    with pytest.raises(V.Stopped):
+        V.write_scenes(tmp_path / "helped", cfg, lambda: asked.append(1) or len(asked) > 5 and helped(tmp_path, 5))
+    assert not multiprocessing.active_children() and not list((tmp_path / "helped").rglob(".*"))
+    V.write_scenes(tmp_path / "helped", cfg)
+    one, several = (contents(tmp_path / name) for name in ("alone", "helped"))
+    assert {name: data for name, (data, _) in one.items()} == {name: data for name, (data, _) in several.items()}
 
 
 def test_scene_file_name_matches_annotation(scene_folder):
