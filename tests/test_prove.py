@@ -14,6 +14,7 @@ FIGURES = {  # name -> threshold
     "fork_share": "0.45..0.55",
     "gap_rank_chi2": None,
     "lane_odds_error": None,
+    "gap_coverage80": "0.74..0.86",
 }
 
 
@@ -48,10 +49,10 @@ def write_seed(root, seed, values, sizes=8, rate=20.0, tflop=0.04, **config):
     (folder / "times.json").write_text(json.dumps({"train_s": 60.0, "evaluate_s": 30.0, "cores": 1}))
 
 
-def write_pair(tmp_path, num=3, shift=(0.0,) * 5, **more):
+def write_pair(tmp_path, num=3, shift=(0.0,) * 6, **more):
     """Records a and b of `num` seeds, b's figures further by `shift` and a little that differs from seed to seed."""
     for k in range(num):
-        values = 0.8 + 0.01 * k, 0.1, 0.6, 0.5, 0.02
+        values = 0.8 + 0.01 * k, 0.1, 0.6, 0.5, 0.02, 0.6
         write_seed(tmp_path / "a", k, values)
         write_seed(tmp_path / "b", k, [v + s + 0.001 * (k - 1) for v, s in zip(values, shift)], **more)
     return ["--out", str(tmp_path / "b"), "--against", str(tmp_path / "a")]
@@ -65,8 +66,8 @@ def compared(tmp_path, command, capsys):
 
 
 def test_each_figure_is_judged_by_its_own_better_side(tmp_path, capsys):
-    """More, less, nearer, unknown. Seen red with the sign of '<=' turned and with the range read as '>='."""
-    report, said = compared(tmp_path, write_pair(tmp_path, shift=(0.05, 0.05, -0.05, 0.05, -0.01)), capsys)
+    """More, less, nearer, unknown. Seen red with the sign of '<=' turned and with a range read as one side."""
+    report, said = compared(tmp_path, write_pair(tmp_path, shift=(0.05, 0.05, -0.05, 0.05, -0.01, 0.05)), capsys)
     verdicts = {name: row["verdict"] for name, row in report["figures"].items()}
     assert verdicts == {
         "near_real": "better",
@@ -74,6 +75,7 @@ def test_each_figure_is_judged_by_its_own_better_side(tmp_path, capsys):
         "fork_share": "better",
         "gap_rank_chi2": "",
         "lane_odds_error": "better",
+        "gap_coverage80": "better",
         "val_soon_skill": "within noise",
         "val_loss_soon": "",
         "val_soon_skill_at_100": "within noise",
@@ -83,8 +85,8 @@ def test_each_figure_is_judged_by_its_own_better_side(tmp_path, capsys):
     assert row["difference"] == pytest.approx(0.05) and row["interval"] == pytest.approx([0.05 - half, 0.05 + half])
     assert (row["n"], row["a"], row["b"]) == (3, pytest.approx(0.81), pytest.approx(0.86))
     assert report["figures"]["fork_share"]["difference"] == pytest.approx(-0.05)  # of the distance from 0.5
-    assert "6 figures with a better side: 2 within noise, 3 better, 1 worse" in said
-    assert "about 0.3 of them fall outside by chance" in said
+    assert "7 figures with a better side: 2 within noise, 4 better, 1 worse" in said
+    assert "about 0.4 of them fall outside by chance" in said
     assert said.count("| near_real |") == 1 and V.MARK in (tmp_path / "b" / "comparison.md").read_text()
 
 
@@ -98,7 +100,7 @@ def test_pairs_are_within_a_seed(tmp_path, capsys):
 
 
 def test_noise_is_not_judged(tmp_path, capsys):
-    report, said = compared(tmp_path, write_pair(tmp_path, shift=(1e-4, 1e-4, 1e-4, 1e-4, 1e-4)), capsys)
+    report, said = compared(tmp_path, write_pair(tmp_path, shift=(1e-4,) * 6), capsys)
     assert {row["verdict"] for row in report["figures"].values()} == {"within noise", ""}
     low, high = report["together"][1]
     assert low < 0 < high and "All together: b lies" in said
@@ -126,7 +128,7 @@ def test_costs_and_settings_stand_beside(tmp_path, capsys):
 
 
 def test_one_seed_has_no_interval(tmp_path, capsys):
-    report, said = compared(tmp_path, write_pair(tmp_path, num=1, shift=(0.5,) * 5), capsys)
+    report, said = compared(tmp_path, write_pair(tmp_path, num=1, shift=(0.5,) * 6), capsys)
     assert report["figures"]["near_real"]["interval"] is None and not report["figures"]["near_real"]["verdict"]
     assert "single seed" in said
 
