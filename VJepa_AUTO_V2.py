@@ -354,6 +354,7 @@ class VJepaAutoV2Config(ClipConfig):
     pred_mlp_ratio: float = 0.0  # the same for the predictor; 0 = mlp_ratio
     dropout: float = 0.0  # after attention and MLP
     pos_embed: str = "sincos"  # sincos (added once) | rope (rotary, V-JEPA 2 form) | rope21 (V-JEPA 2.1 form)
+    pred_attention: str = "full"  # what predicted tokens read: full (all) | context | cross (context as it came in)
     soon_start: str = "last"  # SOON starts from the last NOW tubelet: last | from the mask token alone: mask (V-JEPA 2)
     grad_checkpoint: bool = False  # recompute block activations in backward: less memory, about 26 % more compute
     # -- weights to start from
@@ -363,6 +364,7 @@ class VJepaAutoV2Config(ClipConfig):
     # -- objective
     freeze_encoder: bool = False  # the encoder of init_from learns nothing: NOW's and the target encoder in one
     teacher: str = "ema"  # ema (the target follows the encoder) | frozen (it is that of init_from, of any width)
+    target_window: int = 0  # EVENTUALLY tubelets that see each other in the target encoder, no others; 0 = all see all
     ema_momentum: float = 0.996  # target encoder momentum
     ema_momentum_end: float = 0.0  # momentum at the last step, linear in between; 0 = constant
     short_num_blocks: int = 8  # blocks of a short-range mask
@@ -374,6 +376,9 @@ class VJepaAutoV2Config(ClipConfig):
     short_visible: float = 0.0  # visible share of sites under a short mask; 0 = mean of the block sampler
     long_visible: float = 0.0  # visible share of sites under a long mask; 0 = mean of the block sampler
     mask_draws: int = 1  # mask draws per family and clip for one target pass
+    mask_families: str = "both"  # short and long masks of every clip: both | half of a batch has each: one
+    pred_share: float = 1.0  # share of a mask's tokens that is predicted, drawn anew for every clip
+    eventually_stride: int = 1  # of so many EVENTUALLY tubelets on end a training clip holds one, drawn anew
     lambda_vjepa: float = 1.0  # weight of NOW
     lambda_soon: float = 1.0  # weight of SOON
     lambda_eventually: float = 0.25  # weight of EVENTUALLY
@@ -458,7 +463,8 @@ class VJepaAutoV2Config(ClipConfig):
         "dropout": (0, 0.9), "ema_momentum": (0, 1),
         "ema_momentum_end": (0, 1), "short_num_blocks": (1, 1000), "short_scale": (0.001, 1),
         "long_num_blocks": (1, 1000), "long_scale": (0.001, 1), "aspect_min": (0.05, 20), "aspect_max": (0.05, 20),
-        "short_visible": (0, 0.99), "long_visible": (0, 0.99), "mask_draws": (1, 64), "lambda_vjepa": (0, 10**6),
+        "short_visible": (0, 0.99), "long_visible": (0, 0.99), "mask_draws": (1, 64), "pred_share": (0.001, 1),
+        "target_window": (0, 100000), "eventually_stride": (1, 100000), "lambda_vjepa": (0, 10**6),
         "lambda_soon": (0, 10**6), "lambda_eventually": (0, 10**6), "lambda_flow": (0, 10**6),
         "lambda_supcon": (0, 10**6), "supcon_temperature": (1e-4, None), "outcome_queries": (1, 65536),
         "outcome_temperature": (1e-4, None), "outcome_queue": (0, 10**7), "flow_dim": (2, 65536),
@@ -470,13 +476,17 @@ class VJepaAutoV2Config(ClipConfig):
     }
     CHOICES = {
         "pos_embed": ("sincos", "rope", "rope21"), "soon_start": ("last", "mask"), "outcome_target": ("mean", "delta"),
-        "flow_rest": ("mean", "gaussian"), "teacher": ("ema", "frozen"),
+        "flow_rest": ("mean", "gaussian"), "teacher": ("ema", "frozen"), "pred_attention": ("full", "context", "cross"),
+        "mask_families": ("both", "one"),
     }
+    BEFORE = dict(  # what a run had before these were fields
+        pred_attention="full", target_window=0, mask_families="both", pred_share=1.0, eventually_stride=1,
+    )
     MUST_MATCH = (
         "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim", "pred_depth", "num_heads",
         "mlp_ratio", "pred_heads", "pred_mlp_ratio", "pos_embed", "soon_start", "outcome_queries", "outcome_queue",
         "outcome_target", "flow_dim", "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max",
-        "flow_pool", "freeze_encoder", "teacher", "actions",
+        "flow_pool", "freeze_encoder", "teacher", "actions", "pred_attention", "target_window",
     )
 
     @property
@@ -516,6 +526,21 @@ class VJepaAutoV2Config(ClipConfig):
         """Tubelets (of NOW, of SOON, of SOON and EVENTUALLY)."""
         soon = self.soon_frames // self.tubelet_t
         return self.now_frames // self.tubelet_t, soon, soon + self.eventually_tubelets
+
+    @property
+    def window_starts(self) -> tuple:
+        """First tubelets of the target's windows but the first, which is NOW and SOON; () where all see all."""
+        (now, soon, _), later = self.future_tubelets, self.eventually_tubelets
+        count = math.ceil(later / self.target_window) if self.target_window else 0
+        return tuple(now + soon + later * number // count for number in range(count))
+
+    @property
+    def stretches(self) -> list:
+        """Ranges of EVENTUALLY tubelets of which a training clip holds one each; none reaches over a window."""
+        now, soon, _ = self.future_tubelets
+        starts, step = self.window_starts or (now + soon,), self.eventually_stride
+        ends = *starts[1:], self.grid[0]
+        return [range(at, min(at + step, end)) for start, end in zip(starts, ends) for at in range(start, end, step)]
 
     @property
     def flow_joint(self) -> bool:
@@ -871,8 +896,9 @@ def config_error(path, why):
     return UsageError(f"config {one_line(path)}: {why}")
 
 
-def parse_config(path):
-    """One JSON or YAML file -> its mapping, keys unchecked. UsageError says in one line why it cannot be read."""
+def parse_config(path, Config):
+    """One JSON or YAML file -> its mapping, keys unchecked; fields that a run's own config.json lacks are as they were
+    before they were fields. UsageError says in one line why it cannot be read."""
     is_yaml = path.suffix in (".yaml", ".yml")
     if is_yaml and importlib.util.find_spec("yaml") is None:
         raise config_error(path, "YAML needs pyyaml (pip install pyyaml), or write the file as JSON")
@@ -885,6 +911,7 @@ def parse_config(path):
         raise config_error(path, f"not valid {'YAML' if is_yaml else 'JSON'} ({one_line(error)})") from error
     if isinstance(data, dict) and "versions" in data:  # a run's own config.json
         data = data.get("config", data)
+        data = {**merged(Config, "BEFORE"), **data} if isinstance(data, dict) else data
     if not isinstance(data, dict):
         raise config_error(path, f"must hold a mapping of fields, not {type(data).__name__}")
     return data
@@ -909,7 +936,7 @@ def read_config_file(path, Config, seen=None):
     if path in seen:
         return seen[path]
     seen[path] = None
-    data, types, values = parse_config(path), field_types(Config), {}
+    data, types, values = parse_config(path, Config), field_types(Config), {}
     parents = data.pop("inherits", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
@@ -3298,6 +3325,16 @@ def sample_mask(rng, cfg, family):
     return tuple((tubelets + np.flatnonzero(sites)).reshape(-1).astype(np.int64) for sites in (~hidden, hidden))
 
 
+def share_of(count, share):
+    """So many of `count` things, at least one."""
+    return max(1, round(count * share))
+
+
+def random_share(rng, idx, share):
+    """A random share of positions [M], at least one, in their order -> [m]."""
+    return np.sort(rng.choice(idx, share_of(len(idx), share), replace=False))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 8  Samples: (seed, sample number) -> frames, masks, noise
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3339,8 +3376,9 @@ def shifted_tau(normal, shift):
 
 
 def mask_and_noise(cfg, stream, index):
-    """What VJepaAutoV2 draws for a sample: masks [R, K], [R, M] per family, flow noise [R, N, k] and tau [R]; with
-    actions, whether they are hidden."""
+    """What VJepaAutoV2 draws for a sample: masks [R, K], [R, M] per family, of whose M hidden tokens those that are
+    predicted, the tubelets [t] that a training clip holds unless all, flow noise [R, N, k] and tau [R]; with actions,
+    whether they are hidden."""
     rng, drawn = sample_rng(cfg.seed, stream, index, 3), {}
     for family in MASK_FAMILIES:
         keep, mask = zip(*(sample_mask(rng, cfg, family) for _ in range(cfg.mask_draws)))
@@ -3349,6 +3387,17 @@ def mask_and_noise(cfg, stream, index):
     drawn["noise"] = rng.standard_normal((cfg.flow_draws, cfg.flow_tokens, cfg.flow_rank), dtype=np.float32)
     if cfg.action_names:
         drawn["actions_hidden"] = np.array(stream == "train" and rng.random() < cfg.action_drop)
+    if cfg.eventually_stride > 1 and stream == "train":
+        seen = range(sum(cfg.future_tubelets[:2]))
+        drawn["tubelets"] = np.array([*seen, *(rng.choice(part) for part in cfg.stretches)])
+        for name in (f"{kind}_{family}" for kind in ("keep", "mask") for family in MASK_FAMILIES):
+            rows = drawn[name]
+            drawn[name] = rows[np.isin(rows // cfg.sites, drawn["tubelets"])].reshape(len(rows), -1)
+    if cfg.pred_share < 1:
+        for family in MASK_FAMILIES:
+            drawn[f"mask_{family}"] = np.stack(
+                [random_share(rng, row, cfg.pred_share) for row in drawn[f"mask_{family}"]]
+            )
     return {name: torch.from_numpy(value) for name, value in drawn.items()}
 
 
@@ -3703,7 +3752,7 @@ def list_latents(world, cfg):
             cache = parse_json(read_text(about, 2**24))
             forms = cache["tensors"].items()
             zeros = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms}
-            here, then = latent_settings(world, cfg), cache["settings"]
+            here, then = latent_settings(world, cfg), {**merged(world.Config, "BEFORE"), **cache["settings"]}
             other = [f"{name} = {then.get(name)} (here {here[name]})" for name in here if then.get(name) != here[name]]
     except (*DECODE_ERRORS, TypeError, csv.Error) as error:
         told = f"{what}: no {index.name} or cache.json that can be read ({reason_of(error)})"
@@ -5304,17 +5353,23 @@ def split_heads(x, num, num_heads):
 
 
 class Attention(nn.Module):
-    """Self-attention over tokens [B, N, dim] -> [B, N, dim], with rotary (cos, sin) of their positions or without."""
+    """Self-attention over tokens [B, N, dim], or attention of them to others alone, a context [B, K, dim] ->
+    [B, N, dim]; with rotary (cos, sin) of the positions of both or without."""
 
     def __init__(self, dim, num_heads, dropout):
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def forward(self, x, rope=None):
-        q, k, v = split_heads(self.qkv(x), 3, self.num_heads)  # each [B, nh, N, hd]
+    def forward(self, x, rope=None, context=None, context_rope=None):
+        if context is None:
+            (q, k, v), context_rope = split_heads(self.qkv(x), 3, self.num_heads), rope  # each [B, nh, N, hd]
+        else:
+            (q_weight, kv_weight), (q_bias, kv_bias) = (p.tensor_split((x.shape[2],)) for p in self.qkv.parameters())
+            (q,) = split_heads(F.linear(x, q_weight, q_bias), 1, self.num_heads)
+            k, v = split_heads(F.linear(context, kv_weight, kv_bias), 2, self.num_heads)  # each [B, nh, K, hd]
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = rotate(q, *rope), rotate(k, *context_rope)
         x = attend(q, k, v).transpose(1, 2).flatten(2)  # [B, N, dim]
         return F.dropout(self.proj(x), self.dropout, self.training)
 
@@ -5348,15 +5403,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: [B, N, dim] -> [B, N, dim]."""
+    """Pre-norm transformer block: [B, N, dim] -> [B, N, dim]; with a context [B, K, dim] tokens read that alone."""
 
     def __init__(self, dim, num_heads, mlp_ratio, dropout):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads, dropout)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim, int(dim * mlp_ratio), dropout)
 
-    def forward(self, x, rope=None):
-        x = x + self.attn(self.norm1(x), rope)
+    def forward(self, x, rope=None, context=None, context_rope=None):
+        context = context if context is None else self.norm1(context)
+        x = x + self.attn(self.norm1(x), rope, context, context_rope)
         return x + self.mlp(self.norm2(x))
 
 
@@ -5373,12 +5429,17 @@ class Trunk(nn.Module):
             for last in (block.attn.proj, block.mlp.fc2):  # the residual stream keeps its scale with depth
                 last.weight.data.div_(math.sqrt(2.0 * number))
 
-    def forward(self, x, rope=None):
+    def forward(self, x, rope=None, context=None, context_rope=None, num_read=0):
+        """With a context [B, K, dim] all tokens read that alone, in every block as it is; with num_read all read the
+        first so many tokens alone."""
+        if num_read and rope is not None:
+            context_rope = tuple(part[:, :, :num_read] for part in rope)
         for block in self.blocks:
+            args = x, rope, x[:, :num_read] if num_read else context, context_rope
             if self.grad_checkpoint and self.training and torch.is_grad_enabled():
-                x = checkpoint_activations(block, x, rope, use_reentrant=False)
+                x = checkpoint_activations(block, *args, use_reentrant=False)
             else:
-                x = block(x, rope)
+                x = block(*args)
         return self.norm(x)
 
 
@@ -5459,12 +5520,19 @@ class Tokenizer(nn.Module):
         self.proj = nn.Conv3d(cfg.channels, cfg.enc_dim, kernel_size=kernel, stride=kernel)
         init_weights(self)
 
-    def forward(self, clip):
+    def cut(self, clip):
+        """clip [B, T, C, H, W] -> its tubelets' pixels [B, L, C * dt * p * p]."""
         B, T, C, H, W = clip.shape
         dt, p = self.proj.weight.shape[2:4]
-        tubelets = clip.reshape(B, T // dt, dt, C, H // p, p, W // p, p).permute(0, 1, 4, 6, 3, 2, 5, 7)
-        tubelets = tubelets.reshape(B, -1, C * dt * p * p)  # [B, L, C * dt * p * p]
-        return F.linear(tubelets, self.proj.weight.flatten(1), self.proj.bias)  # [B, L, D]
+        pieces = clip.reshape(B, T // dt, dt, C, H // p, p, W // p, p).permute(0, 1, 4, 6, 3, 2, 5, 7)
+        return pieces.reshape(B, -1, C * dt * p * p)
+
+    def embed(self, pieces):
+        """Pixels of tubelets [B, N, C * dt * p * p] -> tokens [B, N, D]."""
+        return F.linear(pieces, self.proj.weight.flatten(1), self.proj.bias)
+
+    def forward(self, clip):
+        return self.embed(self.cut(clip))
 
 
 class Encoder(nn.Module):
@@ -5477,21 +5545,30 @@ class Encoder(nn.Module):
         self.position = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads)
         self.trunk = Trunk(cfg, cfg.enc_dim, cfg.enc_depth)
 
-    def encode(self, tokens, keep_idx, grid=None):
-        """tokens [B, L, D] of the tokenizer, keep_idx [B, K] -> context [B, K, D]; other tokens are never seen. `grid`:
-        (t, h, w) of the tokens, by default the config's."""
-        position = self.position if grid is None else self.position.at(grid)
-        x = position.add(gather_tokens(tokens, keep_idx), keep_idx)  # [B, K, D]
-        return self.trunk(x, position.rope(keep_idx))
+    def encode(self, pieces, keep_idx, starts=()):
+        """What the tokenizer cut, [B, L, C * dt * p * p], and keep_idx [B, K] -> context [B, K, D]; other pieces are
+        never seen. `starts` as in `follow`."""
+        return self.follow(self.tokenizer.embed(gather_tokens(pieces, keep_idx)), keep_idx, self.position, starts)
 
-    def forward(self, clip):
-        """Whole clip [B, T, C, H, W] of any length and size in whole tubelets and patches -> [B, L, D]."""
+    def follow(self, tokens, idx, position, starts=()):
+        """Tokens [B, K, D] at positions idx [B, K] of a code -> [B, K, D]. `starts`: places in K where windows begin,
+        beside the first, whose tokens see no others."""
+        x = position.add(tokens, idx)
+        if not starts:
+            return self.trunk(x, position.rope(idx))
+        parts = zip(x.tensor_split(starts, 1), idx.tensor_split(starts, 1))
+        return torch.cat([self.trunk(part, position.rope(places)) for part, places in parts], 1)
+
+    def forward(self, clip, starts=()):
+        """Whole clip [B, T, C, H, W] of any length and size in whole tubelets and patches -> [B, L, D]; `starts` are
+        the tubelets at which windows begin, see `follow`."""
         sizes, units = (clip.shape[1], *clip.shape[3:]), self.tokenizer.proj.weight.shape[2:]
         if any(size % unit for size, unit in zip(sizes, units)):
             raise UsageError(f"a clip of {' x '.join(map(str, sizes))} is cut in pieces of {list(units)}")
-        tokens = self.tokenizer(clip)  # [B, L, D]
+        tokens, grid = self.tokenizer(clip), tuple(size // unit for size, unit in zip(sizes, units))  # [B, L, D]
         everything = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        return self.encode(tokens, everything, tuple(size // unit for size, unit in zip(sizes, units)))
+        starts = tuple(start * grid[1] * grid[2] for start in starts if start < grid[0])
+        return self.follow(tokens, everything, self.position.at(grid), starts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5506,11 +5583,15 @@ class Predictor(nn.Module):
     what changes and need not first learn to copy; not so where `soon_start` is mask, as in published predictors.
     Actions of SOON are tokens, each in the middle of its tubelet, and added to the positions of that: by attention
     alone a short run learned nothing of them.
+
+    `pred_attention`: full, all tokens read all; context, all read the context, so that a prediction does not hang on
+    what else is predicted; cross, the same, but the context stays as it came in. The weights are the same in all.
     """
 
     def __init__(self, cfg):
         super().__init__()
         self.sites, self.from_last, num_heads = cfg.sites, cfg.soon_start == "last", cfg.pred_heads or cfg.num_heads
+        self.attention = cfg.pred_attention
         self.embed = nn.Linear(cfg.enc_dim, cfg.pred_dim)
         self.position = PositionCode(cfg.pos_embed, cfg.grid, cfg.pred_dim, num_heads)
         self.mask_tokens = nn.Parameter(torch.zeros(SOON + 1, cfg.pred_dim))
@@ -5525,19 +5606,29 @@ class Predictor(nn.Module):
     def forward(self, context, keep_idx, mask_idx, family, actions=None, passive=None):
         """context [B, K, D] at keep_idx [B, K], positions mask_idx [B, M], family 0, 1 or SOON, for SOON its actions
         [B, t, A] as ActionTokens takes them -> preds [B, M, D]."""
-        idx = torch.cat([keep_idx, mask_idx], 1)  # [B, K + M]
         holes = self.mask_tokens[family].expand(*mask_idx.shape, -1)  # [B, M, P]
         seen = self.embed(context)  # [B, K, P]
         if family == SOON and self.from_last:
             holes = holes + seen[:, -self.sites :].repeat(1, mask_idx.shape[1] // self.sites, 1)
-        parts, until = [seen, holes], idx.shape[1]
+        parts, places = [seen], [keep_idx]
         if actions is not None:
             tokens = self.actions(actions, passive)  # [B, t, P]
-            parts = [seen, holes + tokens.repeat_interleave(self.sites, 1), tokens]
-            idx = torch.cat([idx, mask_idx[:, self.sites // 2 :: self.sites]], 1)
-        x = torch.cat([part.to(seen.dtype) for part in parts], 1)
-        x = self.position.add(x, idx)  # [B, K + M, P], with actions t more
-        return self.out(self.trunk(x, self.position.rope(idx))[:, keep_idx.shape[1] : until])
+            holes = holes + tokens.repeat_interleave(self.sites, 1)
+            parts, places = [seen, tokens], [keep_idx, mask_idx[:, self.sites // 2 :: self.sites]]
+        if self.attention == "cross":
+            x, rope = self.placed([holes.to(seen.dtype)], [mask_idx])  # [B, M, P]
+            return self.out(self.trunk(x, rope, *self.placed(parts, places)))
+        at = 1 if self.attention == "full" else len(parts)  # actions come last, or are read with the context
+        x, rope = self.placed([*parts[:at], holes, *parts[at:]], [*places[:at], mask_idx, *places[at:]])
+        before = sum(idx.shape[1] for idx in places[:at])
+        x = self.trunk(x, rope, num_read=0 if self.attention == "full" else before)  # [B, K + M, P], t more
+        return self.out(x[:, before : before + mask_idx.shape[1]])
+
+    def placed(self, parts, places):
+        """Tokens [B, n, P] and their positions [B, n], both in parts -> all tokens with their code, their rope."""
+        idx = torch.cat(places, 1)
+        x = torch.cat([part.to(parts[0].dtype) for part in parts], 1)
+        return self.position.add(x, idx), self.position.rope(idx)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6335,8 +6426,11 @@ def trunk_sizes(tensors, blocks):
 
 
 def config_of(Config, values):
-    """A dict of values, those of a checkpoint say -> Config, without those that it has no field for."""
-    known = {name: value for name, value in values.items() if name in field_types(Config)}
+    """A dict of values, those of a checkpoint say -> Config, without those that it has no field for; fields that are
+    younger than the values are as they were before."""
+    known = {
+        name: value for name, value in {**merged(Config, "BEFORE"), **values}.items() if name in field_types(Config)
+    }
     return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 
@@ -6546,23 +6640,47 @@ def block_flops(num_tokens, dim, mlp_ratio):
     return 2 * num_tokens * dim * dim * (4 + 2 * mlp_ratio) + 4 * num_tokens**2 * dim
 
 
+def held_places(cfg):
+    """Which of the tubelets that a training clip holds stands for each of the clip's -> [t] numbers."""
+    seen = sum(cfg.future_tubelets[:2])
+    return [*range(seen), *(seen + number for number, part in enumerate(cfg.stretches) for _ in part)]
+
+
+def predictor_flops(cfg, num_seen, num_holes):
+    """Forward FLOP of one predictor block on so many tokens of a context and predicted ones."""
+    P, ratio = cfg.pred_dim, cfg.pred_mlp_ratio or cfg.mlp_ratio
+    if cfg.pred_attention == "full":
+        return block_flops(num_seen + num_holes, P, ratio)
+    seen = block_flops(num_seen, P, ratio) if cfg.pred_attention == "context" else 4 * num_seen * P * P
+    return seen + 2 * num_holes * P * P * (2 + 2 * ratio) + 4 * num_holes * num_seen * P
+
+
+def now_passes(cfg):
+    """Forward passes of NOW -> [(passes per clip, tokens seen, tokens predicted)], one of each mask family."""
+    share = cfg.mask_draws / (1 if cfg.mask_families == "both" or cfg.batch_size == 1 else len(MASK_FAMILIES))
+    held = sum(cfg.future_tubelets[:2]) + len(cfg.stretches)  # tubelets
+    kept = [family_visible(cfg, family) * held for family in MASK_FAMILIES if cfg.lambda_vjepa]
+    return [(share, num_kept, share_of(cfg.sites * held - num_kept, cfg.pred_share)) for num_kept in kept]
+
+
 def flops_per_clip(cfg, teacher=None):
     """Multiply-adds times two of one training step on one clip, forward and backward, by module -> {name: FLOP}.
     `teacher`: the config of the target encoder where it has its own."""
     teacher = teacher or cfg
-    D, P, L, ratio = cfg.enc_dim, cfg.pred_dim, cfg.num_tokens, cfg.mlp_ratio
-    kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES if cfg.lambda_vjepa]
-    tokenizer = 2 * L * D * 3 * cfg.tubelet_t * cfg.patch**2
-    masked = [block_flops(num_tokens, D, ratio) for num_tokens in kept for _ in range(cfg.mask_draws)]
-    online = cfg.enc_depth * (sum(masked) + block_flops(cfg.now_tokens, D, ratio)) + tokenizer
+    D, ratio, piece = cfg.enc_dim, cfg.mlp_ratio, 2 * 3 * cfg.tubelet_t * cfg.patch**2
+    passes = [*now_passes(cfg), (1, cfg.now_tokens, 0)]
+    online = sum(times * (cfg.enc_depth * block_flops(n, D, ratio) + n * D * piece) for times, n, _ in passes)
     told = cfg.future_tubelets if cfg.action_names else (0, 0, 0)  # actions, a token each
-    soon = cfg.now_tokens + cfg.soon_tokens + told[1]
-    filled = sum(times * block_flops(n, P, cfg.pred_mlp_ratio or ratio) for times, n in ((len(masked), L), (1, soon)))
+    passes[-1] = 1, cfg.now_tokens + told[1], cfg.soon_tokens
+    filled = sum(times * predictor_flops(cfg, seen, holes) for times, seen, holes in passes)
     W, RN, K = cfg.flow_dim, cfg.flow_draws * cfg.flow_tokens, cfg.now_tokens + told[2] * (not cfg.flow_joint)
     mixing = RN * 2 * W * W * 6 + 4 * K * W * D + 4 * RN * (K + cfg.flow_tokens) * W
     flow = cfg.flow_depth * (RN * 2 * W * W * 8 + mixing * (not cfg.flow_joint)) + 2 * K * D * W * cfg.flow_joint
     again = 4 if cfg.grad_checkpoint else 3
-    target = teacher.enc_depth * block_flops(L, teacher.enc_dim, teacher.mlp_ratio) + tokenizer * teacher.enc_dim / D
+    bounds = [0, *cfg.window_starts, cfg.grid[0]]
+    windows = [cfg.sites * len({held_places(cfg)[t] for t in range(*pair)}) for pair in itertools.pairwise(bounds)]
+    target = sum(block_flops(n, teacher.enc_dim, teacher.mlp_ratio) for n in windows) * teacher.enc_depth
+    target += sum(windows) * piece * teacher.enc_dim
     return {
         "online": (1 if cfg.freeze_encoder else again) * online * (not cfg.latents),
         "target": target * (not cfg.latents),
@@ -6574,11 +6692,10 @@ def flops_per_clip(cfg, teacher=None):
 def memory_estimate_gb(cfg, held):
     """Bytes held and saved activations of a micro-step -> GB; --dry_run counts them. 53 bytes per token, channel and
     block under autocast (70 in fp32) were measured with saved-tensor hooks; checkpointing keeps one input per block."""
-    draws = cfg.mask_draws * bool(cfg.lambda_vjepa)
-    kept = draws * sum(family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES) + cfg.now_tokens
-    kept *= not cfg.freeze_encoder
-    filled = 2 * draws * cfg.num_tokens + cfg.now_tokens + cfg.soon_tokens
-    filled += cfg.future_tubelets[1] * bool(cfg.action_names)
+    kept = (sum(times * n for times, n, _ in now_passes(cfg)) + cfg.now_tokens) * (not cfg.freeze_encoder)
+    told = cfg.future_tubelets[1] * bool(cfg.action_names)
+    passes, read = [*now_passes(cfg), (1, cfg.now_tokens + told, cfg.soon_tokens)], cfg.pred_attention != "cross"
+    filled = sum(times * (seen * (1 if read else 0.2) + holes) for times, seen, holes in passes)
     per_value = 5 if cfg.grad_checkpoint else 53 if cfg.amp else 70
     values = kept * cfg.enc_dim * cfg.enc_depth + filled * cfg.pred_dim * cfg.pred_depth
     return (held + cfg.batch_size * values * per_value) / 1e9
@@ -6632,7 +6749,9 @@ class VJepaAutoV2(World):
         "flow_grad_norm": "gradient norm of the flow net before clipping",
         "flow_explained": "share of the residual's variance inside the flow's directions",
     }
-    latent_fields = (*ClipConfig.MUST_MATCH, "clip_fps", "eventually_frames", "tubelet_t", "patch", "num_heads")
+    latent_fields = (
+        *ClipConfig.MUST_MATCH, "clip_fps", "eventually_frames", "tubelet_t", "patch", "num_heads", "target_window",
+    )  # fmt: skip
     VAL_KEYS = {
         "flow_spread": "deviation among sampled futures over that of real futures from the forecast; "
         "0 = one mode, 1 = as wide; without actions",
@@ -6667,6 +6786,7 @@ class VJepaAutoV2(World):
             image_std=torch.tensor(IMAGE_STD).view(1, 1, 3, 1, 1),
             now_idx=torch.arange(cfg.now_tokens),
             soon_idx=torch.arange(cfg.now_tokens, cfg.now_tokens + cfg.soon_tokens),
+            held=torch.tensor(held_places(cfg)),
         )
         for name, value in fixed.items():
             self.register_buffer(name, value, persistent=False)
@@ -6720,12 +6840,21 @@ class VJepaAutoV2(World):
         return (frames.float() / 255 - self.image_mean) / self.image_std
 
     @torch.no_grad()
-    def make_targets(self, clip):
-        """clip [B, T, C, H, W] -> targets [B, L, D]: target encoder on the whole clip, LayerNorm without affine."""
-        targets = self.target(clip)
+    def make_targets(self, clip, tubelets=None):
+        """clip [B, T, C, H, W] -> targets [B, L, D]: target encoder on the whole clip, LayerNorm without affine. With
+        `tubelets` [B, t] on these alone: one of each stretch of EVENTUALLY, whose targets stand for all of it."""
+        cfg = self.cfg
+        if tubelets is None:
+            targets = self.target(clip, cfg.window_starts)
+        else:
+            sites, begins = torch.arange(cfg.sites, device=tubelets.device), [part.start for part in cfg.stretches]
+            idx = (tubelets[:, :, None] * cfg.sites + sites).flatten(1)
+            starts = tuple((sum(cfg.future_tubelets[:2]) + begins.index(at)) * cfg.sites for at in cfg.window_starts)
+            targets = self.target.encode(self.target.tokenizer.cut(clip), idx, starts)
         if hasattr(self, "target_map"):
             targets = layer_norm(targets) @ self.target_map
-        return layer_norm(targets)
+        targets = layer_norm(targets)
+        return targets if tubelets is None else targets.unflatten(1, (-1, cfg.sites))[:, self.held].flatten(1, 2)
 
     @torch.no_grad()
     def latents(self, batch):
@@ -6753,15 +6882,17 @@ class VJepaAutoV2(World):
 
     def targets_of(self, batch):
         """Targets of a batch of clips [B, L, D], or of their latents [B, L', D]."""
-        return batch["targets"].float() if "targets" in batch else self.make_targets(self.normalise(batch["frames"]))
+        if "targets" in batch:
+            return batch["targets"].float()
+        return self.make_targets(self.normalise(batch["frames"]), batch.get("tubelets"))
 
-    def encode_now(self, tokens):
-        """Tokens [B, >= NOW, D] -> context of the NOW tokens alone [B, K, D]."""
-        return self.online.encode(tokens, self.now_idx.expand(len(tokens), -1))
+    def encode_now(self, pieces):
+        """What the tokenizer cut of a clip, [B, >= NOW, C * dt * p * p] -> context of NOW alone [B, K, D]."""
+        return self.online.encode(pieces, self.now_idx.expand(len(pieces), -1))
 
     def now_context(self, frames):
         """Frames, uint8 or normalised, [B, >= NOW, 3, H, W], of which NOW alone is read -> context [B, K, D]."""
-        return self.encode_now(self.online.tokenizer(self.normalise(frames[:, : self.cfg.now_frames])))
+        return self.encode_now(self.online.tokenizer.cut(self.normalise(frames[:, : self.cfg.now_frames])))
 
     def given(self, num_clips, actions=None, hidden=None):
         """Actions in SI units [B, >= F, A], NaN in passive clips, and who hides theirs [B] -> what nets are told: (the
@@ -6807,15 +6938,17 @@ class VJepaAutoV2(World):
         self.soon_predictor = copy.deepcopy(self.predictor).requires_grad_(False)
         return self.soon_predictor
 
-    def now_loss(self, tokens, targets, batch):
+    def now_loss(self, pieces, targets, batch):
         """Masked prediction over the whole clip: mean over the two mask families and all draws."""
-        losses = []
+        losses, half = [], (len(pieces) + 1) // 2
+        halves = slice(None, half), slice(half, None)
         for family, name in enumerate(MASK_FAMILIES):
+            clips = halves[family] if self.cfg.mask_families == "one" and len(pieces) > 1 else slice(None)
             for draw in range(self.cfg.mask_draws):
-                keep_idx, mask_idx = batch[f"keep_{name}"][:, draw], batch[f"mask_{name}"][:, draw]
-                context = self.online.encode(tokens, keep_idx)  # [B, K, D]
+                keep_idx, mask_idx = batch[f"keep_{name}"][clips, draw], batch[f"mask_{name}"][clips, draw]
+                context = self.online.encode(pieces[clips], keep_idx)  # [B, K, D]
                 preds = self.predictor(context, keep_idx, mask_idx, family)  # [B, M, D]
-                losses.append(l1_loss(preds, gather_tokens(targets, mask_idx)))
+                losses.append(l1_loss(preds, gather_tokens(targets[clips], mask_idx)))
         return torch.stack(losses).mean()
 
     def outcome_key(self, targets):
@@ -6874,10 +7007,10 @@ class VJepaAutoV2(World):
         cfg, targets = self.cfg, self.targets_of(batch)  # [B, L, D]
         losses = dict.fromkeys(("loss_vjepa", "loss_soon", "loss_eventually", "loss_flow"), targets.new_zeros(()))
         gauges, carry = {}, {"targets": targets, "key": self.outcome_key(targets)}
-        tokens = None if "context" in batch else self.online.tokenizer(batch["frames"])  # [B, L, D]
+        pieces = None if "context" in batch else self.online.tokenizer.cut(batch["frames"])  # [B, L, C * dt * p * p]
         if cfg.lambda_vjepa:
-            losses["loss_vjepa"] = self.now_loss(tokens, targets, batch)
-        context = self.context_of(batch) if tokens is None else self.encode_now(tokens)  # [B, K, D]
+            losses["loss_vjepa"] = self.now_loss(pieces, targets, batch)
+        context = self.context_of(batch) if pieces is None else self.encode_now(pieces)  # [B, K, D]
         given = self.given_of(batch)
         soon_preds = self.predict_soon(context, given)  # [B, M, D]
         soon_targets = gather_tokens(targets, self.soon_idx.expand(len(targets), -1))
@@ -7655,7 +7788,8 @@ def newest_checkpoint(out_dir, tell, world=None, init_from=""):
 def check_same_run(state, cfg, path):
     """UsageError naming the fields in which a checkpoint and this config cannot be the same run. Whether a loss has
     weight decides which parameters learn."""
-    earlier = {**asdict(type(cfg)()), **state["cfg"]}  # a field that the checkpoint's version lacked had its default
+    # a field that the checkpoint's version lacked had its default, or what stood for it
+    earlier = {**asdict(type(cfg)()), **merged(type(cfg), "BEFORE"), **state["cfg"]}
     plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), earlier))
     names = [name for cls in reversed(type(cfg).__mro__) for name in vars(cls).get("MUST_MATCH", ())]
     different = [name for name in names if plain[name] != saved.get(name)]
