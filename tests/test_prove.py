@@ -39,6 +39,7 @@ def write_seed(root, seed, values, sizes=8, rate=20.0, tflop=0.04, **config):
     lines = [
         {"step": 1, "clips_per_s": None},
         *({"step": 50 * k, "clips_per_s": rate + k - 2} for k in (1, 2, 3)),
+        *({"step": 150 + k, "phase": "flow", "clips_per_s": 200.0} for k in range(5)),  # no steps
         {"step": 100, "val_soon_skill": 0.1, "val_loss_soon": 0.3},
         {"step": 150, "val_soon_skill": 0.2, "val_loss_soon": 0.2},
     ]
@@ -118,12 +119,15 @@ def test_small_shifts_are_seen_together():
 
 
 def test_costs_and_settings_stand_beside(tmp_path, capsys):
-    """Median rate, FLOP of the log, and a warning where one side learned longer."""
-    report, said = compared(tmp_path, write_pair(tmp_path, rate=40.0, tflop=0.02, steps=400, new_field=2), capsys)
+    """Median rate of the steps, FLOP of the log, a warning where one side learned longer; fields that a record is too
+    old for are as they were."""
+    report, said = compared(
+        tmp_path, write_pair(tmp_path, rate=40.0, tflop=0.02, steps=400, patch=8, pred_attention="cross"), capsys
+    )
     assert report["costs"]["s per step"]["a"] == pytest.approx(0.4)
     assert report["costs"]["s per step"]["ratios"] == pytest.approx([0.5] * 3)
     assert report["costs"]["TFLOP per clip"]["b"] == pytest.approx(0.0025)
-    assert report["unlike_settings"] == {"steps": [800, 400], "new_field": [None, 2]}
+    assert report["unlike_settings"] == {"steps": [800, 400], "patch": [16, 8], "pred_attention": ["full", "cross"]}
     assert said.count("warning:") == 1 and "warning: steps differs (800 and 400): not the same training" in said
 
 

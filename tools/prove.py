@@ -37,6 +37,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,17 +159,17 @@ def read_record(folder):
     """The record of one seed -> {evaluation, config, curves: {figure: value}, costs: {name: value}}."""
     told, evaluation, times = (read_json(folder / f"{name}.json") for name in ("config", "evaluation", "times"))
     lines = read_json(folder / "metrics.jsonl", lines=True)
-    cfg = {**told["config"], "commit": (told.get("commit") or "")[:12]}
+    before = {**asdict(V.VJepaAutoV2Config()), **V.merged(V.VJepaAutoV2Config, "BEFORE")}  # younger fields
+    cfg = {**before, **told["config"], "commit": (told.get("commit") or "")[:12]}
     last = [line for line in lines if "val_soon_skill" in line]
     curves = {name: last[-1].get(name) for name in CURVES} if last else {}
-    before = [line for line in last if line["step"] < last[-1]["step"]][-1:]
-    for line in before:  # SOON's own fit follows the steps: this one tells what the steps alone have taught
+    for line in [line for line in last if line["step"] < last[-1]["step"]][-1:]:  # before SOON's own fit
         curves[f"val_soon_skill_at_{line['step']}"] = line["val_soon_skill"]
-    rates = [line["clips_per_s"] for line in lines if line.get("clips_per_s")]
+    rates = [line["clips_per_s"] for line in lines if line.get("clips_per_s") and "phase" not in line]
     work = re.search(r"^step: (\d+) clips, ([\d.e+-]+) TFLOP", (folder / "train.log").read_text(), re.M)
     costs = {
         "TFLOP per clip": float(work[2]) / int(work[1]) if work else None,
-        "s per step": cfg["batch_size"] * cfg.get("grad_accum", 1) / statistics.median(rates) if rates else None,
+        "s per step": cfg["batch_size"] * cfg["grad_accum"] / statistics.median(rates) if rates else None,
         "training s": times["train_s"],
         "evaluation s": times["evaluate_s"],
     }
