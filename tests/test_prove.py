@@ -107,6 +107,14 @@ def test_noise_is_not_judged(tmp_path, capsys):
     assert low < 0 < high and "All together: b lies" in said
 
 
+def test_equal_differences_are_not_certain():
+    """Counts of few scenes differ by the same in all seeds now and then. Seen red as 'better', from 0.0625 to 0.0625."""
+    row = prove.compare("surprise_x", {1: 0.5, 2: 0.75}, {1: 0.5625, 2: 0.8125}, None)
+    assert row["difference"] == 0.0625 and row["interval"] is None and not row["verdict"]
+    row = prove.compare("surprise_x", {1: 0.5, 2: 0.75}, {1: 0.5, 2: 0.75}, None)
+    assert row["interval"] == [0, 0] and row["verdict"] == "within noise"
+
+
 def test_small_shifts_are_seen_together():
     """Thirty figures, each a deviation worse under noise as large: none alone is sure, all together are."""
     rng, rows = V.np.random.default_rng(0), {}

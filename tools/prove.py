@@ -184,8 +184,8 @@ def check_alike(pairs):
             for key in ("sizes", "seed", "data"):
                 one, other = first.get(key), record["evaluation"].get(key)
                 if isinstance(one, dict) and isinstance(other, dict):  # of long ones only what differs
-                    shared = {part for part in one if part in other and one[part] == other[part]}
-                    one, other = ({k: v for k, v in told.items() if k not in shared} for told in (one, other))
+                    unlike = [part for part in one | other if one.get(part) != other.get(part)]
+                    one, other = ({part: told.get(part) for part in unlike[:2]} for told in (one, other))
                 if one != other:
                     found = f"seed {seed} of {name} has the {key} {other}, the first of a {one}"
                     raise V.UsageError(f"--against: unlike evaluations (--quick in one alone?): {found}")
@@ -230,11 +230,12 @@ def student_t(freedom):
 
 
 def mean_interval(values):
-    """Values of single seeds -> (mean, 95 % interval [low, high], None for a single one)."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
+    """Values of single seeds -> (mean, 95 % interval [low, high]). None in its place for a single one, and for equal
+    ones but 0: figures that are counts of few scenes do agree by chance, and would look certain."""
+    mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    if len(values) < 2 or spread < 1e-12 < abs(mean):
         return mean, None
-    half = student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    half = student_t(len(values) - 1) * spread / math.sqrt(len(values))
     return mean, [mean - half, mean + half]
 
 
@@ -248,10 +249,9 @@ def compare(name, a, b, expect):
     gains = [gain_of(y, aim) - gain_of(x, aim) for x, y in zip(theirs, ours)] if aim is not None else None
     shown = [-gain for gain in gains] if isinstance(aim, str) else [y - x for x, y in zip(theirs, ours)]
     difference, interval = mean_interval(shown)
-    verdict = ""
-    if gains and len(seeds) > 1:
-        gain, (low, high) = mean_interval(gains)
-        verdict = "better" if low > 0 else "worse" if high < 0 else "within noise"
+    verdict, judged = "", mean_interval(gains)[1] if gains else None
+    if judged:
+        verdict = "better" if judged[0] > 0 else "worse" if judged[1] < 0 else "within noise"
     row = dict(aim=aim, expect=expect, n=len(seeds), a=statistics.fmean(theirs), b=statistics.fmean(ours))
     row |= dict(difference=difference, interval=interval, verdict=verdict, values_a=theirs, values_b=ours)
     return {**row, "gains": gains}
@@ -295,8 +295,9 @@ def summary_lines(rows):
         f"{len(verdicts)} figures with a better side: {noise} within noise, {better} better, {worse} worse. At 95 % "
         f"about {0.05 * len(verdicts):.1f} of them fall outside by chance where nothing differs."
     ]
-    if together := all_together(rows):
-        mean, (low, high) = together
+    mean, interval = all_together(rows) or (0.0, None)
+    if interval:
+        low, high = interval
         lines.append(
             f"All together: b lies {mean:+.2f} [{low:+.2f}, {high:+.2f}] deviations between seeds on the better side."
         )
