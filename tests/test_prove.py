@@ -108,7 +108,7 @@ def test_noise_is_not_judged(tmp_path, capsys):
 
 
 def test_equal_differences_are_not_certain():
-    """Counts of few scenes differ by the same in all seeds now and then. Seen red as 'better', from 0.0625 to 0.0625."""
+    """Counts of few scenes differ by the same in all seeds now and then. Seen red as better by 0.0625..0.0625."""
     row = prove.compare("surprise_x", {1: 0.5, 2: 0.75}, {1: 0.5625, 2: 0.8125}, None)
     assert row["difference"] == 0.0625 and row["interval"] is None and not row["verdict"]
     row = prove.compare("surprise_x", {1: 0.5, 2: 0.75}, {1: 0.5, 2: 0.75}, None)
