@@ -372,7 +372,9 @@ def compare_records(out, against, seeds):
 
 def main(argv=None):
     """Command line -> exit code."""
-    parser = argparse.ArgumentParser(description="Train and evaluate the proof run over seeds.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Train and evaluate the proof run over seeds, or compare two records.", allow_abbrev=False
+    )
     parser.add_argument("--out", required=True, type=os.path.expanduser, help="folder of the record")
     runs = "folder of the runs themselves; default runs/<name of --out>"
     parser.add_argument("--run_dir", default="", type=os.path.expanduser, help=runs)
