@@ -519,10 +519,9 @@ SAME_WORK = 0.02  # share by which the products of two sides may differ that do 
 
 def run_plain(args, flags):
     """`plain` -> exit code. UserError where the sides do not do the same work."""
-    threads = args.threads or 1
-    set_up(threads)
     cfg, named, _ = V.resolve_config(flags, V.VJepaAutoV2)
-    cfg, note = plain_step.plain_config(cfg, named)
+    (cfg, note), threads = plain_step.plain_config(cfg, named), args.threads or 1
+    set_up(threads)
     half = process_for(replace(cfg, amp=True)).amp_dtype
     rows = [("plain", "plain", None), ("ours", "fixed", None)] + [("ours in bf16", "fixed", half)] * (half is not None)
     with ExitStack() as stack:

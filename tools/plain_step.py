@@ -71,33 +71,11 @@ def mlp(dim, hidden):
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
 
-class Block(nn.Module):
-    """[B, N, dim] -> [B, N, dim]."""
-
-    def __init__(self, dim, num_heads, ratio):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
-        self.mlp = mlp(dim, int(dim * ratio))
-
-    def forward(self, x):
-        h = self.norm1(x)
-        x = x + self.attn(h, h, h, need_weights=False)[0]
-        return x + self.mlp(self.norm2(x))
-
-
-class Trunk(nn.Module):
-    """Blocks and a norm."""
-
-    def __init__(self, dim, depth, num_heads, ratio):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, num_heads, ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+def trunk(dim, depth, num_heads, ratio):
+    """Blocks and a norm: [B, N, dim] -> [B, N, dim]."""
+    how = dict(dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True)
+    block = nn.TransformerEncoderLayer(dim, num_heads, int(dim * ratio), **how)
+    return nn.TransformerEncoder(block, depth, nn.LayerNorm(dim, eps=1e-6), enable_nested_tensor=False)
 
 
 class Encoder(nn.Module):
@@ -107,7 +85,7 @@ class Encoder(nn.Module):
         super().__init__()
         kernel = (cfg.tubelet_t, cfg.patch, cfg.patch)
         self.proj = nn.Conv3d(cfg.channels, cfg.enc_dim, kernel, stride=kernel)
-        self.trunk = Trunk(cfg.enc_dim, cfg.enc_depth, cfg.num_heads, cfg.mlp_ratio)
+        self.trunk = trunk(cfg.enc_dim, cfg.enc_depth, cfg.num_heads, cfg.mlp_ratio)
         self.register_buffer("code", V.sincos_table(V.grid_positions(cfg.grid), cfg.enc_dim))
 
     def tokens(self, clip):
@@ -126,7 +104,7 @@ class Predictor(nn.Module):
         self.sites, ratio = cfg.sites, cfg.pred_mlp_ratio or cfg.mlp_ratio
         self.embed, self.out = nn.Linear(cfg.enc_dim, cfg.pred_dim), nn.Linear(cfg.pred_dim, cfg.enc_dim)
         self.mask_tokens = nn.Parameter(torch.randn(V.SOON + 1, cfg.pred_dim) * 0.02)
-        self.trunk = Trunk(cfg.pred_dim, cfg.pred_depth, cfg.pred_heads or cfg.num_heads, ratio)
+        self.trunk = trunk(cfg.pred_dim, cfg.pred_depth, cfg.pred_heads or cfg.num_heads, ratio)
         self.register_buffer("code", V.sincos_table(V.grid_positions(cfg.grid), cfg.pred_dim))
 
     def forward(self, context, keep_idx, mask_idx, family):
@@ -154,34 +132,19 @@ class Outcome(nn.Module):
         return self.out((x + self.mlp(self.norm(x))).mean(1))
 
 
-class FlowBlock(nn.Module):
-    """An MLP, scaled, shifted and gated by the condition."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False), mlp(dim, 4 * dim)
-        self.modulate = nn.Linear(dim, 3 * dim)
-
-    def forward(self, x, condition):
-        shift, scale, gate = self.modulate(F.silu(condition)).chunk(3, -1)
-        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
-
-
 class Flow(nn.Module):
-    """Noised coordinates [B, R, k], times [B, R], NOW context -> clean coordinates."""
+    """Noised coordinates [B, R, k], times [B, R], NOW context -> clean coordinates. Each of its blocks is an MLP that
+    the condition scales, shifts and gates."""
 
     def __init__(self, cfg):
         super().__init__()
-        W, whole = cfg.flow_dim, cfg.now_tokens * cfg.enc_dim
-        self.embed, self.out, self.modulate = (
-            nn.Linear(cfg.flow_rank, W),
-            nn.Linear(W, cfg.flow_rank),
-            nn.Linear(W, 2 * W),
-        )
+        W, depth = cfg.flow_dim, cfg.flow_depth
+        self.embed, self.out = nn.Linear(cfg.flow_rank, W), nn.Linear(W, cfg.flow_rank)
         self.tau_mlp = nn.Sequential(nn.Linear(64, W), nn.SiLU(), nn.Linear(W, W))
+        self.whole = nn.Sequential(nn.Linear(cfg.now_tokens * cfg.enc_dim, W), nn.SiLU(), nn.Linear(W, W))
         self.norm_context = nn.LayerNorm(cfg.enc_dim, eps=1e-6)
-        self.whole = nn.Sequential(nn.Linear(whole, W), nn.SiLU(), nn.Linear(W, W))
-        self.blocks = nn.ModuleList(FlowBlock(W) for _ in range(cfg.flow_depth))
+        self.mlps = nn.ModuleList(mlp(W, 4 * W) for _ in range(depth))
+        self.modulate = nn.ModuleList(nn.Linear(W, width * W) for width in (*[3] * depth, 2))
         self.norm = nn.LayerNorm(W, eps=1e-6, elementwise_affine=False)
         self.register_buffer("frequencies", torch.exp(torch.linspace(-1, 1, 32) * torch.tensor(10.0).log()))
 
@@ -190,9 +153,10 @@ class Flow(nn.Module):
         time = torch.logit(tau, eps=1e-4)[..., None] * self.frequencies
         condition = self.tau_mlp(torch.cat([time.sin(), time.cos()], -1)) + summary
         x = self.embed(x_tau) + summary
-        for block in self.blocks:
-            x = block(x, condition)
-        shift, scale = self.modulate(F.silu(condition)).chunk(2, -1)
+        for layer, modulate in zip(self.mlps, self.modulate):
+            shift, scale, gate = modulate(F.silu(condition)).chunk(3, -1)
+            x = x + gate * layer(self.norm(x) * (1 + scale) + shift)
+        shift, scale = self.modulate[-1](F.silu(condition)).chunk(2, -1)
         return self.out(self.norm(x) * (1 + scale) + shift)
 
 
@@ -284,11 +248,6 @@ class PlainStep:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=True)
         self.clipped = decay + others, flow
 
-    @torch.no_grad()
-    def follow(self, slow, fast, momentum):
-        for ours, theirs in zip(slow.parameters(), fast.parameters()):
-            ours.mul_(momentum).add_(theirs, alpha=1 - momentum)
-
     def take(self, batch, step):
         """One step on a batch that lies on the device; `step` counts from 0."""
         cfg, world = self.cfg, self.world
@@ -300,35 +259,10 @@ class PlainStep:
         if torch.isfinite(total):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.follow(world.target, world.online, cfg.ema_momentum)
-        if world.flow is not None:
-            self.follow(world.flow_ema, world.flow, cfg.flow_ema)
+        copies = (world.target, world.online, cfg.ema_momentum), (world.flow_ema, world.flow, cfg.flow_ema)
+        with torch.no_grad():
+            for slow, fast, momentum in copies if world.flow else copies[:1]:
+                for ours, theirs in zip(slow.parameters(), fast.parameters()):
+                    ours.mul_(momentum).add_(theirs, alpha=1 - momentum)
         world.queue.copy_(torch.cat([key, world.queue])[: len(world.queue)])
         world.filled.copy_((world.filled + len(key)).clamp_max(len(world.queue)))
-
-
-# -- weights of ours
-
-RENAMED = (  # parts of names in our world, and in the plain one
-    ("tokenizer.proj", "proj"), ("attn.qkv.", "attn.in_proj_"), ("attn.proj", "attn.out_proj"), (".fc1.", ".0."),
-    (".fc2.", ".2."), ("cross.proj", "attn.out_proj"), ("cross.in_proj", "attn.in_proj"), ("queue_filled", "filled"),
-)  # fmt: skip
-
-
-def take_weights(plain, world):
-    """Copy weights, queue and directions of a world of ours into a plain one. KeyError where ours lacks one."""
-    values = {**world.state_dict(), "basis": world.space.basis}
-    for end in ("weight", "bias"):
-        values[f"outcome.cross.in_proj_{end}"] = torch.cat(
-            [values[f"outcome.cross.{part}.{end}"] for part in ("q", "kv")]
-        )
-    for old, new in RENAMED:
-        values = {name.replace(old, new): value for name, value in values.items()}
-    for name, own in [
-        *plain.named_parameters(),
-        ("queue", plain.queue),
-        ("filled", plain.filled),
-        ("basis", plain.basis),
-    ]:
-        if own.ndim or name == "filled":  # a world without a flow net has no directions
-            own.data.copy_(values[name])
