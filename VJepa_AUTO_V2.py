@@ -364,7 +364,7 @@ class VJepaAutoV2Config(ClipConfig):
     # -- objective
     freeze_encoder: bool = False  # the encoder of init_from learns nothing: NOW's and the target encoder in one
     teacher: str = "ema"  # ema (the target follows the encoder) | frozen (it is that of init_from, of any width)
-    target_windows: int = 0  # EVENTUALLY in so many windows that see only themselves in the target; 0 = all see all
+    target_window: int = 0  # EVENTUALLY tubelets that see each other in the target encoder, no others; 0 = all see all
     ema_momentum: float = 0.996  # target encoder momentum
     ema_momentum_end: float = 0.0  # momentum at the last step, linear in between; 0 = constant
     short_num_blocks: int = 8  # blocks of a short-range mask
@@ -378,6 +378,7 @@ class VJepaAutoV2Config(ClipConfig):
     mask_draws: int = 1  # mask draws per family and clip for one target pass
     mask_families: str = "both"  # short and long masks of every clip: both | half of a batch has each: one
     pred_share: float = 1.0  # share of a mask's tokens that is predicted, drawn anew for every clip
+    eventually_stride: int = 1  # of so many EVENTUALLY tubelets on end a training clip holds one, drawn anew
     lambda_vjepa: float = 1.0  # weight of NOW
     lambda_soon: float = 1.0  # weight of SOON
     lambda_eventually: float = 0.25  # weight of EVENTUALLY
@@ -463,7 +464,7 @@ class VJepaAutoV2Config(ClipConfig):
         "ema_momentum_end": (0, 1), "short_num_blocks": (1, 1000), "short_scale": (0.001, 1),
         "long_num_blocks": (1, 1000), "long_scale": (0.001, 1), "aspect_min": (0.05, 20), "aspect_max": (0.05, 20),
         "short_visible": (0, 0.99), "long_visible": (0, 0.99), "mask_draws": (1, 64), "pred_share": (0.001, 1),
-        "target_windows": (0, 100000), "lambda_vjepa": (0, 10**6),
+        "target_window": (0, 100000), "eventually_stride": (1, 100000), "lambda_vjepa": (0, 10**6),
         "lambda_soon": (0, 10**6), "lambda_eventually": (0, 10**6), "lambda_flow": (0, 10**6),
         "lambda_supcon": (0, 10**6), "supcon_temperature": (1e-4, None), "outcome_queries": (1, 65536),
         "outcome_temperature": (1e-4, None), "outcome_queue": (0, 10**7), "flow_dim": (2, 65536),
@@ -478,11 +479,14 @@ class VJepaAutoV2Config(ClipConfig):
         "flow_rest": ("mean", "gaussian"), "teacher": ("ema", "frozen"), "pred_attention": ("full", "context", "cross"),
         "mask_families": ("both", "one"),
     }
+    BEFORE = dict(  # what a run had before these were fields
+        pred_attention="full", target_window=0, mask_families="both", pred_share=1.0, eventually_stride=1,
+    )
     MUST_MATCH = (
         "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim", "pred_depth", "num_heads",
         "mlp_ratio", "pred_heads", "pred_mlp_ratio", "pos_embed", "soon_start", "outcome_queries", "outcome_queue",
         "outcome_target", "flow_dim", "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max",
-        "flow_pool", "freeze_encoder", "teacher", "actions", "pred_attention", "target_windows",
+        "flow_pool", "freeze_encoder", "teacher", "actions", "pred_attention", "target_window",
     )
 
     @property
@@ -527,8 +531,16 @@ class VJepaAutoV2Config(ClipConfig):
     def window_starts(self) -> tuple:
         """First tubelets of the target's windows but the first, which is NOW and SOON; () where all see all."""
         (now, soon, _), later = self.future_tubelets, self.eventually_tubelets
-        count = min(self.target_windows, later)
+        count = math.ceil(later / self.target_window) if self.target_window else 0
         return tuple(now + soon + later * number // count for number in range(count))
+
+    @property
+    def stretches(self) -> list:
+        """Ranges of EVENTUALLY tubelets of which a training clip holds one each; none reaches over a window."""
+        now, soon, _ = self.future_tubelets
+        starts, step = self.window_starts or (now + soon,), self.eventually_stride
+        ends = *starts[1:], self.grid[0]
+        return [range(at, min(at + step, end)) for start, end in zip(starts, ends) for at in range(start, end, step)]
 
     @property
     def flow_joint(self) -> bool:
@@ -884,8 +896,9 @@ def config_error(path, why):
     return UsageError(f"config {one_line(path)}: {why}")
 
 
-def parse_config(path):
-    """One JSON or YAML file -> its mapping, keys unchecked. UsageError says in one line why it cannot be read."""
+def parse_config(path, Config):
+    """One JSON or YAML file -> its mapping, keys unchecked; fields that a run's own config.json lacks are as they were
+    before they were fields. UsageError says in one line why it cannot be read."""
     is_yaml = path.suffix in (".yaml", ".yml")
     if is_yaml and importlib.util.find_spec("yaml") is None:
         raise config_error(path, "YAML needs pyyaml (pip install pyyaml), or write the file as JSON")
@@ -898,6 +911,7 @@ def parse_config(path):
         raise config_error(path, f"not valid {'YAML' if is_yaml else 'JSON'} ({one_line(error)})") from error
     if isinstance(data, dict) and "versions" in data:  # a run's own config.json
         data = data.get("config", data)
+        data = {**merged(Config, "BEFORE"), **data} if isinstance(data, dict) else data
     if not isinstance(data, dict):
         raise config_error(path, f"must hold a mapping of fields, not {type(data).__name__}")
     return data
@@ -922,7 +936,7 @@ def read_config_file(path, Config, seen=None):
     if path in seen:
         return seen[path]
     seen[path] = None
-    data, types, values = parse_config(path), field_types(Config), {}
+    data, types, values = parse_config(path, Config), field_types(Config), {}
     parents = data.pop("inherits", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
@@ -3362,9 +3376,9 @@ def shifted_tau(normal, shift):
 
 
 def mask_and_noise(cfg, stream, index):
-    """What VJepaAutoV2 draws for a sample: masks [R, K], [R, M] per family, of whose
-    M hidden tokens those that are predicted, flow noise [R, N, k] and tau [R]; with
-    actions, whether they are hidden."""
+    """What VJepaAutoV2 draws for a sample: masks [R, K], [R, M] per family, of whose M hidden tokens those that are
+    predicted, the tubelets [t] that a training clip holds unless all, flow noise [R, N, k] and tau [R]; with actions,
+    whether they are hidden."""
     rng, drawn = sample_rng(cfg.seed, stream, index, 3), {}
     for family in MASK_FAMILIES:
         keep, mask = zip(*(sample_mask(rng, cfg, family) for _ in range(cfg.mask_draws)))
@@ -3373,6 +3387,12 @@ def mask_and_noise(cfg, stream, index):
     drawn["noise"] = rng.standard_normal((cfg.flow_draws, cfg.flow_tokens, cfg.flow_rank), dtype=np.float32)
     if cfg.action_names:
         drawn["actions_hidden"] = np.array(stream == "train" and rng.random() < cfg.action_drop)
+    if cfg.eventually_stride > 1 and stream == "train":
+        seen = range(sum(cfg.future_tubelets[:2]))
+        drawn["tubelets"] = np.array([*seen, *(rng.choice(part) for part in cfg.stretches)])
+        for name in (f"{kind}_{family}" for kind in ("keep", "mask") for family in MASK_FAMILIES):
+            rows = drawn[name]
+            drawn[name] = rows[np.isin(rows // cfg.sites, drawn["tubelets"])].reshape(len(rows), -1)
     if cfg.pred_share < 1:
         for family in MASK_FAMILIES:
             drawn[f"mask_{family}"] = np.stack(
@@ -3732,7 +3752,7 @@ def list_latents(world, cfg):
             cache = parse_json(read_text(about, 2**24))
             forms = cache["tensors"].items()
             zeros = {name: torch.zeros(shape, dtype=getattr(torch, kind)) for name, (shape, kind) in forms}
-            here, then = latent_settings(world, cfg), cache["settings"]
+            here, then = latent_settings(world, cfg), {**merged(world.Config, "BEFORE"), **cache["settings"]}
             other = [f"{name} = {then.get(name)} (here {here[name]})" for name in here if then.get(name) != here[name]]
     except (*DECODE_ERRORS, TypeError, csv.Error) as error:
         told = f"{what}: no {index.name} or cache.json that can be read ({reason_of(error)})"
@@ -5525,27 +5545,30 @@ class Encoder(nn.Module):
         self.position = PositionCode(cfg.pos_embed, cfg.grid, cfg.enc_dim, cfg.num_heads)
         self.trunk = Trunk(cfg, cfg.enc_dim, cfg.enc_depth)
 
-    def encode(self, pieces, keep_idx, grid=None, starts=()):
+    def encode(self, pieces, keep_idx, starts=()):
         """What the tokenizer cut, [B, L, C * dt * p * p], and keep_idx [B, K] -> context [B, K, D]; other pieces are
-        never seen. `grid`: (t, h, w) of the pieces, by default the config's. `starts`: places in K where windows
-        begin, beside the first, whose tokens see no others."""
-        position = self.position if grid is None else self.position.at(grid)
-        x = position.add(self.tokenizer.embed(gather_tokens(pieces, keep_idx)), keep_idx)  # [B, K, D]
+        never seen. `starts` as in `follow`."""
+        return self.follow(self.tokenizer.embed(gather_tokens(pieces, keep_idx)), keep_idx, self.position, starts)
+
+    def follow(self, tokens, idx, position, starts=()):
+        """Tokens [B, K, D] at positions idx [B, K] of a code -> [B, K, D]. `starts`: places in K where windows begin,
+        beside the first, whose tokens see no others."""
+        x = position.add(tokens, idx)
         if not starts:
-            return self.trunk(x, position.rope(keep_idx))
-        parts = zip(x.tensor_split(starts, 1), keep_idx.tensor_split(starts, 1))
-        return torch.cat([self.trunk(part, position.rope(idx)) for part, idx in parts], 1)
+            return self.trunk(x, position.rope(idx))
+        parts = zip(x.tensor_split(starts, 1), idx.tensor_split(starts, 1))
+        return torch.cat([self.trunk(part, position.rope(places)) for part, places in parts], 1)
 
     def forward(self, clip, starts=()):
         """Whole clip [B, T, C, H, W] of any length and size in whole tubelets and patches -> [B, L, D]; `starts` are
-        the tubelets at which windows begin, see `encode`."""
+        the tubelets at which windows begin, see `follow`."""
         sizes, units = (clip.shape[1], *clip.shape[3:]), self.tokenizer.proj.weight.shape[2:]
         if any(size % unit for size, unit in zip(sizes, units)):
             raise UsageError(f"a clip of {' x '.join(map(str, sizes))} is cut in pieces of {list(units)}")
-        pieces, grid = self.tokenizer.cut(clip), tuple(size // unit for size, unit in zip(sizes, units))
-        everything = torch.arange(pieces.shape[1], device=pieces.device).expand(len(pieces), -1)
+        tokens, grid = self.tokenizer(clip), tuple(size // unit for size, unit in zip(sizes, units))  # [B, L, D]
+        everything = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         starts = tuple(start * grid[1] * grid[2] for start in starts if start < grid[0])
-        return self.encode(pieces, everything, grid, starts)
+        return self.follow(tokens, everything, self.position.at(grid), starts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6403,8 +6426,11 @@ def trunk_sizes(tensors, blocks):
 
 
 def config_of(Config, values):
-    """A dict of values, those of a checkpoint say -> Config, without those that it has no field for."""
-    known = {name: value for name, value in values.items() if name in field_types(Config)}
+    """A dict of values, those of a checkpoint say -> Config, without those that it has no field for; fields that are
+    younger than the values are as they were before."""
+    known = {
+        name: value for name, value in {**merged(Config, "BEFORE"), **values}.items() if name in field_types(Config)
+    }
     return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 
@@ -6614,6 +6640,12 @@ def block_flops(num_tokens, dim, mlp_ratio):
     return 2 * num_tokens * dim * dim * (4 + 2 * mlp_ratio) + 4 * num_tokens**2 * dim
 
 
+def held_places(cfg):
+    """Which of the tubelets that a training clip holds stands for each of the clip's -> [t] numbers."""
+    seen = sum(cfg.future_tubelets[:2])
+    return [*range(seen), *(seen + number for number, part in enumerate(cfg.stretches) for _ in part)]
+
+
 def predictor_flops(cfg, num_seen, num_holes):
     """Forward FLOP of one predictor block on so many tokens of a context and predicted ones."""
     P, ratio = cfg.pred_dim, cfg.pred_mlp_ratio or cfg.mlp_ratio
@@ -6626,8 +6658,9 @@ def predictor_flops(cfg, num_seen, num_holes):
 def now_passes(cfg):
     """Forward passes of NOW -> [(passes per clip, tokens seen, tokens predicted)], one of each mask family."""
     share = cfg.mask_draws / (1 if cfg.mask_families == "both" or cfg.batch_size == 1 else len(MASK_FAMILIES))
-    kept = [family_visible(cfg, family) * cfg.grid[0] for family in MASK_FAMILIES if cfg.lambda_vjepa]
-    return [(share, num_kept, share_of(cfg.num_tokens - num_kept, cfg.pred_share)) for num_kept in kept]
+    held = sum(cfg.future_tubelets[:2]) + len(cfg.stretches)  # tubelets
+    kept = [family_visible(cfg, family) * held for family in MASK_FAMILIES if cfg.lambda_vjepa]
+    return [(share, num_kept, share_of(cfg.sites * held - num_kept, cfg.pred_share)) for num_kept in kept]
 
 
 def flops_per_clip(cfg, teacher=None):
@@ -6644,9 +6677,10 @@ def flops_per_clip(cfg, teacher=None):
     mixing = RN * 2 * W * W * 6 + 4 * K * W * D + 4 * RN * (K + cfg.flow_tokens) * W
     flow = cfg.flow_depth * (RN * 2 * W * W * 8 + mixing * (not cfg.flow_joint)) + 2 * K * D * W * cfg.flow_joint
     again = 4 if cfg.grad_checkpoint else 3
-    windows = np.diff([0, *cfg.window_starts, cfg.grid[0]]) * cfg.sites
-    target = sum(block_flops(int(n), teacher.enc_dim, teacher.mlp_ratio) for n in windows) * teacher.enc_depth
-    target += cfg.num_tokens * piece * teacher.enc_dim
+    bounds = [0, *cfg.window_starts, cfg.grid[0]]
+    windows = [cfg.sites * len({held_places(cfg)[t] for t in range(*pair)}) for pair in itertools.pairwise(bounds)]
+    target = sum(block_flops(n, teacher.enc_dim, teacher.mlp_ratio) for n in windows) * teacher.enc_depth
+    target += sum(windows) * piece * teacher.enc_dim
     return {
         "online": (1 if cfg.freeze_encoder else again) * online * (not cfg.latents),
         "target": target * (not cfg.latents),
@@ -6715,7 +6749,9 @@ class VJepaAutoV2(World):
         "flow_grad_norm": "gradient norm of the flow net before clipping",
         "flow_explained": "share of the residual's variance inside the flow's directions",
     }
-    latent_fields = (*ClipConfig.MUST_MATCH, "clip_fps", "eventually_frames", "tubelet_t", "patch", "num_heads")
+    latent_fields = (
+        *ClipConfig.MUST_MATCH, "clip_fps", "eventually_frames", "tubelet_t", "patch", "num_heads", "target_window",
+    )  # fmt: skip
     VAL_KEYS = {
         "flow_spread": "deviation among sampled futures over that of real futures from the forecast; "
         "0 = one mode, 1 = as wide; without actions",
@@ -6750,6 +6786,7 @@ class VJepaAutoV2(World):
             image_std=torch.tensor(IMAGE_STD).view(1, 1, 3, 1, 1),
             now_idx=torch.arange(cfg.now_tokens),
             soon_idx=torch.arange(cfg.now_tokens, cfg.now_tokens + cfg.soon_tokens),
+            held=torch.tensor(held_places(cfg)),
         )
         for name, value in fixed.items():
             self.register_buffer(name, value, persistent=False)
@@ -6803,12 +6840,21 @@ class VJepaAutoV2(World):
         return (frames.float() / 255 - self.image_mean) / self.image_std
 
     @torch.no_grad()
-    def make_targets(self, clip):
-        """clip [B, T, C, H, W] -> targets [B, L, D]: target encoder on the whole clip, LayerNorm without affine."""
-        targets = self.target(clip, self.cfg.window_starts)
+    def make_targets(self, clip, tubelets=None):
+        """clip [B, T, C, H, W] -> targets [B, L, D]: target encoder on the whole clip, LayerNorm without affine. With
+        `tubelets` [B, t] on these alone: one of each stretch of EVENTUALLY, whose targets stand for all of it."""
+        cfg = self.cfg
+        if tubelets is None:
+            targets = self.target(clip, cfg.window_starts)
+        else:
+            sites, begins = torch.arange(cfg.sites, device=tubelets.device), [part.start for part in cfg.stretches]
+            idx = (tubelets[:, :, None] * cfg.sites + sites).flatten(1)
+            starts = tuple((sum(cfg.future_tubelets[:2]) + begins.index(at)) * cfg.sites for at in cfg.window_starts)
+            targets = self.target.encode(self.target.tokenizer.cut(clip), idx, starts)
         if hasattr(self, "target_map"):
             targets = layer_norm(targets) @ self.target_map
-        return layer_norm(targets)
+        targets = layer_norm(targets)
+        return targets if tubelets is None else targets.unflatten(1, (-1, cfg.sites))[:, self.held].flatten(1, 2)
 
     @torch.no_grad()
     def latents(self, batch):
@@ -6836,7 +6882,9 @@ class VJepaAutoV2(World):
 
     def targets_of(self, batch):
         """Targets of a batch of clips [B, L, D], or of their latents [B, L', D]."""
-        return batch["targets"].float() if "targets" in batch else self.make_targets(self.normalise(batch["frames"]))
+        if "targets" in batch:
+            return batch["targets"].float()
+        return self.make_targets(self.normalise(batch["frames"]), batch.get("tubelets"))
 
     def encode_now(self, pieces):
         """What the tokenizer cut of a clip, [B, >= NOW, C * dt * p * p] -> context of NOW alone [B, K, D]."""
@@ -7740,7 +7788,8 @@ def newest_checkpoint(out_dir, tell, world=None, init_from=""):
 def check_same_run(state, cfg, path):
     """UsageError naming the fields in which a checkpoint and this config cannot be the same run. Whether a loss has
     weight decides which parameters learn."""
-    earlier = {**asdict(type(cfg)()), **state["cfg"]}  # a field that the checkpoint's version lacked had its default
+    # a field that the checkpoint's version lacked had its default, or what stood for it
+    earlier = {**asdict(type(cfg)()), **merged(type(cfg), "BEFORE"), **state["cfg"]}
     plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), earlier))
     names = [name for cls in reversed(type(cfg).__mro__) for name in vars(cls).get("MUST_MATCH", ())]
     different = [name for name in names if plain[name] != saved.get(name)]

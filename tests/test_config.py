@@ -281,7 +281,7 @@ def test_inherits_has_a_depth(tmp_path, capsys):
 def test_inherits_reads_a_file_once(tmp_path, monkeypatch):
     """Eight levels of eight links would be 16 million reads. Seen red with the answers not kept."""
     reads, parse = [], V.parse_config
-    monkeypatch.setattr(V, "parse_config", lambda path: reads.append(path.name) or parse(path))
+    monkeypatch.setattr(V, "parse_config", lambda path, Config: reads.append(path.name) or parse(path, Config))
     for number in range(4):
         write(tmp_path / f"{number}.json", {"inherits": [f"{number + 1}.json"] * 8})
     write(tmp_path / "4.json", {"seed": 5})

@@ -123,7 +123,7 @@ def test_samples_have_the_documented_shape_and_follow_the_generator(mode):
                 "frames": batch["frames"],
                 "clip": clip,
                 "now": batch["frames"][:, : cfg.now_frames],
-                "context": model.encode_now(model.online.tokenizer(clip[:, : cfg.now_frames])),
+                "context": model.encode_now(model.online.tokenizer.cut(clip[:, : cfg.now_frames])),
             }[source]
         draws.append(model.sample_futures(given, 3, num_steps=2, generator=torch.Generator().manual_seed(seed)))
     assert draws[0].shape == (2, 3, cfg.soon_tokens + cfg.flow_chunks, cfg.enc_dim)

@@ -189,7 +189,7 @@ def test_cached_pairs_are_what_the_loss_would_see(tmp_path):
         frames = data[5 + place]["frames"][None]
         with torch.no_grad():
             clip = model.normalise(frames)
-            context = model.encode_now(model.online.tokenizer(clip))
+            context = model.encode_now(model.online.tokenizer.cut(clip))
             future = model.future_target(model.make_targets(clip))
             expected = model.space.encode(
                 model.space.pool(future - model.forecast(context, model.predict_soon(context)))

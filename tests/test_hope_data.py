@@ -347,7 +347,7 @@ def test_scenes_become_feature_folders(checkpoint, tmp_path, capsys):
     sample = source.dataset(cfg, "test")[0]
     clip = model.normalise(torch.from_numpy(frames).permute(0, 3, 1, 2)[None])
     for t in range(4):
-        window = model.target.encode(model.target.tokenizer(clip[:, 2 * t : 2 * t + 4]), model.now_idx[None])
+        window = model.target.encode(model.target.tokenizer.cut(clip[:, 2 * t : 2 * t + 4]), model.now_idx[None])
         wanted = V.layer_norm(window[:, -16:])[0]
         torch.testing.assert_close(sample["features"][t], wanted, rtol=2e-3, atol=2e-3)  # fp16, a few times over
     pairs = [np.mean(labels[name][4:], dtype=float) for name in ("accel", "steer")]  # frames 4 to 9 are three steps

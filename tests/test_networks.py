@@ -160,12 +160,12 @@ def test_positions_follow_keep_idx(pos_embed):
     encoder, L = V.Encoder(cfg), cfg.num_tokens
     generator = torch.Generator().manual_seed(0)
     torch.nn.init.normal_(encoder.trunk.blocks[0].attn.qkv.weight, std=0.3)  # attention that is far from uniform
-    tokens = torch.randn(2, L, cfg.enc_dim)
+    pieces = torch.randn(2, L, 3 * cfg.tubelet_t * cfg.patch**2)
     order = torch.stack([torch.randperm(L, generator=generator) for _ in range(2)])
-    full = encoder.encode(tokens, torch.arange(L).expand(2, -1))
+    full = encoder.encode(pieces, torch.arange(L).expand(2, -1))
     # the order of tokens changes the summation order of attention only
-    torch.testing.assert_close(encoder.encode(tokens, order), V.gather_tokens(full, order), rtol=1e-4, atol=1e-5)
-    moved = encoder.encode(tokens.roll(1, 1), torch.arange(L).expand(2, -1)).roll(-1, 1)
+    torch.testing.assert_close(encoder.encode(pieces, order), V.gather_tokens(full, order), rtol=1e-4, atol=1e-5)
+    moved = encoder.encode(pieces.roll(1, 1), torch.arange(L).expand(2, -1)).roll(-1, 1)
     assert (moved - full).abs().max() > 1e-2
 
 
@@ -177,7 +177,7 @@ def test_kept_tokens_carry_their_own_code():
         torch.nn.init.zeros_(block.attn.proj.weight)
     clip = torch.randn(2, cfg.num_frames, 3, cfg.height, cfg.width)
     keep_idx = torch.tensor([[0, 5, 17, 95], [3, 40, 41, 94]])
-    part = encoder.encode(encoder.tokenizer(clip), keep_idx)
+    part = encoder.encode(encoder.tokenizer.cut(clip), keep_idx)
     torch.testing.assert_close(
         part, V.gather_tokens(encoder(clip), keep_idx), rtol=0, atol=1e-5
     )  # fp32 products of other sizes

@@ -485,7 +485,7 @@ def see_clips(model, frames, cfg, args):
     step, now = cfg.tubelet_t, cfg.now_frames
     windows = [frames[:, t * step : t * step + now] for t in range(args.clip_latents)]
     clip = model.normalise(torch.stack(windows, 1).flatten(0, 1))  # [B * T, now, 3, H, W]
-    tokens = model.target.encode(model.target.tokenizer(clip), model.now_idx.expand(len(clip), -1))
+    tokens = model.target.encode(model.target.tokenizer.cut(clip), model.now_idx.expand(len(clip), -1))
     latents = tokens[:, -cfg.sites :]  # of the last tubelet
     if hasattr(model, "target_map"):
         latents = V.layer_norm(latents) @ model.target_map
