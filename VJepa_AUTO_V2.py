@@ -354,7 +354,7 @@ class VJepaAutoV2Config(ClipConfig):
     pred_mlp_ratio: float = 0.0  # the same for the predictor; 0 = mlp_ratio
     dropout: float = 0.0  # after attention and MLP
     pos_embed: str = "sincos"  # sincos (added once) | rope (rotary, V-JEPA 2 form) | rope21 (V-JEPA 2.1 form)
-    pred_attention: str = "full"  # what predicted tokens read: full (all) | context | cross (context as it came in)
+    pred_attention: str = "cross"  # what predicted tokens read: full (all) | context | cross (context as it came in)
     soon_start: str = "last"  # SOON starts from the last NOW tubelet: last | from the mask token alone: mask (V-JEPA 2)
     grad_checkpoint: bool = False  # recompute block activations in backward: less memory, about 26 % more compute
     # -- weights to start from
@@ -364,7 +364,7 @@ class VJepaAutoV2Config(ClipConfig):
     # -- objective
     freeze_encoder: bool = False  # the encoder of init_from learns nothing: NOW's and the target encoder in one
     teacher: str = "ema"  # ema (the target follows the encoder) | frozen (it is that of init_from, of any width)
-    target_window: int = 0  # EVENTUALLY tubelets that see each other in the target encoder, no others; 0 = all see all
+    target_window: int = 8  # EVENTUALLY tubelets that see each other in the target encoder, no others; 0 = all see all
     ema_momentum: float = 0.996  # target encoder momentum
     ema_momentum_end: float = 0.0  # momentum at the last step, linear in between; 0 = constant
     short_num_blocks: int = 8  # blocks of a short-range mask
@@ -376,8 +376,8 @@ class VJepaAutoV2Config(ClipConfig):
     short_visible: float = 0.0  # visible share of sites under a short mask; 0 = mean of the block sampler
     long_visible: float = 0.0  # visible share of sites under a long mask; 0 = mean of the block sampler
     mask_draws: int = 1  # mask draws per family and clip for one target pass
-    mask_families: str = "both"  # short and long masks of every clip: both | half of a batch has each: one
-    pred_share: float = 1.0  # share of a mask's tokens that is predicted, drawn anew for every clip
+    mask_families: str = "one"  # a clip has one, short masks in half of a batch: one | both
+    pred_share: float = 0.25  # share of a mask's tokens that is predicted, drawn anew for every clip
     eventually_stride: int = 1  # of so many EVENTUALLY tubelets on end a training clip holds one, drawn anew
     lambda_vjepa: float = 1.0  # weight of NOW
     lambda_soon: float = 1.0  # weight of SOON
@@ -416,6 +416,9 @@ class VJepaAutoV2Config(ClipConfig):
     # -- end of a run
     picture: bool = True  # write futures.png at the end
 
+    BEFORE = dict(  # what a run had before these were fields
+        pred_attention="full", target_window=0, mask_families="both", pred_share=1.0, eventually_stride=1,
+    )
     MINUTES = dict(  # what tiny and proof share
         image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=96,
         enc_depth=4, pred_dim=96, pred_depth=3, num_heads=2, batch_size=8, lr=1.5e-3, warmup_steps=50,
@@ -426,6 +429,7 @@ class VJepaAutoV2Config(ClipConfig):
         image_size=256, num_frames=32, now_frames=8, soon_frames=8, eventually_frames=16, clip_fps=4.0,
         enc_dim=1024, enc_depth=24, num_heads=16, pred_heads=12, pred_mlp_ratio=4.0, pos_embed="rope",
         soon_start="mask", lr=5e-5, ema_momentum=0.999, batch_size=4, grad_accum=4, grad_checkpoint=True, amp=True,
+        **BEFORE,
     )
     VITG = dict(VJEPA2, enc_dim=1408, enc_depth=40, num_heads=22, mlp_ratio=48 / 11, batch_size=2, grad_accum=8)
     PRESETS = {
@@ -479,9 +483,6 @@ class VJepaAutoV2Config(ClipConfig):
         "flow_rest": ("mean", "gaussian"), "teacher": ("ema", "frozen"), "pred_attention": ("full", "context", "cross"),
         "mask_families": ("both", "one"),
     }
-    BEFORE = dict(  # what a run had before these were fields
-        pred_attention="full", target_window=0, mask_families="both", pred_share=1.0, eventually_stride=1,
-    )
     MUST_MATCH = (
         "eventually_frames", "tubelet_t", "patch", "enc_dim", "enc_depth", "pred_dim", "pred_depth", "num_heads",
         "mlp_ratio", "pred_heads", "pred_mlp_ratio", "pos_embed", "soon_start", "outcome_queries", "outcome_queue",
