@@ -5392,8 +5392,8 @@ def attend(q, k, v):
 
 
 def split_heads(x, num, num_heads):
-    """[B, N, num * dim] -> [num, B, nh, N, hd]."""
-    return x.unflatten(2, (num, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    """[B, N, num * dim] -> num views [B, nh, N, hd], whose gradients are joined by one copy."""
+    return tuple(part.unflatten(2, (num_heads, -1)).transpose(1, 2) for part in x.chunk(num, 2))
 
 
 class Attention(nn.Module):
@@ -5427,7 +5427,7 @@ class CrossAttention(nn.Module):
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(context_dim, 2 * dim), nn.Linear(dim, dim)
 
     def project(self, context):
-        """context [B, K, context_dim] -> keys and values [2, B, nh, K, hd]."""
+        """context [B, K, context_dim] -> keys and values, each [B, nh, K, hd]."""
         return split_heads(self.kv(context), 2, self.num_heads)
 
     def forward(self, x, keys, values):
