@@ -73,6 +73,14 @@ def test_parts_of_a_step_add_up(figures):
     assert sum(parts[name] for name in (*bench.PARTS, "rest of forward")) == pytest.approx(parts["forward"], rel=1e-6)
 
 
+def test_parts_of_a_cheaper_step():
+    """The settings that compute less name the same parts. Seen red with the target's forward timed alone."""
+    cheap = dict(pred_attention="cross", pred_share=0.5, target_window=1, mask_families="one", eventually_stride=2)
+    phase = bench.new_phase(small_config(**cheap), V.Process(0, 1, torch.device("cpu"), None))
+    parts = bench.split(phase, bench.new_batch(phase.run), 1)
+    assert all(parts[name] > 0 for name in (*bench.PARTS, *bench.OTHER_PARTS)), parts
+
+
 def test_rates_follow_from_the_seconds(figures):
     cfg = small_config(device="cpu", batch_size=2)
     with torch.device("meta"):

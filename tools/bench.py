@@ -216,6 +216,8 @@ def split(phase, batch, steps):
         module = world if name == "forward" else getattr(world, name)
         if name == "online":  # it is used in pieces, which its caller names
             module.encode = partial(watch.around, name, module.encode)
+        elif name == "target":  # of some tubelets or all
+            world.make_targets = partial(watch.around, name, world.make_targets)
         else:
             module.register_forward_pre_hook(partial(watch.begin, name))
             module.register_forward_hook(partial(watch.end, name))

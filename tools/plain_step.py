@@ -9,7 +9,7 @@ FLOW lives in a space of fixed random directions. Ours follows the residual's ow
 `space_of` gives ours the same directions. What the plain step does not cover, `plain_config` refuses.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,12 @@ from torch import nn
 
 import VJepa_AUTO_V2 as V
 
-# the values of the settings that change what a step computes: both sides have them, whatever preset and defaults say
+# the values of settings that change what a step computes: both sides have them, whatever preset and defaults say
 PLAIN = dict(
-    pred_attention="full", pred_share=1.0, mask_families="both", target_windows=0, mask_draws=1, grad_checkpoint=False,
-    dropout=0.0, pos_embed="sincos", soon_start="last", actions="none", freeze_encoder=False, teacher="ema", latents="",
-    init_from="", outcome_target="mean", lambda_supcon=0.0, grad_accum=1, flow_context_grad=0.0, grad_clip_value=0.0,
-    shard="none", compile=False, compile_whole=False,
+    getattr(V.VJepaAutoV2Config, "BEFORE", {}), mask_draws=1, grad_checkpoint=False, dropout=0.0, pos_embed="sincos",
+    soon_start="last", actions="none", freeze_encoder=False, teacher="ema", latents="", init_from="", init_key="",
+    outcome_target="mean", lambda_supcon=0.0, grad_accum=1, flow_context_grad=0.0, grad_clip_value=0.0, shard="none",
+    compile=False, compile_whole=False,
 )  # fmt: skip
 
 
@@ -32,9 +32,9 @@ PLAIN = dict(
 def plain_config(cfg, named):
     """A config -> (the one that both sides have, what was changed in words). `named`: fields that the user set.
     UsageError where one of these asks for what the plain step does not know."""
-    known, changed = {field.name for field in fields(cfg)}, {}
+    changed = {}
     for name, value in PLAIN.items():
-        if name in known and getattr(cfg, name) != value:
+        if getattr(cfg, name) != value:
             if name in named:
                 told = f"{name} = {V.shown(getattr(cfg, name))}: the plain step knows {V.shown(value)} alone (--{name})"
                 raise V.UsageError(told)
