@@ -5604,12 +5604,15 @@ class Encoder(nn.Module):
         return torch.cat([self.trunk(part, position.rope(places)) for part, places in parts], 1)
 
     def forward(self, clip, starts=()):
-        """Whole clip [B, T, C, H, W] of any length and size in whole tubelets and patches -> [B, L, D]; `starts` are
-        the tubelets at which windows begin, see `follow`."""
-        sizes, units = (clip.shape[1], *clip.shape[3:]), self.tokenizer.proj.weight.shape[2:]
-        if any(size % unit for size, unit in zip(sizes, units)):
-            raise UsageError(f"a clip of {' x '.join(map(str, sizes))} is cut in pieces of {list(units)}")
-        tokens, grid = self.tokenizer(clip), tuple(size // unit for size, unit in zip(sizes, units))  # [B, L, D]
+        """Whole clip [B, T, C, H, W] of any length and size in whole tubelets and patches, or what the tokenizer cut of
+        one on the config's grid -> [B, L, D]; `starts` are the tubelets at which windows begin, see `follow`."""
+        pieces, grid = clip, self.cfg.grid
+        if clip.dim() == 5:
+            sizes, units = (clip.shape[1], *clip.shape[3:]), self.tokenizer.proj.weight.shape[2:]
+            if any(size % unit for size, unit in zip(sizes, units)):
+                raise UsageError(f"a clip of {' x '.join(map(str, sizes))} is cut in pieces of {list(units)}")
+            pieces, grid = self.tokenizer.cut(clip), tuple(size // unit for size, unit in zip(sizes, units))
+        tokens = self.tokenizer.embed(pieces)  # [B, L, D]
         everything = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         starts = tuple(start * grid[1] * grid[2] for start in starts if start < grid[0])
         return self.follow(tokens, everything, self.position.at(grid), starts)
@@ -6915,10 +6918,20 @@ class VJepaAutoV2(World):
             return frames
         return (frames.float() / 255 - self.image_mean) / self.image_std
 
+    def pieces_of(self, frames):
+        """Frames, uint8 or normalised, [B, T, 3, H, W] -> what the tokenizer cuts of the normalised clip. Bytes are cut
+        first: that moves a quarter of the memory."""
+        pieces = self.online.tokenizer.cut(frames)
+        if frames.dtype != torch.uint8:
+            return pieces
+        mean, std = (value.view(3, 1) for value in (self.image_mean, self.image_std))
+        return pieces.unflatten(2, (3, -1)).float().div_(255).sub_(mean).div_(std).flatten(2)
+
     @torch.no_grad()
     def make_targets(self, clip, tubelets=None):
-        """clip [B, T, C, H, W] -> targets [B, L, D]: target encoder on the whole clip, LayerNorm without affine. With
-        `tubelets` [B, t] on these alone: one of each stretch of EVENTUALLY, whose targets stand for all of it."""
+        """clip [B, T, C, H, W], or its pieces -> targets [B, L, D]: target encoder on the whole clip, LayerNorm without
+        affine. With `tubelets` [B, t] on these alone, of pieces: one of each stretch of EVENTUALLY, whose targets
+        stand for all of it."""
         cfg = self.cfg
         if tubelets is None:
             targets = self.target(clip, cfg.window_starts)
@@ -6926,7 +6939,7 @@ class VJepaAutoV2(World):
             sites, begins = torch.arange(cfg.sites, device=tubelets.device), [part.start for part in cfg.stretches]
             idx = (tubelets[:, :, None] * cfg.sites + sites).flatten(1)
             starts = tuple((sum(cfg.future_tubelets[:2]) + begins.index(at)) * cfg.sites for at in cfg.window_starts)
-            targets = self.target.encode(self.target.tokenizer.cut(clip), idx, starts)
+            targets = self.target.encode(clip, idx, starts)
         if hasattr(self, "target_map"):
             targets = layer_norm(targets) @ self.target_map
         targets = layer_norm(targets)
@@ -6960,7 +6973,8 @@ class VJepaAutoV2(World):
         """Targets of a batch of clips [B, L, D], or of their latents [B, L', D]."""
         if "targets" in batch:
             return batch["targets"].float()
-        return self.make_targets(self.normalise(batch["frames"]), batch.get("tubelets"))
+        pieces = batch["pieces"] if "pieces" in batch else self.pieces_of(batch["frames"])
+        return self.make_targets(pieces, batch.get("tubelets"))
 
     def encode_now(self, pieces):
         """What the tokenizer cut of a clip, [B, >= NOW, C * dt * p * p] -> context of NOW alone [B, K, D]."""
@@ -6968,7 +6982,7 @@ class VJepaAutoV2(World):
 
     def now_context(self, frames):
         """Frames, uint8 or normalised, [B, >= NOW, 3, H, W], of which NOW alone is read -> context [B, K, D]."""
-        return self.encode_now(self.online.tokenizer.cut(self.normalise(frames[:, : self.cfg.now_frames])))
+        return self.encode_now(self.pieces_of(frames[:, : self.cfg.now_frames]))
 
     def given(self, num_clips, actions=None, hidden=None):
         """Actions in SI units [B, >= F, A], NaN in passive clips, and who hides theirs [B] -> what nets are told: (the
@@ -7079,11 +7093,11 @@ class VJepaAutoV2(World):
 
     def forward(self, batch):
         if "frames" in batch:
-            batch = {**batch, "frames": self.normalise(batch["frames"])}  # once for targets and tokens
+            batch = {**batch, "pieces": self.pieces_of(batch["frames"])}  # once for targets and tokens
         cfg, targets = self.cfg, self.targets_of(batch)  # [B, L, D]
         losses = dict.fromkeys(("loss_vjepa", "loss_soon", "loss_eventually", "loss_flow"), targets.new_zeros(()))
         gauges, carry = {}, {"targets": targets, "key": self.outcome_key(targets)}
-        pieces = None if "context" in batch else self.online.tokenizer.cut(batch["frames"])  # [B, L, C * dt * p * p]
+        pieces = batch.get("pieces")  # [B, L, C * dt * p * p]; None where latents are read
         if cfg.lambda_vjepa:
             losses["loss_vjepa"] = self.now_loss(pieces, targets, batch)
         context = self.context_of(batch) if pieces is None else self.encode_now(pieces)  # [B, K, D]
@@ -7121,10 +7135,11 @@ class VJepaAutoV2(World):
         self.absorb(carries)
 
     def update_ema(self, momentum, flow_momentum):
-        """target follows online unless it is frozen, and the flow net's EMA the flow net."""
+        """target follows online unless it is frozen, and the flow net's EMA the flow net where that learns."""
         if not self.FROZEN:
             move_ema(self.target, self.online, momentum)
-        move_ema(self.flow_ema, self.flow, flow_momentum)
+        if next(self.flow.parameters()).requires_grad:
+            move_ema(self.flow_ema, self.flow, flow_momentum)
 
     @torch.no_grad()
     def absorb(self, carries):

@@ -98,6 +98,16 @@ def new_phase(cfg, process):
     return V.Phase(run, run.world, wrapped, run.optimizer)
 
 
+def settle(world):
+    """Teach the flow's space made directions, so that steps are those of a run that has gone on for a while: one batch
+    of noise, again and again, would never fill them."""
+    cfg = world.cfg
+    if cfg.lambda_flow and not cfg.flow_fit_clips:
+        span = len(world.space.basis)
+        world.space.fit(torch.randn(2 * cfg.flow_rank, cfg.flow_tokens, span, device=world.space.basis.device))
+        world.space.updates.fill_(1000)
+
+
 def new_batch(run):
     """A batch of noise on the device."""
     return V.for_step(V.noise_batch(run, run.cfg.batch_size), 0, run.process.device)
@@ -281,6 +291,7 @@ def measure(cfg, rounds, each):
     phase = new_phase(cfg, process)
     batch, take = new_batch(phase.run), partial(take_step, phase)
     figures["first_step_s"], _ = timed(take, batch, device, 1)
+    settle(phase.world)
     timed(take, batch, device, WARM_STEPS)
     walls, used = zip(*(timed(take, batch, device, each) for _ in range(rounds)))
     low, median, high = spread(walls)
@@ -390,6 +401,7 @@ def run_side(args, flags):
         run, take = new_run(cfg, process), plain_step.PlainStep(cfg, device).take
     else:
         phase = new_phase(cfg, process)
+        settle(phase.world)
         run, take = phase.run, partial(take_step, phase)
         if args.kind == "fixed":
             plain_step.space_of(phase.world)
