@@ -6617,6 +6617,7 @@ def take_predictor(model, cfg, tensors, origin):
             raise UsageError(f"init_from {origin.path}: the predictor fits in part only: {odd} (--allow_partial)")
         return f"weights: predictor starts anew: {odd}"
     start = "; SOON starts from the last tubelet, which it never saw (--soon_start mask)" * (cfg.soon_start == "last")
+    start += "; it learned to read all tokens (--pred_attention full)" * (cfg.pred_attention != "full")
     listed = ", ".join(f"{norm:.3g}" for norm in norms)
     return f"weights: predictor, {len(tensors)} tensors, mask tokens {families} of those with norms {listed}{start}"
 

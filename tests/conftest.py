@@ -78,6 +78,13 @@ def small_config(**overrides):
     return replace(V.VJepaAutoV2Config(), **{**SMALL, **overrides})
 
 
+def plain_config(**overrides):
+    """As small_config, with the plain form of all that makes a step cheaper: every hidden token predicted and so on."""
+    import VJepa_AUTO_V2 as V
+
+    return small_config(**{**V.VJepaAutoV2Config.BEFORE, **overrides})
+
+
 def random_batch(cfg, num_clips, seed=0, first=0):
     """A batch of random frames with the masks and flow noise of samples first, first + 1, ... -> dict of tensors."""
     import numpy as np

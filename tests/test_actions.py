@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, V, small_config
+from conftest import ROOT, V, plain_config, small_config
 from PIL import Image
 from training import cpu_process, fill_space, new_model, new_phase, new_state, stop_after_update
 
@@ -204,7 +204,8 @@ def test_scenes_read_back_from_files_have_them_too(scene_folder):
 def test_hidden_actions_are_drawn_per_sample():
     """By (seed, i) alone, at the rate asked for, never in an evaluation; all other draws are those without actions.
     Seen red with the draw put before the masks."""
-    cfg, plain = active(action_drop=0.25), small_config(scenes="render", scene_mix="steered=1")
+    cfg = active(action_drop=0.25, **V.VJepaAutoV2Config.BEFORE)
+    plain = plain_config(scenes="render", scene_mix="steered=1")
     drawn = [V.mask_and_noise(cfg, "train", index) for index in range(300)]
     hidden = [bool(sample["actions_hidden"]) for sample in drawn]
     assert 0.17 < np.mean(hidden) < 0.33 and hidden[7:9] == [

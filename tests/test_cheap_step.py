@@ -2,12 +2,13 @@
 family per clip, windows of the target, and visible pixels alone tokenised."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import V, random_batch, small_config
+from conftest import V, plain_config, random_batch, small_config
 from training import new_model
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)  # fp32 products of other sizes, summed in another order
@@ -112,7 +113,7 @@ def test_all_forms_have_the_same_weights():
 def test_a_share_of_the_hidden_tokens_is_drawn_evenly():
     """Right count, in order, all hidden, each as often as any other; nothing else is drawn otherwise. Seen red with
     the first quarter, and with the share drawn before the noise."""
-    plain, counts = small_config(mask_draws=2, actions="steer"), {}
+    plain, counts = plain_config(mask_draws=2, actions="steer"), {}
     cfg = replace(plain, pred_share=0.25)
     for index in range(400):
         few, whole = V.mask_and_noise(cfg, "train", index), V.mask_and_noise(plain, "train", index)
@@ -134,7 +135,7 @@ def test_a_share_of_the_hidden_tokens_is_drawn_evenly():
 @pytest.mark.parametrize("num_clips", [4, 3, 1])
 def test_one_family_per_clip_is_both_on_halves(num_clips):
     """The first half has short masks, the rest long ones; a single clip has both. Seen red with halves swapped."""
-    cfg = small_config(mask_draws=2)
+    cfg = plain_config(mask_draws=2)
     model, batch = new_model(cfg), random_batch(cfg, num_clips)
     pieces = model.online.tokenizer.cut(model.normalise(batch["frames"]))
     targets = model.targets_of(batch)
@@ -206,7 +207,7 @@ def test_visible_pixels_alone_are_tokenised():
 
 def test_flop_of_the_cheap_forms_by_hand():
     """One predictor block: three tokens seen and two predicted, width 24, MLP four times as wide."""
-    cfg, products = small_config(), 24 * 24
+    cfg, products = plain_config(), 24 * 24
     for form, factor in (
         ("full", 5 * 24 * products + 4 * 25 * 24),
         ("context", 3 * 24 * products + 2 * 20 * products + 4 * (9 + 6) * 24),
@@ -262,4 +263,43 @@ def test_a_stride_of_one_is_the_plain_form():
     model, batch = new_model(cfg), random_batch(cfg, 2)
     everything = torch.arange(cfg.grid[0]).expand(2, -1)
     clip = model.normalise(batch["frames"])
-    torch.testing.assert_close(model.make_targets(clip, everything), model.make_targets(clip), **CLOSE)
+    torch.testing.assert_close(
+        model.make_targets(model.pieces_of(batch["frames"]), everything), model.make_targets(clip), **CLOSE
+    )
+
+
+def test_bytes_cut_first_are_the_normalised_clip():
+    """To the bit: what the tokenizer cuts of bytes, then normalised, and of the normalised clip. Seen red with the
+    channels of a piece taken for its pixels."""
+    cfg = small_config(image_size=(16, 32))
+    model, batch = new_model(cfg), random_batch(cfg, 2)
+    clip = model.normalise(batch["frames"])
+    for frames in (batch["frames"], clip):
+        assert torch.equal(model.pieces_of(frames), model.online.tokenizer.cut(clip))
+
+
+@torch.no_grad()
+def test_what_is_younger_than_a_run_was_plain(tmp_path):
+    """A run's config.json, its checkpoint and the comparison on resuming: fields that they lack had their plain form,
+    whatever is the default now. Seen red with the defaults in their place."""
+    values = V.asdict(plain_config())
+    for name in V.VJepaAutoV2Config.BEFORE:
+        values.pop(name)
+    assert V.config_of(V.VJepaAutoV2Config, values) == plain_config()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"versions": {}, "config": {"steps": 7}}))
+    found = V.read_config_file(path, V.VJepaAutoV2Config)
+    assert found == {**V.VJepaAutoV2Config.BEFORE, "steps": 7}
+    path.write_text(json.dumps({"steps": 7}))  # a config that a person wrote
+    assert V.read_config_file(path, V.VJepaAutoV2Config) == {"steps": 7}
+    state = {"cfg": json.loads(json.dumps(values))}
+    V.check_same_run(state, plain_config(), path)
+    with pytest.raises(V.UsageError, match="pred_attention = cross .checkpoint: full."):
+        V.check_same_run(state, small_config(), path)
+
+
+def test_published_predictors_keep_the_form_that_they_were_trained_in():
+    for name in V.merged(V.VJepaAutoV2Config, "PRESETS"):
+        cfg = V.preset_config(name)
+        plain = {field: getattr(cfg, field) for field in cfg.BEFORE} == cfg.BEFORE
+        assert plain == name.startswith("vjepa2"), name

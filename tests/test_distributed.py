@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import ROOT, SCRIPT, SMALL, V, random_batch, small_config
+from conftest import ROOT, SCRIPT, SMALL, V, plain_config, random_batch, small_config
 from training import new_model, train_steps
 
 SUPCON = dict(lambda_supcon=0.5)
@@ -164,7 +164,7 @@ def accumulated(cfg, num_steps, pieces):
 
 def test_grad_accum_is_the_large_batch_without_infonce():
     """Two micro-steps give the losses and weights of one step with both. Seen red without the division by the count."""
-    cfg = small_config(lambda_eventually=0.0, outcome_queue=8)
+    cfg = plain_config(lambda_eventually=0.0, outcome_queue=8)
     history, before, after = accumulated(cfg, 8, 1)
     split, _, other = accumulated(cfg, 8, 2)
     for whole, parts in zip(history, split):
@@ -181,7 +181,7 @@ def test_grad_accum_is_the_large_batch_without_infonce():
 
 def test_grad_accum_sees_fewer_negatives():
     """With InfoNCE on, a micro-step contrasts its own clips alone: accumulation is no large batch, by design."""
-    cfg = small_config()
+    cfg = plain_config()
     whole, parts = accumulated(cfg, 1, 1)[0][0], accumulated(cfg, 1, 2)[0][0]
     assert whole["loss_vjepa"] == pytest.approx(parts["loss_vjepa"], rel=1e-4)
     assert whole["loss_eventually"] > parts["loss_eventually"] + 0.3  # ln 4 against ln 2 at the start

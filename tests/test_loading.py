@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import V, small_config
+from conftest import V, plain_config, small_config
 
 BASE_GRID = V.VJepaAutoV2Config()  # 42 x 14 x 14 tokens
 
@@ -59,7 +59,7 @@ def test_masks_partition_the_grid(family):
 
     Seen red with the levelling of the visible count left out.
     """
-    for cfg in (small_config(), small_config(image_size=64, patch=8), small_config(image_size=(32, 96))):
+    for cfg in (plain_config(), plain_config(image_size=64, patch=8), plain_config(image_size=(32, 96))):
         keep, mask = draw_masks(cfg, family, 334)  # stacking fails where counts differ
         assert keep.dtype == np.int64 and mask.dtype == np.int64
         assert keep.shape[1] == V.family_visible(cfg, family) * cfg.grid[0] > 0 and mask.shape[1] > 0
@@ -70,7 +70,7 @@ def test_masks_partition_the_grid(family):
 @pytest.mark.parametrize("family", V.MASK_FAMILIES)
 def test_masks_repeat_over_time_without_bias(family):
     """Every tubelet hides the same sites, hence as many early as late tokens."""
-    cfg = small_config(image_size=64)
+    cfg = plain_config(image_size=64)
     _, mask = draw_masks(cfg, family, 200)
     sites = mask.reshape(200, cfg.grid[0], -1)
     assert (sites - np.arange(cfg.grid[0])[:, None] * cfg.sites == sites[:, :1]).all()

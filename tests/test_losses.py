@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import V, random_batch, small_config
+from conftest import V, plain_config, random_batch
 from training import fill_space, new_model, new_phase, train_steps, watch
 
 # fp32 means over a few thousand numbers of size 1 against float64: rounding stays below 1e-5 of the value
@@ -33,7 +33,7 @@ def targets_by_hand(model, batch):
 
 
 def test_pixels_are_normalised_and_floats_taken_as_they_are():
-    model = new_model(small_config())
+    model = new_model(plain_config())
     frames = torch.zeros(1, 12, 3, 32, 32, dtype=torch.uint8)
     frames[:, :, 1] = 255
     clip = model.normalise(frames)
@@ -44,7 +44,7 @@ def test_pixels_are_normalised_and_floats_taken_as_they_are():
 
 def test_targets_are_normalised_over_channels():
     """LayerNorm without affine: each token has mean 0 and variance 1. Seen red without make_targets' LayerNorm."""
-    cfg = small_config()
+    cfg = plain_config()
     model, batch = new_model(cfg), random_batch(cfg, 2)
     torch.nn.init.normal_(model.target.trunk.norm.weight)  # a fresh encoder's own last norm would hide a missing one
     torch.nn.init.normal_(model.target.trunk.norm.bias)
@@ -84,7 +84,7 @@ def test_gauges_by_hand():
 
 def test_now_loss_by_hand():
     """L1 on hidden tokens, mean of short and long and of all draws. Seen red with squares and summed families."""
-    cfg = small_config(mask_draws=2)
+    cfg = plain_config(mask_draws=2)
     model, batch = new_model(cfg), random_batch(cfg, 3)
     losses, _, _, seen = watch(model, batch)
     targets, errors = targets_by_hand(model, batch), []
@@ -98,7 +98,7 @@ def test_now_loss_by_hand():
 
 def test_soon_loss_and_skill_by_hand():
     """L1 on SOON tokens, and the skill over the last NOW tubelet repeated. Seen red with the first one repeated."""
-    cfg = small_config(soon_frames=6, num_frames=14)
+    cfg = plain_config(soon_frames=6, num_frames=14)
     model, batch = new_model(cfg), random_batch(cfg, 3)
     losses, gauges, carry, seen = watch(model, batch)
     targets = targets_by_hand(model, batch).view(3, 7, cfg.sites, cfg.enc_dim)
@@ -117,14 +117,14 @@ def test_mask_draws_average_over_one_target_pass():
 
     Seen red with the draw index fixed at 0 in now_loss.
     """
-    cfg = small_config(mask_draws=2)
+    cfg = plain_config(mask_draws=2)
     model, batch = new_model(cfg), random_batch(cfg, 2)
     calls = []
     hook = model.target.register_forward_hook(lambda *_: calls.append(1))
     both = model(batch)[0]["loss_vjepa"]
     hook.remove()
     assert len(calls) == 1
-    single = new_model(small_config(mask_draws=1))
+    single = new_model(plain_config(mask_draws=1))
     parts = []
     for draw in range(2):
         view = {
@@ -153,7 +153,7 @@ def cosine_cross_entropy(outcome, keys, own, temperature):
 @pytest.mark.parametrize("outcome_target", ["mean", "delta"])
 def test_eventually_loss_by_hand(outcome_target):
     """InfoNCE over the batch and the filled part of the queue alone. Seen red with the unfilled rows let in."""
-    cfg = small_config(outcome_target=outcome_target, outcome_queue=9)
+    cfg = plain_config(outcome_target=outcome_target, outcome_queue=9)
     model, batch = new_model(cfg), random_batch(cfg, 3)
     generator = torch.Generator().manual_seed(0)
     model.queue.copy_(torch.randn(9, cfg.enc_dim, generator=generator))
@@ -176,7 +176,7 @@ def test_batch_of_one_learns_from_the_queue():
 
     Seen red with the queue left out of the keys.
     """
-    cfg = small_config(lambda_vjepa=0.0, lambda_soon=0.0, lambda_flow=0.0, lambda_eventually=1.0)
+    cfg = plain_config(lambda_vjepa=0.0, lambda_soon=0.0, lambda_flow=0.0, lambda_eventually=1.0)
     model, batch = new_model(cfg), random_batch(cfg, 1)
     losses, _, carry = model(batch)
     assert float(losses["loss_eventually"].detach()) == 0
@@ -190,7 +190,7 @@ def test_batch_of_one_learns_from_the_queue():
 
 def test_queue_is_first_in_first_out():
     """Newest key first, oldest dropped at the end. Seen red with the oldest keys kept (old rows before new ones)."""
-    cfg = small_config(outcome_queue=5, lambda_flow=0.0)
+    cfg = plain_config(outcome_queue=5, lambda_flow=0.0)
     model, history, number = new_model(cfg), [], 0
     for count in (2, 2, 2, 1, 7):
         keys = torch.arange(number, number + count).float()[:, None].expand(-1, cfg.enc_dim)
@@ -206,7 +206,7 @@ def test_queue_is_first_in_first_out():
 
 def test_no_queue():
     """outcome_queue 0 leaves in-batch negatives alone."""
-    cfg = small_config(outcome_queue=0)
+    cfg = plain_config(outcome_queue=0)
     model, batch = new_model(cfg), random_batch(cfg, 3)
     losses, _, carry, seen = watch(model, batch)
     loss, _ = cosine_cross_entropy(seen["outcome"][0][1], carry["key"], range(3), cfg.outcome_temperature)
@@ -236,7 +236,7 @@ def supcon_by_hand(outcome, maneuver, file, temperature):
 
 def test_supcon_by_hand():
     """Positives share a maneuver and come from other files; unknown ones take no part. Seen red: same-file pairs."""
-    cfg = small_config(lambda_supcon=0.7)
+    cfg = plain_config(lambda_supcon=0.7)
     model, batch = new_model(cfg), random_batch(cfg, 6)
     batch["maneuver"], batch["file"] = torch.tensor([0, 0, 1, 0, -1, 2]), torch.tensor([0, 1, 2, 0, 3, 4])
     losses, _, _, seen = watch(model, batch)
@@ -263,7 +263,7 @@ def test_flow_loss_by_hand():
 
     Seen red with the forecast not taken off, with the scale left out, and with the cut at 0.01.
     """
-    cfg = small_config(num_frames=18, eventually_frames=10)  # 5 tubelets in 2 chunks of 3 and 2
+    cfg = plain_config(num_frames=18, eventually_frames=10)  # 5 tubelets in 2 chunks of 3 and 2
     model, batch = new_model(cfg), random_batch(cfg, 3)
     fill_space(model)
     torch.nn.init.normal_(model.flow.out.weight, std=0.1)
@@ -297,7 +297,7 @@ def test_flow_loss_by_hand():
 
 def test_total_is_the_weighted_sum():
     """loss_total = sum of lambda * loss. Seen red with one lambda used for all."""
-    cfg = small_config(lambda_vjepa=0.3, lambda_soon=0.7, lambda_eventually=0.11, lambda_flow=1.9, lambda_supcon=0.5)
+    cfg = plain_config(lambda_vjepa=0.3, lambda_soon=0.7, lambda_eventually=0.11, lambda_flow=1.9, lambda_supcon=0.5)
     model, batch = new_model(cfg), random_batch(cfg, 3)
     batch["maneuver"] = torch.zeros_like(batch["maneuver"])
     fill_space(model)
@@ -315,7 +315,7 @@ def test_ema_follows_the_closed_form():
 
     Seen red with m and 1 - m exchanged, and with the norms left out.
     """
-    cfg = small_config()
+    cfg = plain_config()
     model = new_model(cfg)
     pairs = ((model.target, model.online), (model.flow_ema, model.flow))
     expected = [[p.detach().double().clone() for p in slow.parameters()] for slow, _ in pairs]
@@ -344,7 +344,7 @@ def test_ema_follows_the_closed_form():
 
 def test_apply_step_uses_the_scheduled_momenta():
     """One whole step moves the target by exactly 1 - ema_momentum_at(step) of the new online weights."""
-    cfg = small_config(ema_momentum=0.8, ema_momentum_end=1.0, lr=1e-2, warmup_steps=0)
+    cfg = plain_config(ema_momentum=0.8, ema_momentum_end=1.0, lr=1e-2, warmup_steps=0)
     model, batch = new_model(cfg), random_batch(cfg, 2)
     for _ in range(2):
         before = model.target.tokenizer.proj.weight.clone()
@@ -360,7 +360,7 @@ def test_apply_step_uses_the_scheduled_momenta():
 @pytest.mark.parametrize("steps, warmup_steps", [(100, 2000), (100, 5), (1000, 2000), (7, 2000), (2, 0), (1, 10)])
 def test_learning_rate_schedule(steps, warmup_steps):
     """Warm-up capped at a tenth of the run, peak once, then down to min_lr at the last step. Pure in the step."""
-    cfg = small_config(steps=steps, warmup_steps=warmup_steps, lr=1e-3, min_lr=1e-5)
+    cfg = plain_config(steps=steps, warmup_steps=warmup_steps, lr=1e-3, min_lr=1e-5)
     rates = [V.lr_at(step, cfg, cfg.lr) for step in range(steps)]
     warmup = min(warmup_steps, steps // 10)
     assert cfg.warmup == warmup
@@ -380,15 +380,15 @@ def test_learning_rate_schedule(steps, warmup_steps):
 
 def test_ema_schedules():
     """Constant without an end value, linear to it at the last step; the flow EMA starts short and is capped."""
-    constant = small_config(steps=50, ema_momentum=0.97)
+    constant = plain_config(steps=50, ema_momentum=0.97)
     assert {V.ema_momentum_at(step, constant) for step in range(50)} == {0.97}
-    rising = small_config(steps=51, ema_momentum=0.9, ema_momentum_end=1.0)
+    rising = plain_config(steps=51, ema_momentum=0.9, ema_momentum_end=1.0)
     values = [V.ema_momentum_at(step, rising) for step in range(51)]
     assert values[0] == 0.9 and values[25] == pytest.approx(0.95) and values[50] == pytest.approx(1.0)
     assert values == sorted(values)
-    flow = [V.flow_momentum_at(step, small_config(flow_ema=0.99)) for step in range(3000)]
+    flow = [V.flow_momentum_at(step, plain_config(flow_ema=0.99)) for step in range(3000)]
     assert flow[0] == pytest.approx(0.1) and flow == sorted(flow) and flow[-1] == 0.99
-    assert V.ema_momentum_at(0, small_config(steps=1)) == 0.996
+    assert V.ema_momentum_at(0, plain_config(steps=1)) == 0.996
 
 
 def test_clip_gradients_clips_the_two_sides_apart():
@@ -396,7 +396,7 @@ def test_clip_gradients_clips_the_two_sides_apart():
 
     Seen red with one norm over both sides.
     """
-    cfg = small_config(grad_clip=1.0)
+    cfg = plain_config(grad_clip=1.0)
     for big, small in ((True, False), (False, True)):
         model = new_model(cfg)
         optimizer = model.optimizer()
@@ -416,7 +416,7 @@ def test_clip_gradients_clips_the_two_sides_apart():
         close(norms[key[small]], 0.5, rtol=1e-4)
         assert all(torch.equal(p.grad, old) for p, old in zip(sides[small], before))
         close(torch.cat([p.grad.flatten() for p in sides[big]]).norm(), 1.0, rtol=1e-4)
-    untouched = small_config(grad_clip=0.0)
+    untouched = plain_config(grad_clip=0.0)
     sides[False][0].grad = torch.full_like(sides[False][0], 1e6)
     V.clip_gradients(optimizer, untouched)
     assert (sides[False][0].grad == 1e6).all()
@@ -424,7 +424,7 @@ def test_clip_gradients_clips_the_two_sides_apart():
 
 def test_steps_use_the_clipped_gradient():
     """take_step leaves both sides at or below grad_clip and reports the norms before."""
-    cfg = small_config(grad_clip=0.01)
+    cfg = plain_config(grad_clip=0.01)
     model, batch = new_model(cfg), random_batch(cfg, 2)
     fill_space(model)
     phase = new_phase(model)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import V, random_batch, small_config
+from conftest import V, plain_config, random_batch, small_config
 from training import new_model, train_steps, watch
 
 ALL_ON = dict(lambda_supcon=0.5, outcome_queue=16, flow_context_grad=0.5)
@@ -54,7 +54,7 @@ def test_token_order_is_t_h_w():
 @pytest.mark.parametrize("image_size", [32, (16, 40)])
 def test_shapes_of_a_forward_pass(pos_embed, image_size):
     """Every network has the documented shapes, square or not, with both position codes; all losses are finite."""
-    cfg = small_config(image_size=image_size, pos_embed=pos_embed, mask_draws=2, **ALL_ON)
+    cfg = plain_config(image_size=image_size, pos_embed=pos_embed, mask_draws=2, **ALL_ON)
     V.validate_config(cfg)
     model, B, D = new_model(cfg), 3, cfg.enc_dim
     batch = labelled(random_batch(cfg, B), cfg)
@@ -414,7 +414,7 @@ def test_context_ignores_hidden_pixels(family, pos_embed):
 
     Seen red with one hidden token added to keep_idx.
     """
-    cfg = small_config(pos_embed=pos_embed, image_size=(32, 48))
+    cfg = plain_config(pos_embed=pos_embed, image_size=(32, 48))
     model, batch = new_model(cfg), random_batch(cfg, 2)
     before = watch(model, batch)[3]["predictor"][family][0]
     assert before[3] == family

@@ -30,7 +30,7 @@ PUBLISHED = dict(
     pred_num_hidden_layers=2,
     pred_mlp_ratio=2.0,
 )
-FITS = dict(pred_heads=2, pred_mlp_ratio=2.0, soon_start="mask", num_heads=4)
+FITS = dict(pred_heads=2, pred_mlp_ratio=2.0, soon_start="mask", num_heads=4, **V.VJepaAutoV2Config.BEFORE)
 EQUAL = 1e-5  # fp32: two orders of the same sums, at outputs of about 1
 
 
@@ -326,12 +326,16 @@ def test_predictor_starts_anew_where_it_does_not_fit(published):
     assert same(state_of(ours.predictor), state_of(fresh.predictor))
     text = " ".join(said)
     assert "pred_heads = 4, the weights have 2 (--pred_heads)" in text and "--pred_mlp_ratio" in text
-    loaded(published[1], said := [], soon_start="last", num_frames=76, eventually_frames=68)
+    loaded(published[1], said := [], soon_start="last", pred_attention="cross", num_frames=76, eventually_frames=68)
     text = " ".join(said)
     frozen = new_model(small_config(**{**FITS, "enc_dim": 24, "teacher": "frozen", "init_from": str(published[1])}))
     frozen.take_weights((said := []).append)  # seen red: "fits in part only"
     assert "predictor starts anew: enc_dim = 24, the weights have 48" in " ".join(said)
-    assert "--soon_start mask" in text and "a clip has 76 frames, the weights saw at most 12" in text
+    assert (
+        "--soon_start mask" in text
+        and "--pred_attention full" in text
+        and "a clip has 76 frames, the weights saw at most 12" in text
+    )
 
 
 def test_a_predictor_that_lacks_a_tensor_is_an_error(published, tmp_path):
