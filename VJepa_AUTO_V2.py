@@ -6762,7 +6762,7 @@ def flops_per_clip(cfg, teacher=None):
         "online": (1 if cfg.freeze_encoder else again) * online * (not cfg.latents),
         "target": target * (not cfg.latents),
         "predictor": again * cfg.pred_depth * filled,
-        "flow": 3 * flow * bool(cfg.lambda_flow),
+        "flow": 3 * flow * bool(cfg.lambda_flow and not cfg.flow_fit_clips),  # else the flow phase has it
     }
 
 

@@ -174,13 +174,15 @@ def test_other_worlds_are_counted_as_well(world):
 
 
 @pytest.mark.slow
-def test_flop_formulas_are_near_what_is_counted(monkeypatch):
-    """FLOP by V.flops_per_clip against the products of a step. Formulas leave out the outcome head, small here."""
-    cfg = V.preset_config("small", batch_size=1, enc_depth=3, pred_depth=3, flow_depth=1)
+@pytest.mark.parametrize("forms", [V.VJepaAutoV2Config.BEFORE, dict(target_window=2, eventually_stride=2)])
+def test_flop_formulas_are_near_what_is_counted(monkeypatch, forms):
+    """FLOP by V.flops_per_clip against the products of a step, measured 1.01 to 1.04 times. Formulas leave out the
+    outcome head, small here."""
+    cfg = V.preset_config("small", batch_size=2, enc_depth=3, pred_depth=3, flow_depth=1, **forms)
     told = sum(new_model(cfg).flops().values())
     monkeypatch.setattr(V.VJepaAutoV2, "flops", lambda self: {})
     line = next(line for line in V.dry_run(V.VJepaAutoV2, cfg, 1) if line.startswith("step: "))
-    assert float(re.search(r"([\d.]+) TFLOP per clip", line)[1]) * 1e12 == pytest.approx(told, rel=0.15)
+    assert float(re.search(r"([\d.]+) TFLOP per clip", line)[1]) * 1e12 == pytest.approx(told, rel=0.08)
 
 
 @pytest.mark.slow
