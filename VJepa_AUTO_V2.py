@@ -5845,6 +5845,8 @@ class FutureSpace(nn.Module):
     out most. Whitened, all directions, noise included, would have the same say.
     """
 
+    YOUNG = 100  # updates up to which a step moves them most: by eigenvalues, then by iteration, without a wait
+
     def __init__(self, cfg):
         super().__init__()
         self.joint, self.num_chunks, self.pool_side = cfg.flow_joint, cfg.flow_chunks, cfg.flow_pool
@@ -5917,10 +5919,10 @@ class FutureSpace(nn.Module):
         centred = centred[:: max(1, len(centred) // 256)]  # enough rows for the directions at a bounded cost
         self.measure(centred, rate)  # of futures that are not yet absorbed
         self.is_full = self.is_full or float(self.basis.square().sum()) > self.rank - 0.5
-        (self.iterate if self.is_full else self.follow)(centred, rate)
+        (self.iterate if self.is_full and self.count > self.YOUNG else self.follow)(centred, rate)
 
     def iterate(self, centred, rate):
-        """What `follow` does, by two rounds of subspace iteration from the present directions, all k of which stand:
+        """What `follow` does, by two rounds of subspace iteration from present directions, all k of which stand:
         nothing but products and triangular solves, for which the CPU does not wait, as it does for eigenvalues."""
         k = self.rank
         corner, side, old = self.basis.T @ self.basis, centred @ self.basis, (1 - rate) * self.covariance.double()
