@@ -378,7 +378,7 @@ class VJepaAutoV2Config(ClipConfig):
     mask_draws: int = 1  # mask draws per family and clip for one target pass
     mask_families: str = "one"  # a clip has one, short masks in half of a batch: one | both
     pred_share: float = 0.25  # share of a mask's tokens that is predicted, drawn anew for every clip
-    eventually_stride: int = 1  # of so many EVENTUALLY tubelets on end a training clip holds one, drawn anew
+    eventually_stride: int = 2  # of so many EVENTUALLY tubelets on end a training clip holds one, drawn anew
     lambda_vjepa: float = 1.0  # weight of NOW
     lambda_soon: float = 1.0  # weight of SOON
     lambda_eventually: float = 0.25  # weight of EVENTUALLY
@@ -6973,11 +6973,8 @@ class VJepaAutoV2(World):
         return batch["context"].float() if "context" in batch else self.now_context(batch["frames"])
 
     def targets_of(self, batch):
-        """Targets of a batch of clips [B, L, D], or of their latents [B, L', D]."""
-        if "targets" in batch:
-            return batch["targets"].float()
-        pieces = batch["pieces"] if "pieces" in batch else self.pieces_of(batch["frames"])
-        return self.make_targets(pieces, batch.get("tubelets"))
+        """Targets of a batch of whole clips [B, L, D], or of their latents [B, L', D]."""
+        return batch["targets"].float() if "targets" in batch else self.make_targets(self.pieces_of(batch["frames"]))
 
     def encode_now(self, pieces):
         """What the tokenizer cut of a clip, [B, >= NOW, C * dt * p * p] -> context of NOW alone [B, K, D]."""
@@ -7095,12 +7092,11 @@ class VJepaAutoV2(World):
         return loss, rows, residual.square().mean((0, 1))
 
     def forward(self, batch):
-        if "frames" in batch:
-            batch = {**batch, "pieces": self.pieces_of(batch["frames"])}  # once for targets and tokens
-        cfg, targets = self.cfg, self.targets_of(batch)  # [B, L, D]
+        cfg, pieces = self.cfg, None if "context" in batch else self.pieces_of(batch["frames"])
+        # [B, L, D], of the tubelets that a training clip holds
+        targets = self.targets_of(batch) if pieces is None else self.make_targets(pieces, batch.get("tubelets"))
         losses = dict.fromkeys(("loss_vjepa", "loss_soon", "loss_eventually", "loss_flow"), targets.new_zeros(()))
         gauges, carry = {}, {"targets": targets, "key": self.outcome_key(targets)}
-        pieces = batch.get("pieces")  # [B, L, C * dt * p * p]; None where latents are read
         if cfg.lambda_vjepa:
             losses["loss_vjepa"] = self.now_loss(pieces, targets, batch)
         context = self.context_of(batch) if pieces is None else self.encode_now(pieces)  # [B, K, D]

@@ -230,13 +230,21 @@ def test_targets_of_some_tubelets_are_those_of_a_clip_of_these(window):
     stirred(model.target)
     held = batch["tubelets"]
     assert held.shape == (2, 4 + len(cfg.stretches))
-    targets = model.targets_of(batch).unflatten(1, (12, -1))
+    targets = model.make_targets(model.pieces_of(batch["frames"]), held).unflatten(1, (12, -1))
     pieces = model.target.tokenizer.cut(model.normalise(batch["frames"]))
     places = (held[:, :, None] * cfg.sites + torch.arange(cfg.sites)).split([4, 2, 2] if window else [7], 1)
     encoded = torch.cat([V.layer_norm(model.target.encode(pieces, part.flatten(1))) for part in places], 1)
     for place, values in enumerate(encoded.unflatten(1, (-1, cfg.sites)).unbind(1)):
         for stands_for in [place] if place < 4 else cfg.stretches[place - 4]:
             torch.testing.assert_close(targets[:, stands_for], values, **CLOSE)
+
+
+def test_latents_for_a_flow_phase_are_of_whole_clips():
+    """Seen red with the tubelets of the training step."""
+    cfg = small_config(eventually_frames=8, num_frames=16)
+    model, batch = new_model(cfg), random_batch(cfg, 2)
+    assert cfg.eventually_stride > 1 and "tubelets" in batch
+    torch.testing.assert_close(model.targets_of(batch), model.make_targets(model.normalise(batch["frames"])), **CLOSE)
 
 
 def test_masks_keep_to_the_tubelets_that_are_there():
