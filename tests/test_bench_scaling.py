@@ -51,7 +51,7 @@ def test_two_ranks_are_measured_and_counted(tmp_path):
     figures = json.loads(out.read_text())
     assert figures["gradient_bytes"] == figures["trained_bytes"] > 1e6
     assert figures["other_bytes"] < figures["gradient_bytes"] / 2
-    assert figures["other_calls"] == {"all_reduce": 2, "all_gather": 4, "broadcast": 8}
+    assert figures["other_calls"] == {"all_reduce": 2, "all_gather": 4, "broadcast": 7}
     assert 0 <= figures["trace_inside_backward"] <= 1 and trace.stat().st_size > 1000
     assert b"weak scaling" in text
 

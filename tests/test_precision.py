@@ -270,9 +270,10 @@ def test_one_graph_for_ten_steps(fresh_dynamo, mode):
     process = cpu_process(V.amp_dtype(cfg, torch.device("cpu")))
     train_steps(model, lambda step: [random_batch(cfg, 2, seed=step, first=2 * step)], 10, process)
     assert len(backend.graphs) == 1
-    # online on two masks and NOW, target once, predictor three times, outcome once, flow: self, cross where tokens mix
-    expected = 4 * cfg.enc_depth + 3 * cfg.pred_depth + 1 + cfg.flow_depth * (2 if cfg.flow_tokens > 1 else 0)
-    plain = expected - cfg.enc_depth if cfg.amp else 0  # bf16 gradients on a CPU; the target encoder has none
+    # online on two masks and NOW, target on two windows, predictor three times, outcome once, flow: self, cross where
+    # tokens mix
+    expected = 5 * cfg.enc_depth + 3 * cfg.pred_depth + 1 + cfg.flow_depth * (2 if cfg.flow_tokens > 1 else 0)
+    plain = expected - 2 * cfg.enc_depth if cfg.amp else 0  # bf16 gradients on a CPU; the target encoder has none
     assert (backend.calls("scaled_dot_product_attention"), backend.calls("softmax")) == ([expected - plain], [plain])
 
 
@@ -313,8 +314,8 @@ def test_blocks_are_compiled_once_per_size(fresh_dynamo, monkeypatch):
         batch = random_batch(cfg, 2, seed=first, first=2 * first)
         train_steps(model, lambda step, batch=batch: [batch], 1)
         counts.append(len(backend.graphs))
-    # encoder: two masks, NOW, the whole clip without gradient; predictor: two masks of one size, and SOON; flow
-    assert counts == [7, 7, 7]
+    # encoder: two masks, NOW, two windows without gradient; predictor: two masks and SOON; flow
+    assert counts == [9, 9, 9]
     assert len(V.shard_units(model)) > 7
 
 
