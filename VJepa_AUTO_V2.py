@@ -7163,7 +7163,8 @@ class VJepaAutoV2(World):
 
     def look(self, batch, carry):
         targets, clips = carry["targets"], batch["context" if "context" in batch else "frames"]
-        if self.cfg.freeze_encoder:  # latents hold EVENTUALLY as means
+        # latents hold EVENTUALLY as means; with a stride its tubelets stand for others, other ones in each clip
+        if self.cfg.freeze_encoder or self.cfg.eventually_stride > 1:
             targets = targets[:, : self.cfg.now_tokens + self.cfg.soon_tokens]
         return {"targets": gauge_tokens(targets), "brightness": clips.float().flatten(1).mean(1)}
 

@@ -39,13 +39,14 @@ def collapsed_model(cfg, position_only):
 def test_collapse_is_seen_on_the_gauges(position_only):
     """target_std_clips is 0 for both kinds of collapse, while target_std alone misses targets that know only positions.
 
-    Seen red with target_std_clips taken over positions instead of clips.
+    Seen red with target_std_clips taken over positions instead of clips, and over tubelets that stand for others.
     """
     cfg = small_config()
-    batch = random_batch(cfg, 4)
-    healthy = new_model(cfg)(batch)[2]["targets"]
+    batch, model = random_batch(cfg, 4), new_model(cfg)
+    healthy = model.look(batch, model(batch)[2])["targets"]
     assert V.target_std_clips(healthy) > 0.05 and V.effective_rank(healthy) > 5
-    targets = collapsed_model(cfg, position_only)(batch)[2]["targets"]
+    model = collapsed_model(cfg, position_only)
+    targets = model.look(batch, model(batch)[2])["targets"]
     assert V.target_std_clips(targets) < 1e-3
     if position_only:
         assert V.target_std(targets) > 0.2

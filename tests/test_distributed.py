@@ -199,8 +199,8 @@ def test_ranks_equal_one_process(tmp_path, world_size, num_clips, maneuvers, flo
     """The first ten steps with all losses on: losses, weights, EMA, queue and flow statistics are those of one process.
 
     With 64 directions fewer rows than directions are seen. Seen red with the mean of gradients over ranks dropped, with
-    gather_rows in rank order, and with the places of new directions left to rounding. A rank's clips lie W apart, so that
-    the first halves of all ranks are that of one process; a rank of one clip has both mask families.
+    gather_rows in rank order, and with the places of new directions left to rounding. A rank's clips lie W apart, so
+    that the first halves of all ranks are that of one process; a rank of one clip has both mask families.
     """
     cfg = small_config(flow_rank=flow_rank, mask_families="one" if num_clips > world_size else "both", **SUPCON)
     result = run_ranks(world_size, cfg, 10, num_clips, maneuvers, tmp_path)
