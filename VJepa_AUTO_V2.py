@@ -6819,7 +6819,7 @@ class VJepaAutoV2(World):
         "loss_eventually": "EVENTUALLY: InfoNCE of the outcome embedding; ln(batch x ranks + filled queue) is chance",
         "loss_flow": "FLOW: squared velocity error in residual space, plus the squared error of the chunk read-out",
         "loss_supcon": "supervised contrast on maneuvers; only with lambda_supcon",
-        "target_std": "standard deviation of target channels over tokens (a stride: of NOW and SOON); near 0 = collapsed",
+        "target_std": "deviation of target channels over tokens (with a stride of NOW and SOON); near 0 = collapsed",
         "target_std_clips": "the same over clips at one position, which position cannot fake; nan for equal clips",
         "effective_rank": "exp(entropy) of the singular values of target tokens; 1 = collapsed, at most enc_dim",
         "soon_skill": "1 - L1(SOON prediction) / L1(last NOW tubelet repeated); above 0 = better than a still world",
