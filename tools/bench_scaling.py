@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -34,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import torch
 import torch.distributed as dist
-from bench import new_phase, take_step
+from bench import new_phase, take_step, timed
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import VJepa_AUTO_V2 as V
@@ -44,14 +43,6 @@ COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "all_gather_object")
 
 
 # -- measured: two processes
-
-
-def timed(phase, batch, steps):
-    """Seconds per step: on the clock, and of this process."""
-    began, used = time.perf_counter(), time.process_time()
-    for step in range(steps):
-        take_step(phase, batch, step)
-    return (time.perf_counter() - began) / steps, (time.process_time() - used) / steps
 
 
 def counting(calls, real, name, *args, **kwargs):
@@ -150,7 +141,8 @@ def run_rank(rank, args, flags, out):
         for kind in KINDS[number % 3 :] + KINDS[: number % 3]:
             dist.barrier()
             if kind != "alone" or rank == 0:
-                times[kind].append(timed(together if kind == "ranks" else single, batch, args.steps))
+                step = partial(take_step, together if kind == "ranks" else single)
+                times[kind].append(timed(step, batch, group.device, args.steps))
     with tempfile.TemporaryDirectory() as folder:
         trace = trace_step(together, batch, (rank == 0 and args.trace) or Path(folder) / "trace.json")
     counts = count_collectives(together, batch)
