@@ -3292,10 +3292,8 @@ def write_scenes(folder, cfg, stopping=None):
     for part in ("videos", "annotations"):
         (folder / part).mkdir(exist_ok=True)
     jobs = [job for job in enumerate(scene_names(cfg)) if not scene_stands(folder, job[1])]
-    helpers, (watch, end) = (
-        min(usable_cores() - 1, cfg.num_workers, len(jobs) // 32),
-        multiprocessing.Pipe(duplex=False),
-    )
+    helpers = min(usable_cores() - 1, cfg.num_workers, len(jobs) // 32)
+    watch, end = multiprocessing.Pipe(duplex=False)
     apart = multiprocessing.get_context("fork").Process
     shares = [(watch, end, folder, cfg, jobs[number::helpers]) for number in range(helpers)]
     processes = [apart(target=help_writing, args=share, daemon=True) for share in shares]
@@ -6756,8 +6754,8 @@ def flops_per_clip(cfg, teacher=None):
     mixing = RN * 2 * W * W * 6 + 4 * K * W * D + 4 * RN * (K + cfg.flow_tokens) * W
     flow = cfg.flow_depth * (RN * 2 * W * W * 8 + mixing * (not cfg.flow_joint)) + 2 * K * D * W * cfg.flow_joint
     again = 4 if cfg.grad_checkpoint else 3
-    bounds = [0, *cfg.window_starts, cfg.grid[0]]
-    windows = [cfg.sites * len({held_places(cfg)[t] for t in range(*pair)}) for pair in itertools.pairwise(bounds)]
+    bounds, held = [0, *cfg.window_starts, cfg.grid[0]], held_places(cfg)
+    windows = [cfg.sites * len({*held[begin:end]}) for begin, end in itertools.pairwise(bounds)]
     target = sum(block_flops(n, teacher.enc_dim, teacher.mlp_ratio) for n in windows) * teacher.enc_depth
     target += sum(windows) * piece * teacher.enc_dim
     return {
@@ -6939,9 +6937,9 @@ class VJepaAutoV2(World):
         if tubelets is None:
             targets = self.target(clip, cfg.window_starts)
         else:
-            sites, begins = torch.arange(cfg.sites, device=tubelets.device), [part.start for part in cfg.stretches]
-            idx = (tubelets[:, :, None] * cfg.sites + sites).flatten(1)
-            starts = tuple((sum(cfg.future_tubelets[:2]) + begins.index(at)) * cfg.sites for at in cfg.window_starts)
+            idx = (tubelets[:, :, None] * cfg.sites + torch.arange(cfg.sites, device=tubelets.device)).flatten(1)
+            held = held_places(cfg)
+            starts = tuple(held[at] * cfg.sites for at in cfg.window_starts)
             targets = self.target.encode(clip, idx, starts)
         if hasattr(self, "target_map"):
             targets = layer_norm(targets) @ self.target_map
@@ -7880,8 +7878,7 @@ def newest_checkpoint(out_dir, tell, world=None, init_from=""):
 def check_same_run(state, cfg, path):
     """UsageError naming the fields in which a checkpoint and this config cannot be the same run. Whether a loss has
     weight decides which parameters learn."""
-    # a field that the checkpoint's version lacked had its default, or what stood for it
-    earlier = {**asdict(type(cfg)()), **merged(type(cfg), "BEFORE"), **state["cfg"]}
+    earlier = asdict(config_of(type(cfg), state["cfg"]))
     plain, saved = (json.loads(json.dumps(values)) for values in (asdict(cfg), earlier))
     names = [name for cls in reversed(type(cfg).__mro__) for name in vars(cls).get("MUST_MATCH", ())]
     different = [name for name in names if plain[name] != saved.get(name)]

@@ -401,13 +401,11 @@ def run_side(args, flags):
         run, take = new_run(cfg, process), plain_step.PlainStep(cfg, device).take
     else:
         phase = new_phase(cfg, process)
-        settle(phase.world)
         run, take = phase.run, partial(take_step, phase)
-        if args.kind == "fixed":
-            plain_step.space_of(phase.world)
+        (plain_step.space_of if args.kind == "fixed" else settle)(phase.world)
     batch = new_batch(run)
     facts = {"precision": args.dtype, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    take(batch, 0)  # the first teaches the flow's space no directions
+    take(batch, 0)  # moments of AdamW and the like
     facts["tflop_per_clip"] = executed_flop(take, batch, cfg.compile) / V.step_samples(cfg, 1) / 1e12
     V.emit(json.dumps({"side": facts}) + "\n", sys.stdout)
     for line in sys.stdin:
