@@ -15,6 +15,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# A shell that starts a command in the background hands it SIGINT ignored: tests of Ctrl-C would wait in vain.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "VJepa_AUTO_V2.py"
 sys.path.insert(0, str(ROOT))

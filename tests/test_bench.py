@@ -96,6 +96,11 @@ def test_rates_follow_from_the_seconds(figures):
     assert 0 < low <= figures["seconds"] <= high
 
 
+def test_quartiles_lie_within_what_was_measured():
+    """Seen red with quartiles that go on beyond two rounds far apart: the lower one was below zero."""
+    assert bench.spread([1.0, 9.0]) == (3.0, 5.0, 7.0) and bench.spread([2.0]) == (2.0, 2.0, 2.0)
+
+
 def test_a_timed_step_trains():
     """Weights and their EMA move, as in the loop."""
     cfg = small_config(device="cpu", batch_size=2)

@@ -134,8 +134,8 @@ def timed(take, batch, device, steps):
 
 
 def spread(values):
-    """(first quartile, median, third quartile)."""
-    return tuple(statistics.quantiles(values, n=4)) if len(values) > 1 else tuple(values) * 3
+    """(first quartile, median, third quartile), within what was measured."""
+    return tuple(statistics.quantiles(values, n=4, method="inclusive")) if len(values) > 1 else tuple(values) * 3
 
 
 # -- 2  What a step must compute, what it executes, and what the device can
