@@ -434,7 +434,7 @@ class VJepaAutoV2Config(ClipConfig):
     VITG = dict(VJEPA2, enc_dim=1408, enc_depth=40, num_heads=22, mlp_ratio=48 / 11, batch_size=2, grad_accum=8)
     PRESETS = {
         "tiny": dict(
-            MINUTES, steps=500, flow_dim=256, flow_heads=4, flow_draws=16, flow_lr=2e-3, scene_clips=768, scene_size=96,
+            MINUTES, steps=500, flow_dim=256, flow_heads=4, flow_lr=2e-3, scene_clips=768, scene_size=96,
             log_every=25, ckpt_every=125, val_every=125,
         ),
         "small": dict(

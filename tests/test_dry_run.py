@@ -1,5 +1,6 @@
 """--dry_run: what a step takes is counted in shapes alone, and is what a real step takes."""
 
+import gc
 import itertools
 import json
 import os
@@ -34,6 +35,7 @@ def step_bytes(cfg):
     for parameter in model.trained().values():
         parameter.grad = torch.zeros_like(parameter)
     batch, dtype = V.for_step(batch, 0, torch.device("cpu")), V.amp_dtype(cfg, torch.device("cpu"))
+    gc.collect()  # what other tests left in cycles would be freed amid the step: seen red, less than is needed
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             losses, _, _ = model(batch)
