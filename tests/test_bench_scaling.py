@@ -63,3 +63,10 @@ def test_table_has_a_row_for_every_size():
     lines = bench_scaling.table(args)
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert len(lines) == 11 and not [line for line in lines if line not in page]
+
+
+def test_rows_of_the_page_stand_in_tables_of_their_width():
+    """Seen red: rows of the table above had been written into one of memory, whose rows begin alike."""
+    lines = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").splitlines()
+    rows = [(line, before) for before, line in zip(lines, lines[1:]) if line.startswith("|") and before.startswith("|")]
+    assert rows and not [row for row in rows if row[0].count("|") != row[1].count("|")]
