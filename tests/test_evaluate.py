@@ -123,6 +123,24 @@ def test_an_oracle_passes_every_fork_test():
     assert low < figures["fork_share"]["value"] < high < low + 0.1
 
 
+def test_near_a_real_branch_is_said_with_what_it_was_measured_with():
+    """Radius, distance of samples and distance between branches stand beside near_real: an oracle's samples keep the
+    world's own distance, and a world told more finely makes the radius smaller, not the samples' distance."""
+    scale = E.fork_figures(fork_world("oracle"), E.Sizes(resamples=2), {})["near_real"]
+    typical = NOISE * math.sqrt(DIMS)
+    assert scale["branch_distance"] == pytest.approx(DELTA, rel=0.1)
+    assert 0.8 * typical < scale["sample_distance"] < 1.2 * typical
+    assert 1.5 * typical < scale["radius"] < 3.5 * typical
+    finer = fork_world("oracle")
+    for reading in finer:
+        for side in (-1, 1):
+            own = reading.real[reading.side == side]
+            reading.real[reading.side == side] = own.mean(0) + (own - own.mean(0)) / 3
+    told = E.fork_figures(finer, E.Sizes(resamples=2), {})["near_real"]
+    assert told["radius"] == pytest.approx(scale["radius"] / 3) and told["value"] < 0.7 < scale["value"]
+    assert told["sample_distance"] == pytest.approx(scale["sample_distance"])
+
+
 @pytest.mark.parametrize(
     "kind, failed, passed",
     [

@@ -515,11 +515,26 @@ def fork_row(r, variant, radius):
     return r.odds, (place > 0.5).mean(), between, near, point, picked, *scores, real_between, real_near
 
 
+def near_radius(forks):
+    """How far from a branch a sample still counts as near: 1.5 times what 95 % of real futures keep. NaN for none."""
+    return 1.5 * np.quantile(np.concatenate([real_radii(r.real, r.side) for r in forks]), 0.95) if forks else math.nan
+
+
+def branch_scale(readings):
+    """What near_real measures with, medians over even forks in units of the scatter of real futures within a branch:
+    radius of near, distance of a sample to the nearer branch, distance between the branches -> dict."""
+    even = [r for r in readings if r.forked() and r.odds == 0.5]
+    distances = [np.median(branch_distance(r.samples["model"], *r.ends())) for r in even]
+    apart = [np.linalg.norm(np.subtract(*r.ends())) for r in even]
+    scale = {"radius": near_radius([r for r in readings if r.forked()])}
+    scale |= {"sample_distance": np.median(distances), "branch_distance": np.median(apart)}
+    return {name: float(value) for name, value in scale.items()}
+
+
 def fork_rows(readings, variant):
     """Per fork: odds, shares of samples right, between, near, place of the forecast, energy scores -> {column: [n]}."""
-    usable, radius = [r for r in readings if r.forked()], math.nan
-    if usable:
-        radius = 1.5 * np.quantile(np.concatenate([real_radii(r.real, r.side) for r in usable]), 0.95)
+    usable = [r for r in readings if r.forked()]
+    radius = near_radius(usable)
     rows = np.asarray([fork_row(r, variant, radius) for r in usable], float)
     return dict(zip(FORK_COLUMNS, rows.reshape(len(usable), len(FORK_COLUMNS)).T))
 
@@ -581,6 +596,7 @@ def fork_figures(readings, sizes, controls):
         beside |= {"perfect sampler": best[name]} if name in best else {}
         figures[name] = make_figure(name, value, interval, n, beside)
     if even.any():
+        figures["near_real"] |= branch_scale(readings)
         picked, band = rows["picked"][even], 3 * math.sqrt(0.25 / even.sum())
         same, limits = all(r.same_now for r in readings), (0.5 - band, 0.5 + band)
         more = dict(limits=limits, also={"now_frames_equal": same})
