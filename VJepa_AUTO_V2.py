@@ -6121,21 +6121,23 @@ def residual_rows(model, process, context, future, actions=None):
         return model.space.pool(residual)
 
 
-def flow_coordinates(model, latents, process, is_fitted):
+def flow_coordinates(model, latents, run, is_fitted):
     """Coordinates y [n, N, k] of all residuals of cache_latents on the CPU, with actions [2, n, N, k]: told them, then
     passive; the space is fitted to the first 2,048 clips of all ranks unless it was. StoppedTogether on a signal."""
     size, ways, ys = 4 * model.cfg.batch_size, (latents, latents[:2])[: len(latents) - 1], []
+    process, what = run.process, "coordinates for the flow phase"
     parts = [slice(begin, begin + size) for begin in range(0, len(latents[0]), size)]
     if not is_fitted:
         few = itertools.product(ways, parts[: math.ceil(2048 / (size * process.world_size))])
         rows = [residual_rows(model, process, *(whole[part] for whole in way)) for way, part in few]
         model.space.fit(model.gather(torch.cat(rows)))
         model.agree_on_space()
-    for way, part in itertools.product(ways, parts):
+    for number, (way, part) in enumerate(itertools.product(ways, parts), 1):
         process.stop_together()
         rows = residual_rows(model, process, *(whole[part] for whole in way))
         with full_precision(rows):
             ys.append(model.space.encode(rows).cpu())
+        run.log.bar(number, len(ways) * len(parts), what, f"{what}: batch")
     return torch.cat(ys).unflatten(0, (2, -1)) if len(ways) > 1 else torch.cat(ys)
 
 
@@ -6181,7 +6183,7 @@ class FlowFit(Fit):
         super().__init__(model, "flow", model.cfg.flow_fit_steps, model.cfg.flow_fit_batch, len(latents[0]))
         goes_on = run.progress.after > sum(steps for name, steps in model.phases() if name != "flow")
         self.contexts, _, *self.actions = latents
-        self.y = flow_coordinates(model, latents, run.process, goes_on)
+        self.y = flow_coordinates(model, latents, run, goes_on)
         if not goes_on:
             model.flow_ema.load_state_dict(model.flow.state_dict())
         share = f"{float(model.space.explained):.0%} of the residual in {model.cfg.flow_rank} directions"

@@ -174,11 +174,12 @@ def phase_facts(out_dir):
 def test_cached_pairs_are_what_the_loss_would_see(tmp_path):
     """Context and coordinates of cached clip i are those of training sample i, made plainly, one clip at a time."""
     cfg = phase_config(tmp_path / "run", flow_fit_clips=10)
-    model, process = new_model(cfg).eval(), cpu_process()
+    model = new_model(cfg).eval()
     source = V.open_data(V.VJepaAutoV2, cfg, [], True, lambda: None)
     run = phase_run(model, source, consumed=5)
     contexts, futures = V.cache_latents(model, run)
-    y = V.flow_coordinates(model, (contexts, futures), process, False)
+    y = V.flow_coordinates(model, (contexts, futures), run, False)
+    assert run.log.stage.startswith("coordinates for the flow phase: batch"), "minutes with 100,000 clips"
     assert contexts.shape == (16, cfg.now_tokens, cfg.enc_dim) and y.shape == (
         16,
         1,
