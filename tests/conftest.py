@@ -15,9 +15,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# A shell that starts a command in the background hands it SIGINT ignored: tests of Ctrl-C would wait in vain.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that starts a command in the background hands it SIGINT ignored, nohup SIGHUP, which a run then goes on
+# ignoring: tests of them would wait in vain.
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "VJepa_AUTO_V2.py"

@@ -134,14 +134,15 @@ def test_surprise_gate_is_per_clip(modifies):
     for threshold in (0.0, float("inf")):
         titans.threshold = threshold
         gated.append(titans(x)[0])
-    assert torch.equal(gated[0], by_chunk[1]) and torch.equal(gated[1], by_chunk[T])
+    assert torch.equal(gated[0], by_chunk[1])
+    torch.testing.assert_close(gated[1], by_chunk[T], rtol=0, atol=1e-5)  # products of unlike shapes: not to the bit
     for row in x:
         k, v, *_ = titans.pairs(titans.pair_memory.start(1) if modifies else None, row[:1].flatten(0, 1)[None])
         said = titans.memory.read(titans.memory.start(1), titans.query(row[:1]))[:, 0]
         surprises.append((v - said).square().mean(2).sqrt().mean().item())
     titans.threshold, low = sum(surprises) / 2, min(range(2), key=surprises.__getitem__)
     out, _ = titans(x)
-    assert torch.equal(out[low, 1], by_chunk[T][low, 1])  # frame 1 reads what frame 0 wrote
+    torch.testing.assert_close(out[low, 1], by_chunk[T][low, 1], rtol=0, atol=1e-5)  # it reads what frame 0 wrote
     assert (out[1 - low, 1] - by_chunk[T][1 - low, 1]).abs().max() > 1e-4
 
 
