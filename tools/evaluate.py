@@ -523,11 +523,11 @@ def near_radius(forks):
 def branch_scale(readings):
     """What near_real measures with, medians over even forks in units of the scatter of real futures within a branch:
     radius of near, distance of a sample to the nearer branch, distance between the branches -> dict."""
-    even = [r for r in readings if r.forked() and r.odds == 0.5]
+    forks = [r for r in readings if r.forked()]
+    even = [r for r in forks if r.odds == 0.5]
     distances = [np.median(branch_distance(r.samples["model"], *r.ends())) for r in even]
     apart = [np.linalg.norm(np.subtract(*r.ends())) for r in even]
-    scale = {"radius": near_radius([r for r in readings if r.forked()])}
-    scale |= {"sample_distance": np.median(distances), "branch_distance": np.median(apart)}
+    scale = {"radius": near_radius(forks), "sample_distance": np.median(distances), "branch_distance": np.median(apart)}
     return {name: float(value) for name, value in scale.items()}
 
 
