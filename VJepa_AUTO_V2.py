@@ -396,6 +396,7 @@ class VJepaAutoV2Config(ClipConfig):
     flow_dim: int = 512  # width of the flow net
     flow_depth: int = 4  # blocks of the flow net
     flow_heads: int = 8  # heads of the flow net
+    flow_squeeze: int = 16  # channels kept of each NOW token that the flow net reads flattened; 0 = all
     flow_rank: int = 64  # principal directions k that are noised, per noised token
     flow_chunks: int = 4  # EVENTUALLY chunk tokens drawn jointly with SOON
     flow_joint_max: int = 65536  # SOON + chunk numbers up to which the directions span all tokens jointly
@@ -411,6 +412,7 @@ class VJepaAutoV2Config(ClipConfig):
     flow_fit_steps: int = 2000  # optimizer steps of that flow phase
     flow_fit_batch: int = 128  # clips per step of the flow phase and process, flow_draws draws each
     flow_fit_lr: float = 1e-3  # peak learning rate of the flow phase, SOON included
+    flow_fit_drop: float = 0.0  # share of the numbers of the NOW context hidden from the flow net in a step of it
     soon_fit_steps: int = 0  # steps before those in which a copy of the predictor learns SOON alone; 0 = no copy
     soon_fit_batch: int = 32  # clips per step of that and process
     # -- end of a run
@@ -418,6 +420,7 @@ class VJepaAutoV2Config(ClipConfig):
 
     BEFORE = dict(  # what a run had before these were fields
         pred_attention="full", target_window=0, mask_families="both", pred_share=1.0, eventually_stride=1,
+        flow_squeeze=0,
     )
     MINUTES = dict(  # what tiny and proof share
         image_size=48, patch=8, num_frames=20, now_frames=4, soon_frames=8, eventually_frames=8, enc_dim=96,
@@ -472,11 +475,13 @@ class VJepaAutoV2Config(ClipConfig):
         "lambda_soon": (0, 10**6), "lambda_eventually": (0, 10**6), "lambda_flow": (0, 10**6),
         "lambda_supcon": (0, 10**6), "supcon_temperature": (1e-4, None), "outcome_queries": (1, 65536),
         "outcome_temperature": (1e-4, None), "outcome_queue": (0, 10**7), "flow_dim": (2, 65536),
-        "flow_depth": (1, 1000), "flow_heads": (1, 65536), "flow_rank": (1, 4096), "flow_chunks": (1, 100000),
+        "flow_depth": (1, 1000), "flow_heads": (1, 65536), "flow_squeeze": (0, 65536), "flow_rank": (1, 4096),
+        "flow_chunks": (1, 100000),
         "flow_joint_max": (0, 2**62), "flow_pool": (1, 8192), "flow_draws": (1, 4096), "flow_shift": (0, 1000),
         "flow_steps": (1, 10000), "flow_context_grad": (0, 1), "flow_lr": (0, None), "flow_ema": (0, 1),
         "flow_fit_clips": (0, 10**9), "flow_fit_steps": (1, 10**9), "flow_fit_batch": (1, 65536),
-        "flow_fit_lr": (0, None), "action_drop": (0, 1), "soon_fit_steps": (0, 10**9), "soon_fit_batch": (1, 65536),
+        "flow_fit_lr": (0, None), "flow_fit_drop": (0, 0.9), "action_drop": (0, 1),
+        "soon_fit_steps": (0, 10**9), "soon_fit_batch": (1, 65536),
     }
     CHOICES = {
         "pos_embed": ("sincos", "rope", "rope21"), "soon_start": ("last", "mask"), "outcome_target": ("mean", "delta"),
@@ -488,6 +493,7 @@ class VJepaAutoV2Config(ClipConfig):
         "mlp_ratio", "pred_heads", "pred_mlp_ratio", "pos_embed", "soon_start", "outcome_queries", "outcome_queue",
         "outcome_target", "flow_dim", "flow_depth", "flow_heads", "flow_rank", "flow_chunks", "flow_joint_max",
         "flow_pool", "freeze_encoder", "teacher", "actions", "pred_attention", "target_window",
+        "flow_squeeze",
     )
 
     @property
@@ -547,6 +553,11 @@ class VJepaAutoV2Config(ClipConfig):
     def flow_joint(self) -> bool:
         """Whether the noised directions span all future tokens jointly (small grids) or single pooled tokens."""
         return (self.soon_tokens + self.flow_chunks) * self.enc_dim <= self.flow_joint_max
+
+    @property
+    def flow_read(self) -> int:
+        """Channels of a NOW token that the flow net reads."""
+        return min(self.flow_squeeze or self.enc_dim, self.enc_dim) if self.flow_joint else self.enc_dim
 
     @property
     def flow_tokens(self) -> int:
@@ -5375,17 +5386,29 @@ def init_weights(module):
 
 
 MAX_PLAIN_SCORES = 2**23  # attention scores of one call that may be kept for backward
+NEAR_SCORES = 2**20  # those that lie in the cache between the two products
+HAS_TILES = torch.cpu._is_amx_tile_supported()  # a CPU that multiplies bf16 matrices by tiles
+
+
+def attend_plainly(q, k, v):
+    """Attention as two products, with the scores in between kept in the type of the queries."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
 def attend(q, k, v):
     """Attention of queries [B, nh, Q, hd] to keys and values [B, nh, K, hd] -> [B, nh, Q, hd].
 
-    torch's fused kernel, except for bf16 gradients on a CPU, where its backward is several times slower than plain
-    products for few tokens. Those keep the scores, so only few of them.
+    torch's fused kernel, except for bf16 on a CPU. With gradients its backward is several times slower than plain
+    products for few tokens. Those keep the scores, so only few of them. Without gradients plain products of as many
+    clips as the cache holds take 0.7 of its time (AMD with bf16 instructions); where there are tiles it was not timed.
     """
-    few = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= MAX_PLAIN_SCORES
-    if few and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
+    scores = q.shape[1] * q.shape[2] * k.shape[2]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        if not torch.is_grad_enabled() and scores <= NEAR_SCORES and not HAS_TILES:
+            parts = zip(*(x.split(NEAR_SCORES // scores) for x in (q, k, v)))
+            return torch.cat([attend_plainly(*part) for part in parts])
+        if torch.is_grad_enabled() and q.shape[0] * scores <= MAX_PLAIN_SCORES:
+            return attend_plainly(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -5771,17 +5794,19 @@ class FlowNet(nn.Module):
     """Predicts the clean residual y from its noised version, the time tau and the NOW context.
 
     Where the whole future is one noised token, the flattened context conditions it through an MLP: a single query that
-    cross-attends read the geometry of a fork far worse. Several tokens cross-attend to the context. Future actions join
-    the context: in the hidden layer of that MLP, or as tokens.
+    cross-attends read the geometry of a fork far worse. Its tokens are squeezed to a few channels first, by one linear
+    map: with all of them the MLP learns clips by heart. Several noised tokens cross-attend to the context. Future
+    actions join the context: in the hidden layer of that MLP, or as tokens.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        W, joint, whole = cfg.flow_dim, cfg.flow_joint, cfg.now_tokens * cfg.enc_dim
+        W, joint, read = cfg.flow_dim, cfg.flow_joint, cfg.flow_read
         self.embed, self.out = nn.Linear(cfg.flow_rank, W), nn.Linear(W, cfg.flow_rank)
         self.tau_mlp = nn.Sequential(nn.Linear(64, W), nn.SiLU(), nn.Linear(W, W))
         self.norm_context = nn.LayerNorm(cfg.enc_dim, eps=1e-6)
-        self.whole = nn.Sequential(nn.Linear(whole, W), nn.SiLU(), nn.Linear(W, W)) if joint else None
+        self.squeeze = nn.Linear(cfg.enc_dim, read) if read < cfg.enc_dim else nn.Identity()
+        self.whole = nn.Sequential(nn.Linear(cfg.now_tokens * read, W), nn.SiLU(), nn.Linear(W, W)) if joint else None
         self.blocks = nn.ModuleList(FlowBlock(W, cfg.enc_dim, cfg.flow_heads, joint) for _ in range(cfg.flow_depth))
         self.norm, self.modulate = nn.LayerNorm(W, eps=1e-6, elementwise_affine=False), nn.Linear(W, 2 * W)
         A, (_, _, times), self.actions = len(cfg.action_names), cfg.future_tubelets, None
@@ -5797,10 +5822,13 @@ class FlowNet(nn.Module):
         frequencies = torch.exp(torch.linspace(math.log(0.1), math.log(10.0), 32))
         self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def project(self, context, actions=None, passive=None):
+    def project(self, context, actions=None, passive=None, keep=None):
         """What samples and steps reuse of a NOW context [B, K, D] and future actions [B, F, A], as ActionTokens takes
-        them: a summary [B, W], or keys and values per block."""
-        context = self.norm_context(context)
+        them: a summary [B, W], or keys and values per block. `keep` [B, K, cfg.flow_read]: factors of what is read of
+        the context, 0 where hidden."""
+        context = self.squeeze(self.norm_context(context))
+        if keep is not None:
+            context = context * keep
         if self.whole is None:
             if actions is not None:
                 context = torch.cat([context, self.actions(actions, passive).to(context.dtype)], 1)
@@ -6197,12 +6225,15 @@ class FlowFit(Fit):
         tau = shifted_tau(torch.randn(shape, generator=rng), self.cfg.tau_shift)  # [b, R]
         told = told_in_fit(self, step, rng, chosen, *self.actions)
         y = self.y[told["actions_hidden"].long(), chosen] if told else self.y[chosen]
-        return {"context": self.contexts[chosen], "y": y, "noise": noise, "tau": tau, **told}
+        context, drop = self.contexts[chosen], self.cfg.flow_fit_drop
+        if drop and step is not None:
+            told["keep"] = (torch.rand((*context.shape[:2], self.cfg.flow_read), generator=rng) >= drop) / (1 - drop)
+        return {"context": context, "y": y, "noise": noise, "tau": tau, **told}
 
     def forward(self, batch):
         flow = self.model.flow if torch.is_grad_enabled() else self.model.flow_ema
         y = batch["y"][:, None].expand_as(batch["noise"])
-        projected = flow.project(batch["context"].float(), *self.model.given_of(batch))
+        projected = flow.project(batch["context"].float(), *self.model.given_of(batch), keep=batch.get("keep"))
         loss = velocity_loss(flow, projected, y, batch["noise"], batch["tau"])
         return {"loss_total": loss, "loss_flow": loss}, {}, {}
 
@@ -6754,7 +6785,8 @@ def flops_per_clip(cfg, teacher=None):
     filled = sum(times * predictor_flops(cfg, seen, holes) for times, seen, holes in passes)
     W, RN, K = cfg.flow_dim, cfg.flow_draws * cfg.flow_tokens, cfg.now_tokens + told[2] * (not cfg.flow_joint)
     mixing = RN * 2 * W * W * 6 + 4 * K * W * D + 4 * RN * (K + cfg.flow_tokens) * W
-    flow = cfg.flow_depth * (RN * 2 * W * W * 8 + mixing * (not cfg.flow_joint)) + 2 * K * D * W * cfg.flow_joint
+    flow = cfg.flow_depth * (RN * 2 * W * W * 8 + mixing * (not cfg.flow_joint))
+    flow += 2 * K * cfg.flow_read * (W + D * (cfg.flow_read < D)) * cfg.flow_joint
     again = 4 if cfg.grad_checkpoint else 3
     bounds, held = [0, *cfg.window_starts, cfg.grid[0]], held_places(cfg)
     windows = [cfg.sites * len({*held[begin:end]}) for begin, end in itertools.pairwise(bounds)]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ def phase_config(out_dir, **overrides):
         flow_fit_clips=24,
         flow_fit_steps=6,
         flow_fit_batch=4,
+        flow_fit_drop=0.25,
         soon_fit_steps=5,
         soon_fit_batch=4,
         picture=False,
@@ -169,6 +171,32 @@ def phase_facts(out_dir):
     facts = [tuple(row.get(name) for name in names) for row in metrics(out_dir) if "phase" in row]
     assert [fact[1] for fact in facts if fact[2] is not None] == list(range(4, 15))
     return facts
+
+
+def test_a_step_hides_its_share_of_the_context(tmp_path):
+    """flow_fit_drop: another part in every step, none in the held-out clips; its other draws stay. Seen red with the
+    loss made without the factors."""
+    batches, losses = [], []
+    for drop in (0.25, 0.0):
+        cfg = phase_config(tmp_path / "run", flow_fit_batch=32, flow_fit_drop=drop)
+        model = new_model(cfg).eval()
+        torch.nn.init.normal_(model.flow.out.weight)
+        run = phase_run(model, V.open_data(V.VJepaAutoV2, cfg, [], True, lambda: None))
+        chunks = cfg.flow_chunks
+        latents = [torch.randn(40, n, cfg.enc_dim) for n in (cfg.now_tokens, cfg.soon_tokens + chunks)]
+        fit = V.FlowFit(model, run, SimpleNamespace(latents=latents))
+        batch = fit.batch(3)
+        batches.append(batch)
+        losses += [fit(some)[0]["loss_flow"] for some in (batch, {**batch, "keep": None})]
+        assert "keep" not in fit.batch()
+        if drop:
+            keep = batch["keep"]
+            assert keep.shape == (32, cfg.now_tokens, cfg.flow_read)
+            assert set(keep.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.75))}
+            assert 0.7 < (keep > 0).float().mean() < 0.8
+            assert torch.equal(fit.batch(3)["keep"], keep) and not torch.equal(fit.batch(4)["keep"], keep)
+    assert "keep" not in batches[1] and torch.equal(batches[0]["noise"], batches[1]["noise"])
+    assert losses[0] != losses[1] and losses[2] == losses[3]
 
 
 def test_cached_pairs_are_what_the_loss_would_see(tmp_path):

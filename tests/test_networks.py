@@ -263,21 +263,42 @@ def test_plain_products_equal_the_fused_attention(monkeypatch, num_queries, num_
         )  # bf16 keeps 8 bits, twice rounded on the way
 
 
-@pytest.mark.parametrize("case", ["fp32", "no gradient", "many scores"])
+@pytest.mark.parametrize("per_call", [1, 2, 10])
+def test_plain_products_without_gradients_come_in_parts(monkeypatch, per_call):
+    """As many clips at a time as the cache holds: close to float64, and to what all at once give."""
+    torch.manual_seed(0)
+    parts = [2 * torch.randn(5, 2, num, 16) for num in (7, 30, 30)]
+    exact = torch.nn.functional.scaled_dot_product_attention(*(part.double() for part in parts))
+    monkeypatch.setattr(V, "HAS_TILES", False)
+    monkeypatch.setattr(V, "NEAR_SCORES", per_call * 2 * 7 * 30 + 1)
+    monkeypatch.setattr(V.F, "scaled_dot_product_attention", None)
+    calls, plain = [], V.attend_plainly
+    monkeypatch.setattr(V, "attend_plainly", lambda *part: calls.append(len(part[0])) or plain(*part))
+    parts = [part.bfloat16() for part in parts]
+    with torch.no_grad():
+        out = V.attend(*parts)
+    assert calls == {1: [1] * 5, 2: [2, 2, 1], 10: [5]}[per_call]
+    assert float((out.double() - exact).norm() / exact.norm()) < 0.03
+    torch.testing.assert_close(out, plain(*parts), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("case", ["fp32", "tiles", "far scores", "many scores"])
 def test_other_attention_is_fused(monkeypatch, case):
-    """Full precision, inference and long sequences keep torch's kernel, bit for bit: no scores are kept."""
+    """Full precision, long sequences and inference where the kernel has tiles keep it, bit for bit: no scores."""
     parts = [
         torch.randn(2, 2, 9, 8, dtype=torch.float32 if case == "fp32" else torch.bfloat16, requires_grad=True)
         for _ in range(3)
     ]
-    if case == "many scores":
-        monkeypatch.setattr(V, "MAX_PLAIN_SCORES", 2 * 2 * 9 * 9 - 1)
-    with torch.set_grad_enabled(case != "no gradient"):
+    monkeypatch.setattr(V, "HAS_TILES", case == "tiles")
+    limit, most = ("MAX_PLAIN_SCORES", 2 * 2 * 9 * 9) if case == "many scores" else ("NEAR_SCORES", 2 * 9 * 9)
+    if case.endswith("scores"):
+        monkeypatch.setattr(V, limit, most - 1)
+    with torch.set_grad_enabled(case in ("fp32", "many scores")):
         out, reference = V.attend(*parts), torch.nn.functional.scaled_dot_product_attention(*parts)
-    assert torch.equal(out, reference)
-    if case == "many scores":
-        monkeypatch.setattr(V, "MAX_PLAIN_SCORES", 2 * 2 * 9 * 9)
-        assert not torch.equal(V.attend(*parts), reference)  # one score fewer and it is the plain path
+        assert torch.equal(out, reference)
+        if case.endswith("scores"):
+            monkeypatch.setattr(V, limit, most)
+            assert not torch.equal(V.attend(*parts), reference)  # one score fewer and it is the plain path
 
 
 # -- initialisation and optimizer groups
