@@ -5387,7 +5387,11 @@ def init_weights(module):
 
 MAX_PLAIN_SCORES = 2**23  # attention scores of one call that may be kept for backward
 NEAR_SCORES = 2**20  # those that lie in the cache between the two products
-HAS_TILES = torch.cpu._is_amx_tile_supported()  # a CPU that multiplies bf16 matrices by tiles
+
+
+def has_tiles():
+    """Whether the CPU multiplies bf16 matrices by tiles (AMX)."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def attend_plainly(q, k, v):
@@ -5404,7 +5408,7 @@ def attend(q, k, v):
     """
     scores = q.shape[1] * q.shape[2] * k.shape[2]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        if not torch.is_grad_enabled() and scores <= NEAR_SCORES and not HAS_TILES:
+        if not torch.is_grad_enabled() and scores <= NEAR_SCORES and not has_tiles():
             parts = zip(*(x.split(NEAR_SCORES // scores) for x in (q, k, v)))
             return torch.cat([attend_plainly(*part) for part in parts])
         if torch.is_grad_enabled() and q.shape[0] * scores <= MAX_PLAIN_SCORES:

@@ -269,7 +269,7 @@ def test_plain_products_without_gradients_come_in_parts(monkeypatch, per_call):
     torch.manual_seed(0)
     parts = [2 * torch.randn(5, 2, num, 16) for num in (7, 30, 30)]
     exact = torch.nn.functional.scaled_dot_product_attention(*(part.double() for part in parts))
-    monkeypatch.setattr(V, "HAS_TILES", False)
+    monkeypatch.setattr(V, "has_tiles", lambda: False)
     monkeypatch.setattr(V, "NEAR_SCORES", per_call * 2 * 7 * 30 + 1)
     monkeypatch.setattr(V.F, "scaled_dot_product_attention", None)
     calls, plain = [], V.attend_plainly
@@ -289,7 +289,7 @@ def test_other_attention_is_fused(monkeypatch, case):
         torch.randn(2, 2, 9, 8, dtype=torch.float32 if case == "fp32" else torch.bfloat16, requires_grad=True)
         for _ in range(3)
     ]
-    monkeypatch.setattr(V, "HAS_TILES", case == "tiles")
+    monkeypatch.setattr(V, "has_tiles", lambda: case == "tiles")
     limit, most = ("MAX_PLAIN_SCORES", 2 * 2 * 9 * 9) if case == "many scores" else ("NEAR_SCORES", 2 * 9 * 9)
     if case.endswith("scores"):
         monkeypatch.setattr(V, limit, most - 1)
