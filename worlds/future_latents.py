@@ -428,10 +428,8 @@ class DiT(V.FlowNet):
 
     def __init__(self, cfg, dim):
         W = cfg.hidden_dim
-        sizes = dict(flow_dim=W, enc_dim=W, flow_rank=dim, flow_depth=cfg.depth, flow_heads=cfg.num_heads)
-        shape = dict(
-            flow_joint=False, flow_read=0, now_tokens=0, soon_frames=1, tubelet_t=1, flow_pool=1, flow_chunks=0
-        )
+        sizes = dict(flow_dim=W, enc_dim=W, flow_read=W, flow_rank=dim, flow_depth=cfg.depth, flow_heads=cfg.num_heads)
+        shape = dict(flow_joint=False, now_tokens=0, soon_frames=1, tubelet_t=1, flow_pool=1, flow_chunks=0)
         shape |= dict(action_names=(), future_tubelets=(0, 0, 0))
         super().__init__(SimpleNamespace(**sizes, **shape))
         self.read, self.embed = Reader(cfg, dim, cfg.context_depth), nn.Linear(dim + W, W)
