@@ -5389,8 +5389,9 @@ MAX_PLAIN_SCORES = 2**23  # attention scores of one call that may be kept for ba
 NEAR_SCORES = 2**20  # those that lie in the cache between the two products
 
 
+@torch.compiler.assume_constant_result
 def has_tiles():
-    """Whether the CPU multiplies bf16 matrices by tiles (AMX)."""
+    """Whether the CPU multiplies bf16 matrices by tiles (AMX); one answer for a compiled graph."""
     return torch.cpu._is_amx_tile_supported()
 
 
