@@ -300,7 +300,9 @@ def test_a_copy_without_its_record_is_held_to_its_checksums(tmp_path):
     content = bytearray((tmp_path / "checkpoints/ckpt_3.pt").read_bytes())
     (tmp_path / "alone.pt").write_bytes(content)
     assert V.load_checkpoint(tmp_path / "alone.pt")["step"] == 3
-    content[len(content) // 2] ^= 16
+    with zipfile.ZipFile(tmp_path / "alone.pt") as archive:  # between the files of an archive lies padding
+        data = archive.read(max(archive.infolist(), key=lambda entry: entry.file_size))
+    content[content.index(data) + len(data) // 2] ^= 16
     (tmp_path / "alone.pt").write_bytes(content)
     with pytest.raises(V.BadCheckpoint, match="checksum of"):
         V.load_checkpoint(tmp_path / "alone.pt")
