@@ -5390,9 +5390,10 @@ NEAR_SCORES = 2**20  # those that lie in the cache between the two products
 
 
 @torch.compiler.assume_constant_result
-def has_tiles():
-    """Whether the CPU multiplies bf16 matrices by tiles (AMX); one answer for a compiled graph."""
-    return torch.cpu._is_amx_tile_supported()
+def plain_is_faster():
+    """Whether bf16 attention without gradients was seen to take less time by plain products on such a CPU: one with
+    bf16 instructions and no tiles (AMX). One answer for a compiled graph."""
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def attend_plainly(q, k, v):
@@ -5405,15 +5406,16 @@ def attend(q, k, v):
 
     torch's fused kernel, except for bf16 on a CPU. With gradients its backward is several times slower than plain
     products for few tokens. Those keep the scores, so only few of them. Without gradients plain products of as many
-    clips as the cache holds take 0.7 of its time (AMD with bf16 instructions); where there are tiles it was not timed.
+    clips as the cache holds take 0.7 of its time (AMD with bf16 instructions); other CPUs were not timed and keep it.
     """
     scores = q.shape[1] * q.shape[2] * k.shape[2]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        if not torch.is_grad_enabled() and scores <= NEAR_SCORES and not has_tiles():
+        if torch.is_grad_enabled():
+            if q.shape[0] * scores <= MAX_PLAIN_SCORES:
+                return attend_plainly(q, k, v)
+        elif scores <= NEAR_SCORES and plain_is_faster():
             parts = zip(*(x.split(NEAR_SCORES // scores) for x in (q, k, v)))
             return torch.cat([attend_plainly(*part) for part in parts])
-        if torch.is_grad_enabled() and q.shape[0] * scores <= MAX_PLAIN_SCORES:
-            return attend_plainly(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 

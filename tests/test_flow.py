@@ -97,9 +97,6 @@ def test_zero_initialised_net_has_the_exact_loss():
     )  # rounding times 1 / 0.05 squared
 
 
-# -- sampling through the model
-
-
 def test_a_squeezed_context_is_one_linear_map_before_the_mlp():
     """Of the same net without it, whose first layer is the product of both; that of all channels is none. Factors hide
     numbers of what is read. Seen red without the norm."""
@@ -114,6 +111,7 @@ def test_a_squeezed_context_is_one_linear_map_before_the_mlp():
         wide.load_state_dict(state)
         context = torch.randn(3, tokens, squeeze.in_features)
         told, _ = narrow.project(context)
+        torch.testing.assert_close(told, wide.whole(wide.norm_context(context).flatten(1)), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(told, wide.project(context)[0], rtol=1e-4, atol=1e-5)
         keep = torch.ones(3, tokens, 4)
         assert torch.equal(narrow.project(context, keep=keep)[0], told)
@@ -123,6 +121,9 @@ def test_a_squeezed_context_is_one_linear_map_before_the_mlp():
         assert torch.equal(narrow.project(context, keep=keep)[0][1:], shown[1:]) and not torch.equal(shown, told)
     assert isinstance(V.FlowNet(small_config(flow_squeeze=10**4)).squeeze, torch.nn.Identity)
     assert isinstance(V.FlowNet(small_config(flow_joint_max=0, flow_pool=2)).squeeze, torch.nn.Identity)
+
+
+# -- sampling through the model
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def test_plain_products_without_gradients_come_in_parts(monkeypatch, per_call):
     torch.manual_seed(0)
     parts = [2 * torch.randn(5, 2, num, 16) for num in (7, 30, 30)]
     exact = torch.nn.functional.scaled_dot_product_attention(*(part.double() for part in parts))
-    monkeypatch.setattr(V, "has_tiles", lambda: False)
+    monkeypatch.setattr(V, "plain_is_faster", lambda: True)
     monkeypatch.setattr(V, "NEAR_SCORES", per_call * 2 * 7 * 30 + 1)
     monkeypatch.setattr(V.F, "scaled_dot_product_attention", None)
     calls, plain = [], V.attend_plainly
@@ -282,14 +282,14 @@ def test_plain_products_without_gradients_come_in_parts(monkeypatch, per_call):
     torch.testing.assert_close(out, plain(*parts), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("case", ["fp32", "tiles", "far scores", "many scores"])
+@pytest.mark.parametrize("case", ["fp32", "other CPU", "far scores", "many scores"])
 def test_other_attention_is_fused(monkeypatch, case):
-    """Full precision, long sequences and inference where the kernel has tiles keep it, bit for bit: no scores."""
+    """Full precision, long sequences and inference on other CPUs keep the kernel, bit for bit: no scores."""
     parts = [
         torch.randn(2, 2, 9, 8, dtype=torch.float32 if case == "fp32" else torch.bfloat16, requires_grad=True)
         for _ in range(3)
     ]
-    monkeypatch.setattr(V, "has_tiles", lambda: case == "tiles")
+    monkeypatch.setattr(V, "plain_is_faster", lambda: case != "other CPU")
     limit, most = ("MAX_PLAIN_SCORES", 2 * 2 * 9 * 9) if case == "many scores" else ("NEAR_SCORES", 2 * 9 * 9)
     if case.endswith("scores"):
         monkeypatch.setattr(V, limit, most - 1)
@@ -299,6 +299,13 @@ def test_other_attention_is_fused(monkeypatch, case):
         if case.endswith("scores"):
             monkeypatch.setattr(V, limit, most)
             assert not torch.equal(V.attend(*parts), reference)  # one score fewer and it is the plain path
+
+
+@pytest.mark.parametrize("bf16, tiles", [(False, False), (True, False), (True, True)])
+def test_only_the_kind_of_cpu_that_was_timed_leaves_the_kernel(monkeypatch, bf16, tiles):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert V.plain_is_faster() == (bf16 and not tiles)
 
 
 # -- initialisation and optimizer groups

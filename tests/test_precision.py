@@ -265,6 +265,7 @@ def test_one_graph_for_ten_steps(fresh_dynamo, monkeypatch, tiles):
     Seen red with attention behind torch.compiler.disable.
     """
     cfg = small_config(**(dict() if tiles is None else dict(pos_embed="rope", flow_joint_max=0, flow_pool=2, amp=True)))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     model, backend = new_model(cfg), CountingBackend()
     model.compile(dynamic=False, backend=backend)
