@@ -99,7 +99,7 @@ def test_zero_initialised_net_has_the_exact_loss():
 
 def test_a_squeezed_context_is_one_linear_map_before_the_mlp():
     """Of the same net without it, whose first layer is the product of both; that of all channels is none. Factors hide
-    numbers of what is read. Seen red without the norm."""
+    numbers of what is read. Seen red without the norm, and without the factors."""
     wide, narrow = (V.FlowNet(small_config(flow_squeeze=count)) for count in (0, 4))
     first, squeeze, tokens = narrow.whole[0], narrow.squeeze, narrow.whole[0].in_features // 4
     state = {name: weight for name, weight in narrow.state_dict().items() if not name.startswith("squeeze")}
@@ -116,9 +116,11 @@ def test_a_squeezed_context_is_one_linear_map_before_the_mlp():
         keep = torch.ones(3, tokens, 4)
         assert torch.equal(narrow.project(context, keep=keep)[0], told)
         keep[1:, 2] = 0.0
-        first.weight.unflatten(1, (tokens, 4))[:, 2].zero_()
-        shown = narrow.project(context)[0]
-        assert torch.equal(narrow.project(context, keep=keep)[0][1:], shown[1:]) and not torch.equal(shown, told)
+        hidden, _ = narrow.project(context, keep=keep)
+        first.weight.unflatten(1, (tokens, 4))[:, 2].zero_()  # as if the first layer did not read that token
+        unread, _ = narrow.project(context)
+        assert torch.equal(hidden[0], told[0]) and not torch.equal(unread, told)
+        torch.testing.assert_close(hidden[1:], unread[1:], rtol=1e-4, atol=1e-5)
     assert isinstance(V.FlowNet(small_config(flow_squeeze=10**4)).squeeze, torch.nn.Identity)
     assert isinstance(V.FlowNet(small_config(flow_joint_max=0, flow_pool=2)).squeeze, torch.nn.Identity)
 
