@@ -180,6 +180,7 @@ class RunConfig:
     max_bad_fraction: float = 0.5  # stop when more than this share of the files cannot be decoded
     decode_timeout_s: float = 60.0  # a file that a clip takes longer from twice is left out; absent data are waited for
     num_workers: int = 4  # loader processes per rank
+    worker_nice: int = 19  # by how much their priority is lower while the step computes on the CPU; 0 = not at all
     # -- optimisation
     batch_size: int = 8  # clips per process and micro-step
     grad_accum: int = 1  # micro-steps per optimizer step
@@ -204,7 +205,8 @@ class RunConfig:
     PRESETS = {"base": {}}
     RANGES = {
         "steps": (1, 10**9), "seed": (0, 2**31 - 1), "val_fraction": (0, 0.9), "max_bad_fraction": (0, 0.99),
-        "decode_timeout_s": (0.1, 10**6), "num_workers": (0, 512), "batch_size": (1, 65536), "grad_accum": (1, 65536),
+        "decode_timeout_s": (0.1, 10**6), "num_workers": (0, 512), "worker_nice": (0, 19),
+        "batch_size": (1, 65536), "grad_accum": (1, 65536),
         "lr": (0, None), "min_lr": (0, None), "weight_decay": (0, None), "grad_clip": (0, None),
         "grad_clip_value": (0, None), "val_epochs": (0, 10**6),
         "warmup_steps": (0, 10**9), "max_skipped_steps": (1, 10**9), "log_every": (1, 10**9), "ckpt_every": (1, 10**9),
@@ -4210,10 +4212,11 @@ class WorkerEnd(Attendant):
         return True
 
 
-def serve_batches(parent, channel, memory, batch_numbers, dataset, files, sampler, collate_fn):
+def serve_batches(parent, channel, memory, batch_numbers, nice, dataset, files, sampler, collate_fn):
     """Life of a loader worker: make its share of the batches, in order, at most PREFETCH ahead of the loop."""
     for number in STOP_SIGNALS:  # the main process saves first and then ends its workers
         signal.signal(number, signal.SIG_IGN)
+    os.nice(nice)
     torch.set_num_threads(1)
     with WorkerEnd(channel, memory) as own_end:
         try:
@@ -4335,6 +4338,10 @@ class ClipLoader:
     are replaced and reading goes on with the batch that was due; the file in hand at two such ends goes into the
     `quarantine` of `files`. Since a sample's substitute depends on the sample alone, later batches are as if the file
     had been left out from the start. With num_workers = 0 nothing guards the process. It draws no random numbers.
+
+    Workers with a `nice` above 0 take what time the loop's own threads leave over: these wait for each other, so a core
+    that one of them shares with a worker holds up all. Where other programs leave nothing over they may be late: after
+    the first of them that is, they are not nice any more.
     """
 
     dataset: object
@@ -4348,6 +4355,7 @@ class ClipLoader:
     stopping: object = None  # a wait looks at stopping() and raises Stopped; the batch is still due then
     failing: dict | None = None  # name -> reason of files that could not be decoded and have not been since, kept here
     line: object = say  # says what workers note
+    nice: int = 0
 
     def __post_init__(self):
         self.attendant = Attendant(self.stopping, self.line)
@@ -4371,7 +4379,7 @@ class ClipLoader:
             for first in range(self.begun, min(self.begun + self.num_workers, end)):
                 self.workers.append(Worker(range(first, end, self.num_workers), PREFETCH * self.batch_bytes))
                 with HeldSignals():
-                    self.workers[-1].start(self.dataset, self.files, self.sampler, self.collate_fn)
+                    self.workers[-1].start(self.nice, self.dataset, self.files, self.sampler, self.collate_fn)
         except OSError as error:
             self.close()
             cure = TOO_LARGE if error.errno == errno.ENOMEM else TOO_MANY
@@ -4438,6 +4446,9 @@ class ClipLoader:
 
     def replace_workers(self, gone, late):
         """Count strikes, quarantine, start anew. UserError when workers keep failing without a file in hand."""
+        if late and self.nice:
+            self.nice = 0
+            self.line(f"no word from a loader worker for {self.timeout_s:g} s: the next have the run's own priority")
         ends = {worker.fate for worker in gone} | {f"no word for {self.timeout_s:g} s" for worker in late}
         too_slow = f"one clip took longer than decode_timeout_s = {self.timeout_s:g}"
         blamed = [(worker.in_hand, too_slow) for worker in late if worker.in_hand >= 0]
@@ -4471,11 +4482,11 @@ def batch_bytes(data, num_samples):
     return num_samples * sum(value.nbytes for key, value in sample.items() if key != "bad") + 2**16
 
 
-def open_loader(source, cfg, stream, sampler, num_workers, pin_memory=False, stopping=None):
+def open_loader(source, cfg, stream, sampler, num_workers, pin_memory=False, stopping=None, nice=0):
     """The ClipLoader of a stream of a DataSource. A wait for a batch raises Stopped once `stopping()` is true."""
     data = source.dataset(cfg, stream)
     options = dict(batch_bytes=batch_bytes(data, sampler.batch_size), stopping=stopping, failing=source.failing)
-    options["line"] = source.line
+    options |= dict(line=source.line, nice=nice)
     return ClipLoader(data, sampler, num_workers, pin_memory, cfg.decode_timeout_s, **options)
 
 
@@ -4548,6 +4559,10 @@ class Process:
     @property
     def is_main(self):
         return self.rank == 0
+
+    def worker_nice(self, cfg):
+        """The `nice` of loader workers: on a GPU they hold up nobody."""
+        return cfg.worker_nice if self.device.type == "cpu" else 0
 
     def reduce(self, values, dtype, op):
         """One all-reduce of a list of numbers -> list."""
@@ -6278,7 +6293,8 @@ def encode_bank(model, source, process, num_clips, deadline):
     cfg, size = model.cfg, min(model.cfg.batch_size, num_clips)
     sampler = StepSampler(0, math.ceil(num_clips / size), size, 0, 1)
     futures, numbers, files = [], [], []
-    loader = open_loader(source, cfg, "bank", sampler, min(cfg.num_workers, 2), stopping=process.stop.asked)
+    options = dict(stopping=process.stop.asked, nice=process.worker_nice(cfg))
+    loader = open_loader(source, cfg, "bank", sampler, min(cfg.num_workers, 2), **options)
     for batch in loader:
         if process.stop.asked():  # rank 0 alone is here, the others learn of it afterwards
             raise Stopped
@@ -8552,8 +8568,8 @@ class Run:
         cfg, process = self.cfg, self.process
         workers = cfg.num_workers if stream == "train" else min(cfg.num_workers, 2)
         sampler = StepSampler(first, num_batches, batch_size, process.rank, process.world_size)
-        pinned = process.device.type == "cuda"
-        return open_loader(self.source, cfg, stream, sampler, workers, pinned, process.stop.asked)
+        options = dict(pin_memory=process.device.type == "cuda", nice=process.worker_nice(cfg))
+        return open_loader(self.source, cfg, stream, sampler, workers, stopping=process.stop.asked, **options)
 
     def means(self, values, keys):
         """The values that have one of these keys, in their order, as means over ranks -> dict of floats."""

@@ -384,6 +384,66 @@ def test_workers_end_with_their_parent(scene_folder, tmp_path, monkeypatch):
             os.kill(worker, signal.SIGKILL)
 
 
+# -- cores that the step needs as well
+
+
+def test_workers_are_as_nice_as_the_run_says_where_it_computes_on_the_cpu(scene_folder, tmp_path, monkeypatch):
+    """All loaders of a run with evaluation and picture. Seen red with a loader that was not told, of the training and
+    of the picture, and with one told on a GPU as well."""
+    seen, real = [], V.ClipLoader.__post_init__
+    monkeypatch.setattr(V.ClipLoader, "__post_init__", lambda loader: seen.append(loader.nice) or real(loader))
+    cfg = small_config(data_root=str(scene_folder), out_dir=str(tmp_path / "run"), num_workers=1, worker_nice=3)
+    assert V.train(V.replace(cfg, steps=2, picture=True, device="cpu")) == 0
+    assert len(seen) >= 3 and set(seen) == {3}
+    of_device = {name: V.Process(0, 1, torch.device(name), None).worker_nice(cfg) for name in ("cpu", "cuda")}
+    assert of_device == {"cpu": 3, "cuda": 0}
+
+
+def test_workers_that_get_no_time_are_not_nice_any_more(scene_folder, monkeypatch):
+    """Other programs leave none to nice ones: after the first silence the next come at the run's own priority, the
+    batches are the same and no file is left out. Seen red with workers that stay nice."""
+    cfg, videos = data_of(scene_folder)
+    own, told = os.nice(0), []
+    before_reading(monkeypatch, lambda path: time.sleep(600) if os.nice(0) > own else None)
+    expected = undisturbed(cfg, videos)
+    loader = open_clips(cfg, videos, 2, timeout_s=1.0, nice=1, line=told.append)
+    assert rows_of(loader) == expected and not loader.dataset.quarantine and loader.nice == 0
+    assert told == ["no word from a loader worker for 1 s: the next have the run's own priority"]
+
+
+NO_TORCH = """
+import os, runpy, sys
+sys.modules["torch"] = None
+try:
+    runpy.run_path(sys.argv[1], run_name=sys.argv[2])
+except ImportError as error:
+    assert error.name == "torch", error
+print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "VJepa_AUTO_V2.py",
+        *(f"worlds/{name}.py" for name in ("hope", "cosmos", "future_latents")),
+        *(f"tools/{name}.py" for name in ("evaluate", "cache_latents")),
+    ],
+)
+def test_threads_of_what_is_started_do_not_spin_for_long(file):
+    """Before torch is imported, and only where nobody has said how threads wait. Seen red with a world that leaves
+    torch's default."""
+    env = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for more, run_name, count in (
+        ({}, "__main__", "2000"),
+        ({"GOMP_SPINCOUNT": "9"}, "__main__", "9"),
+        ({"OMP_WAIT_POLICY": "active"}, "__main__", "None"),
+        ({}, "imported", "None"),
+    ):
+        command = [sys.executable, "-c", NO_TORCH, str(ROOT / file), run_name]
+        assert subprocess.run(command, env={**env, **more}, capture_output=True, text=True).stdout == f"{count}\n"
+
+
 # -- data that are away for a while
 
 

@@ -30,10 +30,13 @@ later frames; --see whole encodes the clip at once, as the maps of V-JEPA 2 are.
 column.
 """
 
+import os
 import signal
 
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as VJepa_AUTO_V2.py does, and why
 
 import argparse
 import csv
@@ -42,7 +45,6 @@ import importlib.util
 import io
 import json
 import math
-import os
 import re
 import shutil
 import sys

@@ -19,10 +19,13 @@ From Python: `evaluate(model, sizes, source=None, seed=0)` -> the content of eva
 `eval`). The other tools take from here what they share: progress, probes, pooling, opening a checkpoint.
 """
 
+import os
 import signal
 
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for report_errors: imports take seconds
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as VJepa_AUTO_V2.py does, and why
 
 import argparse
 import base64
@@ -31,7 +34,6 @@ import html
 import importlib.util
 import io
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -1009,10 +1011,10 @@ def collate_clips(pairs):
     return torch.stack([frames for frames, _ in pairs]), [labels for _, labels in pairs]
 
 
-def open_loader(clips, count, size, num_workers, collate_fn):
+def open_loader(clips, count, size, num_workers, collate_fn, nice=0):
     """V.ClipLoader of `count` clips in order, in batches of `size`; a `dataset` of the clips is what reads files."""
     batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
-    options = dict(timeout_s=clips.cfg.decode_timeout_s, files=getattr(clips, "dataset", None))
+    options = dict(timeout_s=clips.cfg.decode_timeout_s, files=getattr(clips, "dataset", None), nice=nice)
     room = size * math.prod((clips.cfg.num_frames, 3, clips.cfg.height, clips.cfg.width)) + 2**16
     return V.ClipLoader(clips, batches, num_workers, collate_fn=collate_fn, batch_bytes=room, **options)
 
@@ -1192,7 +1194,8 @@ class Study:
     def stream(self, clips, name):
         """Batches of a dataset in order -> generator of (frames uint8 on the host, labels)."""
         self.progress.stage(name, len(clips))
-        for frames, labels in open_loader(clips, len(clips), self.sizes.batch, self.workers, collate_clips):
+        nice = self.main.process.worker_nice(self.cfg)
+        for frames, labels in open_loader(clips, len(clips), self.sizes.batch, self.workers, collate_clips, nice):
             yield frames, labels
             self.progress.step(len(labels))
 

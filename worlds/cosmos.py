@@ -25,8 +25,12 @@ perceptual loss (Johnson et al., 1603.08155), self-attention behind a gate that 
 sub-pixel convolution (1609.05158).
 """
 
-import math
 import os
+
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as VJepa_AUTO_V2.py does, and why
+
+import math
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -26,9 +26,13 @@ Sources: V-JEPA 2 (arXiv 2506.09985), DINOv2 (2304.07193), DINOv3 (2508.10104), 
 (2212.09748), clean-data prediction under a velocity loss (JiT, 2511.13720).
 """
 
+import os
+
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as VJepa_AUTO_V2.py does, and why
+
 import io
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass, replace

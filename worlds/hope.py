@@ -29,8 +29,12 @@ Sources: V-JEPA 2-AC (arXiv 2506.09985, section 3), ConvLSTM (1506.04214), Titan
 (Behrouz et al. 2025).
 """
 
-import math
 import os
+
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as VJepa_AUTO_V2.py does, and why
+
+import math
 import re
 import sys
 import zipfile
