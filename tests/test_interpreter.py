@@ -7,7 +7,6 @@ import platform
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT
 
 CODE = f"""
@@ -39,33 +38,25 @@ raise ValueError("left open")
 """
 
 
-@pytest.fixture(scope="module")
-def ended(scene_folder):
-    """A process that ran CODE, its oneDNN told to use no instruction newer than AVX2 -> CompletedProcess."""
+def test_a_fresh_interpreter(scene_folder):
+    """A process that runs CODE, its oneDNN told to use no instruction newer than AVX2.
+
+    The import prints nothing and leaves RNG state, environment, threads and signal handlers. Seen red with a seeding
+    line and a print.
+    A CPU without bf16 instructions stays in fp32: the real trial, known within a second, and said. Seen red with
+    amp_dtype's answer taken: a step of `tiny` took 18 times as long.
+    It ends beside an open loader: workers ignore SIGTERM, with which Python ends children at exit. Seen red (it hangs)
+    without the finalizer.
+    """
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", CODE, str(scene_folder)], capture_output=True, text=True, env=env, timeout=100
     )
-
-
-def test_importing_prints_nothing_and_touches_no_global_state(ended):
-    """No output, same RNG state, environment, threads, signal handlers. Seen red with a seeding line and a print."""
     out, err = ended.stdout.splitlines(), ended.stderr.splitlines()
     assert out[0] == err[0] == "imported" and json.loads(out[1])["untouched"]
     assert len(out) == 2 and err[1].startswith("Traceback ")  # nor at its end
-
-
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the switch that takes bf16 away is x86's")
-def test_a_cpu_without_bf16_instructions_stays_in_fp32(ended):
-    """The real trial, its library told to use no instruction newer than AVX2: known within a second, and said.
-
-    Seen red with amp_dtype's answer taken: a step of `tiny` took 18 times as long.
-    """
-    told = json.loads(ended.stdout.splitlines()[1])
-    assert told["dtype"] == "None" and told["reason"].startswith("this CPU has no bf16 instructions, bf16 would take ")
-    assert told["seconds"] < 1.0
-
-
-def test_the_interpreter_ends_beside_an_open_loader(ended):
-    """Workers ignore SIGTERM, with which Python ends children at exit. Seen red (it hangs) without the finalizer."""
-    assert ended.returncode == 1 and ended.stderr.splitlines()[-1] == "ValueError: left open"
+    told = json.loads(out[1])
+    if platform.machine() in ("x86_64", "AMD64"):  # the switch that takes bf16 away is x86's
+        assert told["dtype"] == "None" and told["reason"].startswith("this CPU has no bf16 instructions, bf16 would ")
+        assert told["seconds"] < 1.0
+    assert ended.returncode == 1 and err[-1] == "ValueError: left open"
