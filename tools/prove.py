@@ -53,7 +53,8 @@ SEEDS = (1337, 1338, 1339)
 AIMS = {"lane_odds_error": -1, "best_of_k": -1, "retrieval_median_rank": -1, "spread_ratio": "1", "val_soon_skill": 1}
 MORE = ("skill_", "probe_", "retrieval_r", "surprise_", "val_soon_skill_at_")  # beginnings of figures: more is better
 CURVES = ("val_soon_skill", "val_loss_soon", "val_loss_vjepa", "val_effective_rank", "val_target_std")
-APART = ("seed", "out_dir", "resume", "log_every", "ckpt_every", "keep_last", "picture", "track", "num_workers")
+APART = ("seed", "out_dir", "resume", "log_every", "ckpt_every", "keep_last", "picture", "track")
+APART += ("num_workers", "worker_nice")
 AMOUNT = ("steps", "batch_size", "grad_accum", "scene_mix", "scene_clips", "flow_fit_clips", "flow_fit_steps")
 AMOUNT += ("flow_fit_batch", "soon_fit_steps", "soon_fit_batch")  # how much a run sees and learns
 
