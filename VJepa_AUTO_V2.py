@@ -173,6 +173,7 @@ class RunConfig:
     amp_type: str = "auto"  # auto (as --amp finds best) | bf16 | fp16 (with a loss scaler); with --amp, without a trial
     compile: bool = False  # torch.compile of the model's blocks
     compile_whole: bool = False  # of the whole forward: 3 % faster, the first step minutes later; not with --shard fsdp
+    cuda_graph: bool = True  # one GPU: a step's kernels are recorded once and replayed; False = started one by one
     shard: str = "none"  # none (each process holds all weights) | fsdp (each holds a part of them and of the moments)
     seed: int = 1337  # every sample, mask and noise draw is a pure function of (seed, sample number)
     # -- data
@@ -448,8 +449,8 @@ class VJepaAutoV2Config(ClipConfig):
             ema_momentum_end=0.9998, flow_dim=384, flow_heads=6, amp=True,
         ),
         "proof": dict(
-            MINUTES, steps=5000, scenes="render", flow_dim=512, flow_heads=8, flow_rank=1024, flow_draws=4,
-            flow_shift=3.0, flow_fit_clips=100000, flow_fit_steps=4000, soon_fit_steps=3000, log_every=50,
+            {**MINUTES, "image_size": 56}, steps=5000, scenes="render", flow_dim=512, flow_heads=8, flow_rank=1024,
+            flow_draws=4, flow_shift=3.0, flow_fit_clips=100000, flow_fit_steps=3500, soon_fit_steps=2500, log_every=50,
             ckpt_every=500, val_every=500,
         ),
         "large": dict(
@@ -5070,6 +5071,9 @@ class World(nn.Module):
     # names of children whose weights `__init__` takes from elsewhere: checkpoints hold only their hash; it may set it
     FROZEN = ()
     FILES = ()  # names of what `report` writes into the run folder
+    # on a GPU a pass may be recorded and replayed: `forward` reads nothing from the device, keeps nothing for the next
+    # pass but buffers, and starts the same kernels each time; `__init__` may set it
+    REPLAYS = False
     num_files = 0  # files to learn from, which the loop counts: an epoch is as many samples
     mark = ""  # what stands before every log line, such as weights:random; `__init__` may set it
 
@@ -5511,6 +5515,7 @@ class Trunk(nn.Module):
         sizes = dim, num_heads or cfg.num_heads, mlp_ratio or cfg.mlp_ratio, cfg.dropout
         self.blocks = nn.ModuleList(Block(*sizes) for _ in range(depth))
         self.norm, self.grad_checkpoint = nn.LayerNorm(dim, eps=1e-6), cfg.grad_checkpoint
+        self.draws = cfg.dropout > 0  # the state of the generator cannot be read while a CUDA graph is recorded
         init_weights(self)
         for number, block in enumerate(self.blocks, 1):
             for last in (block.attn.proj, block.mlp.fc2):  # the residual stream keeps its scale with depth
@@ -5524,7 +5529,7 @@ class Trunk(nn.Module):
         for block in self.blocks:
             args = x, rope, x[:, :num_read] if num_read else context, context_rope
             if self.grad_checkpoint and self.training and torch.is_grad_enabled():
-                x = checkpoint_activations(block, *args, use_reentrant=False)
+                x = checkpoint_activations(block, *args, use_reentrant=False, preserve_rng_state=self.draws)
             else:
                 x = block(*args)
         return self.norm(x)
@@ -6202,6 +6207,7 @@ def told_in_fit(fit, step, rng, chosen, actions=None):
 class SoonFit(Fit):
     """A copy of the predictor learns the SOON tokens of cached clips with the loss of training."""
 
+    REPLAYS = True
     KEYS = {"loss_soon": "SOON on cached latents"}
 
     def __init__(self, model, run, before):
@@ -6226,6 +6232,7 @@ class SoonFit(Fit):
 class FlowFit(Fit):
     """The flow net learns the residuals of cached clips, each step with fresh noise and times, and its EMA follows."""
 
+    REPLAYS = True
     KEYS = {"loss_flow": "squared velocity error on cached latents; held out: that of the EMA"}
 
     def __init__(self, model, run, before):
@@ -6867,7 +6874,7 @@ class VJepaAutoV2(World):
     What a step leaves behind (queue keys, flow residuals) comes back as `carry` and is taken in by `after_step`.
     """
 
-    Config, Dataset = VJepaAutoV2Config, ClipDataset
+    Config, Dataset, REPLAYS = VJepaAutoV2Config, ClipDataset, True
     KEYS = {
         "loss_vjepa": "NOW: L1 on masked target latents, mean of the short and long masks",
         "loss_soon": "SOON: L1 on near-future target latents predicted from NOW alone",
@@ -8582,6 +8589,78 @@ def step_samples(cfg, world_size):
     return cfg.batch_size * cfg.grad_accum * world_size
 
 
+def is_replayed(world, process):
+    """Whether the passes of a world are recorded as a CUDA graph: on one GPU, without a loss scaler."""
+    alone = process.device.type == "cuda" and process.world_size == 1
+    return world.cfg.cuda_graph and world.REPLAYS and alone and process.amp_dtype != torch.float16
+
+
+def take_pass(phase, batch, count):
+    """Forward and backward of one of `count` micro-steps -> what `forward` gives, detached."""
+    with autocast(phase.run.process):
+        found = phase.wrapped(batch)
+    phase.run.scaler.scale(found[0]["loss_total"] / count).backward()
+    return tuple({name: value.detach() for name, value in part.items()} for part in found)
+
+
+class Recorder:
+    """Passes of a phase that are recorded once as a CUDA graph and then replayed: the CPU starts one graph where it
+    started thousands of kernels, for which a small model's GPU waits. The first passes are plain: they compile. Batch,
+    results and gradients have fixed places in the device's memory; a batch of another form is passed plainly."""
+
+    PLAIN = 3
+
+    def __init__(self, phase):
+        self.phase, self.num_plain, self.graph, self.form = phase, 0, None, None
+
+    def take(self, batch, count):
+        """As `take_pass`; results hold until the next call, of several micro-steps the carry for longer."""
+        form = {name: (value.shape, value.dtype) for name, value in batch.items()}
+        if self.num_plain < self.PLAIN or self.form not in (None, form):
+            self.num_plain += 1
+            found = take_pass(self.phase, batch, count)
+            if self.num_plain == self.PLAIN:
+                held = (p for group in self.phase.optimizer.param_groups for p in group["params"])
+                self.parameters = [p for p in held if p.grad is not None]
+            return found
+        if self.form is None:
+            self.form, self.batch = form, {name: value.clone() for name, value in batch.items()}
+            self.gradients = [torch.zeros_like(p) for p in self.parameters]
+        self.place_gradients()
+        torch._foreach_copy_(list(self.batch.values()), [batch[name] for name in self.batch])
+        if self.graph is None:
+            self.record(count)
+        self.graph.replay()
+        losses, gauges, carry = self.found
+        return losses, gauges, {name: value.clone() for name, value in carry.items()} if count > 1 else carry
+
+    def place_gradients(self):
+        """Gradients where the graph adds its own: zeros, or what micro-steps before this one left."""
+        if self.parameters[0].grad is self.gradients[0]:
+            return
+        torch._foreach_zero_(self.gradients)
+        for parameter, gradient in zip(self.parameters, self.gradients):
+            if parameter.grad is not None:
+                gradient.copy_(parameter.grad)
+            parameter.grad = gradient
+
+    def record(self, count):
+        """Record a pass; nothing is computed. UserError where it cannot be."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loaders pin memory meanwhile
+                self.found = take_pass(self.phase, self.batch, count)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            first = error
+            while first.__context__ is not None:  # the end of a broken recording hides what broke it
+                first = first.__context__
+            why = f"a step cannot be recorded as a CUDA graph ({flat(first)[:200]})"
+            raise UserError(f"{why}; --no-cuda_graph starts its kernels one by one") from error
+        self.graph = graph
+
+
 class Phase:
     """A stretch of optimizer steps: training (`name` ""), or a Fit that begins `begin` steps after it. `wrapped` is the
     world, or DDP or Sharded around it."""
@@ -8589,6 +8668,7 @@ class Phase:
     def __init__(self, run, world, wrapped, optimizer, name="", begin=0):
         self.run, self.world, self.wrapped, self.optimizer = run, world, wrapped, optimizer
         self.cfg, self.name, self.begin = world.cfg, name, begin
+        self.recorder = Recorder(self) if is_replayed(world, run.process) else None
 
     @property
     def step(self):
@@ -8664,6 +8744,7 @@ def print_summary(run, overrides, reason):
     device = torch.cuda.get_device_name(process.device) if on_gpu else f"{torch.get_num_threads()} threads"
     kinds = {None: "fp32", torch.bfloat16: "bf16 autocast", torch.float16: "fp16 autocast + scaler"}
     precision = kinds[process.amp_dtype] + (f": {reason}" if reason else "") + ", compiled" * cfg.compile
+    precision += ", steps replayed as a CUDA graph" * is_replayed(run.world, process)
     held = "" if source.held_out else "; NOTHING IS HELD OUT: validation uses training files"
     where = "drawn when asked for" if source.kind == "render" else f"under {source.root or 'no folder'}"
     kind = source.kind if source.Dataset.HAS_SCENES else "files"
@@ -8920,6 +9001,7 @@ def take_step(phase, batches, step):
     cfg, run, wrapped = phase.cfg, phase.run, phase.wrapped
     for group in phase.optimizer.param_groups:
         group["lr"] = phase.world.lr(step, group["peak_lr"])
+    take = phase.recorder.take if phase.recorder else partial(take_pass, phase)
     metrics, carries = {}, []
     for number, batch in enumerate(batches):
         is_last = number == len(batches) - 1  # ranks average once per step
@@ -8927,12 +9009,10 @@ def take_step(phase, batches, step):
             wrapped.set_requires_gradient_sync(is_last)
         else:
             wrapped.require_backward_grad_sync = is_last  # for DDP
-        with autocast(run.process):
-            losses, gauges, carry = wrapped(batch)
-        run.scaler.scale(losses["loss_total"] / len(batches)).backward()
-        carries.append({name: value.detach() for name, value in carry.items()})
+        losses, gauges, carry = take(batch, len(batches))
+        carries.append(carry)
         for name, value in {**losses, **gauges}.items():
-            metrics[name] = metrics.get(name, 0) + value.detach() / len(batches)
+            metrics[name] = metrics.get(name, 0) + value / len(batches)
     if run.sharded:
         run.sharded.average()
     run.scaler.unscale_(phase.optimizer)

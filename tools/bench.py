@@ -307,9 +307,10 @@ def measure(cfg, rounds, each):
         "mem_gb": torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else V.peak_memory_gb(device),
     }
     figures["ceiling_share"] = figures["tflops"] / figures["ceiling_tflops"]
-    figures["executed_tflop_per_clip"] = executed_flop(take, batch, cfg.compile) / clips / 1e12
     if on_gpu:
         figures["waits_per_step"], figures["waits_at"] = count_waits(phase, batch)
+    figures["replayed"], phase.recorder = phase.recorder is not None, None  # what follows looks into a step
+    figures["executed_tflop_per_clip"] = executed_flop(take, batch, cfg.compile) / clips / 1e12
     if not cfg.compile:
         figures["parts_s"] = split(phase, batch, each)
     figures["data_s_per_clip"] = clip_seconds(cfg)
@@ -561,6 +562,8 @@ ROWS = (
     ("small", "--amp", "--compile"),
     ("base", "--amp", "--no-compile"),
     ("small", "--amp", "--no-compile"),
+    ("small", "--amp", "--compile", "--no-cuda_graph"),
+    ("base", "--amp", "--compile", "--no-cuda_graph"),
     ("base", "--no-amp", "--no-compile", "--batch_size", "2"),
     ("base", "--amp", "--no-compile", "--batch_size", "2"),
     ("tiny", "--amp", "--compile"),

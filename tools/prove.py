@@ -54,7 +54,7 @@ AIMS = {"lane_odds_error": -1, "best_of_k": -1, "retrieval_median_rank": -1, "sp
 MORE = ("skill_", "probe_", "retrieval_r", "surprise_", "val_soon_skill_at_")  # beginnings of figures: more is better
 CURVES = ("val_soon_skill", "val_loss_soon", "val_loss_vjepa", "val_effective_rank", "val_target_std")
 APART = ("seed", "out_dir", "resume", "log_every", "ckpt_every", "keep_last", "picture", "track")
-APART += ("num_workers", "worker_nice")
+APART += ("num_workers", "worker_nice", "cuda_graph")
 AMOUNT = ("steps", "batch_size", "grad_accum", "scene_mix", "scene_clips", "flow_fit_clips", "flow_fit_steps")
 AMOUNT += ("flow_fit_batch", "soon_fit_steps", "soon_fit_batch")  # how much a run sees and learns
 

@@ -511,6 +511,7 @@ class Cosmos(V.World):
             self.mark = "weights:random" if cfg.random_weights else ""
         else:
             self.encoder = FrameEncoder(cfg)
+            self.REPLAYS = not cfg.lambda_perceptual  # seen on a card with all own encoders and dynamics
         self.dynamics = Transformer(cfg) if cfg.dynamics == "transformer" else Recurrent(cfg)
         self.decoder = FrameDecoder(cfg)
         self.critic = ()  # a Perceptual in a tuple, so that its weights are not this module's

@@ -1,0 +1,155 @@
+"""Recorded steps: a CUDA graph's replays learn what plain passes learn. Without a card, a stand-in for the graph that
+computes nothing while it records, and writes where a graph would write."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from conftest import random_batch, small_config
+from training import new_model, new_phase
+
+import VJepa_AUTO_V2 as V
+
+
+class StandIn:
+    """Replays of a pass: its results go where the first ones lie."""
+
+    def __init__(self, recorder, count):
+        self.again = lambda: V.take_pass(recorder.phase, recorder.batch, count)
+        recorder.found = self.again()
+        torch._foreach_zero_(recorder.gradients)  # a graph computes nothing while it is recorded
+
+    def attach(self, recorder):
+        self.found, recorder.graph = recorder.found, self
+        recorder.place_gradients()
+
+    def replay(self):
+        for kept, new in zip(self.found, self.again()):
+            for name, value in new.items():
+                kept[name].copy_(value)
+
+
+def record(self, count):
+    """`Recorder.record` without a card."""
+    left = [gradient.clone() for gradient in self.gradients]
+    StandIn(self, count).attach(self)
+    torch._foreach_copy_(self.gradients, left)
+
+
+def learn(cfg, batches, recorded, device="cpu", amp_dtype=None):
+    """Steps of a new model -> (its weights, metrics of each step, the phase)."""
+    process = V.Process(0, 1, torch.device(device), amp_dtype)
+    model = new_model(cfg).to(process.device)
+    if cfg.compile:
+        V.compile_world(model)
+    phase, history = new_phase(model, process), []
+    phase.recorder = V.Recorder(phase) if recorded else None
+    torch.manual_seed(7)
+    for step, each in enumerate(batches):
+        each = [V.for_step(batch, step, process.device) for batch in each]
+        metrics, carries, finite = V.take_step(phase, each, step)
+        assert finite
+        V.apply_step(phase, carries, step)
+        phase.optimizer.zero_grad(set_to_none=True)
+        history.append({name: float(value) for name, value in metrics.items()})
+    return {name: value.clone() for name, value in model.state_dict().items()}, history, phase
+
+
+def batches_of(cfg, num_steps, sizes=()):
+    """Micro-batches of some steps, other ones each time."""
+    first = itertools.count()
+    return [
+        [random_batch(cfg, sizes[step] if sizes else 2, step, 10 * next(first)) for _ in range(cfg.grad_accum)]
+        for step in range(num_steps)
+    ]
+
+
+def assert_same(one, two):
+    assert one[1] == two[1]
+    for name, value in one[0].items():
+        assert torch.equal(value, two[0][name]), name
+
+
+@pytest.mark.parametrize("grad_accum", [1, 2, 3])
+def test_replays_learn_what_plain_passes_learn(monkeypatch, grad_accum):
+    """Bit for bit, with other clips in every step. Seen red with gradients that were not set to zero, with a batch that
+    was not copied; of two micro-steps without what a plain one left before the first replay; of three with carries that
+    were not their own."""
+    monkeypatch.setattr(V.Recorder, "record", record)
+    cfg = small_config(grad_accum=grad_accum)
+    batches = batches_of(cfg, 7)
+    plain, replayed = learn(cfg, batches, False), learn(cfg, batches, True)
+    assert replayed[2].recorder.graph is not None and replayed[2].recorder.num_plain == 3
+    assert_same(plain, replayed)
+
+
+def test_a_batch_of_another_form_is_passed_plainly(monkeypatch):
+    """Between replays, and its gradients count. Seen red without the look at the form."""
+    monkeypatch.setattr(V.Recorder, "record", record)
+    cfg = small_config()
+    batches = batches_of(cfg, 7, (2, 2, 2, 2, 1, 2, 1))
+    plain, replayed = learn(cfg, batches, False), learn(cfg, batches, True)
+    assert replayed[2].recorder.num_plain == 5
+    assert_same(plain, replayed)
+
+
+@pytest.mark.parametrize(
+    "device, ranks, dtype, flag, says, expected",
+    [
+        ("cuda", 1, torch.bfloat16, True, True, True),
+        ("cuda", 1, None, True, True, True),
+        ("cuda", 1, torch.float16, True, True, False),
+        ("cuda", 2, None, True, True, False),
+        ("cuda", 1, None, False, True, False),
+        ("cuda", 1, None, True, False, False),
+        ("cpu", 1, None, True, True, False),
+    ],
+)
+def test_where_steps_are_replayed(monkeypatch, device, ranks, dtype, flag, says, expected):
+    """On one GPU, without a scaler, where neither the setting nor the world forbids it."""
+    model = new_model(small_config(cuda_graph=flag))
+    monkeypatch.setattr(V.VJepaAutoV2, "REPLAYS", says)
+    assert V.is_replayed(model, V.Process(0, ranks, torch.device(device), dtype)) is expected
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"amp": True}, {"dropout": 0.1}, {"grad_checkpoint": True}, {"grad_accum": 3}, {"amp": True, "compile": True}],
+    ids=str,
+)
+def test_replays_on_cuda(changes):
+    """The same bits as plain passes on a card, dropout's draws too."""
+    cfg = small_config(**changes)
+    batches, kind = batches_of(cfg, 8), torch.bfloat16 if cfg.amp else None
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        plain, replayed = (learn(cfg, batches, recorded, "cuda", kind) for recorded in (False, True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert replayed[2].recorder.graph is not None
+    assert_same(plain, replayed)
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_pass_that_reads_from_the_card_is_named(monkeypatch):
+    """With what to do, and the card goes on."""
+    cfg = small_config()
+    forward = V.VJepaAutoV2.forward
+
+    def reading(self, batch):
+        found = forward(self, batch)
+        found[1]["read"] = found[0]["loss_total"].detach() * float(found[0]["loss_total"].detach())
+        return found
+
+    monkeypatch.setattr(V.VJepaAutoV2, "forward", reading)
+    with pytest.raises(V.UserError, match="cannot be recorded as a CUDA graph .*--no-cuda_graph starts"):
+        learn(cfg, batches_of(cfg, 5), True, "cuda")
+    assert float(torch.ones(3, device="cuda").sum()) == 3
+    learn(dataclasses.replace(cfg, cuda_graph=False), batches_of(cfg, 5), False, "cuda")
