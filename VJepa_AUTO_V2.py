@@ -8939,6 +8939,7 @@ def rehearse(run, wrapped):
         if passed < REHEARSAL_S or cfg.compile:
             passed = throw_away_pass(run, wrapped, batch)
         seconds = passed * cfg.batch_size / num_samples
+        told += ", before its kernels are recorded: at most" * is_replayed(run.world, process)
     else:
         told = "at 40 % of this device's matrix speed, so roughly"
     return max(process.collect(seconds * cfg.grad_accum)), told
@@ -9444,7 +9445,7 @@ def resume(run, state, path):
 def begin_phase(last, name, begin, phase_opt):
     """What follows the phase `last` -> the Phase of a Fit, its optimizer as in the checkpoint that the run goes on from
     inside it."""
-    run = last.run
+    run, last.recorder = last.run, None  # gives its memory back
     run.folder.where = f"before the {name} phase began; run the same command to go on"
     world, before = end_sharding(run).eval().requires_grad_(False), last.world if last.name else None
     fit = world.open_phase(name, run, before).to(run.process.device)

@@ -181,6 +181,8 @@ def test_the_first_estimate_times_a_real_pass(monkeypatch):
     seconds, how = V.rehearse(run, Wrapped(slow, run.world))
     assert passes == [2, 2] and seconds == pytest.approx(0.3) and how == "timed on noise"
     assert all(parameter.grad is None for parameter in run.world.parameters())
+    monkeypatch.setattr(V, "is_replayed", lambda world, process: True)  # on a GPU, which took a fifth of it
+    assert V.rehearse(run, Wrapped(slow, run.world))[1] == "timed on noise, before its kernels are recorded: at most"
 
 
 @pytest.mark.parametrize("step_s, expected", [(3, [4, 4]), (30, [1, 1]), (300, [])])

@@ -3,10 +3,14 @@ computes nothing while it records, and writes where a graph would write."""
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import random_batch, small_config
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from training import new_model, new_phase
 
 import VJepa_AUTO_V2 as V
@@ -111,6 +115,95 @@ def test_where_steps_are_replayed(monkeypatch, device, ranks, dtype, flag, says,
     model = new_model(small_config(cuda_graph=flag))
     monkeypatch.setattr(V.VJepaAutoV2, "REPLAYS", says)
     assert V.is_replayed(model, V.Process(0, ranks, torch.device(device), dtype)) is expected
+
+
+class Crossings(TorchDispatchMode):
+    """Names of operations that see tensors of the card and of the CPU at once, copies between them say."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if len({leaf.device.type for leaf in tree_leaves((args, kwargs, out)) if torch.is_tensor(leaf)}) > 1:
+            self.found.append(str(function))
+        return out
+
+
+def pretend_forward(world, batch, parts=()):
+    """A forward pass on a card of which there are only shapes -> names of operations that cross to the CPU. Reading a
+    number raises DataDependentOutputException."""
+    with FakeTensorMode(), Crossings() as crossings:
+
+        def on_card(tensor):
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+        for module in itertools.chain(*(part.modules() for part in (world, *parts))):
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    fresh = torch.nn.Parameter(on_card(parameter), requires_grad=parameter.requires_grad)
+                    module._parameters[name] = fresh
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = buffer if buffer is None else on_card(buffer)
+        losses, _, _ = world({name: on_card(value) for name, value in batch.items()})
+        assert losses["loss_total"].device.type == "cuda"
+    return crossings.found
+
+
+VARIANTS = {
+    "default": {},
+    "plain": V.VJepaAutoV2Config.BEFORE,
+    "draws": dict(mask_draws=2, grad_checkpoint=True, dropout=0.1),
+    "supcon": dict(lambda_supcon=0.5, outcome_target="delta"),
+    "actions": dict(actions="steer,accel", action_drop=0.5),
+    "rope": dict(pos_embed="rope", soon_start="mask", flow_context_grad=0.5),
+    "no queue, no flow": dict(outcome_queue=0, lambda_flow=0.0),
+    "phase": dict(flow_fit_clips=40, flow_fit_batch=4, flow_fit_drop=0.25),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_pass_needs_no_number_from_the_card(name):
+    """Nor one on it, in all forms of the objective: a recording would break, and does on a card that is there."""
+    cfg = small_config(**VARIANTS[name])
+    batch = {**random_batch(cfg, 2), "step": torch.tensor(0)}
+    if cfg.action_names:
+        batch["actions_hidden"] = torch.tensor([True, False])
+    assert pretend_forward(new_model(cfg), batch) == []
+
+
+@pytest.mark.parametrize("kind", [V.SoonFit, V.FlowFit])
+def test_a_pass_of_a_fit_needs_no_number_from_the_card(monkeypatch, kind):
+    """The same of the steps that follow training."""
+    cfg = small_config(**VARIANTS["phase"])
+    model = new_model(cfg).eval()
+    run = new_phase(model).run
+    run.log = V.RunLog(cfg, False)
+    latents = [torch.randn(40, n, cfg.enc_dim) for n in (cfg.now_tokens, cfg.soon_tokens + cfg.flow_chunks)]
+    monkeypatch.setattr(V, "cache_latents", lambda model, run: latents)
+    fit = kind(model, run, SimpleNamespace(latents=latents))
+    assert pretend_forward(fit, fit.batch(3), (model,)) == []
+
+
+@pytest.mark.parametrize("how", ["number", "copy"])
+def test_a_pass_that_reads_is_seen(monkeypatch, how):
+    """What the tests above would say of an edited forward."""
+    cfg = small_config()
+    forward = V.VJepaAutoV2.forward
+
+    def reading(self, batch):
+        losses, gauges, carry = forward(self, batch)
+        more = float(losses["loss_soon"].detach()) if how == "number" else torch.ones(3).to(losses["loss_soon"].device)
+        return {**losses, "loss_total": losses["loss_total"] + more}, gauges, carry
+
+    monkeypatch.setattr(V.VJepaAutoV2, "forward", reading)
+    batch = {**random_batch(cfg, 2), "step": torch.tensor(0)}
+    if how == "number":
+        with pytest.raises(DataDependentOutputException):
+            pretend_forward(new_model(cfg), batch)
+    else:
+        assert pretend_forward(new_model(cfg), batch)
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
