@@ -689,7 +689,7 @@ def fit_logistic(scores, classes, groups, num_classes):
     (weight [k, c], bias [c]). The largest of the c outputs names the class, never one that no row has."""
     from sklearn.linear_model import LogisticRegression
 
-    scores, known = scores.astype(np.float32), classes >= 0  # half of the time, the same classes
+    scores, known = scores.astype(np.float32), classes >= 0  # less time, the same classes
     if len(np.unique(classes[known])) < 2:
         return None
     held = known & (np.random.default_rng(0).permutation(int(groups.max()) + 1)[groups] % 5 == 0)
