@@ -8620,8 +8620,7 @@ class Recorder:
             self.num_plain += 1
             found = take_pass(self.phase, batch, count)
             if self.num_plain == self.PLAIN:
-                held = (p for group in self.phase.optimizer.param_groups for p in group["params"])
-                self.parameters = [p for p in held if p.grad is not None]
+                self.parameters = [p for p in self.phase.world.trained().values() if p.grad is not None]
             return found
         if self.form is None:
             self.form, self.batch = form, {name: value.clone() for name, value in batch.items()}
@@ -9445,7 +9444,8 @@ def resume(run, state, path):
 def begin_phase(last, name, begin, phase_opt):
     """What follows the phase `last` -> the Phase of a Fit, its optimizer as in the checkpoint that the run goes on from
     inside it."""
-    run, last.recorder = last.run, None  # gives its memory back
+    run = last.run
+    last.recorder = None  # gives its memory back
     run.folder.where = f"before the {name} phase began; run the same command to go on"
     world, before = end_sharding(run).eval().requires_grad_(False), last.world if last.name else None
     fit = world.open_phase(name, run, before).to(run.process.device)

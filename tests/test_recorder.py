@@ -11,34 +11,23 @@ from conftest import random_batch, small_config
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training import new_model, new_phase
+from training import new_model, new_phase, take_steps
 
 import VJepa_AUTO_V2 as V
 
 
-class StandIn:
-    """Replays of a pass: its results go where the first ones lie."""
+def record(self, count):
+    """`Recorder.record` without a card: results of replays go where the first ones lie."""
+    left = [gradient.clone() for gradient in self.gradients]
+    self.found = V.take_pass(self.phase, self.batch, count)
+    torch._foreach_copy_(self.gradients, left)  # a graph computes nothing while it is recorded
 
-    def __init__(self, recorder, count):
-        self.again = lambda: V.take_pass(recorder.phase, recorder.batch, count)
-        recorder.found = self.again()
-        torch._foreach_zero_(recorder.gradients)  # a graph computes nothing while it is recorded
-
-    def attach(self, recorder):
-        self.found, recorder.graph = recorder.found, self
-        recorder.place_gradients()
-
-    def replay(self):
-        for kept, new in zip(self.found, self.again()):
+    def replay():
+        for kept, new in zip(self.found, V.take_pass(self.phase, self.batch, count)):
             for name, value in new.items():
                 kept[name].copy_(value)
 
-
-def record(self, count):
-    """`Recorder.record` without a card."""
-    left = [gradient.clone() for gradient in self.gradients]
-    StandIn(self, count).attach(self)
-    torch._foreach_copy_(self.gradients, left)
+    self.graph = SimpleNamespace(replay=replay)
 
 
 def learn(cfg, batches, recorded, device="cpu", amp_dtype=None):
@@ -47,16 +36,14 @@ def learn(cfg, batches, recorded, device="cpu", amp_dtype=None):
     model = new_model(cfg).to(process.device)
     if cfg.compile:
         V.compile_world(model)
-    phase, history = new_phase(model, process), []
+    phase = new_phase(model, process)
     phase.recorder = V.Recorder(phase) if recorded else None
     torch.manual_seed(7)
-    for step, each in enumerate(batches):
-        each = [V.for_step(batch, step, process.device) for batch in each]
-        metrics, carries, finite = V.take_step(phase, each, step)
-        assert finite
-        V.apply_step(phase, carries, step)
-        phase.optimizer.zero_grad(set_to_none=True)
-        history.append({name: float(value) for name, value in metrics.items()})
+
+    def batches_at(step):
+        return [V.for_step(batch, step, process.device) for batch in batches[step]]
+
+    history = take_steps(phase, batches_at, len(batches))
     return {name: value.clone() for name, value in model.state_dict().items()}, history, phase
 
 

@@ -66,14 +66,20 @@ def stop_after_update(monkeypatch, is_time):
 
 def train_steps(model, batches_at, num_steps, process=None, wrapped=None):
     """`num_steps` updates with the micro-batches batches_at(step) -> (list of metrics, optimizer)."""
-    phase, history = new_phase(model, process, wrapped), []
+    phase = new_phase(model, process, wrapped)
+    return take_steps(phase, batches_at, num_steps), phase.optimizer
+
+
+def take_steps(phase, batches_at, num_steps):
+    """The same of a phase that is there already -> list of metrics."""
+    history = []
     for step in range(num_steps):
         metrics, carries, finite = V.take_step(phase, batches_at(step), step)
         assert finite
         V.apply_step(phase, carries, step)
         phase.optimizer.zero_grad(set_to_none=True)
         history.append({name: float(value) for name, value in metrics.items()})
-    return history, phase.optimizer
+    return history
 
 
 def watch(model, batch):
